@@ -1,0 +1,55 @@
+# Everything runs in .venv, installed from requirements.lock. A bare `make` lists the targets.
+PYTHON ?= python3
+TORCH_INDEX ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+DEMO_HOME := runs/demo
+
+.PHONY: help install demo check test bench soak notebooks wheel-check lock clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+install: .venv/installed  ## Make .venv with the exact versions of requirements.lock (TORCH_INDEX=URL chooses torch's build)
+
+.venv/installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	  || { echo "slm needs Python 3.11 to 3.13: make PYTHON=python3.12 install" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	grep -v '^torch==' requirements.lock > .venv/hashed.txt
+	$(PIP) install --require-hashes --no-deps --only-binary :all: -r .venv/hashed.txt
+	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep -o '^torch==[0-9.]*' requirements.lock)"
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: install  ## From nothing to a curve: train the five depths of the demo, fit, draw (minutes on two cores)
+	SLM_HOME=$(DEMO_HOME) $(BIN)/slm sweep experiments/miniseries.py
+	SLM_HOME=$(DEMO_HOME) $(BIN)/slm fit-curves miniseries
+
+check: install  ## Lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: install  ## The tests (SLM_REFERENCE=FOLDER adds those against published figures)
+	$(BIN)/python -m pytest -m "not soak"
+
+bench: install  ## Time the parts, each beside its peer or its ceiling
+	$(BIN)/python -m tests.bench
+
+soak: install  ## The long proofs
+	$(BIN)/python -m pytest -m soak
+
+notebooks: install  ## Run the notebooks against a store made by a real sweep
+	$(BIN)/python notebooks/execute.py
+
+wheel-check: install  ## Build a wheel, install it elsewhere, and run it outside the checkout
+	bash tests/wheel_check.sh $(BIN)/python
+
+lock:  ## Recompute requirements.lock (needs uv): hashes for all but torch, whose builds differ and bring their own CUDA
+	uv pip compile pyproject.toml --quiet --all-extras --universal --python-version 3.11 --generate-hashes --no-header \
+	  --no-annotate --no-emit-index-url | awk -f tests/lock.awk > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+
+clean:  ## Remove .venv and caches; runs stay
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache dist
