@@ -1,0 +1,46 @@
+"""What computes here, found without torch, and what devices can do at their peak."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+
+@functools.cache
+def gpu_names() -> tuple[str, ...]:
+    """Names of the NVIDIA GPUs that this process may use; () when there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return ()
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    names = tuple(line.strip() for line in result.stdout.splitlines() if line.strip()) if not result.returncode else ()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return names if visible is None else names[: len([entry for entry in visible.split(",") if entry.strip()])]
+
+
+def gpu_count() -> int:
+    """NVIDIA GPUs that this process may use."""
+    return len(gpu_names())
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def name(device: str) -> str:
+    """What "cpu" or "cuda" is here, for people."""
+    return gpu_names()[0] if device == "cuda" else _cpu_name()
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

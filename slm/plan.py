@@ -1,0 +1,111 @@
+"""Plan: one run, frozen. Its run_id is the hash of what shapes weights and validation rows, and of nothing else."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from slm.recipe import AdamW, Hyperparameters, Parameters
+
+TRAINER_SOURCES = ("model.py", "optim.py", "train.py", "data/loader.py", "evaluate/bpb.py")
+"""The files whose code decides the weights and val_bpb, relative to the package."""
+
+
+@dataclass(frozen=True)
+class DataIdentity:
+    """The rows that a run reads, by content."""
+
+    corpus: str
+    """Name of the corpus; not identity."""
+    tokenizer: str
+    """Fingerprint of the tokeniser."""
+    train: str
+    """Fingerprint of the row blocks that the horizon reads."""
+    validation: str
+    """Fingerprint of the validation rows."""
+    validation_rows: int
+    """Rows that val_bpb reads."""
+    rows: int
+    """Training rows there are; not identity."""
+    epochs: float
+    """Passes over the training rows; not identity."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run."""
+
+    recipe: str
+    """Name of the recipe; not identity."""
+    horizon: str
+    """How the horizon was asked for, e.g. "compute-optimal" or "flops=1e+12"; not identity."""
+    seed: int
+    """Seed of the initial weights and of the order of rows."""
+    hyperparameters: Hyperparameters
+    """What the recipe gave."""
+    data: DataIdentity
+    """What it is trained and validated on."""
+    code: str
+    """Fingerprint of the trainer's sources."""
+
+    @property
+    def run_id(self) -> str:
+        """First 12 hex digits of the SHA-256 of the canonical identity."""
+        data = self.data
+        identity = {
+            "hyperparameters": asdict(self.hyperparameters),
+            "seed": self.seed,
+            "data": [data.tokenizer, data.train, data.validation, data.validation_rows],
+            "code": self.code,
+        }
+        return hashlib.sha256(canonical(identity).encode()).hexdigest()[:12]
+
+    def document(self) -> dict[str, Any]:
+        """The plan as plan.json holds it."""
+        return {"run_id": self.run_id, **asdict(self)}
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """The plan in a plan.json. Raises ValueError when the file's content is not the run its run_id names."""
+        document = json.loads(path.read_text())
+        run_id = document.pop("run_id")
+        given = document["hyperparameters"]
+        for name in ("lm_head", "wte", "value_embeds", "resid", "x0", "smear"):
+            given[name] = AdamW(**given[name])
+        given |= {name: tuple(given[name]) for name in ("windows", "momentum")}
+        given["parameters"] = Parameters(**given["parameters"])
+        plan = cls(**document | {"hyperparameters": Hyperparameters(**given), "data": DataIdentity(**document["data"])})
+        if plan.run_id != run_id:
+            raise ValueError(f"{path}: its content is run {plan.run_id}, not {run_id}: the file was changed")
+        return plan
+
+
+def canonical(value: Any) -> str:
+    """The one JSON text of a value."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+@cache
+def code_fingerprint(package: Path = Path(__file__).parent) -> str:
+    """Fingerprint of the trainer's sources as syntax trees: comments, layout and docstrings change nothing."""
+    trees = [_tree(ast.parse((package / name).read_text())) for name in TRAINER_SOURCES]
+    return hashlib.sha256(canonical(trees).encode()).hexdigest()[:16]
+
+
+def _tree(node: Any) -> Any:
+    """A syntax tree as JSON, the same for every Python: empty fields and docstrings left out."""
+    if isinstance(node, list):
+        return [_tree(item) for item in node if not _is_docstring(item)]
+    if not isinstance(node, ast.AST):
+        return node if isinstance(node, str | int | float | bool) else repr(node)
+    fields = {name: value for name, value in ast.iter_fields(node) if value not in (None, [])}
+    return [type(node).__name__, {name: _tree(value) for name, value in fields.items()}]
+
+
+def _is_docstring(item: Any) -> bool:
+    return isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant) and isinstance(item.value.value, str)
