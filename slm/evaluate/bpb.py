@@ -1,0 +1,36 @@
+"""Validation loss in bits per byte: comparable across vocabularies, since bytes are what every tokeniser covers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from slm.data.loader import Rows, share
+from slm.model import GPT
+
+
+@torch.no_grad()
+def validation_loss(
+    model: GPT, rows: Rows, token_bytes: torch.Tensor, batch_rows: int, rank: int, ranks: int
+) -> tuple[float, float]:
+    """val_bpb and the loss in nats a token over every row.
+
+    Bits per byte: summed nats over the summed bytes of the targets, special tokens left out, over ln 2.
+    `token_bytes` (V,) holds the bytes of each token, 0 for special ones. Sums are in float64, over all ranks.
+    """
+    device = model.wte.device
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    mine = share(np.arange(len(rows)), rank, ranks)
+    for start in range(0, len(mine), batch_rows):
+        ids, targets = (tensor.to(device) for tensor in rows.pair(mine[start : start + batch_rows]))
+        loss = model.loss(ids, targets).double()
+        sizes = token_bytes[targets]
+        sums += torch.stack([(loss * (sizes > 0)).sum(), sizes.sum().double(), loss.sum()])
+    if ranks > 1:
+        dist.all_reduce(sums)
+    nats, size, total = sums.tolist()
+    tokens = len(rows) * model.given.sequence_length
+    return nats / size / math.log(2), total / tokens
