@@ -1,0 +1,15 @@
+"""At a fixed compute budget, how should a pocket model share it between parameters and tokens?
+
+Two budgets, four depths each: the deeper the model, the fewer tokens it sees.
+"""
+
+from slm.experiment import Experiment
+from slm.recipe import pocket
+
+experiment = Experiment(
+    name="isoflop",
+    question="At a fixed compute budget, how should a pocket model share it between parameters and tokens?",
+    recipes=(pocket,),
+    depths=(2, 3, 4, 5),
+    flops=(3e11, 1e12),
+)

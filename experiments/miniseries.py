@@ -1,0 +1,14 @@
+"""What does a pocket model gain from more compute?
+
+Five depths, each trained compute-optimally: the curve that `make demo` draws.
+"""
+
+from slm.experiment import Experiment
+from slm.recipe import pocket
+
+experiment = Experiment(
+    name="miniseries",
+    question="What does a pocket model gain from more compute?",
+    recipes=(pocket,),
+    depths=(1, 2, 3, 4, 5),
+)

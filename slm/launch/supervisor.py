@@ -1,0 +1,101 @@
+"""One supervisor per attempt: `python -m slm.launch.supervisor ATTEMPT_FOLDER`, in a session of its own.
+
+It holds the run's `lock`, starts torchrun, passes SIGTERM on, reaps whatever torchrun leaves behind, and writes
+`exit.json`. The one who started it may die: training goes on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from slm import events
+from slm.launch import locks
+
+PR_SET_CHILD_SUBREAPER = 36
+GRACE_SECONDS = 60.0
+"""Time a trainer asked to stop has for its checkpoint."""
+LOG_TAIL = 4000
+
+
+def supervise(folder: Path) -> int:
+    """Run one attempt to its end and record how it ended; its exit code."""
+    run_folder = folder.parent.parent
+    lock = locks.hold(run_folder / "lock")
+    if lock is None:
+        sys.exit(f"{run_folder.name} is held by process {locks.holder(run_folder / 'lock')}")
+    _adopt_orphans()
+    attempt = json.loads((folder / "attempt.json").read_text())
+    with (folder / "log").open("ab") as log:
+        child = subprocess.Popen(_command(folder, attempt), stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+        code = child.wait()
+    _kill_descendants()
+    finished = (run_folder / "done.json").exists()
+    document = {
+        "attempt": attempt["attempt"],
+        "time": time.time(),
+        "code": max(code, 0),
+        "signal": -code if code < 0 else None,
+        **({"reason": None, "message": None} if finished else _why(folder, code)),
+    }
+    events.write_json(folder / "exit.json", document)
+    return 0 if finished else 1
+
+
+def _command(folder: Path, attempt: dict[str, Any]) -> list[str]:
+    """torchrun on a port that the system picks, one process a rank."""
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={attempt['ranks']}",
+        "--module",
+        "slm.train",
+        str(folder),
+    ]
+
+
+def _why(folder: Path, code: int) -> dict[str, Any]:
+    """Reason and message of an attempt that did not finish: its own word, else the end of its log."""
+    failed = [event for event in events.Reader(folder / "events.jsonl").new() if event["event"] == "failed"]
+    if failed:
+        return {"reason": failed[-1]["reason"], "message": failed[-1]["message"]}
+    if code < 0:
+        return {"reason": "error", "message": f"torchrun was killed by {signal.Signals(-code).name}"}
+    tail = (folder / "log").read_bytes()[-LOG_TAIL:].decode(errors="replace")
+    return {"reason": "error", "message": _last_error(tail)}
+
+
+def _last_error(log: str) -> str:
+    """The line that names the error in the end of a log."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    named = [line for line in lines if "Error" in line and "ChildFailedError" not in line]
+    return (named or lines or ["no output"])[-1]
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of the workers of a torchrun that was killed (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _kill_descendants() -> None:
+    """Leave no worker behind."""
+    left = psutil.Process().children(recursive=True)
+    for process in left:
+        process.kill()
+    psutil.wait_procs(left)
+
+
+if __name__ == "__main__":
+    sys.exit(supervise(Path(sys.argv[1])))

@@ -1,0 +1,263 @@
+"""The conductor: experiment + data -> plans -> attempts, one after another, until every run is done or says why not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from subprocess import Popen
+from typing import Any, Protocol
+
+from slm import events, launch
+from slm.data import Prepared, prepare, prepared_for
+from slm.experiment import Asked, Experiment
+from slm.launch import locks
+from slm.plan import Plan, code_fingerprint
+from slm.recipe import Hyperparameters
+
+FRUITLESS_ATTEMPTS = 2
+"""Attempts in a row without a new checkpoint after which a run has failed."""
+FINAL_REASONS = ("diverged", "data", "cancelled")
+"""Ends that another attempt would only repeat."""
+POLL_SECONDS = 0.2
+INGEST_SECONDS = 15.0
+
+
+class View(Protocol):
+    """Who is shown what happens."""
+
+    def run_started(self, plan: Plan, attempt: Path | None) -> None:
+        """A run goes on, in an attempt of ours or (None) in one that lives already."""
+
+    def event(self, plan: Plan, event: dict[str, Any]) -> None:
+        """A trainer wrote an event."""
+
+    def run_ended(self, plan: Plan, outcome: str, message: str | None) -> None:
+        """A run ended: finished, failed, diverged or interrupted."""
+
+
+@dataclass
+class Outcome:
+    """What became of each run, by run_id."""
+
+    already_done: list[str] = field(default_factory=list)
+    """Finished before this sweep."""
+    trained: list[str] = field(default_factory=list)
+    """Finished by this sweep."""
+    not_finished: dict[str, str] = field(default_factory=dict)
+    """The others, with the reason."""
+
+
+class Corpora:
+    """The prepared data of an experiment's runs: one folder for each shape of rows."""
+
+    def __init__(self, experiment: Experiment, home: Path) -> None:
+        self._name = experiment.data
+        self._home = home
+        self._found: dict[tuple[int, int, int, bool], Prepared | None] = {}
+
+    def prepare(self, asked: Asked, report: Callable[[str], None]) -> Prepared:
+        """Prepared data, made now if they are not there yet."""
+        prepared = self.find(asked) or prepare(self._name, asked.hyperparameters, self._home, report)
+        self._found[_row_shape(asked.hyperparameters)] = prepared
+        return prepared
+
+    def of(self, plan: Plan) -> Path:
+        """Prepared folder of a plan made from these data."""
+        prepared = self._found[_row_shape(plan.hyperparameters)]
+        assert prepared is not None
+        return prepared.folder
+
+    def find(self, asked: Asked) -> Prepared | None:
+        """Prepared data, if they are there."""
+        key = _row_shape(asked.hyperparameters)
+        if key not in self._found:
+            self._found[key] = prepared_for(self._name, asked.hyperparameters, self._home)
+        return self._found[key]
+
+
+def _row_shape(given: Hyperparameters) -> tuple[int, int, int, bool]:
+    return given.vocab_size, given.sequence_length, given.validation_rows, given.split_documents
+
+
+def make_plans(experiment: Experiment, data: Callable[[Asked], Prepared]) -> list[Plan]:
+    """The plans of an experiment, cheapest first, each once. Raises ValueError for a horizon beyond the data."""
+    code = code_fingerprint()
+    plans: dict[str, Plan] = {}
+    for asked in experiment.asked():
+        identity = data(asked).identity(asked.hyperparameters)
+        plan = Plan(asked.recipe, asked.horizon, asked.seed, asked.hyperparameters, identity, code)
+        plans.setdefault(plan.run_id, plan)
+    return list(plans.values())
+
+
+def record(experiment: Experiment, plans: list[Plan], home: Path) -> None:
+    """Write the plans, and the experiment that asks for them.
+
+    A name swept before keeps its runs, so that a sweep can be widened; those of another trainer or of other data do not
+    belong to it any more (they stay in the store).
+    """
+    for plan in plans:
+        folder = home / plan.run_id
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "plan.json").exists():
+            events.write_json(folder / "plan.json", plan.document())
+    path = home / "experiments" / f"{experiment.name}.json"
+    path.parent.mkdir(exist_ok=True)
+    before: dict[str, Any] = events.read_json(path) if path.exists() else {"created": time.time(), "runs": []}
+    planned = {plan.run_id for plan in plans}
+    kept = [run_id for run_id in before["runs"] if run_id not in planned and _comparable(home / run_id, plans[0])]
+    document = {
+        "name": experiment.name,
+        "question": experiment.question,
+        "recipe": experiment.recipes[0].name,
+        "declared": experiment.declared(),
+        "runs": [*kept, *(plan.run_id for plan in plans)],
+        "created": before["created"],
+    }
+    if document != before:
+        events.write_json(path, document)
+
+
+def _comparable(run_folder: Path, plan: Plan) -> bool:
+    """Whether a recorded run was planned for the same trainer, tokeniser and validation rows."""
+    path = run_folder / "plan.json"
+    if not path.exists():
+        return False
+    before, data = events.read_json(path), plan.data
+    keys = (before["code"], before["data"]["tokenizer"], before["data"]["validation"])
+    return keys == (plan.code, data.tokenizer, data.validation)
+
+
+@contextmanager
+def conducting(home: Path) -> Iterator[None]:
+    """Hold the home's sweep.lock. Raises RuntimeError naming the process that has it."""
+    home.mkdir(parents=True, exist_ok=True)
+    lock = locks.hold(home / "sweep.lock")
+    if lock is None:
+        raise RuntimeError(
+            f"{home} is being swept by process {locks.holder(home / 'sweep.lock')}: wait for it, or stop it"
+        )
+    with lock:
+        yield
+
+
+def run_all(
+    plans: list[Plan],
+    corpora: Corpora,
+    home: Path,
+    where: launch.Slot,
+    view: View,
+    ingest: Callable[[], None],
+    checkpoint_seconds: float = launch.CHECKPOINT_SECONDS,
+) -> Outcome:
+    """Train what is not done, one run after another; a run that fails does not stop the next.
+
+    Interrupted (KeyboardInterrupt), the trainer at work checkpoints and stops first.
+    """
+    outcome = Outcome()
+    for plan in plans:
+        if is_done(home, plan.run_id):
+            outcome.already_done.append(plan.run_id)
+            continue
+        run = _Run(plan, home, corpora.of(plan), where, view, ingest, checkpoint_seconds)
+        try:
+            reason, message = run.to_its_end()
+        except KeyboardInterrupt:
+            run.stop()
+            view.run_ended(plan, "interrupted", "stopped; type the sweep again to go on")
+            outcome.not_finished[plan.run_id] = "interrupted"
+            raise
+        finally:
+            ingest()
+        if reason:
+            outcome.not_finished[plan.run_id] = f"{reason}: {message}"
+        else:
+            outcome.trained.append(plan.run_id)
+        view.run_ended(plan, _state(reason), message)
+    return outcome
+
+
+def is_done(home: Path, run_id: str) -> bool:
+    """Whether a run is finished: done.json alone says so."""
+    return (home / run_id / "done.json").exists()
+
+
+def _state(reason: str | None) -> str:
+    return {None: "finished", "diverged": "diverged", "interrupted": "interrupted"}.get(reason, "failed")
+
+
+class _Run:
+    """One plan on its way to done.json."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        home: Path,
+        data_folder: Path,
+        where: launch.Slot,
+        view: View,
+        ingest: Callable[[], None],
+        checkpoint_seconds: float,
+    ) -> None:
+        self._plan = plan
+        self._home = home
+        self._folder = home / plan.run_id
+        self._data_folder = data_folder
+        self._where = where
+        self._view = view
+        self._ingest = ingest
+        self._checkpoint_seconds = checkpoint_seconds
+        self._process: Popen[bytes] | None = None
+
+    def to_its_end(self) -> tuple[str | None, str | None]:
+        """Attempts until the run is finished or has failed; reason and message of a failure, None when finished."""
+        if launch.holder(self._folder) and (living := launch.last_attempt(self._folder)):
+            self._follow(living, ours=False)
+        fruitless = 0
+        while not is_done(self._home, self._plan.run_id):
+            attempt, self._process = launch.start(
+                self._plan, self._home, self._data_folder, self._where, self._checkpoint_seconds
+            )
+            advanced = self._follow(attempt, ours=True)
+            if is_done(self._home, self._plan.run_id):
+                break
+            ended = launch.exit_of(attempt) or launch.reap(attempt)
+            fruitless = 0 if advanced else fruitless + 1
+            if ended["reason"] in FINAL_REASONS or fruitless >= FRUITLESS_ATTEMPTS:
+                return ended["reason"], ended["message"]
+        return None, None
+
+    def _follow(self, attempt: Path, ours: bool) -> bool:
+        """Show an attempt's events until it has ended; whether it wrote a checkpoint."""
+        self._view.run_started(self._plan, attempt if ours else None)
+        reader = events.Reader(attempt / "events.jsonl")
+        advanced, ingested = False, time.monotonic()
+        alive = True
+        while alive:
+            alive = self._alive()
+            for event in reader.new():
+                self._view.event(self._plan, event)
+                advanced |= event["event"] == "checkpoint"
+            if time.monotonic() - ingested > INGEST_SECONDS:
+                self._ingest()
+                ingested = time.monotonic()
+            if alive:
+                time.sleep(POLL_SECONDS)
+        return advanced
+
+    def _alive(self) -> bool:
+        started_by_us = self._process is not None and self._process.poll() is None
+        return started_by_us or launch.holder(self._folder) is not None
+
+    def stop(self) -> None:
+        """Ask the trainer to checkpoint and end, and wait until it has."""
+        supervisor = locks.holder(self._folder / "lock")
+        if supervisor:
+            os.kill(supervisor, signal.SIGTERM)
+        while self._alive():
+            time.sleep(POLL_SECONDS)

@@ -1,0 +1,235 @@
+"""The trainer, launched as users launch it: through supervisor and torchrun, on real rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from safetensors import safe_open
+
+from slm import events, launch
+from slm.experiment import Experiment
+from slm.launch import Slot, locks
+from slm.recipe import Recipe, pocket
+from slm.sweep import Corpora, Outcome, make_plans, record, run_all
+
+ONE = Slot("cpu", 1, 1)
+TWO = Slot("cpu", 2, 1)
+Listener = Callable[[Path, dict[str, Any]], None]
+
+
+class Watcher:
+    """A sweep's view that remembers events and lets a test act on them."""
+
+    def __init__(self, act: Listener = lambda folder, event: None) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.outcomes: list[tuple[str, str | None]] = []
+        self._act = act
+        self._attempt = Path()
+
+    def run_started(self, plan, attempt: Path | None) -> None:
+        self._attempt = attempt or self._attempt
+
+    def event(self, plan, event: dict[str, Any]) -> None:
+        self.events.append(event)
+        self._act(self._attempt, event)
+
+    def run_ended(self, plan, outcome: str, message: str | None) -> None:
+        self.outcomes.append((outcome, message))
+
+
+def train(
+    home: Path,
+    where: Slot,
+    watcher: Watcher,
+    recipe: Recipe = pocket,
+    depth: int = 2,
+    steps: int = 10,
+    checkpoint_seconds: float = 1e9,
+) -> tuple[Path, Outcome]:
+    """Train one run in a home; its folder and what became of it."""
+    experiment = Experiment("test", (recipe,), (depth,), steps=steps)
+    corpora = Corpora(experiment, home)
+    plans = make_plans(experiment, lambda asked: corpora.prepare(asked, lambda line: None))
+    record(experiment, plans, home)
+    outcome = run_all(plans, corpora, home, where, watcher, lambda: None, checkpoint_seconds)
+    return home / plans[0].run_id, outcome
+
+
+def homes(tmp_path: Path, home: Path, *names: str) -> list[Path]:
+    """Several homes with the prepared corpus of one."""
+    folders = [tmp_path / name for name in names]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "data").symlink_to(home / "data")
+    return folders
+
+
+def of(watcher: Watcher, kind: str) -> list[dict[str, Any]]:
+    return [event for event in watcher.events if event["event"] == kind]
+
+
+def test_two_ranks_train_as_one(tmp_path: Path, home: Path) -> None:
+    results = []
+    for folder, where in zip(homes(tmp_path, home, "one", "two"), (ONE, TWO), strict=True):
+        watcher = Watcher()
+        train(folder, where, watcher)
+        losses = [event["loss"] for event in of(watcher, "train")]
+        [evaluation] = of(watcher, "eval")
+        results.append((losses, evaluation))
+    (one, evaluation_one), (two, evaluation_two) = results
+    assert len(one) == 10
+    assert two == pytest.approx(one, rel=1e-5)
+    assert evaluation_one["rows"] == evaluation_two["rows"] == pocket(2).validation_rows
+    assert evaluation_two["val_bpb"] == pytest.approx(evaluation_one["val_bpb"], rel=1e-4)
+
+
+def test_a_run_killed_half_way_ends_as_an_undisturbed_one(tmp_path: Path, home: Path) -> None:
+    quiet, disturbed = homes(tmp_path, home, "quiet", "disturbed")
+    folder, _ = train(quiet, TWO, Watcher(), steps=30)
+    undisturbed = json.loads((folder / "done.json").read_text())
+    killed: list[int] = []
+
+    def kill_trainers(attempt: Path, event: dict[str, Any]) -> None:
+        if event["event"] == "checkpoint" and event["step"] >= 12 and not killed:
+            supervisor = locks.holder(attempt.parent.parent / "lock")
+            workers = [process.pid for process in psutil.Process(supervisor).children(recursive=True)]
+            killed.extend(workers)
+            for pid in workers:
+                os.kill(pid, signal.SIGKILL)
+
+    watcher = Watcher(kill_trainers)
+    folder, outcome = train(disturbed, TWO, watcher, steps=30, checkpoint_seconds=0)
+    done = json.loads((folder / "done.json").read_text())
+    first, second = of(watcher, "started")
+    assert len(killed) >= 3
+    assert first["resumed_from"] is None
+    assert second["resumed_from"] >= 12
+    assert outcome.trained == [folder.name]
+    same = ("val_bpb", "val_loss", "train_loss", "tokens", "flops", "weights_sha256")
+    assert {key: done[key] for key in same} == {key: undisturbed[key] for key in same}
+    assert not list((folder / "checkpoints").iterdir())
+
+
+def test_a_killed_torchrun_leaves_no_worker_and_frees_the_run(home: Path) -> None:
+    left: list[psutil.Process] = []
+
+    def kill_torchrun(attempt: Path, event: dict[str, Any]) -> None:
+        if event["event"] == "train" and not left:
+            supervisor = psutil.Process(locks.holder(attempt.parent.parent / "lock"))
+            [torchrun] = supervisor.children()
+            left.extend(torchrun.children(recursive=True))
+            torchrun.kill()
+            psutil.wait_procs(left, timeout=30)
+            assert not any(worker.is_running() for worker in left)
+
+    watcher = Watcher(kill_torchrun)
+    folder, outcome = train(home, TWO, watcher, steps=200)
+    assert len(left) == 2
+    ended = launch.exit_of(folder / "attempts" / "001")
+    assert ended is not None
+    assert "SIGKILL" in ended["message"]
+    assert outcome.trained == [folder.name]
+
+
+def test_a_stop_checkpoints_and_the_next_sweep_goes_on(home: Path) -> None:
+    def interrupt(attempt: Path, event: dict[str, Any]) -> None:
+        if event["event"] == "train" and event["step"] == 5:
+            raise KeyboardInterrupt
+
+    first = Watcher(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(home, ONE, first, steps=500)
+    assert first.outcomes[0][0] == "interrupted"
+    [folder] = [path.parent for path in home.glob("*/plan.json")]
+    ended = launch.exit_of(folder / "attempts" / "001")
+    assert ended is not None
+    assert ended["reason"] == "interrupted"
+    assert launch.holder(folder) is None
+    [checkpoint] = (folder / "checkpoints").iterdir()
+    second = Watcher(interrupt_at(of(first, "train")[-1]["step"]))
+    with pytest.raises(KeyboardInterrupt):
+        train(home, ONE, second, steps=500)
+    assert f"{of(second, 'started')[0]['resumed_from']:09d}" in checkpoint.name
+
+
+def interrupt_at(step: int) -> Listener:
+    def interrupt(attempt: Path, event: dict[str, Any]) -> None:
+        if event["event"] == "train" and event["step"] > step:
+            raise KeyboardInterrupt
+
+    return interrupt
+
+
+def test_a_diverged_run_is_a_result_and_is_not_tried_again(home: Path) -> None:
+    wild = replace(pocket, name="wild", matrix_lr=1e30)
+    watcher = Watcher()
+    folder, outcome = train(home, ONE, watcher, recipe=wild)
+    assert watcher.outcomes[0][0] == "diverged"
+    assert outcome.not_finished[folder.name].startswith("diverged: loss is nan")
+    assert len(list((folder / "attempts").iterdir())) == 1
+    assert not (folder / "done.json").exists()
+
+
+def test_data_that_changed_after_planning_are_refused(tmp_path: Path, home: Path) -> None:
+    experiment = Experiment("test", (pocket,), (2,), steps=5)
+    corpora = Corpora(experiment, home)
+    [plan] = make_plans(experiment, lambda asked: corpora.prepare(asked, lambda line: None))
+    other = replace(plan, data=replace(plan.data, validation="0123456789abcdef"))
+    record(experiment, [other], home)
+    watcher = Watcher()
+    outcome = run_all([other], corpora, home, ONE, watcher, lambda: None)
+    assert "holds other rows than the plan was made for" in outcome.not_finished[other.run_id]
+
+
+def test_a_run_that_is_held_is_not_started_twice(home: Path) -> None:
+    seen: list[int] = []
+
+    def start_again(attempt: Path, event: dict[str, Any]) -> None:
+        if event["event"] == "started" and not seen:
+            plan = make_plan(home)
+            second, process = launch.start(plan, home, data_folder(home), ONE, 1e9)
+            seen.append(process.wait(60))
+            assert "is held by process" in (second / "log").read_text()
+
+    watcher = Watcher(start_again)
+    folder, outcome = train(home, ONE, watcher, steps=60)
+    assert seen == [1]
+    assert outcome.trained == [folder.name]
+
+
+def make_plan(home: Path):
+    experiment = Experiment("test", (pocket,), (2,), steps=60)
+    corpora = Corpora(experiment, home)
+    return make_plans(experiment, lambda asked: corpora.prepare(asked, lambda line: None))[0]
+
+
+def data_folder(home: Path) -> Path:
+    return next((home / "data").glob("*/manifest.json")).parent
+
+
+def test_a_finished_run_keeps_final_weights_and_no_checkpoint(home: Path) -> None:
+    folder, _ = train(home, ONE, Watcher(), steps=3, checkpoint_seconds=0)
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"run_id": folder.name}
+        sizes = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+    assert sizes == pocket(2).parameters.total
+    assert not list((folder / "checkpoints").iterdir())
+
+
+def test_events_of_a_torn_last_line_come_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    reader = events.Reader(path)
+    assert list(reader.new()) == []
+    path.write_text('{"event": "a"}\n{"event": ')
+    assert [event["event"] for event in reader.new()] == ["a"]
+    with path.open("a") as file:
+        file.write('"b"}\n')
+    assert [event["event"] for event in reader.new()] == ["b"]
