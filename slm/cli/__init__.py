@@ -1,0 +1,76 @@
+"""The command line: one file for each group of commands; what is heavy is imported inside them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from slm import __version__
+from slm.cli import curves, data, query, runs, size, sweep
+
+app = typer.Typer(
+    name="slm",
+    help="Scaling-law experiments on families of small language models.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+)
+data_app = typer.Typer(help="Corpora, tokenisers and rows.", rich_markup_mode=None, no_args_is_help=True)
+store_app = typer.Typer(help="The results database.", rich_markup_mode=None, no_args_is_help=True)
+
+app.command("size")(size.size)
+app.command("sweep")(sweep.sweep)
+app.command("status")(runs.status)
+app.command("show")(runs.show)
+app.command("fit-curves")(curves.fit_curves)
+app.command("query")(query.query)
+app.add_typer(data_app, name="data")
+data_app.command("prepare")(data.prepare)
+app.add_typer(store_app, name="store")
+store_app.command("rebuild")(query.rebuild)
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    """Scaling-law experiments on families of small language models."""
+    if show:
+        print(f"slm {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line. Exit code 0 done, 1 the work failed, 2 wrong usage or a refusal; errors are one line."""
+    try:
+        code = app(standalone_mode=False)
+    except typer.TyperException as error:
+        if error.exit_code == 0 or type(error).__name__ == "NoArgsIsHelpError":
+            print(error)
+            code = 0
+        else:
+            code = _complain(error.format_message(), error.exit_code)
+    except ValueError as error:
+        code = _complain(str(error), 2)
+    except RuntimeError as error:
+        code = _complain(str(error), 1)
+    except OSError as error:
+        code = _complain(_system_error(error), 1)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _complain("interrupted", 130)
+    sys.exit(code)
+
+
+def _complain(message: str, code: int) -> int:
+    if os.environ.get("SLM_DEBUG"):
+        raise
+    print(f"slm: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _system_error(error: OSError) -> str:
+    if error.errno == errno.ENOSPC:
+        return f"the disk is full{f' at {error.filename}' if error.filename else ''}: free some space and run it again"
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)

@@ -1,0 +1,85 @@
+"""Options that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from slm.recipe import RECIPES, Recipe
+
+Depths = Annotated[str, typer.Option(help="Depths: 10-20, or 4,8,12.", metavar="DEPTHS")]
+RecipeName = Annotated[
+    str | None, typer.Option("--recipe", help="Recipe: nanochat where a GPU is found, else pocket.", metavar="NAME")
+]
+Data = Annotated[str | None, typer.Option("--data", help="Corpus: python, or a folder of .txt, .jsonl, .parquet.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+
+
+def depths_of(text: str) -> tuple[int, ...]:
+    """Depths of "10-20" or "4,8,12". Raises ValueError naming what is not a depth."""
+    depths: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        if not match:
+            raise ValueError(f"--depths {text}: {part.strip()!r} is not a depth; write 10-20, or 4,8,12")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ValueError(f"--depths {text}: {part.strip()!r} runs backwards; write {last}-{first}")
+        if last > 10_000:
+            raise ValueError(f"--depths {text}: depth {last} is beyond 10,000")
+        depths += range(first, last + 1)
+    return tuple(dict.fromkeys(depths))
+
+
+def numbers_of(option: str, text: str | None) -> tuple[float, ...]:
+    """Positive numbers of "1e12,2e12". Raises ValueError naming what is not one."""
+    numbers = []
+    for part in text.split(",") if text else ():
+        try:
+            number = float(part)
+        except ValueError:
+            raise ValueError(f"{option} {text}: {part.strip()!r} is not a number") from None
+        if not 0 < number < float("inf"):
+            raise ValueError(f"{option} {text}: {part.strip()} is not positive and finite")
+        numbers.append(number)
+    return tuple(numbers)
+
+
+def recipe_of(name: str | None, gpu_asked: bool = False) -> Recipe:
+    """The recipe of a name; without one nanochat where a GPU is found or asked for, else pocket.
+
+    Raises ValueError for an unknown name.
+    """
+    if name is None:
+        from slm import devices
+
+        name = "nanochat" if gpu_asked or devices.gpu_count() else "pocket"
+    if name not in RECIPES:
+        raise ValueError(f"--recipe {name}: unknown; there are {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+def print_json(document: Any) -> None:
+    """One document on standard output."""
+    json.dump(document, sys.stdout, indent=1, allow_nan=False)
+    print()
+
+
+def print_table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> None:
+    """A table on standard output, None as a dash."""
+    from tabulate import tabulate
+
+    print(tabulate(rows, headers=headers, missingval="-", disable_numparse=True, stralign="right"))
+
+
+def quantity(value: float) -> str:
+    """A count for people: 36.7M, 8.02e+07 above a million million."""
+    for limit, unit in ((1e3, ""), (1e6, "k"), (1e9, "M"), (1e12, "B")):
+        if value < limit:
+            return f"{value * 1e3 / limit:.4g}{unit}"
+    return f"{value:.3g}"
