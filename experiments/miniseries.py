@@ -10,5 +10,5 @@ experiment = Experiment(
     name="miniseries",
     question="What does a pocket model gain from more compute?",
     recipes=(pocket,),
-    depths=(1, 2, 3, 4, 5),
+    depths=(2, 3, 4, 5, 6),
 )

@@ -10,6 +10,6 @@ experiment = Experiment(
     name="seeds",
     question="How much of a difference in val_bpb is luck?",
     recipes=(pocket,),
-    depths=(1, 2, 3),
+    depths=(2, 3, 4),
     seeds=(0, 1, 2),
 )

@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent
 HOME = FOLDER.parent / "runs" / "notebooks"
-SWEEP = ("sweep", "--recipe", "pocket", "--depths", "1-4", "--ratios", "1", "--name", "miniseries")
+SWEEP = ("sweep", "--recipe", "pocket", "--depths", "2-5", "--ratios", "1", "--name", "miniseries")
 
 
 def main() -> None:

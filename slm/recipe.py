@@ -28,7 +28,7 @@ two CPU cores; its docstring below says by which measurement.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 BATCH_EXPONENT = 0.383
 
@@ -187,13 +187,9 @@ class Recipe:
     reference_batch: int = 2**19
     """Tokens a step at the reference depth."""
     warmup_steps: int = 40
-    """Learning-rate warm-up in steps, at least."""
-    warmup_share: float = 0.0
-    """Learning-rate warm-up as a share of all steps, at least."""
+    """Steps of learning-rate warm-up."""
     momentum_warmup_steps: int = 400
-    """Momentum warm-up in steps, at least."""
-    momentum_warmup_share: float = 0.0
-    """Momentum warm-up as a share of all steps, at least."""
+    """Steps of momentum warm-up."""
     warmdown_share: float = 0.65
     """Share of the steps over which the learning rate falls."""
     final_lr: float = 0.05
@@ -269,13 +265,13 @@ class Recipe:
             tokens_asked=tokens,
             batch_tokens=batch,
             steps=steps,
-            warmup_steps=max(self.warmup_steps, round(self.warmup_share * steps)),
+            warmup_steps=self.warmup_steps,
             warmdown_steps=round(self.warmdown_share * steps),
             final_lr=self.final_lr,
             matrix_lr=self.matrix_lr * scale,
             matrix_decay=self.matrix_decay * scale * self._reference_tokens() / tokens,
             momentum=self.momentum,
-            momentum_warmup_steps=max(self.momentum_warmup_steps, round(self.momentum_warmup_share * steps)),
+            momentum_warmup_steps=self.momentum_warmup_steps,
             matrix_beta2=self.matrix_beta2,
             lm_head=_scaled(self.lm_head, table),
             wte=_scaled(self.wte, table),
@@ -333,7 +329,7 @@ class Recipe:
 
 
 def _scaled(group: AdamW, factor: float) -> AdamW:
-    return AdamW(group.lr * factor, group.beta1, group.beta2, group.decay)
+    return replace(group, lr=group.lr * factor)
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -344,17 +340,16 @@ nanochat = Recipe("nanochat")
 
 pocket = Recipe(
     "pocket",
-    aspect_ratio=16,
-    head_dim=16,
+    aspect_ratio=8,
+    head_dim=8,
     sequence_length=128,
     vocab_size=512,
-    tokens_per_parameter=8.0,
-    reference_depth=3,
-    reference_batch=2048,
-    warmup_steps=1,
-    warmup_share=0.05,
-    momentum_warmup_steps=1,
-    momentum_warmup_share=0.25,
+    tokens_per_parameter=16.0,
+    reference_depth=4,
+    reference_batch=1024,
+    momentum_warmup_steps=100,
+    x0=replace(nanochat.x0, lr=0.05),
+    smear=replace(nanochat.smear, lr=0.02),
     validation_tokens=2**17,
     split_documents=True,
 )

@@ -169,6 +169,8 @@ class Trainer:
         if (stop or checkpoint) and step + 1 < given.steps:
             self._checkpoint()
         if stop and step + 1 < given.steps:
+            if self.ranks > 1:
+                dist.barrier()
             raise Stopped("interrupted", f"stopped at step {step + 1} of {given.steps}, as asked")
 
     def _tail_steps(self) -> int:

@@ -28,7 +28,17 @@ DATABASE, SNAPSHOT = "slm.duckdb", "results.duckdb"
 LOCK_SECONDS = 30.0
 """How long a writer waits for another."""
 EVENT_COLUMNS = {"run_id": "VARCHAR", "attempt": "BIGINT", "event": "VARCHAR", "time": "DOUBLE", "step": "BIGINT"}
-METRICS = ("tokens", "flops", "loss", "lr", "tokens_per_second", "train_seconds", "val_bpb", "val_loss", "rows")
+METRICS: tuple[str, ...] = (
+    "tokens",
+    "flops",
+    "loss",
+    "lr",
+    "tokens_per_second",
+    "train_seconds",
+    "val_bpb",
+    "val_loss",
+    "rows",
+)
 METRICS += ("seconds", "bytes", "wall_seconds")
 
 

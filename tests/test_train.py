@@ -51,7 +51,7 @@ def train(
     watcher: Watcher,
     recipe: Recipe = pocket,
     depth: int = 2,
-    steps: int = 10,
+    steps: int = 70,
     checkpoint_seconds: float = 1e9,
 ) -> tuple[Path, Outcome]:
     """Train one run in a home; its folder and what became of it."""
@@ -81,11 +81,12 @@ def test_two_ranks_train_as_one(tmp_path: Path, home: Path) -> None:
     for folder, where in zip(homes(tmp_path, home, "one", "two"), (ONE, TWO), strict=True):
         watcher = Watcher()
         train(folder, where, watcher)
-        losses = [event["loss"] for event in of(watcher, "train")]
+        losses = [event["loss"] for event in of(watcher, "train")][:10]
         [evaluation] = of(watcher, "eval")
         results.append((losses, evaluation))
     (one, evaluation_one), (two, evaluation_two) = results
     assert len(one) == 10
+    assert pocket(2, steps=70).batch_rows >= 2
     assert two == pytest.approx(one, rel=1e-5)
     assert evaluation_one["rows"] == evaluation_two["rows"] == pocket(2).validation_rows
     assert evaluation_two["val_bpb"] == pytest.approx(evaluation_one["val_bpb"], rel=1e-4)
@@ -93,12 +94,12 @@ def test_two_ranks_train_as_one(tmp_path: Path, home: Path) -> None:
 
 def test_a_run_killed_half_way_ends_as_an_undisturbed_one(tmp_path: Path, home: Path) -> None:
     quiet, disturbed = homes(tmp_path, home, "quiet", "disturbed")
-    folder, _ = train(quiet, TWO, Watcher(), steps=30)
+    folder, _ = train(quiet, TWO, Watcher(), steps=70)
     undisturbed = json.loads((folder / "done.json").read_text())
     killed: list[int] = []
 
     def kill_trainers(attempt: Path, event: dict[str, Any]) -> None:
-        if event["event"] == "checkpoint" and event["step"] >= 12 and not killed:
+        if event["event"] == "checkpoint" and event["step"] >= 30 and not killed:
             supervisor = locks.holder(attempt.parent.parent / "lock")
             workers = [process.pid for process in psutil.Process(supervisor).children(recursive=True)]
             killed.extend(workers)
@@ -106,12 +107,12 @@ def test_a_run_killed_half_way_ends_as_an_undisturbed_one(tmp_path: Path, home: 
                 os.kill(pid, signal.SIGKILL)
 
     watcher = Watcher(kill_trainers)
-    folder, outcome = train(disturbed, TWO, watcher, steps=30, checkpoint_seconds=0)
+    folder, outcome = train(disturbed, TWO, watcher, steps=70, checkpoint_seconds=0)
     done = json.loads((folder / "done.json").read_text())
     first, second = of(watcher, "started")
     assert len(killed) >= 3
     assert first["resumed_from"] is None
-    assert second["resumed_from"] >= 12
+    assert second["resumed_from"] >= 30
     assert outcome.trained == [folder.name]
     same = ("val_bpb", "val_loss", "train_loss", "tokens", "flops", "weights_sha256")
     assert {key: done[key] for key in same} == {key: undisturbed[key] for key in same}
@@ -171,7 +172,7 @@ def interrupt_at(step: int) -> Listener:
 def test_a_diverged_run_is_a_result_and_is_not_tried_again(home: Path) -> None:
     wild = replace(pocket, name="wild", matrix_lr=1e30)
     watcher = Watcher()
-    folder, outcome = train(home, ONE, watcher, recipe=wild)
+    folder, outcome = train(home, ONE, watcher, recipe=wild, steps=10)
     assert watcher.outcomes[0][0] == "diverged"
     assert outcome.not_finished[folder.name].startswith("diverged: loss is nan")
     assert len(list((folder / "attempts").iterdir())) == 1

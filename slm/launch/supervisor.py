@@ -11,6 +11,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from slm import events
 from slm.launch import locks
 
 PR_SET_CHILD_SUBREAPER = 36
-GRACE_SECONDS = 60.0
-"""Time a trainer asked to stop has for its checkpoint."""
+POLL_SECONDS = 0.1
 LOG_TAIL = 4000
+"""Bytes of the log that are searched for an error."""
 
 
 def supervise(folder: Path) -> int:
@@ -34,10 +35,11 @@ def supervise(folder: Path) -> int:
         sys.exit(f"{run_folder.name} is held by process {locks.holder(run_folder / 'lock')}")
     _adopt_orphans()
     attempt = json.loads((folder / "attempt.json").read_text())
+    stop_asked = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop_asked.set())
     with (folder / "log").open("ab") as log:
         child = subprocess.Popen(_command(folder, attempt), stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-        signal.signal(signal.SIGTERM, lambda *_: child.terminate())
-        code = child.wait()
+    code = _wait(child, stop_asked)
     _kill_descendants()
     finished = (run_folder / "done.json").exists()
     document = {
@@ -45,10 +47,24 @@ def supervise(folder: Path) -> int:
         "time": time.time(),
         "code": max(code, 0),
         "signal": -code if code < 0 else None,
-        **({"reason": None, "message": None} if finished else _why(folder, code)),
+        **({"reason": None, "message": None} if finished else _why(folder, code, stop_asked.is_set())),
     }
     events.write_json(folder / "exit.json", document)
     return 0 if finished else 1
+
+
+def _wait(child: subprocess.Popen[bytes], stop_asked: threading.Event) -> int:
+    """Exit code of torchrun. A stop goes to its workers, which checkpoint in their own time."""
+    told = False
+    while True:
+        try:
+            return child.wait(timeout=POLL_SECONDS)
+        except subprocess.TimeoutExpired:
+            if stop_asked.is_set() and not told:
+                told = True
+                torchrun = psutil.Process(child.pid)
+                for process in torchrun.children(recursive=True) or [torchrun]:
+                    process.terminate()
 
 
 def _command(folder: Path, attempt: dict[str, Any]) -> list[str]:
@@ -59,17 +75,20 @@ def _command(folder: Path, attempt: dict[str, Any]) -> list[str]:
         "torch.distributed.run",
         "--standalone",
         f"--nproc-per-node={attempt['ranks']}",
+        f"--log-dir={folder / 'torchrun'}",
         "--module",
         "slm.train",
         str(folder),
     ]
 
 
-def _why(folder: Path, code: int) -> dict[str, Any]:
+def _why(folder: Path, code: int, stop_asked: bool) -> dict[str, Any]:
     """Reason and message of an attempt that did not finish: its own word, else the end of its log."""
     failed = [event for event in events.Reader(folder / "events.jsonl").new() if event["event"] == "failed"]
     if failed:
         return {"reason": failed[-1]["reason"], "message": failed[-1]["message"]}
+    if stop_asked:
+        return {"reason": "interrupted", "message": "stopped before the first step, as asked"}
     if code < 0:
         return {"reason": "error", "message": f"torchrun was killed by {signal.Signals(-code).name}"}
     tail = (folder / "log").read_bytes()[-LOG_TAIL:].decode(errors="replace")

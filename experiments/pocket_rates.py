@@ -1,0 +1,33 @@
+"""Which learning rates and batch suit a pocket model?
+
+The reference's constants hold at a batch of 2^19 tokens and depth 12; pocket re-bases them. One depth, one change at a
+time: every rate halved and doubled, the reference batch halved and doubled, and the reference's own rates for x0 and
+smear.
+"""
+
+from dataclasses import replace
+
+from slm.experiment import Experiment
+from slm.recipe import Recipe, nanochat, pocket
+
+
+def rates(name: str, factor: float) -> Recipe:
+    """Pocket with every scaled rate times a factor."""
+    groups = ("lm_head", "wte", "value_embeds", "resid", "x0")
+    scaled = {group: replace(getattr(pocket, group), lr=getattr(pocket, group).lr * factor) for group in groups}
+    return replace(pocket, name=name, matrix_lr=pocket.matrix_lr * factor, **scaled)
+
+
+experiment = Experiment(
+    name="pocket_rates",
+    question="Which learning rates and batch suit a pocket model?",
+    recipes=(
+        pocket,
+        rates("pocket-half-rates", 0.5),
+        rates("pocket-double-rates", 2.0),
+        replace(pocket, name="pocket-half-batch", reference_batch=512),
+        replace(pocket, name="pocket-double-batch", reference_batch=2048),
+        replace(pocket, name="pocket-reference-x0-smear", x0=nanochat.x0, smear=nanochat.smear),
+    ),
+    depths=(4,),
+)

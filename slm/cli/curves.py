@@ -1,0 +1,126 @@
+"""`slm fit-curves`: what more compute buys."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from slm.cli.options import Json, print_json, print_table
+
+SMOOTHING = 30
+"""A training curve is averaged over this share of its logged steps."""
+
+if TYPE_CHECKING:
+    import pandas
+
+    from slm.fits import Point
+
+
+def fit_curves(
+    experiment: Annotated[str | None, typer.Argument(help="An experiment; else the only one there is.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Where to draw, without ending; else by the fit's name.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Fit val_bpb against FLOPs, with intervals, isoFLOP minima and what cannot be concluded; draw the figure."""
+    import store
+    from slm import figures, fits
+
+    home = store.home()
+    store.ingest(home)
+    name = experiment or _only_experiment()
+    frame = store.results(name, home=home)
+    points = points_of(frame)
+    if not points:
+        raise ValueError(f"experiment {name!r} has no finished run: `slm status {name}` says what became of them")
+    fit = fits.fit_curves(points)
+    document = {"experiments": [name], "created": time.time()} | fit.document()
+    document["hash"] = _hash(document)
+    stem = figure or home / "figures" / f"{name}"
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    drawn = figures.draw_curve(fit, points, stem, curves=_curves(frame, name, home), title=name)
+    _record(document, home)
+    if as_json:
+        print_json(document | {"figures": [str(path) for path in drawn]})
+        return
+    print(fits.summary(fit))
+    for headers, rows in fits.tables(fit):
+        print()
+        print_table(rows, headers)
+    for warning in document["warnings"]:
+        print(f"\n{warning['code']}: {warning['message']}")
+    print(f"\nfigure: {drawn[0]}, {drawn[1]}")
+
+
+def points_of(frame: pandas.DataFrame) -> list[Point]:
+    """The finished runs of a results table as points. N is matrices and head."""
+    from slm.fits import Point
+
+    finished = frame[frame["status"] == "finished"]
+    return [
+        Point(
+            run_id=row["run_id"],
+            recipe=row["recipe"],
+            depth=row["depth"],
+            params=row["parameters_scaling"],
+            tokens=row["tokens"],
+            flops=row["flops"],
+            loss=row["val_bpb"],
+            seed=row["seed"],
+            budget=_budget(row["horizon"]),
+            comparison_key=row["comparison_key"],
+        )
+        for row in finished.to_dict("records")
+    ]
+
+
+def _budget(horizon: str) -> float | None:
+    name, _, value = horizon.partition("=")
+    return float(value) if name == "flops" else None
+
+
+def _only_experiment() -> str:
+    import store
+
+    names = store.sql("select name from experiments order by name")["name"].tolist()
+    if len(names) != 1:
+        raise ValueError(f"name an experiment: there are {', '.join(names) or 'none'} in {store.home()}")
+    return str(names[0])
+
+
+def _curves(results: pandas.DataFrame, name: str, home: Path) -> list[tuple[int, Any, Any]]:
+    """Depth, FLOPs and smoothed training loss of each finished run, for the figure's background.
+
+    Nats a token become bits per byte by the run's own ratio of the two on the validation rows.
+    """
+    import store
+
+    logged = dict(iter(store.curves(name, home=home).dropna(subset=["loss"]).groupby("run_id")))
+    curves = []
+    for row in results[results["status"] == "finished"].to_dict("records"):
+        run = logged[row["run_id"]]
+        smooth = run["loss"].rolling(max(1, len(run) // SMOOTHING), min_periods=1).mean()
+        curves.append((row["depth"], run["flops"].to_numpy(), smooth.to_numpy() * row["val_bpb"] / row["val_loss"]))
+    return curves
+
+
+def _hash(document: dict[str, Any]) -> str:
+    content = {key: value for key, value in document.items() if key != "created"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _record(document: dict[str, Any], home: Path) -> None:
+    """Keep the fit as a file and in the store."""
+    import store
+    from slm import events
+
+    folder = home / "fits"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{document['hash']}.json"
+    if not path.exists():
+        events.write_json(path, document)
+    store.ingest(home)

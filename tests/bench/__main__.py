@@ -1,0 +1,9 @@
+"""Print every area's table."""
+
+from tabulate import tabulate
+
+from tests.bench import data, trainer
+
+for area in (trainer, data):
+    print(f"\n{(area.__doc__ or '').splitlines()[0]}\n")
+    print(tabulate(area.rows(), headers=area.HEADERS, floatfmt=",.1f"))

@@ -1,0 +1,45 @@
+"""The long proofs: `make soak`."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from slm.launch import locks
+from tests.test_train import TWO, Watcher, homes, train
+
+pytestmark = pytest.mark.soak
+KILLS = 12
+
+
+def test_a_run_killed_a_dozen_times_ends_as_an_undisturbed_one(tmp_path: Path, home: Path) -> None:
+    quiet, disturbed = homes(tmp_path, home, "quiet", "disturbed")
+    folder, _ = train(quiet, TWO, Watcher(), depth=3, steps=400)
+    undisturbed = json.loads((folder / "done.json").read_text())
+    draw = random.Random(0)
+    at_steps = sorted(draw.sample(range(20, 390), KILLS))
+    killed: list[str] = []
+
+    def kill_somebody(attempt: Path, event: dict[str, Any]) -> None:
+        if event["event"] == "checkpoint" and at_steps and event["step"] >= at_steps[0]:
+            run = attempt.parent.parent
+            eldest = psutil.Process(locks.holder(run / "lock") or locks.holder(run / "train.lock"))
+            family = [eldest, *eldest.children(recursive=True)]
+            victim = draw.choice(family)
+            killed.append(victim.name())
+            at_steps.pop(0)
+            os.kill(victim.pid, signal.SIGKILL)
+
+    folder, outcome = train(disturbed, TWO, Watcher(kill_somebody), depth=3, steps=400, checkpoint_seconds=0)
+    done = json.loads((folder / "done.json").read_text())
+    assert len(killed) == KILLS
+    assert outcome.trained == [folder.name]
+    same = ("val_bpb", "val_loss", "train_loss", "tokens", "flops", "weights_sha256")
+    assert {key: done[key] for key in same} == {key: undisturbed[key] for key in same}
