@@ -56,8 +56,9 @@ class Display:
         how = "goes on in a trainer that is alive already" if attempt is None else f"attempt {int(attempt.name)}"
         if self._bars:
             given = plan.hyperparameters
+            label = f"d{given.depth} seed {plan.seed}"
             self._bars.update(
-                self._run_bar, description=_label(plan), total=given.steps, completed=0, note="starting", visible=True
+                self._run_bar, description=label, total=given.steps, completed=0, note="starting", visible=True
             )
         else:
             self._say(f"{_label(plan)} ({self._order[plan.run_id]} of {len(self._order)}): {how}")
@@ -90,7 +91,7 @@ class Display:
         rate = self._flops_per_second
         run_left = f"{_duration(self._left[plan.run_id] / rate)} left" if rate else ""
         sweep_left = f"{_duration(sum(self._left.values()) / rate)} left" if rate else ""
-        speed = f"{rate / plan.hyperparameters.flops_per_token:,.0f} tokens/s" if rate else ""
+        speed = f"{rate / plan.hyperparameters.flops_per_token:,.0f} tok/s" if rate else ""
         note = "  ".join((f"step {event['step']:,}", f"loss {event['loss']:.3f}", speed, run_left))
         if self._bars:
             self._bars.update(self._run_bar, completed=event["step"], note=note)

@@ -24,7 +24,7 @@ FRUITLESS_ATTEMPTS = 2
 FINAL_REASONS = ("diverged", "data", "cancelled")
 """Ends that another attempt would only repeat."""
 POLL_SECONDS = 0.2
-INGEST_SECONDS = 15.0
+INGEST_SECONDS = 30.0
 
 
 class View(Protocol):

@@ -31,7 +31,7 @@ from slm.evaluate.bpb import validation_loss
 from slm.launch import locks
 from slm.model import GPT
 from slm.optim import Optimizer, lr_multiplier
-from slm.plan import Plan
+from slm.plan import Plan, code_fingerprint
 
 TRAIN_EVENTS = 1000
 """A run logs at most about this many steps, evenly spaced."""
@@ -77,6 +77,7 @@ class Trainer:
         self.writer = events.Writer(attempt_folder / "events.jsonl") if self.rank == 0 else None
         self.progress = Progress()
         self.stop_asked = False
+        self.parent = os.getppid()
         self.last_checkpoint = self.clock = time.monotonic()
         self.checkpoint_cost = 0.0
 
@@ -98,6 +99,8 @@ class Trainer:
         signal.signal(signal.SIGTERM, self._ask_stop)
         if self.ranks > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        if code_fingerprint() != self.plan.code:
+            raise Stopped("data", "the trainer's sources changed after this run was planned: sweep again to plan anew")
         self._load_data()
         self._load_model()
         given = self.plan.hyperparameters
@@ -152,6 +155,8 @@ class Trainer:
 
     def _train_step(self) -> None:
         """One optimiser step, its event, and a checkpoint when one is due."""
+        if os.getppid() != self.parent:
+            sys.exit("torchrun is gone")
         given, step = self.plan.hyperparameters, self.progress.step
         began = time.perf_counter()
         loss, stop, checkpoint = self._gradients(step)

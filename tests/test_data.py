@@ -22,7 +22,7 @@ from pyarrow import parquet
 from slm.data import Prepared, prepare, prepared_for
 from slm.data.corpus import read_corpus
 from slm.data.loader import Order, Rows, share
-from slm.data.packing import pack, split
+from slm.data.packing import pack, shuffled, split
 from slm.data.tokenizer import Tokenizer, train_tokenizer
 from slm.recipe import pocket
 
@@ -180,6 +180,14 @@ def test_packing_loses_nothing_but_what_it_counts(documents: list[list[int]], le
     assert not rows or left < length
     if pieces:
         assert all(len(piece) <= length for piece in split_up)
+
+
+def test_pieces_of_a_long_document_do_not_follow_one_another() -> None:
+    pieces = [np.full(5, number) for number in range(1000)]
+    order = [int(piece[0]) for piece in shuffled(pieces)]
+    assert sorted(order) == list(range(1000))
+    assert sum(abs(a - b) == 1 for a, b in zip(order, order[1:], strict=False)) < 20
+    assert order == [int(piece[0]) for piece in shuffled(pieces[::-1])]
 
 
 def test_packing_prefers_the_longest_document_that_fits() -> None:

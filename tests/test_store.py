@@ -240,6 +240,15 @@ sys.stdin.read()
         reader.communicate()
 
 
+def test_no_function_keeps_a_connection(tmp_path: Path) -> None:
+    write_run(tmp_path, "aaa")
+    for function in (store.ingest, store.rebuild, lambda home: store.sql("select 1", home=home)):
+        function(tmp_path)
+        for name in ("slm.duckdb", "results.duckdb"):
+            program = f"import duckdb; duckdb.connect('{tmp_path / name}').execute('create or replace table t (a int)')"
+            subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_a_writer_waits_for_another_and_then_goes_on(tmp_path: Path) -> None:
     write_run(tmp_path, "aaa")
     store.ingest(tmp_path)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_right, insort
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
 
 Tokens = npt.NDArray[np.int64]
 
+SHUFFLE = 2**16
+"""Pieces that are shuffled together."""
 BUFFER = 1000
 """Documents to choose from while a row is filled."""
 
@@ -22,6 +26,13 @@ def split(documents: Iterable[list[int]], bos: int, length: int, pieces: bool) -
         step = length - 1 if pieces else max(len(document), 1)
         for start in range(0, len(document), step):
             yield np.array([bos, *document[start : start + step]], dtype=np.int64)
+
+
+def shuffled(pieces: Iterable[Tokens]) -> Iterator[Tokens]:
+    """Pieces in the order of their SHA-256, SHUFFLE at a time: a long document's pieces do not follow one another."""
+    source = iter(pieces)
+    while chunk := list(islice(source, SHUFFLE)):
+        yield from sorted(chunk, key=lambda piece: hashlib.sha256(piece.tobytes()).digest())
 
 
 def pack(documents: Iterable[Tokens], length: int) -> Iterator[tuple[Tokens, int]]:

@@ -1,6 +1,7 @@
 """A corpus -> one prepared folder: tokenizer.json, validation.bin, train.bin and their manifest, by content.
 
-Validation comes first: the documents that lead the content order fill the validation rows; the others are trained on.
+Validation comes first: the documents that lead the content order fill the validation rows; the others are trained on,
+those split into pieces in an order of the pieces' own.
 The tokeniser learns from the documents at the end of that order, which are never validation.
 """
 
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from slm.data.corpus import Corpus, read_corpus, source_state
-from slm.data.packing import Tokens, pack, split
+from slm.data.packing import Tokens, pack, shuffled, split
 from slm.data.tokenizer import Tokenizer, train_tokenizer
 from slm.plan import DataIdentity
 from slm.recipe import Hyperparameters
@@ -167,7 +168,8 @@ def _fill(folder: Path, corpus: Corpus, given: Hyperparameters, report: Report) 
         )
     validation_documents = counts["documents"]
     rows = _Rows(folder / "train.bin", length, tokenizer)
-    train = rows.write(pack(split(source, tokenizer.bos, length, pieces), length))
+    remaining = split(source, tokenizer.bos, length, pieces)
+    train = rows.write(pack(shuffled(remaining) if pieces else remaining, length))
     if not train["rows"]:
         raise ValueError(f"corpus {corpus.name} is too small: nothing is left to train on")
     return {

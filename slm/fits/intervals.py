@@ -1,0 +1,55 @@
+"""Profile-likelihood intervals: {φ : S(φ) <= S_min·(1 + F_.95(1, n-p)/(n-p))}, an open end said to be open."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from scipy import optimize, stats
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its 95 % interval. What is not known is None, never a number."""
+
+    estimate: float | None
+    """The best value."""
+    low: float | None = None
+    """Lower end; None when unbounded or not known."""
+    high: float | None = None
+    """Upper end; None when unbounded or not known."""
+    identifiable: bool = False
+    """Whether the data bound the value on both sides."""
+
+    def document(self) -> dict[str, float | bool | None]:
+        """As JSON."""
+        return {"estimate": self.estimate, "low": self.low, "high": self.high, "identifiable": self.identifiable}
+
+    def text(self, form: str = ".3g", scale: float = 1.0) -> str:
+        """`1.2 [1.1, 1.4]`, an open end as `?`."""
+        if self.estimate is None:
+            return "not known"
+        low, high = (format(end * scale, form) if end is not None else "?" for end in (self.low, self.high))
+        return f"{self.estimate * scale:{form}} [{low}, {high}]"
+
+
+def allowance(free: int) -> float:
+    """Factor over the least objective up to which a value is inside, with `free` = n - p degrees of freedom."""
+    assert free > 0
+    return 1 + float(stats.f.ppf(LEVEL, 1, free)) / free
+
+
+def crossing(excess: Callable[[float], float], start: float, end: float, first: float) -> float | None:
+    """Where `excess` (<= 0 at `start`) turns positive on the way to `end`: doubling strides from `first`, then Brent.
+
+    None when it does not: the interval is open on that side.
+    """
+    inside, stride, way = start, first, 1.0 if end > start else -1.0
+    while inside != end:
+        outside = min(inside + stride, end) if way > 0 else max(inside - stride, end)
+        if excess(outside) > 0:
+            return float(optimize.brentq(excess, inside, outside, xtol=1e-14, rtol=1e-9))
+        inside, stride = outside, 2 * stride
+    return None

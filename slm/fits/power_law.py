@@ -1,0 +1,331 @@
+"""L(C) = E + K·C^-p through the compute-optimal runs, and its rival without a floor, L(C) = K·C^-p.
+
+Estimator: the sum of Huber losses of the log residuals. For each p of a grid the linear part (E, K >= 0) is solved, the
+best are polished together. delta = 1.345·sigma (95 % efficient under Gauss), sigma from replicate seeds, else
+1.4826·MAD. Every interval is an extreme over one region, {S <= S_min·(1 + F_.95(1, n-p)/(n-p))}, of which the boundary
+is sampled: the profile-likelihood interval of E, K, p, L(C) or any other function of them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import optimize
+
+from slm.fits.intervals import Interval, allowance, crossing
+from slm.fits.points import Point
+
+Array = NDArray[np.float64]
+
+Solver = Callable[[Array], tuple[Array, Array]]
+"""Exponents (P,) -> the best parameters there (P, 3) and their objectives (P,)."""
+
+ADDITIVE = "E + K*C^-p"
+PURE = "K*C^-p"
+PARAMETERS = {ADDITIVE: 3, PURE: 2}
+P_RANGE = (0.002, 3.0)
+"""Exponents looked at; an interval that reaches an end is open there."""
+ROUNDING = 1e-10
+"""Log residuals below this are rounding, not noise."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How far a run is from the law."""
+
+    sigma: float
+    """Standard deviation of ln loss."""
+    source: str
+    """`replicate seeds` or `1.4826*MAD`."""
+
+    @property
+    def delta(self) -> float:
+        """Where the Huber loss turns linear; infinite, so plain least squares, when there is no noise to speak of."""
+        return 1.345 * self.sigma if self.sigma > ROUNDING else np.inf
+
+
+LEAST_SQUARES = Noise(0.0, "none")
+
+
+@dataclass(frozen=True)
+class Law:
+    """One law, fitted. Its parameters at C0, `reference`: loss = floor + scale·(C/C0)^-exponent."""
+
+    form: str
+    """ADDITIVE or PURE."""
+    reference: float
+    """C0, FLOPs: geometric mean of the runs."""
+    smallest: float
+    """Smallest compute of the runs, FLOPs."""
+    largest: float
+    """Largest compute of the runs, FLOPs."""
+    best: Array
+    """(floor, scale, exponent)."""
+    region: Array
+    """(m, 3): the boundary of the 95 % region, and the best."""
+    open_low: bool
+    """Whether the exponent has no lower end above 0."""
+    open_high: bool
+    """Whether the exponent has no upper end."""
+    objective: float
+    """Sum of Huber losses of the log residuals."""
+    noise: Noise
+    """What set delta."""
+    residual_rms: float
+    """Root mean square log residual."""
+    n: int
+    """Runs."""
+
+    def loss(self, flops: Array | float) -> Array:
+        """The law at C; any shape."""
+        return _losses(self.best[None], np.log(np.asarray(flops, float) / self.reference))[0]
+
+    def band(self, flops: Array) -> tuple[Array, Array]:
+        """Ends of the 95 % interval of the law (not of a further run) at C."""
+        losses = _losses(self.region, np.log(flops / self.reference))
+        return losses.min(0), losses.max(0)
+
+    def interval(self, value: Callable[[Array], Array]) -> Interval:
+        """Any function of the parameters, given (m, 3) rows (floor, scale, exponent): estimate and extremes."""
+        values = value(self.region)
+        return Interval(float(value(self.best[None])[0]), float(values.min()), float(values.max()), True)
+
+    @property
+    def p(self) -> Interval:
+        """Exponent of compute."""
+        return self._open(self.interval(lambda rows: rows[:, 2]))
+
+    @property
+    def E(self) -> Interval:  # noqa: N802
+        """Irreducible loss; not there in the pure law. An interval from 0 holds no floor."""
+        if self.form == PURE:
+            return Interval(None)
+        own = self.interval(lambda rows: rows[:, 0])
+        return replace(own, identifiable=bool(own.low) and self.p.identifiable)
+
+    @property
+    def K(self) -> Interval:  # noqa: N802
+        """Reducible loss at one FLOP, in the loss's unit: as well known as p."""
+        return self._open(self.interval(lambda rows: rows[:, 1] * self.reference ** rows[:, 2]))
+
+    def _open(self, own: Interval) -> Interval:
+        low, high = 0.0 if self.open_low else own.low, None if self.open_high else own.high
+        return Interval(own.estimate, low, high, not (self.open_low or self.open_high))
+
+    def slope(self, flops: float) -> Interval:
+        """d ln L / d ln C at C."""
+        return self.interval(lambda rows: self._slopes(rows, flops))
+
+    def gain(self, flops: float) -> Interval:
+        """Share of the loss that doubling compute takes away at C, by the slope there: 1 - 2^slope."""
+        return self.interval(lambda rows: 1 - 2 ** self._slopes(rows, flops))
+
+    def _slopes(self, rows: Array, flops: float) -> Array:
+        reducible = rows[:, 1] * (flops / self.reference) ** -rows[:, 2]
+        return np.asarray(-rows[:, 2] * reducible / (rows[:, 0] + reducible))
+
+
+def fit_law(form: str, flops: Array, losses: Array, noise: Noise) -> Law:
+    """One form through (n,) runs, at least one more than it has parameters."""
+    free = len(flops) - PARAMETERS[form]
+    reference, z, logc = _logs(flops, losses)
+    solve = _solver(form, logc, z, noise.delta)
+    best, objective = _best(solve, logc, z, noise.delta)
+    limit = (objective + len(z) * ROUNDING**2) * allowance(free)
+    low, high = _exponents_inside(solve, best[2], limit)
+    region = _boundary(solve, logc, z, noise.delta, limit, (low or P_RANGE[0], high or P_RANGE[1]), form)
+    return Law(
+        form=form,
+        reference=reference,
+        smallest=float(flops.min()),
+        largest=float(flops.max()),
+        best=best,
+        region=np.vstack([best, region]),
+        open_low=low is None,
+        open_high=high is None,
+        objective=objective,
+        noise=noise,
+        residual_rms=float(np.sqrt(np.mean((z - np.log(_losses(best[None], logc)[0])) ** 2))),
+        n=len(z),
+    )
+
+
+def predict(form: str, flops: Array, losses: Array, noise: Noise, at: Array) -> Array:
+    """Loss at compute `at` by a law through the runs, of which there may be as many as parameters."""
+    reference, z, logc = _logs(flops, losses)
+    best, _ = _best(_solver(form, logc, z, noise.delta), logc, z, noise.delta)
+    return np.asarray(_losses(best[None], np.log(at / reference))[0])
+
+
+def _logs(flops: Array, losses: Array) -> tuple[float, Array, Array]:
+    """C0, ln L and ln(C/C0)."""
+    reference = float(np.exp(np.log(flops).mean()))
+    return reference, np.log(losses), np.log(flops / reference)
+
+
+def noise_of(points: Sequence[Point], flops: Array, losses: Array, form: str) -> Noise:
+    """Spread of ln loss: of seeds, with two degrees of freedom at least, else around the least-squares law."""
+    groups: dict[tuple[float, ...], list[float]] = defaultdict(list)
+    for point in points:
+        groups[point.depth, point.params, point.tokens, point.budget or 0.0].append(float(np.log(point.loss)))
+    free = sum(len(group) - 1 for group in groups.values())
+    if free >= 2:
+        squares = sum(float(np.var(group)) * len(group) for group in groups.values())
+        return Noise(float(np.sqrt(squares / free)), "replicate seeds")
+    residuals = np.log(losses / predict(form, flops, losses, LEAST_SQUARES, flops))
+    return Noise(float(1.4826 * np.median(np.abs(residuals))), "1.4826*MAD")
+
+
+def huber(residuals: Array, delta: float) -> Array:
+    """Sum over the last axis."""
+    size = np.abs(residuals)
+    inner = np.minimum(size, delta)
+    return np.asarray((inner * (size - inner / 2)).sum(-1))
+
+
+def _losses(rows: Array, logc: Array) -> Array:
+    """(m, 3) parameters at c = ln(C/C0) -> (m, *c.shape)."""
+    floor, scale, exponent = (rows[:, k].reshape(-1, *[1] * np.ndim(logc)) for k in range(3))
+    return np.asarray(floor + scale * np.exp(-exponent * logc))
+
+
+def _linear(exponents: Array, *, logc: Array, z: Array, delta: float, additive: bool) -> tuple[Array, Array]:
+    """Best (floor, scale) >= 0 at each exponent: rows (P, 3) and their objectives (P,).
+
+    Reweighted least squares on ln L ~ ln m + (m' - m)/m, linear in the new m' = floor + scale·x.
+    """
+    x = np.exp(-exponents[:, None] * logc)
+    model, weights = np.broadcast_to(np.exp(z), x.shape), np.ones_like(x)
+    for _ in range(200):
+        a, b, target = 1 / model, x / model, z - np.log(model) + 1
+        aa, ab, bb = ((weights * u * v).sum(-1) for u, v in ((a, a), (a, b), (b, b)))
+        at, bt = ((weights * u * target).sum(-1) for u in (a, b))
+        if additive:
+            determinant = aa * bb - ab * ab
+            floor, scale = (bb * at - ab * bt) / determinant, (aa * bt - ab * at) / determinant
+            scale = np.where(floor < 0, bt / bb, scale)
+            floor = np.where(scale < 0, at / aa, np.maximum(floor, 0))
+            scale = np.maximum(scale, 0)
+        else:
+            floor, scale = np.zeros_like(bb), bt / bb
+        previous, model = model, floor[:, None] + scale[:, None] * x
+        residuals = z - np.log(model)
+        weights = delta / np.maximum(np.abs(residuals), delta) if np.isfinite(delta) else weights
+        if np.abs(model / previous - 1).max() < 1e-13:
+            break
+    return np.stack([floor, scale, exponents], 1), huber(residuals, delta)
+
+
+def _solver(form: str, logc: Array, z: Array, delta: float) -> Solver:
+    return partial(_linear, logc=logc, z=z, delta=delta, additive=form == ADDITIVE)
+
+
+def _best(solve: Solver, logc: Array, z: Array, delta: float) -> tuple[Array, float]:
+    """Best parameters and objective: the grid of exponents, its best few polished, one of them without a floor."""
+    grid, objectives = solve(np.geomspace(*P_RANGE, 60))
+    order = objectives.argsort()
+    starts = [*order[grid[order, 0] == 0][:1], *order[:3]]
+    found = [(grid[k], float(objectives[k])) for k in starts]
+    found += [_polish(grid[k], logc, z, delta) for k in starts if grid[k, 1] > 0]
+    return min(found, key=lambda pair: pair[1])
+
+
+def _polish(start: Array, logc: Array, z: Array, delta: float) -> tuple[Array, float]:
+    """Trust region on all parameters at once with the analytic Jacobian; a floor of 0 stays 0."""
+    columns = [0, 1, 2] if start[0] > 0 else [1, 2]
+    unit = delta if np.isfinite(delta) else 1e-3
+    low, high = np.array([0, 0, P_RANGE[0]])[columns], np.array([np.inf, np.inf, P_RANGE[1]])[columns]
+
+    def row(theta: Array) -> Array:
+        full = np.zeros(3)
+        full[columns] = theta
+        return full[None]
+
+    def residuals(theta: Array) -> Array:
+        return np.asarray((np.log(_losses(row(theta), logc)[0]) - z) / unit)
+
+    def jacobian(theta: Array) -> Array:
+        _, scale, exponent = row(theta)[0]
+        x = np.exp(-exponent * logc)
+        slopes = np.stack([np.ones_like(x), x, -scale * logc * x], 1)[:, columns]
+        return np.asarray(slopes / _losses(row(theta), logc)[0][:, None] / unit)
+
+    best = optimize.least_squares(
+        residuals,
+        np.clip(start[columns], low + 1e-9, high - 1e-9),
+        jac=jacobian,
+        bounds=(low, high),
+        loss="huber" if np.isfinite(delta) else "linear",
+        x_scale="jac",
+        xtol=1e-15,
+        ftol=1e-15,
+        gtol=1e-15,
+        max_nfev=500,
+    )
+    return row(best.x)[0], float(huber(residuals(best.x) * unit, delta))
+
+
+def _exponents_inside(solve: Solver, best: float, limit: float) -> tuple[float | None, float | None]:
+    """Ends of the exponent's profile; None where it is still inside at the end of P_RANGE."""
+
+    def excess(exponent: float) -> float:
+        return float(solve(np.array([exponent]))[1][0]) - limit if exponent != best else -limit
+
+    return crossing(excess, best, P_RANGE[0], best / 20), crossing(excess, best, P_RANGE[1], best / 20)
+
+
+def _boundary(
+    solve: Solver,
+    logc: Array,
+    z: Array,
+    delta: float,
+    limit: float,
+    ends: tuple[float, float],
+    form: str,
+) -> Array:
+    """Points of the region's boundary (m, 3): at 41 exponents, rays from the best (floor, scale) to where S = limit.
+
+    Where a ray meets floor = 0 or scale = 0 first, it ends there: the region is that of non-negative parameters.
+    """
+    low, high = np.log(ends)
+    exponents = np.exp((low + high) / 2 - (high - low) / 2 * np.cos(np.linspace(0, np.pi, 41)))
+    centres = solve(exponents)[0]
+    x = np.exp(-exponents[:, None] * logc)
+    centre, rays = centres[:, :2, None], _rays(centres, x, form)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        wall = np.nanmin(np.where(rays < 0, -centre / rays, np.inf), 1) * (1 - 1e-9)
+
+    def inside(radius: Array) -> NDArray[np.bool_]:
+        floor, scale = np.moveaxis(centre + radius[:, None] * rays, 1, 0)
+        return huber(np.log(floor[..., None] + scale[..., None] * x[:, None]) - z, delta) <= limit
+
+    near, far = np.zeros_like(wall), np.minimum(wall, np.sqrt(2 * limit))
+    for _ in range(60):
+        growing = inside(far) & (far < wall)
+        if not growing.any():
+            break
+        near, far = np.where(growing, far, near), np.where(growing, np.minimum(2 * far, wall), far)
+    for _ in range(36):
+        middle = (near + far) / 2
+        within = inside(middle)
+        near, far = np.where(within, middle, near), np.where(within, far, middle)
+    floor, scale = np.moveaxis(centre + near[:, None] * rays, 1, 0)
+    floor = np.where(floor < 1e-6 * np.exp(z.min()), 0.0, floor)
+    return np.stack(np.broadcast_arrays(floor, scale, exponents[:, None]), -1).reshape(-1, 3)
+
+
+def _rays(centres: Array, x: Array, form: str) -> Array:
+    """(P, 2, rays) directions of (floor, scale), scaled so that a unit changes the log residuals by one in length."""
+    model = centres[:, :1] + centres[:, 1:2] * x
+    jacobian = np.stack([np.ones_like(x), x], -1) / model[..., None]
+    if form == PURE:
+        unit = 1 / np.sqrt((jacobian[..., 1] ** 2).sum(-1))
+        return np.stack([np.zeros((len(unit), 2)), np.stack([unit, -unit], 1)], 1)
+    angles = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+    lower = np.linalg.cholesky(np.swapaxes(jacobian, 1, 2) @ jacobian)
+    return np.linalg.solve(np.swapaxes(lower, 1, 2), np.stack([np.cos(angles), np.sin(angles)])[None])
