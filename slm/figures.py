@@ -6,12 +6,12 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slm.fits import CurveFit, IsoFlop, Law, Point, Valley
+from slm.fits import ADDITIVE, CurveFit, IsoFlop, Law, Point, Valley
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +24,7 @@ Curve = tuple[int, Array, Array]
 Label = tuple[str, float, float]
 """Text, training FLOPs and loss."""
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.spines.top": False,
@@ -34,7 +34,7 @@ STYLE = {
     "svg.hashsalt": "slm",
 }
 INK, LAW, BAND, FAINT = "#222222", "#D55E00", "#F3C9A9", "#9A9A9A"
-"""The law is Okabe and Ito's vermilion; budgets and depths are shades of viridis, which print and colour-blindness keep."""
+"""The law is Okabe and Ito's vermilion; budgets are shades of viridis: colour-blindness and grey print keep both."""
 
 
 def draw_curve(
@@ -55,15 +55,24 @@ def draw_curve(
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.5 if fit.isoflop else 6.8, 4.6), layout="constrained")
-        axes = np.atleast_1d(figure.subplots(1, 2 if fit.isoflop else 1))
+        axes = figure.subplots(1, 2 if fit.isoflop else 1, squeeze=False)[0]
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
         _compute_panel(axes[0], fit, points, curves or [])
         if fit.isoflop:
             _valley_panel(axes[1], fit.isoflop, fit.convention)
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower left", ncols=5, columnspacing=1.4, handlelength=1.8)
+        figure.legend(
+            handles,
+            labels,
+            loc="outside lower left",
+            ncols=6 if fit.isoflop else 4,
+            columnspacing=1.4,
+            handlelength=1.8,
+        )
         figure.draw_without_rendering()
-        _label(axes[0], _depth_labels([point for point in points if point.budget is None]), points)
+        _label(axes[0], _depth_labels(points, fit.law), points)
+        if fit.isoflop:
+            _budget_labels(axes[1], fit.isoflop)
         return _save(figure, path_stem, "png"), _save(figure, path_stem, "svg")
 
 
@@ -82,6 +91,7 @@ def _compute_panel(axes: Axes, fit: CurveFit, points: Sequence[Point], curves: S
     axes.set_xlabel("training compute (FLOPs)")
     axes.set_ylabel("validation loss (bits per byte)")
     _limits(axes, points, fit.law)
+    _compute_ticks(axes)
     for order, (_, flops, loss) in enumerate(curves):
         label = "while training" if order == 0 else None
         axes.plot(flops, loss, color=FAINT, alpha=0.45, linewidth=0.8, zorder=1, label=label)
@@ -89,7 +99,11 @@ def _compute_panel(axes: Axes, fit: CurveFit, points: Sequence[Point], curves: S
         label = "runs at a budget"
         axes.plot(*_columns(grid), "o", color=FAINT, markersize=3.5, alpha=0.8, linestyle="", zorder=2, label=label)
     if ladder:
-        label = "compute-optimal runs"
+        label = (
+            "compute-optimal runs (×n: seeds)"
+            if len({p.depth for p in ladder}) < len(ladder)
+            else "compute-optimal runs"
+        )
         axes.plot(
             *_columns(ladder), "o", color=INK, markersize=5, alpha=0.75, mec="white", mew=0.6, zorder=5, label=label
         )
@@ -115,7 +129,7 @@ def _limits(axes: Axes, points: Sequence[Point], law: Law | None) -> None:
     floor = min(float(law.loss(reach)) if law else low, low)
     height = high - floor or 0.1 * high
     axes.set_xlim(flops.min() / 2.5, max(flops.max() * 2, reach))
-    axes.set_ylim(floor - 0.22 * height, high + 0.12 * height)
+    axes.set_ylim(floor - (0.1 if law else 0.22) * height, high + 0.12 * height)
 
 
 def _law(axes: Axes, law: Law) -> None:
@@ -132,8 +146,10 @@ def _law(axes: Axes, law: Law) -> None:
 
 
 def _sentence(law: Law) -> str:
-    formula = "L = E + K·C^-p" if law.form.startswith("E") else "L = K·C^-p"
-    floor = f", E = {law.E.text('.2f')}" if law.form.startswith("E") else ""
+    formula = "L = E + K·C⁻ᵖ" if law.form == ADDITIVE else "L = K·C⁻ᵖ"
+    floor = ""
+    if law.form == ADDITIVE:
+        floor = f", E = {law.E.text('.2f')}" if law.E.identifiable else f", E ≤ {law.E.high:.2f}, not identified"
     gain = law.gain(law.largest)
     return (
         f"{formula}, p = {law.p.text('.3f')}{floor}\n"
@@ -141,15 +157,17 @@ def _sentence(law: Law) -> str:
     )
 
 
-def _depth_labels(points: Sequence[Point]) -> list[Label]:
-    """One label for the runs of a depth: text and where."""
-    groups: dict[int, list[Point]] = defaultdict(list)
+def _depth_labels(points: Sequence[Point], law: Law | None) -> list[Label]:
+    """One label for the compute-optimal runs of a depth, placed at the lowest of them and the law."""
+    groups: dict[tuple[int, float], list[Point]] = defaultdict(list)
     for point in points:
-        groups[point.depth].append(point)
-    return [
-        (f"d{depth}" + f" ×{len(own)}" * (len(own) > 1), own[0].flops, min(point.loss for point in own))
-        for depth, own in sorted(groups.items())
-    ]
+        if point.budget is None:
+            groups[point.depth, point.flops].append(point)
+    labels = []
+    for (depth, flops), runs in sorted(groups.items()):
+        losses = [run.loss for run in runs] + ([float(law.loss(flops))] if law else [])
+        labels.append((f"d{depth} ×{len(runs)}" if len(runs) > 1 else f"d{depth}", flops, min(losses)))
+    return labels
 
 
 def _label(axes: Axes, labels: Sequence[Label], points: Sequence[Point]) -> None:
@@ -174,19 +192,19 @@ def _label(axes: Axes, labels: Sequence[Label], points: Sequence[Point]) -> None
 
 
 def _valley_panel(axes: Axes, grid: IsoFlop, convention: str) -> None:
-    """Loss against size at each budget; a star and a bar for a minimum and its interval, hollow runs where there is none."""
-    from matplotlib import colormaps
-
+    """Loss against size at each budget; star and bar for a minimum and its interval, hollow runs where it has none."""
     axes.set_xscale("log")
     axes.set_xlabel(f"parameters ({convention})")
     axes.set_ylabel("validation loss (bits per byte)")
-    shades = colormaps["viridis"](np.linspace(0, 0.8, len(grid.valleys)))
-    for valley, shade in zip(grid.valleys, shades):
+    for valley, shade in zip(grid.valleys, _shades(grid)):
         _valley(axes, grid, valley, shade)
     runs = [point for valley in grid.valleys for point in (*valley.points, *valley.left_out)]
     sizes, losses = np.array([point.params for point in runs]), np.array([point.loss for point in runs])
     width, height = sizes.max() / sizes.min(), np.ptp(losses) or 0.1 * losses.max()
-    axes.set_xlim(sizes.min() / width**0.06, sizes.max() * width**0.3)
+    axes.set_xlim(
+        sizes.min() / width**0.06,
+        sizes.max() * width ** (0.38 if all(valley.minimum for valley in grid.valleys) else 0.7),
+    )
     axes.set_ylim(losses.min() - 0.12 * height, losses.max() + 0.08 * height)
     _size_ticks(axes)
     axes.set_title(_exponents(grid), loc="left")
@@ -204,11 +222,36 @@ def _valley(axes: Axes, grid: IsoFlop, valley: Valley, shade: Array) -> None:
         if ends.low and ends.high:
             axes.plot([ends.low, ends.high], [best.loss] * 2, color=LAW, linewidth=2, marker="|", ms=8, zorder=4)
         axes.plot([best.params], [best.loss], "*", color=LAW, ms=11, mec="white", mew=0.6, zorder=5)
-    last = max(runs, key=lambda point: point.params)
-    text = f"{_short(valley.budget)} FLOPs" + ("" if best else "\nno minimum here")
-    axes.annotate(
-        text, (last.params, last.loss), (8, 0), textcoords="offset points", va="center", color=shade, fontsize=8
-    ).set_in_layout(False)
+
+
+def _budget_labels(axes: Axes, grid: IsoFlop) -> None:
+    """Each budget beside its largest run, moved up until it covers no other."""
+    ends = [max((*own.points, *own.left_out), key=lambda point: point.params) for own in grid.valleys]
+    unit, floor = 72 / axes.figure.dpi, -np.inf
+    for end, own, shade in sorted(zip(ends, grid.valleys, _shades(grid)), key=lambda row: row[0].loss):
+        height = axes.transData.transform((end.params, end.loss))[1] * unit
+        floor = max(height, floor + 11)
+        text = f"{own.budget:.3g} FLOPs".replace("e+", "e") + ("" if own.minimum else ": no minimum")
+        axes.annotate(
+            text, (end.params, end.loss), (8, floor - height), textcoords="offset points", va="center", color=shade
+        ).set_in_layout(False)
+
+
+def _shades(grid: IsoFlop) -> Array:
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](np.linspace(0, 0.72, len(grid.valleys)))
+
+
+def _compute_ticks(axes: Axes) -> None:
+    """Whole powers of ten; over a narrow range 1, 2 and 5 times them."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    low, high = axes.get_xlim()
+    if high / low < 50:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("e+", "e")))
 
 
 def _size_ticks(axes: Axes) -> None:
@@ -223,10 +266,6 @@ def _exponents(grid: IsoFlop) -> str:
     if grid.params_exponent is None or grid.tokens_exponent is None:
         return "fewer than two minima: no exponents"
     return (
-        f"optimal size ∝ C^a, a = {grid.params_exponent.text('.2f')}\n"
-        f"its tokens ∝ C^b, b = {grid.tokens_exponent.text('.2f')}"
+        f"optimal size ∝ Cᵃ, a = {grid.params_exponent.text('.2f')}\n"
+        f"its tokens ∝ Cᵇ, b = {grid.tokens_exponent.text('.2f')}"
     )
-
-
-def _short(value: float) -> str:
-    return f"{value:.3g}".replace("e+", "e")

@@ -34,7 +34,8 @@ select
   a.attempts, a.host, a.device, a.device_name, a.ranks, a.threads, a.micro_batch, a.python, a.versions, a.commit,
   a.diff is not null as modified,
   r.code, r.corpus, r.tokenizer, r.train_rows, r.validation, r.validation_rows, r.sequence_length,
-  r.validation || '/' || r.tokenizer || '/' || cast(r.sequence_length as varchar) as comparison_key
+  'validation=' || r.validation || ' tokenizer=' || r.tokenizer
+    || ' context=' || cast(r.sequence_length as varchar) as comparison_key
 from runs r
 left join finished f on f.run_id = r.run_id
 left join latest_attempts a on a.run_id = r.run_id

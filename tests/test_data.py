@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -186,7 +187,7 @@ def test_pieces_of_a_long_document_do_not_follow_one_another() -> None:
     pieces = [np.full(5, number) for number in range(1000)]
     order = [int(piece[0]) for piece in shuffled(pieces)]
     assert sorted(order) == list(range(1000))
-    assert sum(abs(a - b) == 1 for a, b in zip(order, order[1:], strict=False)) < 20
+    assert sum(abs(a - b) == 1 for a, b in pairwise(order)) < 20
     assert order == [int(piece[0]) for piece in shuffled(pieces[::-1])]
 
 

@@ -12,7 +12,7 @@ import typer
 
 from slm.cli.options import Json, print_json, print_table
 
-SMOOTHING = 30
+SMOOTHING = 12
 """A training curve is averaged over this share of its logged steps."""
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def fit_curves(
     if not points:
         raise ValueError(f"experiment {name!r} has no finished run: `slm status {name}` says what became of them")
     fit = fits.fit_curves(points)
-    document = {"experiments": [name], "created": time.time()} | fit.document()
+    document: dict[str, Any] = {"experiments": [name], "created": time.time()} | fit.document()
     document["hash"] = _hash(document)
     stem = figure or home / "figures" / f"{name}"
     stem.parent.mkdir(parents=True, exist_ok=True)

@@ -133,6 +133,12 @@ def _choose(runs: Sequence[Point | Minimum], through: str) -> Choice:
     return Choice(law, rival, why, validation)
 
 
+def gains(law: Law) -> bool:
+    """Whether compute lowers the loss at the largest run, by the whole interval (a share of 1e-9 is none)."""
+    low = law.gain(law.largest).low
+    return low is not None and low > 1e-9
+
+
 def _steps(flops: Array) -> int:
     """Different computes; replicates and the rounding of steps aside, one within a percent."""
     return len(flops) and int(1 + (np.diff(np.sort(np.log(flops))) > 0.01).sum())
@@ -149,8 +155,8 @@ def _validate(flops: Array, losses: Array, noise: Noise) -> Validation:
 
 
 def _preferred(additive: Law, pure: Law, errors: dict[str, float]) -> tuple[str, str]:
-    if additive.best[0] == 0:
-        return PURE, "the best floor is 0"
+    if additive.best[:2].min() == 0:
+        return PURE, "the best floor is 0" if additive.best[0] == 0 else "the loss does not fall with compute"
     held = ", ".join(f"{form} {100 * error:.2g} %" for form, error in errors.items())
     if abs(errors[ADDITIVE] - errors[PURE]) > additive.noise.sigma:
         return min(errors, key=errors.__getitem__), f"error at the largest compute, held out: {held}"
@@ -178,6 +184,10 @@ def _law_cautions(choice: Choice) -> list[Caution]:
     if additive is None or not additive.E.identifiable:
         message = "the runs do not hold the irreducible loss E: its interval reaches 0" if additive else choice.why
         found.append(Caution("E_unidentified", f"{message}; how far the gains go on is open"))
+    if not gains(choice.law):
+        gain = choice.law.gain(choice.law.largest)
+        message = f"the runs do not show that compute lowers the loss: a doubling gives {gain.text('.2g', 100)} %"
+        found.append(Caution("no_gain", message))
     factor = choice.validation.factor if choice.validation else None
     if factor is None or factor < REACH:
         tested = f"tested {factor:.3g} times beyond" if factor else "not tested beyond any run"
@@ -192,7 +202,7 @@ def _grid_cautions(isoflop: IsoFlop | None) -> list[Caution]:
         for valley in (isoflop.valleys if isoflop else ())
         if valley.code
     ]
-    if isoflop is None:
+    if isoflop is None or len(isoflop.valleys) < 2:
         message = (
             "parameters and tokens grow together along compute-optimal runs, so their exponents cannot be told apart: "
             "only L(C) is known; several sizes at each of two or more FLOPs budgets would tell"

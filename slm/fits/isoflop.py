@@ -151,11 +151,6 @@ class IsoFlop:
     tokens_exponent: Interval | None
     """b of D*(C) ∝ C^b. N·D is not C/6, so a + b need not be 1."""
 
-    @property
-    def resolved(self) -> tuple[Valley, ...]:
-        """Valleys with a minimum inside their sizes."""
-        return tuple(valley for valley in self.valleys if valley.code is None)
-
     def interval(self, valley: Valley) -> Interval:
         """N of the minimum: the profile of the joint sum of squares of all valleys."""
         best = valley.minimum

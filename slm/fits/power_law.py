@@ -28,8 +28,8 @@ Solver = Callable[[Array], tuple[Array, Array]]
 ADDITIVE = "E + K*C^-p"
 PURE = "K*C^-p"
 PARAMETERS = {ADDITIVE: 3, PURE: 2}
-P_RANGE = (0.002, 3.0)
-"""Exponents looked at; an interval that reaches an end is open there."""
+EXPONENTS = {ADDITIVE: np.geomspace(0.002, 3, 60), PURE: np.linspace(-1, 3, 161)}
+"""Exponents looked at; an interval that reaches an end is open there. Without a floor the loss may also rise."""
 ROUNDING = 1e-10
 """Log residuals below this are rounding, not noise."""
 
@@ -83,7 +83,7 @@ class Law:
 
     def loss(self, flops: Array | float) -> Array:
         """The law at C; any shape."""
-        return _losses(self.best[None], np.log(np.asarray(flops, float) / self.reference))[0]
+        return np.asarray(_losses(self.best[None], np.log(np.asarray(flops, float) / self.reference))[0])
 
     def band(self, flops: Array) -> tuple[Array, Array]:
         """Ends of the 95 % interval of the law (not of a further run) at C."""
@@ -114,7 +114,8 @@ class Law:
         return self._open(self.interval(lambda rows: rows[:, 1] * self.reference ** rows[:, 2]))
 
     def _open(self, own: Interval) -> Interval:
-        low, high = 0.0 if self.open_low else own.low, None if self.open_high else own.high
+        low = own.low if not self.open_low else 0.0 if self.form == ADDITIVE else None
+        high = own.high if not self.open_high else None
         return Interval(own.estimate, low, high, not (self.open_low or self.open_high))
 
     def slope(self, flops: float) -> Interval:
@@ -135,10 +136,10 @@ def fit_law(form: str, flops: Array, losses: Array, noise: Noise) -> Law:
     free = len(flops) - PARAMETERS[form]
     reference, z, logc = _logs(flops, losses)
     solve = _solver(form, logc, z, noise.delta)
-    best, objective = _best(solve, logc, z, noise.delta)
+    best, objective = _best(solve, logc, z, noise.delta, form)
     limit = (objective + len(z) * ROUNDING**2) * allowance(free)
-    low, high = _exponents_inside(solve, best[2], limit)
-    region = _boundary(solve, logc, z, noise.delta, limit, (low or P_RANGE[0], high or P_RANGE[1]), form)
+    low, high = _exponents_inside(solve, best[2], limit, form)
+    region = _boundary(solve, logc, z, noise.delta, limit, _between(low, high, form), form)
     return Law(
         form=form,
         reference=reference,
@@ -158,7 +159,7 @@ def fit_law(form: str, flops: Array, losses: Array, noise: Noise) -> Law:
 def predict(form: str, flops: Array, losses: Array, noise: Noise, at: Array) -> Array:
     """Loss at compute `at` by a law through the runs, of which there may be as many as parameters."""
     reference, z, logc = _logs(flops, losses)
-    best, _ = _best(_solver(form, logc, z, noise.delta), logc, z, noise.delta)
+    best, _ = _best(_solver(form, logc, z, noise.delta), logc, z, noise.delta, form)
     return np.asarray(_losses(best[None], np.log(at / reference))[0])
 
 
@@ -216,7 +217,7 @@ def _linear(exponents: Array, *, logc: Array, z: Array, delta: float, additive: 
         previous, model = model, floor[:, None] + scale[:, None] * x
         residuals = z - np.log(model)
         weights = delta / np.maximum(np.abs(residuals), delta) if np.isfinite(delta) else weights
-        if np.abs(model / previous - 1).max() < 1e-13:
+        if np.abs(model / previous - 1).max() < 1e-11:
             break
     return np.stack([floor, scale, exponents], 1), huber(residuals, delta)
 
@@ -225,21 +226,23 @@ def _solver(form: str, logc: Array, z: Array, delta: float) -> Solver:
     return partial(_linear, logc=logc, z=z, delta=delta, additive=form == ADDITIVE)
 
 
-def _best(solve: Solver, logc: Array, z: Array, delta: float) -> tuple[Array, float]:
+def _best(solve: Solver, logc: Array, z: Array, delta: float, form: str) -> tuple[Array, float]:
     """Best parameters and objective: the grid of exponents, its best few polished, one of them without a floor."""
-    grid, objectives = solve(np.geomspace(*P_RANGE, 60))
+    grid, objectives = solve(EXPONENTS[form])
     order = objectives.argsort()
-    starts = [*order[grid[order, 0] == 0][:1], *order[:3]]
+    starts = [*order[grid[order, 0] == 0][:1], *order[:2]]
     found = [(grid[k], float(objectives[k])) for k in starts]
-    found += [_polish(grid[k], logc, z, delta) for k in starts if grid[k, 1] > 0]
-    return min(found, key=lambda pair: pair[1])
+    found += [_polish(grid[k], logc, z, delta, form) for k in starts if grid[k, 1] > 0]
+    best, objective = min(found, key=lambda pair: pair[1] * (1 + 1e-9 * (pair[0][0] > 0)))
+    return np.where([best[0] < 1e-9 * np.exp(z.min()), False, False], 0.0, best), objective
 
 
-def _polish(start: Array, logc: Array, z: Array, delta: float) -> tuple[Array, float]:
+def _polish(start: Array, logc: Array, z: Array, delta: float, form: str) -> tuple[Array, float]:
     """Trust region on all parameters at once with the analytic Jacobian; a floor of 0 stays 0."""
     columns = [0, 1, 2] if start[0] > 0 else [1, 2]
     unit = delta if np.isfinite(delta) else 1e-3
-    low, high = np.array([0, 0, P_RANGE[0]])[columns], np.array([np.inf, np.inf, P_RANGE[1]])[columns]
+    low = np.array([0, 0, EXPONENTS[form][0]])[columns]
+    high = np.array([np.inf, np.inf, EXPONENTS[form][-1]])[columns]
 
     def row(theta: Array) -> Array:
         full = np.zeros(3)
@@ -262,21 +265,30 @@ def _polish(start: Array, logc: Array, z: Array, delta: float) -> tuple[Array, f
         bounds=(low, high),
         loss="huber" if np.isfinite(delta) else "linear",
         x_scale="jac",
-        xtol=1e-15,
+        xtol=1e-13,
         ftol=1e-15,
-        gtol=1e-15,
+        gtol=1e-13,
         max_nfev=500,
     )
     return row(best.x)[0], float(huber(residuals(best.x) * unit, delta))
 
 
-def _exponents_inside(solve: Solver, best: float, limit: float) -> tuple[float | None, float | None]:
-    """Ends of the exponent's profile; None where it is still inside at the end of P_RANGE."""
+def _exponents_inside(solve: Solver, best: float, limit: float, form: str) -> tuple[float | None, float | None]:
+    """Ends of the exponent's profile; None where it is still inside at the end of those looked at."""
 
     def excess(exponent: float) -> float:
         return float(solve(np.array([exponent]))[1][0]) - limit if exponent != best else -limit
 
-    return crossing(excess, best, P_RANGE[0], best / 20), crossing(excess, best, P_RANGE[1], best / 20)
+    first, last = EXPONENTS[form][[0, -1]]
+    stride = (abs(best) + 0.01) / 20
+    return crossing(excess, best, first, stride), crossing(excess, best, last, stride)
+
+
+def _between(low: float | None, high: float | None, form: str) -> Array:
+    """41 exponents from end to end, denser near the ends where the region closes."""
+    first, last = (EXPONENTS[form][k] if end is None else end for k, end in ((0, low), (-1, high)))
+    share = (1 - np.cos(np.linspace(0, np.pi, 41))) / 2
+    return np.asarray(first + (last - first) * share if form == PURE else first * (last / first) ** share)
 
 
 def _boundary(
@@ -285,15 +297,13 @@ def _boundary(
     z: Array,
     delta: float,
     limit: float,
-    ends: tuple[float, float],
+    exponents: Array,
     form: str,
 ) -> Array:
-    """Points of the region's boundary (m, 3): at 41 exponents, rays from the best (floor, scale) to where S = limit.
+    """Points of the region's boundary (m, 3): at each exponent, rays from the best (floor, scale) to where S = limit.
 
     Where a ray meets floor = 0 or scale = 0 first, it ends there: the region is that of non-negative parameters.
     """
-    low, high = np.log(ends)
-    exponents = np.exp((low + high) / 2 - (high - low) / 2 * np.cos(np.linspace(0, np.pi, 41)))
     centres = solve(exponents)[0]
     x = np.exp(-exponents[:, None] * logc)
     centre, rays = centres[:, :2, None], _rays(centres, x, form)
@@ -304,7 +314,14 @@ def _boundary(
         floor, scale = np.moveaxis(centre + radius[:, None] * rays, 1, 0)
         return huber(np.log(floor[..., None] + scale[..., None] * x[:, None]) - z, delta) <= limit
 
-    near, far = np.zeros_like(wall), np.minimum(wall, np.sqrt(2 * limit))
+    floor, scale = np.moveaxis(centre + _edge(inside, wall, np.sqrt(2 * limit))[:, None] * rays, 1, 0)
+    floor = np.where(floor < 1e-6 * np.exp(z.min()), 0.0, floor)
+    return np.stack(np.broadcast_arrays(floor, scale, exponents[:, None]), -1).reshape(-1, 3)
+
+
+def _edge(inside: Callable[[Array], NDArray[np.bool_]], wall: Array, first: float) -> Array:
+    """Largest radii inside and not beyond the wall: doubled while inside, then halved in between."""
+    near, far = np.zeros_like(wall), np.minimum(wall, first)
     for _ in range(60):
         growing = inside(far) & (far < wall)
         if not growing.any():
@@ -314,9 +331,7 @@ def _boundary(
         middle = (near + far) / 2
         within = inside(middle)
         near, far = np.where(within, middle, near), np.where(within, far, middle)
-    floor, scale = np.moveaxis(centre + near[:, None] * rays, 1, 0)
-    floor = np.where(floor < 1e-6 * np.exp(z.min()), 0.0, floor)
-    return np.stack(np.broadcast_arrays(floor, scale, exponents[:, None]), -1).reshape(-1, 3)
+    return near
 
 
 def _rays(centres: Array, x: Array, form: str) -> Array:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from slm.fits.curve import REACH, CurveFit
+from slm.fits.curve import REACH, CurveFit, gains
 from slm.fits.isoflop import IsoFlop
-from slm.fits.power_law import Law
+from slm.fits.power_law import PURE, Law
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -23,9 +23,11 @@ def summary(fit: CurveFit) -> str:
 
 def _gain(law: Law) -> str:
     now, later = (law.gain(times * law.largest).text(".2f", 100) for times in (1.0, REACH))
+    lead = "" if gains(law) else "The runs do not show that compute helps. "
+    beyond = "extrapolated, if there is no floor," if law.form == PURE else "extrapolated,"
     return (
-        f"Doubling compute lowers val_bpb by {now} % at the largest run, {law.largest:.2g} FLOPs; "
-        f"at {REACH:g} times that, extrapolated, by {later} %."
+        f"{lead}Doubling compute lowers val_bpb by {now} % at the largest run, {law.largest:.2g} FLOPs; "
+        f"at {REACH:g} times that, {beyond} by {later} %."
     )
 
 
@@ -42,7 +44,7 @@ def _laws(fit: CurveFit, laws: list[Law]) -> Table:
         [
             law.form,
             "chosen" if law is fit.law else "",
-            law.E.text() if law.form.startswith("E") else "0",
+            "0" if law.form == PURE else law.E.text(),
             law.K.text(),
             law.p.text(),
             f"{100 * law.residual_rms:.2g} %",
