@@ -356,10 +356,10 @@ pocket = Recipe(
 """nanochat's laws for two CPU cores; what differs, and the measurement behind it (experiments/LOG.md has the figures):
 
 Width           8 a layer, heads of 8, vocabulary 512, context 128: depths 2 to 6 train in minutes (`make demo`).
-Horizon         16 tokens a scaling parameter. The isoFLOP minima lie near 24 (experiments/isoflop.py), where the valley is
-                flat: at 16 the loss is higher by less than seeds differ, and the ladder takes two thirds of the time.
+Horizon         16 tokens a scaling parameter. The isoFLOP minima lie near 24 (experiments/isoflop.py) in a flat valley:
+                at 16 the loss is higher by about what seeds differ, and the ladder takes two thirds of the time.
 Batch           1,024 tokens at depth 4, where the rates are the reference's own, unscaled (experiments/pocket_rates.py:
-                half the batch or twice the rates gain no more than seeds differ, every other change loses more).
+                half the batch or twice the rates gain about what seeds differ, every other change loses more).
 x0, smear       rates of 0.05 and 0.02, a tenth of the reference's, which at this few steps lose (same experiment).
 Momentum        warm-up over 100 steps, since a run has a few hundred; the learning rate's 40 steps are the reference's.
 Documents       longer than a row are split and shuffled, not cropped: 11 MB cannot spare what cropping drops at 128.

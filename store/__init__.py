@@ -1,6 +1,7 @@
-"""The results database: what was measured. Run folders in, DataFrames out; README.md is its data dictionary."""
+"""The results database: run folders in, tables out. README.md is its data dictionary."""
 
-from store.ingest import Counts, StoreError, ingest, rebuild
-from store.query import curves, home, results, sql
+from store.ingest import Counts, ingest, rebuild
+from store.places import QueryError, StoreError, home
+from store.query import curves, results, sql
 
-__all__ = ["Counts", "StoreError", "curves", "home", "ingest", "rebuild", "results", "sql"]
+__all__ = ["Counts", "QueryError", "StoreError", "curves", "home", "ingest", "rebuild", "results", "sql"]

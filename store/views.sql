@@ -21,7 +21,7 @@ select
   case
     when f.run_id is not null then 'finished'
     when a.reason in ('interrupted', 'diverged', 'cancelled') then a.reason
-    when a.reason is not null then 'failed'
+    when a.ended is not null then 'failed'
     when a.run_id is not null then 'running'
     else 'planned'
   end as status,
