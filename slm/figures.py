@@ -93,7 +93,7 @@ def _compute_panel(axes: Axes, fit: CurveFit, points: Sequence[Point], curves: S
     _limits(axes, points, fit.law)
     _compute_ticks(axes)
     for order, (_, flops, loss) in enumerate(curves):
-        label = "while training" if order == 0 else None
+        label = "training loss" if order == 0 else None
         axes.plot(flops, loss, color=FAINT, alpha=0.45, linewidth=0.8, zorder=1, label=label)
     if grid:
         label = "runs at a budget"
