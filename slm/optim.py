@@ -42,12 +42,12 @@ def lr_multiplier(given: Hyperparameters, step: int) -> float:
 
 
 def muon_momentum(given: Hyperparameters, step: int) -> float:
-    """Muon's momentum at a step counted from 0."""
+    """Muon's momentum at a step counted from 0: its whole warm-up first, then constant, then down with the rate."""
     start, peak, end = given.momentum
+    if step < given.momentum_warmup_steps:
+        return start + (peak - start) * step / given.momentum_warmup_steps
     left = (given.steps - step) / max(given.warmdown_steps, 1)
-    if left < 1:
-        return peak + (end - peak) * (1 - left)
-    return start + (peak - start) * min(step / given.momentum_warmup_steps, 1.0)
+    return peak if left >= 1 else peak + (end - peak) * (1 - left)
 
 
 def muon_decay(given: Hyperparameters, step: int) -> float:

@@ -14,7 +14,7 @@ import pytest
 import slm as package
 from tests.conftest import slm
 
-LADDER = ("sweep", "--recipe", "pocket", "--depths", "2-5", "--steps", "12", "--name", "ladder", "--json")
+LADDER = ("sweep", "--recipe", "pocket", "--depths", "2-4", "--steps", "12", "--name", "ladder", "--json")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def rows(home: Path, sql: str) -> list[dict]:
 
 def test_a_sweep_typed_again_trains_nothing_and_says_so(swept) -> None:
     home, first = swept
-    assert len(first["trained"]) == 4
+    assert len(first["trained"]) == 3
     again = slm(*LADDER, home=home)
     assert again.returncode == 0
     document = json.loads(again.stdout)
@@ -43,14 +43,14 @@ def test_a_sweep_typed_again_trains_nothing_and_says_so(swept) -> None:
     assert document["already_done"] == first["trained"]
     assert document["runs"] == first["runs"]
     in_words = slm(*LADDER[:-1], home=home)
-    assert "nothing to train: all 4 runs were done already" in in_words.stdout
+    assert "nothing to train: all 3 runs were done already" in in_words.stdout
 
 
 def test_results_hold_every_run_cheapest_first(swept) -> None:
     home, document = swept
     found = rows(home, "select run_id, depth, flops, val_bpb, status from results order by flops")
     assert [row["run_id"] for row in found] == document["trained"]
-    assert [row["depth"] for row in found] == [2, 3, 4, 5]
+    assert [row["depth"] for row in found] == [2, 3, 4]
     assert [row["val_bpb"] for row in found] == [run["val_bpb"] for run in document["runs"]]
     assert {row["status"] for row in found} == {"finished"}
 
@@ -69,7 +69,7 @@ def test_a_deleted_database_comes_back_with_the_same_rows(swept) -> None:
 def test_status_and_show_tell_what_became_of_a_run(swept) -> None:
     home, document = swept
     status = slm("status", "ladder", "--json", home=home)
-    assert [run["status"] for run in json.loads(status.stdout)["runs"]] == ["finished"] * 4
+    assert [run["status"] for run in json.loads(status.stdout)["runs"]] == ["finished"] * 3
     run = document["runs"][0]
     shown = slm("show", run["run_id"][:6], home=home)
     assert shown.returncode == 0
@@ -84,7 +84,7 @@ def test_fit_curves_draws_and_records_a_fit(swept) -> None:
     png, svg = (Path(path) for path in document["figures"])
     assert png.read_bytes().startswith(b"\x89PNG")
     assert svg.read_text().lstrip().startswith("<?xml")
-    assert document["points"]["n"] == 4
+    assert document["points"]["n"] == 3
     assert [row["hash"] for row in rows(home, "select hash from fits")] == [document["hash"]]
 
 

@@ -13,10 +13,19 @@ import psutil
 import pytest
 
 from slm.launch import locks
-from tests.test_train import TWO, Watcher, homes, train
+from tests.test_train import TWO, Watcher, train
 
 pytestmark = pytest.mark.soak
 KILLS = 12
+
+
+def homes(tmp_path: Path, home: Path, *names: str) -> list[Path]:
+    """Several homes with the prepared corpus of one."""
+    folders = [tmp_path / name for name in names]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "data").symlink_to(home / "data")
+    return folders
 
 
 def test_a_run_killed_a_dozen_times_ends_as_an_undisturbed_one(tmp_path: Path, home: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from safetensors import safe_open
 
 from slm import events, launch
+from slm.data import Prepared
 from slm.experiment import Experiment
 from slm.launch import Slot, locks
 from slm.recipe import Recipe, pocket
@@ -63,39 +64,41 @@ def train(
     return home / plans[0].run_id, outcome
 
 
-def homes(tmp_path: Path, home: Path, *names: str) -> list[Path]:
-    """Several homes with the prepared corpus of one."""
-    folders = [tmp_path / name for name in names]
-    for folder in folders:
-        folder.mkdir()
-        (folder / "data").symlink_to(home / "data")
-    return folders
-
-
 def of(watcher: Watcher, kind: str) -> list[dict[str, Any]]:
     return [event for event in watcher.events if event["event"] == kind]
 
 
-def test_two_ranks_train_as_one(tmp_path: Path, home: Path) -> None:
-    results = []
-    for folder, where in zip(homes(tmp_path, home, "one", "two"), (ONE, TWO), strict=True):
-        watcher = Watcher()
-        train(folder, where, watcher)
-        losses = [event["loss"] for event in of(watcher, "train")][:10]
-        [evaluation] = of(watcher, "eval")
-        results.append((losses, evaluation))
-    (one, evaluation_one), (two, evaluation_two) = results
-    assert len(one) == 10
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, prepared: Prepared) -> Path:
+    """The folder of a run that two ranks trained without a disturbance."""
+    home = tmp_path_factory.mktemp("undisturbed")
+    (home / "data").symlink_to(prepared.folder.parent)
+    folder, _ = train(home, TWO, Watcher(), checkpoint_seconds=0)
+    return folder
+
+
+def test_two_ranks_train_as_one(home: Path, undisturbed: Path) -> None:
+    watcher = Watcher()
+    train(home, ONE, watcher)
+    both = list(events.Reader(undisturbed / "attempts" / "001" / "events.jsonl").new())
+    one, two = ([event["loss"] for event in log if event["event"] == "train"] for log in (watcher.events, both))
+    [evaluation_one], [evaluation_two] = ([e for e in log if e["event"] == "eval"] for log in (watcher.events, both))
     assert pocket(2, steps=70).batch_rows >= 2
-    assert two == pytest.approx(one, rel=1e-5)
+    assert both[0]["ranks"] == 2
+    assert two[:10] == pytest.approx(one[:10], rel=1e-5)
     assert evaluation_one["rows"] == evaluation_two["rows"] == pocket(2).validation_rows
     assert evaluation_two["val_bpb"] == pytest.approx(evaluation_one["val_bpb"], abs=0.01)  # the noise of seeds
 
 
-def test_a_run_killed_half_way_ends_as_an_undisturbed_one(tmp_path: Path, home: Path) -> None:
-    quiet, disturbed = homes(tmp_path, home, "quiet", "disturbed")
-    folder, _ = train(quiet, TWO, Watcher(), steps=70)
-    undisturbed = json.loads((folder / "done.json").read_text())
+def test_a_finished_run_keeps_final_weights_and_no_checkpoint(undisturbed: Path) -> None:
+    with safe_open(undisturbed / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"run_id": undisturbed.name}
+        sizes = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+    assert sizes == pocket(2).parameters.total
+    assert not list((undisturbed / "checkpoints").iterdir())
+
+
+def test_a_run_killed_half_way_ends_as_an_undisturbed_one(home: Path, undisturbed: Path) -> None:
     killed: list[int] = []
 
     def kill_trainers(attempt: Path, event: dict[str, Any]) -> None:
@@ -107,16 +110,15 @@ def test_a_run_killed_half_way_ends_as_an_undisturbed_one(tmp_path: Path, home: 
                 os.kill(pid, signal.SIGKILL)
 
     watcher = Watcher(kill_trainers)
-    folder, outcome = train(disturbed, TWO, watcher, steps=70, checkpoint_seconds=0)
-    done = json.loads((folder / "done.json").read_text())
+    folder, outcome = train(home, TWO, watcher, checkpoint_seconds=0)
+    done, quiet = (json.loads((path / "done.json").read_text()) for path in (folder, undisturbed))
     first, second = of(watcher, "started")
     assert len(killed) >= 3
     assert first["resumed_from"] is None
     assert second["resumed_from"] >= 30
     assert outcome.trained == [folder.name]
-    same = ("val_bpb", "val_loss", "train_loss", "tokens", "flops", "weights_sha256")
-    assert {key: done[key] for key in same} == {key: undisturbed[key] for key in same}
-    assert not list((folder / "checkpoints").iterdir())
+    same = ("run_id", "val_bpb", "val_loss", "train_loss", "tokens", "flops", "weights_sha256")
+    assert {key: done[key] for key in same} == {key: quiet[key] for key in same}
 
 
 def test_a_killed_torchrun_leaves_no_worker_and_frees_the_run(home: Path) -> None:
@@ -224,15 +226,6 @@ def make_plan(home: Path):
 
 def data_folder(home: Path) -> Path:
     return next((home / "data").glob("*/manifest.json")).parent
-
-
-def test_a_finished_run_keeps_final_weights_and_no_checkpoint(home: Path) -> None:
-    folder, _ = train(home, ONE, Watcher(), steps=3, checkpoint_seconds=0)
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        assert file.metadata() == {"run_id": folder.name}
-        sizes = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
-    assert sizes == pocket(2).parameters.total
-    assert not list((folder / "checkpoints").iterdir())
 
 
 def test_events_of_a_torn_last_line_come_when_it_is_whole(tmp_path: Path) -> None:

@@ -129,11 +129,19 @@ def prepare(name: str, given: Hyperparameters, home: Path, report: Report = lamb
         key = _hash(json.dumps([manifest["shape"], manifest["corpus"], manifest["source"]]).encode())
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         folder = root / f"{corpus.name}-{key}"
-        if not folder.exists():
-            temporary.rename(folder)
+        _publish(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Prepared(folder, json.loads((folder / "manifest.json").read_text()))
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    """Give a finished folder its name, unless another preparation was first."""
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not (folder / "manifest.json").exists():
+            raise
 
 
 def _fill(folder: Path, corpus: Corpus, given: Hyperparameters, report: Report) -> dict[str, Any]:
