@@ -1,4 +1,4 @@
-"""What computes here, found without torch, and what devices can do at their peak."""
+"""What computes here, found without torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+from itertools import takewhile
 from pathlib import Path
 
 
@@ -19,7 +20,10 @@ def gpu_names() -> tuple[str, ...]:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     names = tuple(line.strip() for line in result.stdout.splitlines() if line.strip()) if not result.returncode else ()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return names if visible is None else names[: len([entry for entry in visible.split(",") if entry.strip()])]
+    if visible is None:
+        return names
+    entries = takewhile(lambda entry: entry.strip() and not entry.strip().startswith("-"), visible.split(","))
+    return names[: len(list(entries))]
 
 
 def gpu_count() -> int:

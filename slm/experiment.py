@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ class Experiment:
     def declared(self) -> dict[str, Any]:
         """What was asked, for the record."""
         return {
-            "recipes": [recipe.name for recipe in self.recipes],
+            "recipes": {recipe.name: json.loads(json.dumps(asdict(recipe))) for recipe in self.recipes},
             "depths": list(self.depths),
             "flops": list(self.flops),
             "ratios": list(self.ratios),

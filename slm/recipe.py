@@ -31,6 +31,8 @@ import math
 from dataclasses import dataclass, replace
 
 BATCH_EXPONENT = 0.383
+LARGEST_HORIZON = 1e40
+"""FLOPs, tokens a parameter or steps beyond which a horizon is a slip of the hand."""
 
 
 @dataclass(frozen=True)
@@ -236,15 +238,15 @@ class Recipe:
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} given together: choose one horizon")
         for name, value in given.items():
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} {value:g}: a horizon must be positive and finite")
+            if not 0 < value <= LARGEST_HORIZON:
+                raise ValueError(f"{name} {str(value)[:20]}: a horizon must be positive and below {LARGEST_HORIZON:g}")
         width, parameters, windows, flops_per_token = self._shape(depth)
         if steps is not None:
             batch = self._batch_of_steps(steps)
             tokens: float = steps * batch
         else:
             tokens = flops / flops_per_token if flops else parameters.scaling * (ratio or self.tokens_per_parameter)
-            batch = self._batch(tokens)
+            batch = self._batch(max(tokens, 1.0))
             steps = round(tokens / batch) if flops else int(tokens // batch)
         if steps < 1:
             horizon = f"flops {flops:g}" if flops else f"ratio {ratio or self.tokens_per_parameter:g}"

@@ -6,23 +6,24 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import Popen
 from typing import Any, Protocol
 
-from slm import events, launch
+from slm import events, launch, locks
 from slm.data import Prepared, prepare, prepared_for
 from slm.experiment import Asked, Experiment
-from slm.launch import locks
 from slm.plan import Plan, code_fingerprint
 from slm.recipe import Hyperparameters
 
 FRUITLESS_ATTEMPTS = 2
 """Attempts in a row without a new checkpoint after which a run has failed."""
-FINAL_REASONS = ("diverged", "data", "cancelled")
-"""Ends that another attempt would only repeat."""
+RESULTS = ("diverged", "cancelled")
+"""Ends that no sweep tries again."""
+FINAL_REASONS = (*RESULTS, "data")
+"""Ends that another attempt of this sweep would only repeat."""
 POLL_SECONDS = 0.2
 INGEST_SECONDS = 30.0
 
@@ -98,8 +99,8 @@ def make_plans(experiment: Experiment, data: Callable[[Asked], Prepared]) -> lis
 def record(experiment: Experiment, plans: list[Plan], home: Path) -> None:
     """Write the plans, and the experiment that asks for them.
 
-    A name swept before keeps its runs, so that a sweep can be widened; those of another trainer or of other data do not
-    belong to it any more (they stay in the store).
+    A name swept before keeps its runs, so that a sweep can be widened; those of another trainer, of other data or of a
+    recipe that was edited do not belong to it any more (they stay in the store).
     """
     for plan in plans:
         folder = home / plan.run_id
@@ -108,14 +109,24 @@ def record(experiment: Experiment, plans: list[Plan], home: Path) -> None:
             events.write_json(folder / "plan.json", plan.document())
     path = home / "experiments" / f"{experiment.name}.json"
     path.parent.mkdir(exist_ok=True)
-    before: dict[str, Any] = events.read_json(path) if path.exists() else {"created": time.time(), "runs": []}
-    planned = {plan.run_id for plan in plans}
-    kept = [run_id for run_id in before["runs"] if run_id not in planned and _comparable(home / run_id, plans[0])]
+    before: dict[str, Any] = {"created": time.time(), "runs": [], "declared": {"recipes": {}}}
+    if path.exists():
+        before = events.read_json(path)
+    declared, planned = experiment.declared(), {plan.run_id for plan in plans}
+    edited = {
+        name
+        for name, constants in before["declared"]["recipes"].items()
+        if declared["recipes"].get(name, constants) != constants
+    }
+    kept = [
+        run_id for run_id in before["runs"] if run_id not in planned and _comparable(home / run_id, plans[0], edited)
+    ]
+    declared["recipes"] = before["declared"]["recipes"] | declared["recipes"]
     document = {
         "name": experiment.name,
         "question": experiment.question,
         "recipe": experiment.recipes[0].name,
-        "declared": experiment.declared(),
+        "declared": declared,
         "runs": [*kept, *(plan.run_id for plan in plans)],
         "created": before["created"],
     }
@@ -123,14 +134,14 @@ def record(experiment: Experiment, plans: list[Plan], home: Path) -> None:
         events.write_json(path, document)
 
 
-def _comparable(run_folder: Path, plan: Plan) -> bool:
-    """Whether a recorded run was planned for the same trainer, tokeniser and validation rows."""
+def _comparable(run_folder: Path, plan: Plan, edited: set[str]) -> bool:
+    """Whether a recorded run was planned for the same trainer, tokeniser and validation rows, by a recipe still so."""
     path = run_folder / "plan.json"
     if not path.exists():
         return False
     before, data = events.read_json(path), plan.data
     keys = (before["code"], before["data"]["tokenizer"], before["data"]["validation"])
-    return keys == (plan.code, data.tokenizer, data.validation)
+    return before["recipe"] not in edited and keys == (plan.code, data.tokenizer, data.validation)
 
 
 @contextmanager
@@ -162,6 +173,7 @@ def run_all(
     outcome = Outcome()
     for plan in plans:
         if is_done(home, plan.run_id):
+            _drop_checkpoints(home / plan.run_id)
             outcome.already_done.append(plan.run_id)
             continue
         run = _Run(plan, home, corpora.of(plan), where, view, ingest, checkpoint_seconds)
@@ -169,8 +181,8 @@ def run_all(
             reason, message = run.to_its_end()
         except KeyboardInterrupt:
             run.stop()
-            view.run_ended(plan, "interrupted", "stopped; type the sweep again to go on")
-            outcome.not_finished[plan.run_id] = "interrupted"
+            if not is_done(home, plan.run_id):
+                view.run_ended(plan, "interrupted", "stopped; type the sweep again to go on")
             raise
         finally:
             ingest()
@@ -185,6 +197,12 @@ def run_all(
 def is_done(home: Path, run_id: str) -> bool:
     """Whether a run is finished: done.json alone says so."""
     return (home / run_id / "done.json").exists()
+
+
+def _drop_checkpoints(run_folder: Path) -> None:
+    """Remove what a trainer killed just after done.json left behind."""
+    for path in (run_folder / "checkpoints").glob("*"):
+        path.unlink()
 
 
 def _state(reason: str | None) -> str:
@@ -218,6 +236,10 @@ class _Run:
         """Attempts until the run is finished or has failed; reason and message of a failure, None when finished."""
         if launch.holder(self._folder) and (living := launch.last_attempt(self._folder)):
             self._follow(living, ours=False)
+        last = launch.last_attempt(self._folder)
+        ended = launch.exit_of(last) if last else None
+        if ended and ended["reason"] in RESULTS and not is_done(self._home, self._plan.run_id):
+            return ended["reason"], ended["message"]
         fruitless = 0
         while not is_done(self._home, self._plan.run_id):
             attempt, self._process = launch.start(
@@ -255,9 +277,12 @@ class _Run:
         return started_by_us or launch.holder(self._folder) is not None
 
     def stop(self) -> None:
-        """Ask the trainer to checkpoint and end, and wait until it has."""
-        supervisor = locks.holder(self._folder / "lock")
-        if supervisor:
-            os.kill(supervisor, signal.SIGTERM)
+        """Ask whoever holds the run, supervisor or orphaned trainer, to checkpoint and end; wait until it has."""
+        told: set[int] = set()
         while self._alive():
+            holder = launch.holder(self._folder)
+            if holder is not None and holder not in told:
+                told.add(holder)
+                with suppress(ProcessLookupError):
+                    os.kill(holder, signal.SIGTERM)
             time.sleep(POLL_SECONDS)

@@ -24,11 +24,10 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from slm import events
+from slm import events, locks
 from slm.data.loader import Order, Rows, share
 from slm.data.prepare import Prepared
 from slm.evaluate.bpb import validation_loss
-from slm.launch import locks
 from slm.model import GPT
 from slm.optim import Optimizer, lr_multiplier
 from slm.plan import Plan, code_fingerprint
@@ -50,9 +49,9 @@ class Progress:
     step: int = 0
     """Steps done."""
     train_seconds: float = 0.0
-    """Time spent in steps, over all attempts."""
+    """Time spent in the steps that led here, over all attempts."""
     wall_seconds: float = 0.0
-    """Time of the trainer at work, over all attempts."""
+    """Time of the trainer at work on the way here, over all attempts."""
     tail_loss: float = 0.0
     """Sum of the losses of the steps that train_loss averages."""
 
@@ -62,6 +61,7 @@ class Stopped(Exception):
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
+        assert reason in events.REASONS
         self.reason = reason
 
 
@@ -70,7 +70,7 @@ class Trainer:
 
     def __init__(self, attempt_folder: Path) -> None:
         self.run_folder = attempt_folder.parent.parent
-        self.attempt = json.loads((attempt_folder / "attempt.json").read_text())
+        self.attempt = events.read_json(attempt_folder / "attempt.json")
         self.plan = Plan.read(self.run_folder / "plan.json")
         self.rank, self.ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.device = self._device()
@@ -107,6 +107,8 @@ class Trainer:
         while self.progress.step < given.steps:
             self._train_step()
         val_bpb, val_loss = self._evaluate()
+        if not math.isfinite(val_bpb):
+            raise Stopped("diverged", f"val_bpb is {val_bpb} after step {self.progress.step}")
         if self.rank == 0:
             self._finish(val_bpb, val_loss)
 
@@ -117,8 +119,10 @@ class Trainer:
         """Map the rows; refuse any that are not the plan's."""
         given, folder = self.plan.hyperparameters, Path(self.attempt["data_folder"])
         try:
-            prepared = Prepared(folder, json.loads((folder / "manifest.json").read_text()))
+            prepared = Prepared(folder, events.read_json(folder / "manifest.json"))
             prepared.verify()
+            if self.rank == 0:
+                prepared.verify_content(given)
             sizes = prepared.tokenizer.token_bytes
         except (OSError, ValueError) as error:
             raise Stopped("data", f"the plan's data are gone or changed: {error}") from error
@@ -217,9 +221,9 @@ class Trainer:
         return total, stop > 0, checkpoint > 0
 
     def _checkpoint_due(self) -> bool:
-        """Checkpoints cost at most a twentieth of the time, and come no oftener than the attempt says."""
-        pause = max(self.attempt["checkpoint_seconds"], 20 * self.checkpoint_cost)
-        return time.monotonic() - self.last_checkpoint >= pause
+        """Checkpoints come no oftener than asked, each step if 0, and cost a twentieth of the time at most."""
+        pause = self.attempt["checkpoint_seconds"]
+        return time.monotonic() - self.last_checkpoint >= (max(pause, 20 * self.checkpoint_cost) if pause else 0)
 
     def _checkpoint(self) -> None:
         """Write a checkpoint under a temporary name, rename it, and drop the one before; on rank 0."""
@@ -372,6 +376,8 @@ def main() -> int:
         trainer.event("failed", reason=stopped.reason, message=str(stopped))
         return 1
     except torch.OutOfMemoryError as error:
+        if trainer.writer is None:
+            raise
         trainer.event("failed", reason="oom", message=str(error).splitlines()[0])
         return 1
     finally:

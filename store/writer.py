@@ -84,7 +84,8 @@ def _connected(path: Path) -> Iterator[Connection]:
 def _create(path: Path) -> None:
     """Under a temporary name, so that there is never a database without its tables."""
     temporary = path.with_name(f"{path.name}.new")
-    temporary.unlink(missing_ok=True)
+    for left in (temporary, path.with_name(f"{path.name}.wal")):
+        left.unlink(missing_ok=True)
     with _connected(temporary) as connection, connection.begin():
         Base.metadata.create_all(connection)
         for view in VIEWS.read_text(encoding="utf-8").split("\n---\n"):

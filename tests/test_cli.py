@@ -14,7 +14,7 @@ import pytest
 import slm as package
 from tests.conftest import slm
 
-LADDER = ("sweep", "--recipe", "pocket", "--depths", "2-4", "--steps", "12", "--name", "ladder", "--json")
+LADDER = ("sweep", "--recipe", "pocket", "--depths", "2-4", "--ratios", "0.5", "--name", "ladder", "--json")
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +88,14 @@ def test_fit_curves_draws_and_records_a_fit(swept) -> None:
     assert [row["hash"] for row in rows(home, "select hash from fits")] == [document["hash"]]
 
 
+def test_smoke_runs_are_left_out_of_a_fit(swept) -> None:
+    home, _ = swept
+    assert slm(*LADDER[:4], "2", "--steps", "2", "--name", "ladder", home=home).returncode == 0
+    document = json.loads(slm("fit-curves", "ladder", "--json", home=home).stdout)
+    assert document["points"]["n"] == 3
+    assert [run["reason"] for run in document["points"]["excluded"]] == ["steps=2 is not compute-optimal"]
+
+
 def test_a_dry_run_needs_no_torch_and_trains_nothing(home: Path) -> None:
     program = (
         "import sys; sys.argv = ['slm', 'sweep', '--recipe', 'pocket', '--depths', '2-4', '--dry-run', '--json']\n"
@@ -128,6 +136,10 @@ def test_size_has_the_published_counts_as_json() -> None:
         (("sweep", "--depths", "2", "--flops", "1e12,many"), "many"),
         (("sweep", "--depths", "2", "--flops", "1e12", "--steps", "5"), "flops and steps"),
         (("sweep", "--depths", "2", "--steps", "0"), "steps 0"),
+        (("sweep", "--depths", "2", "--steps", "9" * 400), "steps 999"),
+        (("sweep", "--depths", "2", "--ratios", "1e305"), "ratio 1e+305"),
+        (("sweep", "--depths", "2", "--flops", "1e-320"), "less than one step"),
+        (("sweep", "--depths", "2", "--flops", ""), "--flops"),
         (("sweep", "--depths", "2", "--seeds", "none"), "seeds"),
         (("sweep", "--depths", "2", "--name", "../up"), "../up"),
         (("sweep", "--depths", "2", "--data", "nowhere"), "nowhere"),
@@ -140,6 +152,7 @@ def test_size_has_the_published_counts_as_json() -> None:
             "nothing.py",
         ),
         (("sweep", "--depths", "2", "--gpus", "999"), "999"),
+        (("sweep", "--depths", "2", "--gpus", "1", "--cores", "1"), "choose one"),
         (("size", "--recipe", "nonesuch"), "nonesuch"),
         (("show", "123456"), "123456"),
         (("nonsense",), "nonsense"),

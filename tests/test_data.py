@@ -130,7 +130,8 @@ def test_an_interrupt_is_cleaned_up_at_once(folder: Path, tmp_path: Path) -> Non
     [
         ({}, "no .txt"),
         ({"a.txt": " \n"}, "holds no text"),
-        ({"a.txt": "some words only"}, "tokens"),
+        ({"a.txt": "some words only"}, "too few to hold some out"),
+        ({"a.jsonl": "".join(f'{{"text": "word {n}"}}\n' for n in range(99))}, "holds only 3.. tokens"),
         ({"a.jsonl": '{"text": "x"}\nbroken\n'}, "a.jsonl, line 2"),
         ({"a.jsonl": '{"body": "x"}\n'}, "a.jsonl, line 1"),
         ({"a.parquet": "not parquet"}, "a.parquet: not readable"),

@@ -40,6 +40,14 @@ def test_every_place_of_the_map_is_there(path: str) -> None:
     assert (ROOT / path).exists()
 
 
+def test_every_image_of_the_readme_is_there_and_no_placeholder_is_left() -> None:
+    for image in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
+        assert (ROOT / image).exists(), image
+    for path in ROOT.rglob("*.md"):
+        if not {".venv", "runs"} & set(path.relative_to(ROOT).parts):
+            assert not re.search(r"@[A-Z0-9]+@", path.read_text()), path
+
+
 def test_make_lists_every_target_with_what_it_does() -> None:
     listed = subprocess.run(["make", "-C", str(ROOT)], capture_output=True, text=True, check=True).stdout
     for target in ("install", "demo", "check", "test", "bench", "soak", "notebooks", "wheel-check"):

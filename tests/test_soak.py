@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from slm.launch import locks
+from slm import launch
 from tests.test_train import TWO, Watcher, train
 
 pytestmark = pytest.mark.soak
@@ -39,7 +39,9 @@ def test_a_run_killed_a_dozen_times_ends_as_an_undisturbed_one(tmp_path: Path, h
     def kill_somebody(attempt: Path, event: dict[str, Any]) -> None:
         if event["event"] == "checkpoint" and at_steps and event["step"] >= at_steps[0]:
             run = attempt.parent.parent
-            eldest = psutil.Process(locks.holder(run / "lock") or locks.holder(run / "train.lock"))
+            holder = launch.holder(run)
+            assert holder is not None
+            eldest = psutil.Process(holder)
             family = [eldest, *eldest.children(recursive=True)]
             victim = draw.choice(family)
             killed.append(victim.name())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -104,6 +105,7 @@ def test_a_run_killed_half_way_ends_as_an_undisturbed_one(home: Path, undisturbe
     def kill_trainers(attempt: Path, event: dict[str, Any]) -> None:
         if event["event"] == "checkpoint" and event["step"] >= 30 and not killed:
             supervisor = locks.holder(attempt.parent.parent / "lock")
+            assert supervisor is not None
             workers = [process.pid for process in psutil.Process(supervisor).children(recursive=True)]
             killed.extend(workers)
             for pid in workers:
@@ -126,15 +128,16 @@ def test_a_killed_torchrun_leaves_no_worker_and_frees_the_run(home: Path) -> Non
 
     def kill_torchrun(attempt: Path, event: dict[str, Any]) -> None:
         if event["event"] == "train" and not left:
-            supervisor = psutil.Process(locks.holder(attempt.parent.parent / "lock"))
-            [torchrun] = supervisor.children()
+            supervisor = locks.holder(attempt.parent.parent / "lock")
+            assert supervisor is not None
+            [torchrun] = psutil.Process(supervisor).children()
             left.extend(torchrun.children(recursive=True))
             torchrun.kill()
             psutil.wait_procs(left, timeout=30)
             assert not any(worker.is_running() for worker in left)
 
     watcher = Watcher(kill_torchrun)
-    folder, outcome = train(home, TWO, watcher, steps=200)
+    folder, outcome = train(home, TWO, watcher, steps=300)
     assert len(left) == 2
     ended = launch.exit_of(folder / "attempts" / "001")
     assert ended is not None
@@ -163,6 +166,18 @@ def test_a_stop_checkpoints_and_the_next_sweep_goes_on(home: Path) -> None:
     assert f"{of(second, 'started')[0]['resumed_from']:09d}" in checkpoint.name
 
 
+def test_a_stop_before_the_first_step_is_heard(home: Path) -> None:
+    class Impatient(Watcher):
+        def run_started(self, plan, attempt: Path | None) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(home, ONE, Impatient(), steps=5000, depth=1)
+    [folder] = [path.parent for path in home.glob("*/plan.json")]
+    assert launch.holder(folder) is None
+    assert not (folder / "done.json").exists()
+
+
 def interrupt_at(step: int) -> Listener:
     def interrupt(attempt: Path, event: dict[str, Any]) -> None:
         if event["event"] == "train" and event["step"] > step:
@@ -177,8 +192,11 @@ def test_a_diverged_run_is_a_result_and_is_not_tried_again(home: Path) -> None:
     folder, outcome = train(home, ONE, watcher, recipe=wild, steps=10)
     assert watcher.outcomes[0][0] == "diverged"
     assert outcome.not_finished[folder.name].startswith("diverged: loss is nan")
-    assert len(list((folder / "attempts").iterdir())) == 1
     assert not (folder / "done.json").exists()
+    again = Watcher()
+    train(home, ONE, again, recipe=wild, steps=10)
+    assert again.outcomes == watcher.outcomes
+    assert len(list((folder / "attempts").iterdir())) == 1
 
 
 def test_data_that_changed_after_planning_are_refused(tmp_path: Path, home: Path) -> None:
@@ -190,6 +208,14 @@ def test_data_that_changed_after_planning_are_refused(tmp_path: Path, home: Path
     watcher = Watcher()
     outcome = run_all([other], corpora, home, ONE, watcher, lambda: None)
     assert "holds other rows than the plan was made for" in outcome.not_finished[other.run_id]
+
+
+def test_rows_that_changed_on_disk_are_refused(tmp_path: Path, prepared: Prepared) -> None:
+    shutil.copytree(prepared.folder, tmp_path / "data" / prepared.folder.name)
+    path = tmp_path / "data" / prepared.folder.name / "train.bin"
+    path.write_bytes(bytes(path.stat().st_size))
+    folder, outcome = train(tmp_path, ONE, Watcher(), steps=2)
+    assert "train.bin was changed" in outcome.not_finished[folder.name]
 
 
 def test_a_plan_of_another_trainer_is_refused(tmp_path: Path, home: Path) -> None:

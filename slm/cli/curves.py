@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slm.cli.options import Json, print_json, print_table
+from slm.cli.options import Json, print_json, print_table, report_problems
 
 SMOOTHING = 12
 """A training curve is averaged over this share of its logged steps."""
@@ -31,18 +32,23 @@ def fit_curves(
     from slm import figures, fits
 
     home = store.home()
-    store.ingest(home)
+    report_problems(store.ingest(home).problems)
     name = experiment or _only_experiment()
     frame = store.results(name, home=home)
-    points = points_of(frame)
+    finished = frame[frame["status"] == "finished"]
+    ladder, excluded = _ladder(finished)
+    points = points_of(ladder)
     if not points:
-        raise ValueError(f"experiment {name!r} has no finished run: `slm status {name}` says what became of them")
+        raise ValueError(
+            f"experiment {name!r} has no finished run to fit: `slm status {name}` says what became of them"
+        )
     fit = fits.fit_curves(points)
     document: dict[str, Any] = {"experiments": [name], "created": time.time()} | fit.document()
+    document["points"]["excluded"] += excluded
     document["hash"] = _hash(document)
     stem = figure or home / "figures" / f"{name}"
     stem.parent.mkdir(parents=True, exist_ok=True)
-    drawn = figures.draw_curve(fit, points, stem, curves=_curves(frame, name, home), title=name)
+    drawn = figures.draw_curve(fit, points, stem, curves=_curves(ladder, name, home), title=name)
     _record(document, home)
     if as_json:
         print_json(document | {"figures": [str(path) for path in drawn]})
@@ -53,14 +59,29 @@ def fit_curves(
         print_table(rows, headers)
     for warning in document["warnings"]:
         print(f"\n{warning['code']}: {warning['message']}")
+    for reason, count in Counter(run["reason"] for run in excluded).items():
+        print(f"\nleft out: {count} runs, {reason}")
     print(f"\nfigure: {drawn[0]}, {drawn[1]}")
 
 
-def points_of(frame: pandas.DataFrame) -> list[Point]:
-    """The finished runs of a results table as points. N is matrices and head."""
+def _ladder(finished: pandas.DataFrame) -> tuple[pandas.DataFrame, list[dict[str, str]]]:
+    """The runs that a fit may use, and the others with the reason.
+
+    Runs at FLOPs budgets, and one ladder: the compute-optimal runs, or those of the only ratio where there are none.
+    """
+    horizons = set(finished["horizon"])
+    ratios = {horizon for horizon in horizons if horizon.startswith("ratio=")}
+    ladder = ratios if len(ratios) == 1 and "compute-optimal" not in horizons else {"compute-optimal"}
+    usable = finished["horizon"].isin(ladder) | finished["horizon"].str.startswith("flops=")
+    others = finished[~usable].to_dict("records")
+    reasons = [{"run_id": row["run_id"], "reason": f"{row['horizon']} is not compute-optimal"} for row in others]
+    return finished[usable], reasons
+
+
+def points_of(finished: pandas.DataFrame) -> list[Point]:
+    """Finished runs of the view `results` as points. N is matrices and head."""
     from slm.fits import Point
 
-    finished = frame[frame["status"] == "finished"]
     return [
         Point(
             run_id=row["run_id"],
@@ -93,7 +114,7 @@ def _only_experiment() -> str:
 
 
 def _curves(results: pandas.DataFrame, name: str, home: Path) -> list[tuple[int, Any, Any]]:
-    """Depth, FLOPs and smoothed training loss of each finished run, for the figure's background.
+    """Depth, FLOPs and smoothed training loss of each run, for the figure's background.
 
     Nats a token become bits per byte by the run's own ratio of the two on the validation rows.
     """
@@ -101,8 +122,10 @@ def _curves(results: pandas.DataFrame, name: str, home: Path) -> list[tuple[int,
 
     logged = dict(iter(store.curves(name, home=home).dropna(subset=["loss"]).groupby("run_id")))
     curves = []
-    for row in results[results["status"] == "finished"].to_dict("records"):
-        run = logged[row["run_id"]]
+    for row in results.to_dict("records"):
+        run = logged.get(row["run_id"])
+        if run is None:
+            continue
         smooth = run["loss"].rolling(max(1, len(run) // SMOOTHING), min_periods=1).mean()
         curves.append((row["depth"], run["flops"].to_numpy(), smooth.to_numpy() * row["val_bpb"] / row["val_loss"]))
     return curves

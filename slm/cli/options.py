@@ -6,11 +6,14 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from slm.recipe import RECIPES, Recipe
+
+if TYPE_CHECKING:
+    import pandas
 
 Depths = Annotated[str, typer.Option(help="Depths: 10-20, or 4,8,12.", metavar="DEPTHS")]
 RecipeName = Annotated[
@@ -39,7 +42,7 @@ def depths_of(text: str) -> tuple[int, ...]:
 def numbers_of(option: str, text: str | None) -> tuple[float, ...]:
     """Positive numbers of "1e12,2e12". Raises ValueError naming what is not one."""
     numbers = []
-    for part in text.split(",") if text else ():
+    for part in text.split(",") if text is not None else ():
         try:
             number = float(part)
         except ValueError:
@@ -66,8 +69,19 @@ def recipe_of(name: str | None, gpu_asked: bool = False) -> Recipe:
 
 def print_json(document: Any) -> None:
     """One document on standard output."""
-    json.dump(document, sys.stdout, indent=1, allow_nan=False)
+    json.dump(document, sys.stdout, indent=1, allow_nan=False, default=str)
     print()
+
+
+def report_problems(problems: Sequence[str]) -> None:
+    """Files that the store could not read, a line each on standard error."""
+    for problem in problems:
+        print(f"slm: {problem}", file=sys.stderr)
+
+
+def records(frame: pandas.DataFrame) -> list[dict[str, Any]]:
+    """Rows of a DataFrame as dictionaries of plain values to the last digit, None for what is missing."""
+    return frame.astype(object).where(frame.notna(), None).to_dict("records")  # type: ignore[return-value]
 
 
 def print_table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> None:
@@ -78,7 +92,7 @@ def print_table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> None:
 
 
 def quantity(value: float) -> str:
-    """A count for people: 36.7M, 8.02e+07 above a million million."""
+    """A count for people: 36.7M, 1.23e+12."""
     for limit, unit in ((1e3, ""), (1e6, "k"), (1e9, "M"), (1e12, "B")):
         if value < limit:
             return f"{value * 1e3 / limit:.4g}{unit}"

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from slm.cli.options import Json, print_json
+from slm.cli.options import Json, print_json, records, report_problems
 
 
 class Format(StrEnum):
@@ -30,11 +30,11 @@ def query(
     if output is Format.CSV:
         frame.to_csv(sys.stdout, index=False)
     elif output is Format.JSON:
-        print(frame.to_json(orient="records", date_format="iso", double_precision=15, indent=1))
+        print_json(records(frame))
     else:
         from tabulate import tabulate
 
-        rows = frame.astype(object).where(frame.notna(), None).to_numpy().tolist()
+        rows = [list(row.values()) for row in records(frame)]
         print(tabulate(rows, headers=list(frame.columns), missingval="-", floatfmt=".6g"))
 
 
@@ -43,8 +43,7 @@ def rebuild(as_json: Json = False) -> None:
     import store
 
     counts = store.rebuild(store.home())
-    for problem in counts.problems:
-        print(f"slm: {problem}", file=sys.stderr)
+    report_problems(counts.problems)
     if as_json:
         print_json({"runs": counts.runs, "metrics": counts.metrics, "problems": list(counts.problems)})
     else:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from slm.cli.options import Json, print_json, print_table
+from slm.cli.options import Json, print_json, print_table, records, report_problems
 
 LOG_LINES = 15
 
@@ -21,10 +20,10 @@ def status(
     from slm import launch
 
     home = store.home()
-    store.ingest(home)
+    report_problems(store.ingest(home).problems)
     frame = store.results(experiment, home=home)
     columns = ["run_id", "recipe", "depth", "horizon", "seed", "status", "val_bpb", "flops", "train_seconds"]
-    rows = json.loads(frame[columns].to_json(orient="records", double_precision=15))
+    rows = records(frame[columns])
     for row in rows:
         if row["status"] in ("running", "interrupted"):
             row["status"] = "running" if launch.holder(home / row["run_id"]) else "interrupted"

@@ -18,6 +18,7 @@ from slm.cli.options import (
     print_table,
     quantity,
     recipe_of,
+    report_problems,
 )
 
 if TYPE_CHECKING:
@@ -155,10 +156,9 @@ def _ingest(home: Path) -> None:
 
     try:
         problems = store.ingest(home).problems
-    except store.StoreError as error:
+    except (store.StoreError, OSError) as error:
         problems = [str(error)]
-    for problem in problems:
-        report_line(f"slm: {problem}")
+    report_problems(problems)
 
 
 def _print_outcome(experiment: Experiment, outcome: Outcome, home: Path, as_json: bool) -> None:

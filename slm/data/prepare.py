@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from slm import events, locks
 from slm.data.corpus import Corpus, read_corpus, source_state
 from slm.data.packing import Tokens, pack, shuffled, split
 from slm.data.tokenizer import Tokenizer, train_tokenizer
@@ -31,9 +32,9 @@ FORMAT = 1
 BLOCK_ROWS = 256
 """Rows of a block: the unit of fingerprints and of the order's permutation."""
 MAX_EPOCHS = 4
-TOKENIZER_BYTES = 2**26
+TOKENIZER_CHARACTERS = 2**26
 TOKENIZER_SHARE = 0.8
-"""The tokeniser learns from at most this many bytes and this share of a corpus."""
+"""The tokeniser learns from at most this many characters and this share of a corpus."""
 ENCODE_DOCUMENTS = 256
 
 Report = Callable[[str], None]
@@ -86,8 +87,19 @@ class Prepared:
             epochs=needed / available,
         )
 
+    def verify_content(self, given: Hyperparameters) -> None:
+        """Raise ValueError unless validation rows and the blocks that a run reads hash to what the manifest says."""
+        read = {"validation": len(self.manifest["validation"]["blocks"])}
+        read["train"] = -(-min(given.train_rows, self.train_rows) // BLOCK_ROWS)
+        for name, blocks in read.items():
+            part = self.manifest[name]
+            size = BLOCK_ROWS * part["row_tokens"] * np.dtype(part["dtype"]).itemsize
+            with (self.folder / f"{name}.bin").open("rb") as file:
+                if any(_hash(file.read(size)) != expected for expected in part["blocks"][:blocks]):
+                    raise ValueError(f"{file.name} was changed: remove its folder and run `slm data prepare` again")
+
     def verify(self) -> None:
-        """Raise ValueError unless the row files are the ones the manifest names."""
+        """Raise ValueError unless the row files are there and as long as the manifest says."""
         for name in ("train", "validation"):
             path = self.folder / f"{name}.bin"
             if not path.exists():
@@ -103,7 +115,7 @@ def prepared_for(name: str, given: Hyperparameters, home: Path) -> Prepared | No
     """
     wanted = {"format": FORMAT, "source": _source_hash(name), "shape": _shape(given)}
     for path in sorted((home / "data").glob("*/manifest.json")):
-        manifest = json.loads(path.read_text())
+        manifest = events.read_json(path)
         if {key: manifest.get(key) for key in wanted} == wanted:
             prepared = Prepared(path.parent, manifest)
             prepared.verify()
@@ -123,7 +135,9 @@ def prepare(name: str, given: Hyperparameters, home: Path, report: Report = lamb
     root = home / "data"
     root.mkdir(parents=True, exist_ok=True)
     _sweep_abandoned(root)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{os.getpid()}.", dir=root))
+    temporary = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=root))
+    lock = locks.hold(temporary / "lock")
+    assert lock is not None
     try:
         manifest = _fill(temporary, corpus, given, report) | {"source": _source_hash(name)}
         key = _hash(json.dumps([manifest["shape"], manifest["corpus"], manifest["source"]]).encode())
@@ -131,6 +145,7 @@ def prepare(name: str, given: Hyperparameters, home: Path, report: Report = lamb
         folder = root / f"{corpus.name}-{key}"
         _publish(temporary, folder)
     finally:
+        lock.close()
         shutil.rmtree(temporary, ignore_errors=True)
     return Prepared(folder, json.loads((folder / "manifest.json").read_text()))
 
@@ -237,13 +252,18 @@ def row_dtype(vocab_size: int) -> str:
 def _tokenizer_texts(corpus: Corpus) -> list[str]:
     """The documents at the end of the order that the tokeniser may learn from."""
     total = sum(len(text) for text in corpus.documents)
-    budget = min(TOKENIZER_BYTES, TOKENIZER_SHARE * total)
+    budget = min(TOKENIZER_CHARACTERS, TOKENIZER_SHARE * total)
     texts: list[str] = []
     for text in reversed(corpus.documents):
         budget -= len(text)
         if budget < 0:
             break
         texts.append(text)
+    if not texts:
+        raise ValueError(
+            f"corpus {corpus.name}: its {len(corpus.documents)} documents are too few to hold some out for validation; "
+            "split them into more files or lines"
+        )
     return texts
 
 
@@ -267,9 +287,6 @@ def _hash(content: bytes) -> str:
 
 def _sweep_abandoned(root: Path) -> None:
     """Remove what preparations that no longer live left behind."""
-    for path in root.glob(".*.*"):
-        pid = int(path.name.split(".")[1])
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
+    for path in root.glob(".unfinished-*"):
+        if (path / "lock").exists() and locks.holder(path / "lock") is None:
             shutil.rmtree(path, ignore_errors=True)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from slm import devices, events
-from slm.launch import locks
+from slm import devices, events, locks
 from slm.plan import Plan
 
 CHECKPOINT_SECONDS = 20.0
@@ -40,6 +39,8 @@ def slot(gpus: int | None = None, cores: int | None = None) -> Slot:
     Raises ValueError for more GPUs or cores than there are.
     """
     found = devices.gpu_count()
+    if gpus is not None and cores is not None:
+        raise ValueError(f"--gpus {gpus} and --cores {cores}: choose one")
     if gpus is not None and gpus > found:
         raise ValueError(f"--gpus {gpus}: {found} found here")
     if cores is None and (found if gpus is None else gpus):
@@ -56,30 +57,9 @@ def start(
     plan: Plan, home: Path, data_folder: Path, where: Slot, checkpoint_seconds: float
 ) -> tuple[Path, subprocess.Popen[bytes]]:
     """Make the next attempt of a run and start its supervisor in a session of its own; attempt folder and process."""
-    run_folder = home / plan.run_id
-    attempts = run_folder / "attempts"
-    attempts.mkdir(parents=True, exist_ok=True)
-    number = 1 + max((int(path.name) for path in attempts.iterdir()), default=0)
-    folder = attempts / f"{number:03d}"
-    folder.mkdir()
-    ranks = min(where.ranks, plan.hyperparameters.batch_rows)
-    document = asdict(where) | {
-        "attempt": number,
-        "created": time.time(),
-        "device_name": devices.name(where.device),
-        "ranks": ranks,
-        "micro_batch": _micro_batch(plan, where, ranks),
-        "checkpoint_seconds": checkpoint_seconds,
-        "host": socket.gethostname(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("slm", "torch", "numpy")},
-        **provenance(),
-        "data_folder": str(data_folder.resolve()),
-        "launcher": "local",
-    }
-    events.write_json(folder / "attempt.json", document)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(where.threads)}
+    folder = _make_attempt(plan, home, data_folder, where, checkpoint_seconds)
+    # The safe path keeps modules of the user's folder from standing in for those of the trainer.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(where.threads), "PYTHONSAFEPATH": "1"}
     with (folder / "log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "slm.launch.supervisor", str(folder.resolve())],
@@ -92,14 +72,41 @@ def start(
     return folder, process
 
 
-def _micro_batch(plan: Plan, where: Slot, ranks: int) -> int:
+def _make_attempt(plan: Plan, home: Path, data_folder: Path, where: Slot, checkpoint_seconds: float) -> Path:
+    """The next attempt's folder with its attempt.json, made under another name and renamed."""
+    attempts = home / plan.run_id / "attempts"
+    attempts.mkdir(parents=True, exist_ok=True)
+    last = last_attempt(home / plan.run_id)
+    number = 1 + (int(last.name) if last else 0)
+    ranks = min(where.ranks, plan.hyperparameters.batch_rows)
+    document = asdict(where) | {
+        "attempt": number,
+        "created": time.time(),
+        "device_name": devices.name(where.device),
+        "ranks": ranks,
+        "micro_batch": _micro_batch(plan, ranks),
+        "checkpoint_seconds": checkpoint_seconds,
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("slm", "torch", "numpy")},
+        **provenance(),
+        "data_folder": str(data_folder.resolve()),
+        "launcher": "local",
+    }
+    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=attempts))
+    events.write_json(unfinished / "attempt.json", document)
+    return unfinished.rename(attempts / f"{number:03d}")
+
+
+def _micro_batch(plan: Plan, ranks: int) -> int:
     """Rows of one forward pass of one rank: about 16,384 tokens, which fits everywhere."""
     rows = -(-plan.hyperparameters.batch_rows // ranks)
     return min(rows, max(1, 2**14 // plan.hyperparameters.sequence_length))
 
 
 def provenance() -> dict[str, Any]:
-    """Commit and uncommitted changes of the code that runs, null outside a checkout."""
+    """Commit and uncommitted changes of the code that runs, null where it is not a checkout's own."""
     package = Path(__file__).parent.parent
 
     def git(*arguments: str) -> str | None:
@@ -108,6 +115,8 @@ def provenance() -> dict[str, Any]:
         return result.stdout if result.returncode == 0 else None
 
     try:
+        if git("ls-files", "--error-unmatch", "recipe.py") is None:
+            return {"commit": None, "diff": None}
         commit = git("rev-parse", "HEAD")
         return {"commit": commit.strip() if commit else None, "diff": (commit and git("diff", "HEAD")) or None}
     except FileNotFoundError:
@@ -116,18 +125,19 @@ def provenance() -> dict[str, Any]:
 
 def holder(run_folder: Path) -> int | None:
     """Process that holds a run: its supervisor, or a trainer that outlived it; None when nobody does."""
-    return locks.holder(run_folder / "lock") or locks.holder(run_folder / "train.lock")
+    supervisor = locks.holder(run_folder / "lock")
+    return locks.holder(run_folder / "train.lock") if supervisor is None else supervisor
 
 
 def last_attempt(run_folder: Path) -> Path | None:
     """Folder of a run's newest attempt."""
-    return max((run_folder / "attempts").glob("[0-9]*"), default=None)
+    return max((run_folder / "attempts").glob("[0-9]*"), key=lambda path: int(path.name), default=None)
 
 
 def exit_of(attempt: Path) -> dict[str, Any] | None:
     """How an attempt ended, None while it has not said."""
     path = attempt / "exit.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return events.read_json(path) if path.exists() else None
 
 
 def reap(attempt: Path) -> dict[str, Any]:

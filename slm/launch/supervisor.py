@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from slm import events
-from slm.launch import locks
+from slm import events, locks
 
 PR_SET_CHILD_SUBREAPER = 36
 POLL_SECONDS = 0.1
@@ -62,9 +63,12 @@ def _wait(child: subprocess.Popen[bytes], stop_asked: threading.Event) -> int:
         except subprocess.TimeoutExpired:
             if stop_asked.is_set() and not told:
                 told = True
-                torchrun = psutil.Process(child.pid)
-                for process in torchrun.children(recursive=True) or [torchrun]:
-                    process.terminate()
+                workers = _family(child.pid)[1:]
+                if not workers:
+                    child.terminate()
+                for process in workers:
+                    with suppress(psutil.NoSuchProcess):
+                        process.terminate()
 
 
 def _command(folder: Path, attempt: dict[str, Any]) -> list[str]:
@@ -74,6 +78,7 @@ def _command(folder: Path, attempt: dict[str, Any]) -> list[str]:
         "-m",
         "torch.distributed.run",
         "--standalone",
+        "--local-addr=127.0.0.1",
         f"--nproc-per-node={attempt['ranks']}",
         f"--log-dir={folder / 'torchrun'}",
         "--module",
@@ -84,7 +89,10 @@ def _command(folder: Path, attempt: dict[str, Any]) -> list[str]:
 
 def _why(folder: Path, code: int, stop_asked: bool) -> dict[str, Any]:
     """Reason and message of an attempt that did not finish: its own word, else the end of its log."""
-    failed = [event for event in events.Reader(folder / "events.jsonl").new() if event["event"] == "failed"]
+    try:
+        failed = [event for event in events.Reader(folder / "events.jsonl").new() if event["event"] == "failed"]
+    except ValueError as error:
+        return {"reason": "error", "message": f"events.jsonl is damaged: {error}"}
     if failed:
         return {"reason": failed[-1]["reason"], "message": failed[-1]["message"]}
     if stop_asked:
@@ -92,7 +100,8 @@ def _why(folder: Path, code: int, stop_asked: bool) -> dict[str, Any]:
     if code < 0:
         return {"reason": "error", "message": f"torchrun was killed by {signal.Signals(-code).name}"}
     tail = (folder / "log").read_bytes()[-LOG_TAIL:].decode(errors="replace")
-    return {"reason": "error", "message": _last_error(tail)}
+    message = _last_error(tail)
+    return {"reason": "oom" if "OutOfMemoryError" in message else "error", "message": message}
 
 
 def _last_error(log: str) -> str:
@@ -110,10 +119,20 @@ def _adopt_orphans() -> None:
 
 def _kill_descendants() -> None:
     """Leave no worker behind."""
-    left = psutil.Process().children(recursive=True)
+    left = _family(os.getpid())[1:]
     for process in left:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     psutil.wait_procs(left)
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    """A process and all that descend from it; nothing when it is gone."""
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 if __name__ == "__main__":

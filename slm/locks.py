@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from pathlib import Path
 from typing import TextIO
+
+GLANCE_SECONDS = 0.3
+"""How long a lock may seem held because somebody looks who holds it."""
 
 
 def hold(path: Path) -> TextIO | None:
     """The lock, held until the file is closed or the process ends and noted with its number; None if another has it."""
     file = path.open("a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
+    deadline = time.monotonic() + GLANCE_SECONDS
+    while not _try(file, fcntl.LOCK_EX):
+        if time.monotonic() > deadline:
+            file.close()
+            return None
+        time.sleep(0.01)
     file.seek(0)
     file.truncate()
     file.write(str(os.getpid()))
@@ -28,8 +33,16 @@ def holder(path: Path) -> int | None:
     if not path.exists():
         return None
     with path.open(encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return int(file.read() or 0)
+        while not _try(file, fcntl.LOCK_SH):
+            if number := file.read():
+                return int(number)
+            time.sleep(0.001)
     return None
+
+
+def _try(file: TextIO, mode: int) -> bool:
+    try:
+        fcntl.flock(file, mode | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
