@@ -234,24 +234,8 @@ class Recipe:
 
         Raises ValueError for a depth below 1, more than one horizon, or a horizon that holds no step.
         """
-        given = {name: x for name, x in (("flops", flops), ("ratio", ratio), ("steps", steps)) if x is not None}
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} given together: choose one horizon")
-        for name, value in given.items():
-            if not 0 < value <= LARGEST_HORIZON:
-                raise ValueError(f"{name} {str(value)[:20]}: a horizon must be positive and below {LARGEST_HORIZON:g}")
         width, parameters, windows, flops_per_token = self._shape(depth)
-        if steps is not None:
-            batch = self._batch_of_steps(steps)
-            tokens: float = steps * batch
-        else:
-            tokens = flops / flops_per_token if flops else parameters.scaling * (ratio or self.tokens_per_parameter)
-            batch = self._batch(max(tokens, 1.0))
-            steps = round(tokens / batch) if flops else int(tokens // batch)
-        if steps < 1:
-            horizon = f"flops {flops:g}" if flops else f"ratio {ratio or self.tokens_per_parameter:g}"
-            raise ValueError(f"{horizon} at depth {depth}: {tokens:.0f} tokens are less than one step of {batch}")
-
+        tokens, batch, steps = self._horizon(depth, flops, ratio, steps)
         scale = math.sqrt(batch / self.reference_batch)
         table = scale * math.sqrt(self._width(self.reference_depth) / width)
         return Hyperparameters(
@@ -284,6 +268,29 @@ class Recipe:
             validation_tokens=self.validation_tokens,
             split_documents=self.split_documents,
         )
+
+    def _horizon(
+        self, depth: int, flops: float | None, ratio: float | None, steps: int | None
+    ) -> tuple[float, int, int]:
+        """Tokens asked for, tokens a step, steps. Raises ValueError as a call does."""
+        given = {name: x for name, x in (("flops", flops), ("ratio", ratio), ("steps", steps)) if x is not None}
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} given together: choose one horizon")
+        for name, value in given.items():
+            if not 0 < value <= LARGEST_HORIZON:
+                raise ValueError(f"{name} {str(value)[:20]}: a horizon must be positive and below {LARGEST_HORIZON:g}")
+        if steps is not None:
+            batch = self._batch_of_steps(steps)
+            return steps * batch, batch, steps
+        _, parameters, _, flops_per_token = self._shape(depth)
+        ratio = ratio or self.tokens_per_parameter
+        tokens = flops / flops_per_token if flops else parameters.scaling * ratio
+        batch = self._batch(max(tokens, 1.0))
+        steps = round(tokens / batch) if flops else int(tokens // batch)
+        if steps < 1:
+            horizon = f"flops {flops:g}" if flops else f"ratio {ratio:g}"
+            raise ValueError(f"{horizon} at depth {depth}: {tokens:.0f} tokens are less than one step of {batch}")
+        return tokens, batch, steps
 
     def _width(self, depth: int) -> int:
         return _round_up(self.aspect_ratio * depth, self.head_dim)

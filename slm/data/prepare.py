@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -166,35 +166,11 @@ def _fill(folder: Path, corpus: Corpus, given: Hyperparameters, report: Report) 
     tokenizer = train_tokenizer(texts, given.vocab_size)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer.document()))
 
-    counts = {"documents": 0, "tokens": 0}
-
-    def encoded() -> Iterator[list[int]]:
-        documents = iter(corpus.documents)
-        threads = os.cpu_count() or 1
-        while batch := list(islice(documents, ENCODE_DOCUMENTS)):
-            for ids in tokenizer.encode_batch(batch, threads):
-                counts["documents"] += 1
-                counts["tokens"] += len(ids) + 1
-                yield ids
-            report(f"packing rows: {counts['documents']:,} of {len(corpus.documents):,} documents")
-
-    source, length = encoded(), given.sequence_length + 1
-    pieces = given.split_documents
-    rows = _Rows(folder / "validation.bin", length, tokenizer)
+    source = _Encoded(corpus, tokenizer, report)
     leading = islice(source, len(corpus.documents) - len(texts))
-    packed = pack(split(leading, tokenizer.bos, length, pieces), length)
-    validation = rows.write(islice(packed, given.validation_rows))
-    if validation["rows"] < given.validation_rows:
-        raise ValueError(
-            f"corpus {corpus.name} is too small: {counts['tokens']:,} tokens leave {validation['rows']} validation "
-            f"rows of the {given.validation_rows} that the recipe needs ({given.validation_tokens:,} tokens)"
-        )
-    validation_documents = counts["documents"]
-    rows = _Rows(folder / "train.bin", length, tokenizer)
-    remaining = split(source, tokenizer.bos, length, pieces)
-    train = rows.write(pack(shuffled(remaining) if pieces else remaining, length))
-    if not train["rows"]:
-        raise ValueError(f"corpus {corpus.name} is too small: nothing is left to train on")
+    validation = _validation_rows(folder, leading, corpus, tokenizer, given)
+    validation_documents = source.documents
+    train = _train_rows(folder, source, corpus, tokenizer, given)
     return {
         "format": FORMAT,
         "shape": _shape(given),
@@ -204,12 +180,60 @@ def _fill(folder: Path, corpus: Corpus, given: Hyperparameters, report: Report) 
             "documents": len(corpus.documents),
             "duplicates": corpus.duplicates,
             "validation_documents": validation_documents,
-            "tokens": counts["tokens"],
+            "tokens": source.tokens,
         },
         "tokenizer": tokenizer.fingerprint,
         "validation": validation,
         "train": train,
     }
+
+
+def _validation_rows(
+    folder: Path, leading: Iterable[list[int]], corpus: Corpus, tokenizer: Tokenizer, given: Hyperparameters
+) -> dict[str, Any]:
+    """Fill the validation rows from the documents that lead the order; what the manifest says of them."""
+    length = given.sequence_length + 1
+    packed = pack(split(leading, tokenizer.bos, length, given.split_documents), length)
+    written = _Rows(folder / "validation.bin", length, tokenizer).write(islice(packed, given.validation_rows))
+    if written["rows"] < given.validation_rows:
+        raise ValueError(
+            f"corpus {corpus.name} is too small: it fills {written['rows']} of the {given.validation_rows} validation "
+            f"rows ({given.validation_tokens:,} tokens) that the recipe needs"
+        )
+    return written
+
+
+def _train_rows(
+    folder: Path, source: Iterable[list[int]], corpus: Corpus, tokenizer: Tokenizer, given: Hyperparameters
+) -> dict[str, Any]:
+    """Pack the other documents; what the manifest says of their rows."""
+    length = given.sequence_length + 1
+    pieces = split(source, tokenizer.bos, length, given.split_documents)
+    rows = pack(shuffled(pieces) if given.split_documents else pieces, length)
+    written = _Rows(folder / "train.bin", length, tokenizer).write(rows)
+    if not written["rows"]:
+        raise ValueError(f"corpus {corpus.name} is too small: nothing is left to train on")
+    return written
+
+
+class _Encoded:
+    """Iterates over a corpus's documents as token ids, once, and counts them."""
+
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, report: Report) -> None:
+        self.documents = self.tokens = 0
+        self._ids = self._encode(corpus, tokenizer, report)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self._ids
+
+    def _encode(self, corpus: Corpus, tokenizer: Tokenizer, report: Report) -> Iterator[list[int]]:
+        documents, threads = iter(corpus.documents), os.cpu_count() or 1
+        while batch := list(islice(documents, ENCODE_DOCUMENTS)):
+            for ids in tokenizer.encode_batch(batch, threads):
+                self.documents += 1
+                self.tokens += len(ids) + 1
+                yield ids
+            report(f"packing rows: {self.documents:,} of {len(corpus.documents):,} documents")
 
 
 class _Rows:
