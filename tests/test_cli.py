@@ -96,6 +96,19 @@ def test_smoke_runs_are_left_out_of_a_fit(swept) -> None:
     assert [run["reason"] for run in document["points"]["excluded"]] == ["steps=2 is not compute-optimal"]
 
 
+def test_a_csv_of_runs_is_fitted_without_a_store(tmp_path: Path, reference: Path) -> None:
+    published = reference / "data/scaling/nanochat_isoflop/points_2026-01-26.csv"
+    columns = "params=params_effective,budget=flops_budget,loss=val_bpb,flops=flops_budget"
+    arguments = ("--from", str(published), "--map", columns, "--figure", str(tmp_path / "drawn"), "--json")
+    result = slm("fit-curves", *arguments, home=tmp_path / "none")
+    assert result.returncode == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["points"]["n"] == 28
+    assert document["isoflop"]["params_exponent"]["estimate"] == pytest.approx(0.54, abs=0.01)
+    assert (tmp_path / "drawn.svg").exists()
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_dry_run_needs_no_torch_and_trains_nothing(home: Path) -> None:
     program = (
         "import sys; sys.argv = ['slm', 'sweep', '--recipe', 'pocket', '--depths', '2-4', '--dry-run', '--json']\n"
@@ -154,6 +167,8 @@ def test_size_has_the_published_counts_as_json() -> None:
         (("sweep", "--depths", "2", "--gpus", "999"), "999"),
         (("sweep", "--depths", "2", "--gpus", "1", "--cores", "1"), "choose one"),
         (("size", "--recipe", "nonesuch"), "nonesuch"),
+        (("fit-curves", "--from", "nothing.csv"), "nothing.csv"),
+        (("fit-curves", "--map", "loss=x"), "--map"),
         (("show", "123456"), "123456"),
         (("nonsense",), "nonsense"),
     ],

@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,32 +25,28 @@ if TYPE_CHECKING:
 
 def fit_curves(
     experiment: Annotated[str | None, typer.Argument(help="An experiment; else the only one there is.")] = None,
+    file: Annotated[Path | None, typer.Option("--from", help="Runs of a CSV: params, tokens, flops, loss.")] = None,
+    names: Annotated[str | None, typer.Option("--map", help="What columns are called there: loss=val_bpb.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Where to draw, without ending; else by the fit's name.")] = None,
     as_json: Json = False,
 ) -> None:
     """Fit val_bpb against FLOPs, with intervals, isoFLOP minima and what cannot be concluded; draw the figure."""
-    import store
     from slm import figures, fits
 
-    home = store.home()
-    report_problems(store.ingest(home).problems)
-    name = experiment or _only_experiment()
-    frame = store.results(name, home=home)
-    finished = frame[frame["status"] == "finished"]
-    ladder, excluded = _ladder(finished)
-    points = points_of(ladder)
-    if not points:
-        raise ValueError(
-            f"experiment {name!r} has no finished run to fit: `slm status {name}` says what became of them"
-        )
-    fit = fits.fit_curves(points)
-    document: dict[str, Any] = {"experiments": [name], "created": time.time()} | fit.document()
-    document["points"]["excluded"] += excluded
+    if file is not None and experiment is not None:
+        raise ValueError(f"{experiment} and --from {file}: fit one or the other")
+    if names is not None and file is None:
+        raise ValueError(f"--map {names}: it goes with --from")
+    runs = _of_experiment(experiment) if file is None else _of_file(file, names)
+    fit = fits.fit_curves(runs.points, runs.convention)
+    document: dict[str, Any] = {"experiments": runs.experiments, "created": time.time()} | fit.document()
+    document["points"]["excluded"] += runs.excluded
     document["hash"] = _hash(document)
-    stem = figure or home / "figures" / f"{name}"
+    stem = figure or runs.stem
     stem.parent.mkdir(parents=True, exist_ok=True)
-    drawn = figures.draw_curve(fit, points, stem, curves=_curves(ladder, name, home), title=name)
-    _record(document, home)
+    drawn = figures.draw_curve(fit, runs.points, stem, curves=runs.curves, title=stem.name)
+    if runs.experiments:
+        _record(document)
     if as_json:
         print_json(document | {"figures": [str(path) for path in drawn]})
         return
@@ -59,9 +56,58 @@ def fit_curves(
         print_table(rows, headers)
     for warning in document["warnings"]:
         print(f"\n{warning['code']}: {warning['message']}")
-    for reason, count in Counter(run["reason"] for run in excluded).items():
+    for reason, count in Counter(run["reason"] for run in runs.excluded).items():
         print(f"\nleft out: {count} runs, {reason}")
     print(f"\nfigure: {drawn[0]}, {drawn[1]}")
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """What is to be fitted."""
+
+    points: list[Point]
+    """Runs."""
+    convention: str
+    """What their N counts."""
+    stem: Path
+    """Where the figure goes, without ending."""
+    experiments: list[str] = field(default_factory=list)
+    """Where they are from; a fit of a file is not recorded."""
+    excluded: list[dict[str, str]] = field(default_factory=list)
+    """Runs left out, each with its reason."""
+    curves: list[tuple[int, Any, Any]] = field(default_factory=list)
+    """Depth, FLOPs and loss while training."""
+
+
+def _of_experiment(experiment: str | None) -> _Runs:
+    """The finished runs of an experiment in the store."""
+    import store
+
+    home = store.home()
+    report_problems(store.ingest(home).problems)
+    name = experiment or _only_experiment()
+    frame = store.results(name, home=home)
+    ladder, excluded = _ladder(frame[frame["status"] == "finished"])
+    points = points_of(ladder)
+    if not points:
+        raise ValueError(f"experiment {name!r} has no finished run to fit: `slm status {name}` says why")
+    curves = _curves(ladder, name, home)
+    return _Runs(points, "matrices+head", home / "figures" / name, [name], excluded, curves)
+
+
+def _of_file(file: Path, names: str | None) -> _Runs:
+    """The runs of a CSV."""
+    from slm.fits import read_points
+
+    if not file.is_file():
+        raise ValueError(f"--from {file}: no such file")
+    pairs = [pair.partition("=") for pair in names.split(",")] if names else []
+    for name, equals, column in pairs:
+        if not (name and equals and column):
+            raise ValueError(f"--map {names}: write name=column, as in loss=val_bpb")
+    table = read_points(file, {name: column for name, _, column in pairs})
+    outliers = [{"run_id": point.run_id, "reason": "marked as an outlier"} for point in table.outliers]
+    return _Runs(list(table.points), "params as the file gives them", Path(file.stem), excluded=outliers)
 
 
 def _ladder(finished: pandas.DataFrame) -> tuple[pandas.DataFrame, list[dict[str, str]]]:
@@ -136,14 +182,14 @@ def _hash(document: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _record(document: dict[str, Any], home: Path) -> None:
+def _record(document: dict[str, Any]) -> None:
     """Keep the fit as a file and in the store."""
     import store
     from slm import events
 
-    folder = home / "fits"
+    folder = store.home() / "fits"
     folder.mkdir(exist_ok=True)
     path = folder / f"{document['hash']}.json"
     if not path.exists():
         events.write_json(path, document)
-    store.ingest(home)
+    store.ingest(store.home())

@@ -1,17 +1,22 @@
-"""What runs say about compute: laws, isoFLOP minima, intervals. Typed points in, a fit out; numpy and scipy alone."""
+"""What runs say about compute: laws, isoFLOP minima, surfaces. Typed points in, a fit out; numpy and scipy alone."""
 
 from __future__ import annotations
 
 from slm.fits.curve import Caution, CurveFit, fit_curves
 from slm.fits.intervals import Interval
 from slm.fits.isoflop import IsoFlop, Minimum, Valley
+from slm.fits.parametric import Bootstrap, Parametric, Rung, bootstrap, fit_parametric
 from slm.fits.points import NotComparable, Point
 from slm.fits.power_law import ADDITIVE, PURE, Law
+from slm.fits.surface import PAPER, Surface, fit_surface
+from slm.fits.table import Table, read_points
 from slm.fits.terminal import summary, tables
 
 __all__ = [
     "ADDITIVE",
+    "PAPER",
     "PURE",
+    "Bootstrap",
     "Caution",
     "CurveFit",
     "Interval",
@@ -19,9 +24,17 @@ __all__ = [
     "Law",
     "Minimum",
     "NotComparable",
+    "Parametric",
     "Point",
+    "Rung",
+    "Surface",
+    "Table",
     "Valley",
+    "bootstrap",
     "fit_curves",
+    "fit_parametric",
+    "fit_surface",
+    "read_points",
     "summary",
     "tables",
 ]

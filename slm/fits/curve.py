@@ -8,12 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from slm.fits.intervals import Interval
 from slm.fits.isoflop import IsoFlop, Minimum, Valley, fit_isoflop
+from slm.fits.parametric import Parametric, fit_parametric
 from slm.fits.points import Point, check
-from slm.fits.power_law import ADDITIVE, PARAMETERS, PURE, ROUNDING, Array, Law, Noise, fit_law, noise_of, predict
+from slm.fits.power_law import ADDITIVE, PARAMETERS, PURE, Array, Law, Noise, aicc, fit_law, noise_of, predict
 
 REACH = 10.0
 """How many times beyond the largest run a law is read at most."""
+WIDER = 1.5
+"""How many times wider one kind of interval may be than another without a word."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ class CurveFit:
     """L(C)."""
     isoflop: IsoFlop | None
     """None without runs at a budget."""
+    parametric: Parametric
+    """L(N, D) through all runs."""
 
     @property
     def law(self) -> Law | None:
@@ -77,7 +83,11 @@ class CurveFit:
     @property
     def cautions(self) -> list[Caution]:
         """Everything the numbers do not hold, `warnings` of the document."""
-        return [*_law_cautions(self.choice), *_grid_cautions(self.isoflop)]
+        return [
+            *_law_cautions(self.choice),
+            *_grid_cautions(self.isoflop, self.parametric),
+            *_surface_cautions(self.parametric, self.isoflop),
+        ]
 
     def document(self) -> dict[str, Any]:
         """As JSON, without NaN: null is what is not known. Compute in FLOPs, loss in bits per byte."""
@@ -94,6 +104,7 @@ class CurveFit:
             "isoflop": _isoflop_document(self.isoflop),
             "power_law": _law_document(choice.law, self.through),
             "rival": _law_document(choice.rival, self.through),
+            "parametric": self.parametric.document(),
             "selected": {"form": choice.law.form if choice.law else None, "why": choice.why},
             "validation": vars(choice.validation) if choice.validation else None,
             "warnings": [vars(caution) for caution in self.cautions],
@@ -101,7 +112,7 @@ class CurveFit:
 
 
 def fit_curves(points: Sequence[Point], convention: str = "matrices+head") -> CurveFit:
-    """Fit L(C) and the isoFLOP minima of one family's finished runs.
+    """Fit L(C), the isoFLOP minima and the surface L(N, D) of one family's finished runs.
 
     `convention` names what `params` counts. L(C) goes through the runs without a budget; without any, through the
     resolved minima. Raises NotComparable (a ValueError) for several comparison keys or recipes, ValueError for no run
@@ -112,7 +123,8 @@ def fit_curves(points: Sequence[Point], convention: str = "matrices+head") -> Cu
     ladder = [point for point in points if point.budget is None]
     minima = [valley.minimum for valley in isoflop.valleys if valley.minimum] if isoflop else []
     through = "isoflop minima" if minima and not ladder else "compute-optimal runs"
-    return CurveFit(tuple(points), convention, through, _choose(ladder or minima, through), isoflop)
+    choice = _choose(ladder or minima, through)
+    return CurveFit(tuple(points), convention, through, choice, isoflop, fit_parametric(points))
 
 
 def _choose(runs: Sequence[Point | Minimum], through: str) -> Choice:
@@ -160,20 +172,11 @@ def _preferred(additive: Law, pure: Law, errors: dict[str, float]) -> tuple[str,
     held = ", ".join(f"{form} {100 * error:.2g} %" for form, error in errors.items())
     if abs(errors[ADDITIVE] - errors[PURE]) > additive.noise.sigma:
         return min(errors, key=errors.__getitem__), f"error at the largest compute, held out: {held}"
-    criteria = {law.form: _aicc(law) for law in (additive, pure)}
+    criteria = {law.form: aicc(law.objective, law.n, PARAMETERS[law.form]) for law in (additive, pure)}
     tie = f"held out, the largest compute tells them apart by less than the noise ({held})"
     if None in criteria.values():
         return PURE, f"{tie} and {additive.n} runs are too few for AICc: the simpler law"
     return min(criteria, key=lambda form: criteria[form] or 0.0), f"{tie}; the lower AICc"
-
-
-def _aicc(law: Law) -> float | None:
-    """Corrected Akaike criterion; None where runs are too few for the correction."""
-    count = PARAMETERS[law.form] + 1
-    if law.n <= count + 1:
-        return None
-    fit = law.n * np.log(2 * law.objective / law.n + ROUNDING**2)
-    return float(fit + 2 * count + 2 * count * (count + 1) / (law.n - count - 1))
 
 
 def _law_cautions(choice: Choice) -> list[Caution]:
@@ -196,19 +199,53 @@ def _law_cautions(choice: Choice) -> list[Caution]:
     return found
 
 
-def _grid_cautions(isoflop: IsoFlop | None) -> list[Caution]:
+def _grid_cautions(isoflop: IsoFlop | None, parametric: Parametric) -> list[Caution]:
     found = [
         Caution(valley.code, f"budget {valley.budget:.3g} is unresolved: {valley.reason}")
         for valley in (isoflop.valleys if isoflop else ())
         if valley.code
     ]
-    if isoflop is None or len(isoflop.valleys) < 2:
+    if parametric.surface is None and (isoflop is None or len(isoflop.valleys) < 2):
         message = (
             "parameters and tokens grow together along compute-optimal runs, so their exponents cannot be told apart: "
             "only L(C) is known; several sizes at each of two or more FLOPs budgets would tell"
         )
         found.append(Caution("one_dial_no_exponents", message))
     return found
+
+
+def _surface_cautions(parametric: Parametric, isoflop: IsoFlop | None) -> list[Caution]:
+    surface, drawn = parametric.surface, parametric.bootstrap
+    if surface is None:
+        return [Caution(parametric.code or "", parametric.why)] if parametric.code != "one_dial_no_exponents" else []
+    found = []
+    if surface.unheld:
+        message = f"the runs do not bound {', '.join(surface.unheld)} of the {surface.form} surface on both sides"
+        found.append(Caution("surface_unidentified", message))
+    if surface.status != "converged" or surface.starts_agreeing < 0.1:
+        message = f"{surface.status}; {surface.starts_agreeing:.0%} of the starts end at the surface chosen"
+        found.append(Caution("surface_not_converged", message))
+    own, minima = surface.intervals["params_exponent"], isoflop.params_exponent if isoflop else None
+    if minima and not _overlap(own, minima):
+        message = f"N* grows as C^{own.text('.2f')} on the surface and as C^{minima.text('.2f')} by the isoFLOP minima"
+        found.append(Caution("approaches_disagree", message))
+    wide = [name for name in ("E", "alpha", "beta") if drawn and _differ(surface.intervals[name], drawn.ends[name])]
+    if wide:
+        message = f"profile and bootstrap intervals of {', '.join(wide)} differ by more than {WIDER:g} times"
+        found.append(Caution("intervals_differ", message))
+    return found
+
+
+def _overlap(one: Interval, other: Interval) -> bool:
+    ends = [(-np.inf if own.low is None else own.low, np.inf if own.high is None else own.high) for own in (one, other)]
+    return max(low for low, _ in ends) <= min(high for _, high in ends)
+
+
+def _differ(profile: Interval, drawn: tuple[float, float]) -> bool:
+    if profile.low is None or profile.high is None:
+        return False
+    widths = sorted((profile.high - profile.low, drawn[1] - drawn[0]))
+    return widths[1] > WIDER * widths[0]
 
 
 def _excluded(isoflop: IsoFlop | None) -> list[dict[str, str]]:

@@ -80,11 +80,11 @@ class Minimum:
     params: float
     """N."""
     tokens: float
-    """D, read off the runs' tokens at N."""
+    """D; of a valley read off the runs' tokens at N."""
     ratio: float
-    """D/N, read off the runs' ratios at N, which as published differs a little from tokens / params."""
+    """D/N; of a valley read off the runs' ratios at N, which as published differs a little from tokens / params."""
     loss: float
-    """The parabola's, bits per byte."""
+    """The parabola's or the surface's, bits per byte."""
 
 
 @dataclass(frozen=True)

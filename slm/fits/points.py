@@ -36,10 +36,12 @@ class Point:
     """FLOPs asked for, of a run in an isoFLOP grid; None for a compute-optimal run."""
     comparison_key: str
     """Losses of two different keys are not one axis."""
+    weight: float = 1.0
+    """Of the run in the objective of a surface; the laws and valleys give every run one."""
 
     def __post_init__(self) -> None:
         """Refuse what has no logarithm, by name: ValueError."""
-        for name in ("depth", "params", "tokens", "flops", "loss", "budget"):
+        for name in ("depth", "params", "tokens", "flops", "loss", "budget", "weight"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"run {self.run_id}: {name} is {value}; a fit needs positive finite numbers")

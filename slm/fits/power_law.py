@@ -171,15 +171,31 @@ def _logs(flops: Array, losses: Array) -> tuple[float, Array, Array]:
 
 def noise_of(points: Sequence[Point], flops: Array, losses: Array, form: str) -> Noise:
     """Spread of ln loss: of seeds, with two degrees of freedom at least, else around the least-squares law."""
+    return seed_noise(points) or spread(np.log(losses / predict(form, flops, losses, LEAST_SQUARES, flops)))
+
+
+def seed_noise(points: Sequence[Point]) -> Noise | None:
+    """Spread of ln loss over runs that differ in nothing but the seed; None below two degrees of freedom."""
     groups: dict[tuple[float, ...], list[float]] = defaultdict(list)
     for point in points:
         groups[point.depth, point.params, point.tokens, point.budget or 0.0].append(float(np.log(point.loss)))
     free = sum(len(group) - 1 for group in groups.values())
-    if free >= 2:
-        squares = sum(float(np.var(group)) * len(group) for group in groups.values())
-        return Noise(float(np.sqrt(squares / free)), "replicate seeds")
-    residuals = np.log(losses / predict(form, flops, losses, LEAST_SQUARES, flops))
+    squares = sum(float(np.var(group)) * len(group) for group in groups.values())
+    return Noise(float(np.sqrt(squares / free)), "replicate seeds") if free >= 2 else None
+
+
+def spread(residuals: Array) -> Noise:
+    """Spread of log residuals, whatever a few of them are."""
     return Noise(float(1.4826 * np.median(np.abs(residuals))), "1.4826*MAD")
+
+
+def aicc(objective: float, runs: int, parameters: int) -> float | None:
+    """Corrected Akaike criterion, the spread being one more parameter; None where runs are too few to correct."""
+    count = parameters + 1
+    if runs <= count + 1:
+        return None
+    fit = runs * np.log(2 * objective / runs + ROUNDING**2)
+    return float(fit + 2 * count + 2 * count * (count + 1) / (runs - count - 1))
 
 
 def huber(residuals: Array, delta: float) -> Array:

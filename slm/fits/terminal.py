@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from slm.fits.curve import REACH, CurveFit, gains
 from slm.fits.isoflop import IsoFlop
+from slm.fits.parametric import Parametric
 from slm.fits.power_law import PURE, Law
 
 Table = tuple[list[str], list[list[str]]]
@@ -32,10 +33,11 @@ def _gain(law: Law) -> str:
 
 
 def tables(fit: CurveFit) -> list[Table]:
-    """(headers, rows) of strings: the laws, then the isoFLOP minima; those that there are."""
+    """(headers, rows) of strings: the laws, the isoFLOP minima, the surfaces; those that there are."""
     laws = [law for law in (fit.law, fit.choice.rival) if law]
     found = [_laws(fit, laws)] if laws else []
-    return found + ([_minima(fit.isoflop)] if fit.isoflop else [])
+    found += [_minima(fit.isoflop)] if fit.isoflop else []
+    return found + ([_surfaces(fit.parametric)] if fit.parametric.surface else [])
 
 
 def _laws(fit: CurveFit, laws: list[Law]) -> Table:
@@ -66,3 +68,20 @@ def _minima(isoflop: IsoFlop) -> Table:
         )
         rows.append([f"{valley.budget:.3g}", *known])
     return ["budget (FLOPs)", "optimal N [95 %]", "tokens", "tokens/N", "val_bpb", "status"], rows
+
+
+def _surfaces(parametric: Parametric) -> Table:
+    rows = [
+        [
+            surface.form,
+            "chosen" if surface is parametric.surface else "",
+            *(surface.intervals[name].text() for name in ("E", "alpha", "beta")),
+            "1" if surface.form == "additive" else surface.intervals["gamma"].text(),
+            surface.intervals["params_exponent"].text(),
+            f"{100 * surface.residual_rms:.2g} %",
+            f"{100 * parametric.decisive.errors[surface.form]:.2g} %" if parametric.decisive else "not tested",
+        ]
+        for surface in parametric.surfaces
+    ]
+    names = ["E", "alpha", "beta", "gamma", "N* ~ C^"]
+    return ["surface", "", *(f"{name} [95 %]" for name in names), "residual", "error held out"], rows

@@ -1,0 +1,184 @@
+"""Which surface the runs hold: each form fitted, asked for larger compute than it has seen, and resampled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from slm.fits.descent import Array, descend
+from slm.fits.points import Point
+from slm.fits.power_law import Noise, aicc
+from slm.fits.surface import FORMS, Surface, best_row, cloud_of, fit_surface, noise_around, obstacle, quantities
+
+ENOUGH = 30
+"""Runs from which on they are resampled."""
+RESAMPLES = 1000
+RUNGS = 8
+"""Rungs of a validation at most."""
+HELD = 0.2
+"""Share of the runs, those of the largest compute, whose error chooses the form."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """Runs up to some compute kept, every form fitted to them and asked for the rest."""
+
+    flops: float
+    """Largest compute kept, FLOPs."""
+    kept: int
+    """Runs kept."""
+    held: int
+    """Runs held out, all of larger compute."""
+    factor: float
+    """How far the largest held out is beyond the largest kept."""
+    errors: dict[str, float]
+    """Root mean square log error of the prediction, by form."""
+    biases: dict[str, float]
+    """Mean log error, by form; positive predicts too high a loss."""
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Runs drawn again with replacement, within their budget where they have one."""
+
+    resamples: int
+    """Draws."""
+    strata: int
+    """Budgets drawn within; 1 when the runs have none."""
+    errors: dict[str, float]
+    """Standard errors of E, A, B, alpha, beta, gamma, params_exponent; the tail of A and of B is long."""
+    ends: dict[str, tuple[float, float]]
+    """2.5 and 97.5 % of the same."""
+
+
+@dataclass(frozen=True)
+class Parametric:
+    """The surface chosen, or why there is none."""
+
+    surface: Surface | None
+    """None when the runs cannot hold one."""
+    surfaces: tuple[Surface, ...]
+    """Every form."""
+    why: str
+    """Why this form, or why none."""
+    code: str | None
+    """Stable name of why there is none."""
+    rungs: tuple[Rung, ...]
+    """By compute."""
+    bootstrap: Bootstrap | None
+    """Of the form chosen; None with fewer than ENOUGH runs."""
+
+    @property
+    def decisive(self) -> Rung | None:
+        """The rung whose error chooses: HELD of the runs held out at least, as few as may be."""
+        return _decisive(self.rungs)
+
+    def document(self) -> dict[str, Any] | None:
+        """As JSON: the form chosen, flat, and every form under `alternatives`."""
+        if self.surface is None:
+            return None
+        return {
+            **self.surface.document(),
+            "why": self.why,
+            "validation": [vars(rung) for rung in self.rungs],
+            "bootstrap": _bootstrap_document(self.bootstrap),
+            "alternatives": [surface.document() for surface in self.surfaces],
+        }
+
+
+def fit_parametric(points: Sequence[Point], delta: float | None = None, resamples: int = RESAMPLES) -> Parametric:
+    """Every form through the runs, chosen by the error at the largest compute. Too few runs are no error."""
+    problem = obstacle(points)
+    if problem:
+        return Parametric(None, (), problem[1], problem[0], (), None)
+    noise = noise_around(points)
+    surfaces = tuple(fit_surface(points, form, delta, noise=noise) for form in FORMS)
+    rungs = validate(points, surfaces[0].delta)
+    chosen, why = _preferred(surfaces, rungs, noise)
+    drawn = bootstrap(points, chosen, resamples) if len(points) >= ENOUGH else None
+    return Parametric(chosen, surfaces, why, None, rungs, drawn)
+
+
+def validate(points: Sequence[Point], delta: float) -> tuple[Rung, ...]:
+    """Leave-largest-compute-out at every compute (a budget is one) that keeps a surface, RUNGS of them at most."""
+    levels = np.array([point.budget or point.flops for point in points])
+    tops = np.sort(levels)[:-1][np.diff(np.log(np.sort(levels))) > 0.01]
+    able = [top for top in tops if _holds([point for point, own in zip(points, levels) if own <= top * 1.001])]
+    if len(able) > RUNGS:
+        decisive = [top for top in able if (levels > top * 1.001).mean() >= HELD][-1:]
+        able = sorted({*decisive, *(able[k] for k in np.linspace(0, len(able) - 1, RUNGS - 1).round().astype(int))})
+    return tuple(_rung(points, levels <= top * 1.001, delta) for top in able)
+
+
+def _holds(points: Sequence[Point]) -> bool:
+    return obstacle(points) is None and len(points) > FORMS["coupled"]
+
+
+def _rung(points: Sequence[Point], kept: np.ndarray[Any, np.dtype[np.bool_]], delta: float) -> Rung:
+    cloud = cloud_of(points, delta)
+    flops, weights = np.array([point.flops for point in points]), np.array([point.weight for point in points])
+    missed = {}
+    for form in FORMS:
+        row, *_ = best_row(cloud, np.where(kept, weights, 0.0), form)
+        missed[form] = cloud.residuals(row[None])[0][0][~kept]
+    return Rung(
+        flops=float(flops[kept].max()),
+        kept=int(kept.sum()),
+        held=int((~kept).sum()),
+        factor=float(flops.max() / flops[kept].max()),
+        errors={form: float(np.sqrt(np.mean(own**2))) for form, own in missed.items()},
+        biases={form: float(own.mean()) for form, own in missed.items()},
+    )
+
+
+def _preferred(surfaces: Sequence[Surface], rungs: Sequence[Rung], noise: Noise) -> tuple[Surface, str]:
+    named = {surface.form: surface for surface in surfaces}
+    decisive = _decisive(rungs)
+    tie = "no part of the runs holds a surface, so none could be tested at larger compute"
+    if decisive:
+        errors = decisive.errors
+        held = ", ".join(f"{form} {100 * error:.2g} %" for form, error in errors.items())
+        what = f"error on the {decisive.held} runs of the largest compute, held out: {held}"
+        if max(errors.values()) - min(errors.values()) > noise.sigma:
+            return named[min(errors, key=errors.__getitem__)], what
+        tie = f"{what}; they differ by less than the noise"
+    criteria = {surface.form: aicc(surface.objective, surface.n, FORMS[surface.form]) for surface in surfaces}
+    if None in criteria.values():
+        return named["additive"], f"{tie}; {surfaces[0].n} runs are too few for AICc: the simpler form"
+    return named[min(criteria, key=lambda form: criteria[form] or 0.0)], f"{tie}; the lower AICc"
+
+
+def _decisive(rungs: Sequence[Rung]) -> Rung | None:
+    return next((rung for rung in reversed(rungs) if rung.held >= HELD * (rung.held + rung.kept)), None)
+
+
+def bootstrap(points: Sequence[Point], surface: Surface, resamples: int = RESAMPLES, seed: int = 0) -> Bootstrap:
+    """Resample runs, not checkpoints, all draws in one array of weights; every draw descends from the surface."""
+    budgets = [point.budget for point in points]
+    strata = (
+        np.unique([own or 0.0 for own in budgets], return_inverse=True)[1] if all(budgets) else np.zeros(len(points))
+    )
+    draw, counts = np.random.default_rng(seed), np.zeros((resamples, len(points)))
+    for stratum in np.unique(strata):
+        members = np.flatnonzero(strata == stratum)
+        counts[:, members] = draw.multinomial(len(members), np.full(len(members), 1 / len(members)), resamples)
+    weights = counts * [point.weight for point in points]
+    cloud = cloud_of(points, surface.delta, surface.raw)
+    rows, _ = descend(cloud, np.tile(surface.row, (resamples, 1)), weights, range(FORMS[surface.form]))
+    values = quantities(rows, surface.centre)
+    spreads: dict[str, Array] = {name: np.exp(own) if name in "EAB" else own for name, own in values.items()}
+    return Bootstrap(
+        resamples=resamples,
+        strata=len(np.unique(strata)),
+        errors={name: float(own.std()) for name, own in spreads.items()},
+        ends={name: (float(np.quantile(own, 0.025)), float(np.quantile(own, 0.975))) for name, own in spreads.items()},
+    )
+
+
+def _bootstrap_document(drawn: Bootstrap | None) -> dict[str, Any] | None:
+    if drawn is None:
+        return None
+    return {**vars(drawn), "ends": {name: list(own) for name, own in drawn.ends.items()}}
