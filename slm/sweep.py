@@ -13,7 +13,7 @@ from subprocess import Popen
 from typing import Any, Protocol
 
 from slm import events, launch, locks
-from slm.data import Prepared, prepare, prepared_for
+from slm.data import Prepared, prepare, prepared_for, row_shape
 from slm.experiment import Asked, Experiment
 from slm.plan import Plan, code_fingerprint
 from slm.recipe import Hyperparameters
@@ -59,39 +59,44 @@ class Corpora:
     def __init__(self, experiment: Experiment, home: Path) -> None:
         self._name = experiment.data
         self._home = home
-        self._found: dict[tuple[int, int, int, bool], Prepared | None] = {}
+        self._found: dict[tuple[int, ...], Prepared | None] = {}
 
     def prepare(self, asked: Asked, report: Callable[[str], None]) -> Prepared:
         """Prepared data, made now if they are not there yet."""
-        prepared = self.find(asked) or prepare(self._name, asked.hyperparameters, self._home, report)
-        self._found[_row_shape(asked.hyperparameters)] = prepared
+        key = _key(asked.hyperparameters)
+        prepared = self._found.get(key) or prepare(self._name, asked.hyperparameters, self._home, report)
+        self._found[key] = prepared
         return prepared
 
     def of(self, plan: Plan) -> Path:
         """Prepared folder of a plan made from these data."""
-        prepared = self._found[_row_shape(plan.hyperparameters)]
+        prepared = self._found[_key(plan.hyperparameters)]
         assert prepared is not None
         return prepared.folder
 
     def find(self, asked: Asked) -> Prepared | None:
         """Prepared data, if they are there."""
-        key = _row_shape(asked.hyperparameters)
+        key = _key(asked.hyperparameters)
         if key not in self._found:
             self._found[key] = prepared_for(self._name, asked.hyperparameters, self._home)
         return self._found[key]
 
 
-def _row_shape(given: Hyperparameters) -> tuple[int, int, int, bool]:
-    return given.vocab_size, given.sequence_length, given.validation_rows, given.split_documents
+def _key(given: Hyperparameters) -> tuple[int, ...]:
+    return tuple(row_shape(given).values())
+
+
+def plan_of(asked: Asked, prepared: Prepared) -> Plan:
+    """The plan of a run on prepared data. Raises ValueError for a horizon beyond the data."""
+    identity = prepared.identity(asked.hyperparameters)
+    return Plan(asked.recipe, asked.horizon, asked.seed, asked.hyperparameters, identity, code_fingerprint())
 
 
 def make_plans(experiment: Experiment, data: Callable[[Asked], Prepared]) -> list[Plan]:
     """The plans of an experiment, cheapest first, each once. Raises ValueError for a horizon beyond the data."""
-    code = code_fingerprint()
     plans: dict[str, Plan] = {}
     for asked in experiment.asked():
-        identity = data(asked).identity(asked.hyperparameters)
-        plan = Plan(asked.recipe, asked.horizon, asked.seed, asked.hyperparameters, identity, code)
+        plan = plan_of(asked, data(asked))
         plans.setdefault(plan.run_id, plan)
     return list(plans.values())
 

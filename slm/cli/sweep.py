@@ -87,8 +87,7 @@ def _print_plan(experiment: Experiment, corpora: Corpora, as_json: bool) -> None
 
 
 def _planned(asked: Asked, corpora: Corpora) -> dict[str, Any]:
-    from slm.plan import Plan, code_fingerprint
-    from slm.sweep import is_done
+    from slm.sweep import is_done, plan_of
     from store import home
 
     given = asked.hyperparameters
@@ -98,10 +97,9 @@ def _planned(asked: Asked, corpora: Corpora) -> dict[str, Any]:
     prepared = corpora.find(asked)
     if prepared is None:
         return row | {"state": "data not prepared"}
-    identity = prepared.identity(given)
-    run_id = Plan(asked.recipe, asked.horizon, asked.seed, given, identity, code_fingerprint()).run_id
-    state = "done" if is_done(home(), run_id) else "to do"
-    return row | {"run_id": run_id, "epochs": identity.epochs, "state": state}
+    plan = plan_of(asked, prepared)
+    state = "done" if is_done(home(), plan.run_id) else "to do"
+    return row | {"run_id": plan.run_id, "epochs": plan.data.epochs, "state": state}
 
 
 def _plan_cells(row: dict[str, Any]) -> list[str | None]:

@@ -74,8 +74,7 @@ class Prepared:
                 f"{available * given.sequence_length:,}, enough for {MAX_EPOCHS} epochs of "
                 f"{MAX_EPOCHS * available * given.sequence_length:,}: give more text, or a shorter horizon"
             )
-        blocks = self.manifest["train"]["blocks"]
-        read = blocks[: -(-min(needed, available) // BLOCK_ROWS)]
+        read = self._blocks_read(given)
         wrapped = [str(available)] if needed > available else []
         return DataIdentity(
             corpus=self.manifest["corpus"]["name"],
@@ -87,15 +86,19 @@ class Prepared:
             epochs=needed / available,
         )
 
+    def _blocks_read(self, given: Hyperparameters) -> list[str]:
+        """Hashes of the row blocks that a run reads."""
+        blocks: list[str] = self.manifest["train"]["blocks"]
+        return blocks[: -(-min(given.train_rows, self.train_rows) // BLOCK_ROWS)]
+
     def verify_content(self, given: Hyperparameters) -> None:
         """Raise ValueError unless validation rows and the blocks that a run reads hash to what the manifest says."""
-        read = {"validation": len(self.manifest["validation"]["blocks"])}
-        read["train"] = -(-min(given.train_rows, self.train_rows) // BLOCK_ROWS)
+        read = {"validation": self.manifest["validation"]["blocks"], "train": self._blocks_read(given)}
         for name, blocks in read.items():
             part = self.manifest[name]
             size = BLOCK_ROWS * part["row_tokens"] * np.dtype(part["dtype"]).itemsize
             with (self.folder / f"{name}.bin").open("rb") as file:
-                if any(_hash(file.read(size)) != expected for expected in part["blocks"][:blocks]):
+                if any(_hash(file.read(size)) != expected for expected in blocks):
                     raise ValueError(f"{file.name} was changed: remove its folder and run `slm data prepare` again")
 
     def verify(self) -> None:
@@ -113,7 +116,7 @@ def prepared_for(name: str, given: Hyperparameters, home: Path) -> Prepared | No
 
     Raises ValueError when there is no such corpus.
     """
-    wanted = {"format": FORMAT, "source": _source_hash(name), "shape": _shape(given)}
+    wanted = {"format": FORMAT, "source": _source_hash(name), "shape": row_shape(given)}
     for path in sorted((home / "data").glob("*/manifest.json")):
         manifest = events.read_json(path)
         if {key: manifest.get(key) for key in wanted} == wanted:
@@ -147,7 +150,7 @@ def prepare(name: str, given: Hyperparameters, home: Path, report: Report = lamb
     finally:
         lock.close()
         shutil.rmtree(temporary, ignore_errors=True)
-    return Prepared(folder, json.loads((folder / "manifest.json").read_text()))
+    return Prepared(folder, events.read_json(folder / "manifest.json"))
 
 
 def _publish(temporary: Path, folder: Path) -> None:
@@ -173,7 +176,7 @@ def _fill(folder: Path, corpus: Corpus, given: Hyperparameters, report: Report) 
     train = _train_rows(folder, source, corpus, tokenizer, given)
     return {
         "format": FORMAT,
-        "shape": _shape(given),
+        "shape": row_shape(given),
         "corpus": {
             "name": corpus.name,
             "fingerprint": corpus.fingerprint,
@@ -291,7 +294,7 @@ def _tokenizer_texts(corpus: Corpus) -> list[str]:
     return texts
 
 
-def _shape(given: Hyperparameters) -> dict[str, Any]:
+def row_shape(given: Hyperparameters) -> dict[str, Any]:
     """What of a recipe decides the rows."""
     return {
         "vocab_size": given.vocab_size,

@@ -140,15 +140,20 @@ def exit_of(attempt: Path) -> dict[str, Any] | None:
     return events.read_json(path) if path.exists() else None
 
 
-def reap(attempt: Path) -> dict[str, Any]:
-    """Record the end of an attempt whose supervisor was killed before it could."""
+def record_exit(attempt: Path, code: int, reason: str | None, message: str | None) -> dict[str, Any]:
+    """Write how an attempt ended; a negative code is the signal that killed torchrun, reason None a finished run."""
     document = {
         "attempt": int(attempt.name),
         "time": time.time(),
-        "code": 1,
-        "signal": None,
-        "reason": "interrupted",
-        "message": "supervisor and trainer were killed",
+        "code": max(code, 0),
+        "signal": -code if code < 0 else None,
+        "reason": reason,
+        "message": message,
     }
     events.write_json(attempt / "exit.json", document)
     return document
+
+
+def reap(attempt: Path) -> dict[str, Any]:
+    """Record the end of an attempt whose supervisor was killed before it could."""
+    return record_exit(attempt, 1, "interrupted", "supervisor and trainer were killed")

@@ -7,20 +7,18 @@ It holds the run's `lock`, starts torchrun, passes SIGTERM on, reaps whatever to
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from slm import events, locks
+from slm import events, launch, locks
 
 PR_SET_CHILD_SUBREAPER = 36
 POLL_SECONDS = 0.1
@@ -35,7 +33,7 @@ def supervise(folder: Path) -> int:
     if lock is None:
         sys.exit(f"{run_folder.name} is held by process {locks.holder(run_folder / 'lock')}")
     _adopt_orphans()
-    attempt = json.loads((folder / "attempt.json").read_text())
+    attempt = events.read_json(folder / "attempt.json")
     stop_asked = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop_asked.set())
     with (folder / "log").open("ab") as log:
@@ -43,14 +41,8 @@ def supervise(folder: Path) -> int:
     code = _wait(child, stop_asked)
     _kill_descendants()
     finished = (run_folder / "done.json").exists()
-    document = {
-        "attempt": attempt["attempt"],
-        "time": time.time(),
-        "code": max(code, 0),
-        "signal": -code if code < 0 else None,
-        **({"reason": None, "message": None} if finished else _why(folder, code, stop_asked.is_set())),
-    }
-    events.write_json(folder / "exit.json", document)
+    reason, message = (None, None) if finished else _why(folder, code, stop_asked.is_set())
+    launch.record_exit(folder, code, reason, message)
     return 0 if finished else 1
 
 
@@ -87,21 +79,21 @@ def _command(folder: Path, attempt: dict[str, Any]) -> list[str]:
     ]
 
 
-def _why(folder: Path, code: int, stop_asked: bool) -> dict[str, Any]:
+def _why(folder: Path, code: int, stop_asked: bool) -> tuple[str, str]:
     """Reason and message of an attempt that did not finish: its own word, else the end of its log."""
     try:
         failed = [event for event in events.Reader(folder / "events.jsonl").new() if event["event"] == "failed"]
     except ValueError as error:
-        return {"reason": "error", "message": f"events.jsonl is damaged: {error}"}
+        return "error", f"events.jsonl is damaged: {error}"
     if failed:
-        return {"reason": failed[-1]["reason"], "message": failed[-1]["message"]}
+        return failed[-1]["reason"], failed[-1]["message"]
     if stop_asked:
-        return {"reason": "interrupted", "message": "stopped before the first step, as asked"}
+        return "interrupted", "stopped before the first step, as asked"
     if code < 0:
-        return {"reason": "error", "message": f"torchrun was killed by {signal.Signals(-code).name}"}
+        return "error", f"torchrun was killed by {signal.Signals(-code).name}"
     tail = (folder / "log").read_bytes()[-LOG_TAIL:].decode(errors="replace")
     message = _last_error(tail)
-    return {"reason": "oom" if "OutOfMemoryError" in message else "error", "message": message}
+    return "oom" if "OutOfMemoryError" in message else "error", message
 
 
 def _last_error(log: str) -> str:
