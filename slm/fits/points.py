@@ -38,6 +38,8 @@ class Point:
     """Losses of two different keys are not one axis."""
     weight: float = 1.0
     """Of the run in the objective of a surface; the laws and valleys give every run one."""
+    core: float | None = None
+    """DCLM CORE, centred accuracy: 0 at chance; None where it was not measured."""
 
     def __post_init__(self) -> None:
         """Refuse what has no logarithm, by name: ValueError."""
@@ -45,6 +47,8 @@ class Point:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"run {self.run_id}: {name} is {value}; a fit needs positive finite numbers")
+        if self.core is not None and not -1 <= self.core <= 1:
+            raise ValueError(f"run {self.run_id}: core is {self.core}; a centred accuracy lies from -1 to 1")
 
 
 def check(points: Sequence[Point]) -> None:

@@ -26,8 +26,6 @@ class Table:
     """Runs to fit, in the file's order."""
     outliers: tuple[Point, ...]
     """Runs that the file marks as outliers."""
-    core: dict[str, float]
-    """CORE of the runs that have one, by run id."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,6 @@ def read_points(path: Path, names: Mapping[str, str] | None = None, budgets: boo
     return Table(
         points=tuple(point for point, line in runs if not line.marked()),
         outliers=tuple(point for point, line in runs if line.marked()),
-        core={point.run_id: line.number_of("core") for point, line in runs if "core" in line.cells},
     )
 
 
@@ -132,6 +129,7 @@ def _point(line: _Line, name: str) -> Point:
             budget=line.number_of("budget") if "budget" in line.cells else None,
             comparison_key=name,
             weight=line.number_of("weight") if "weight" in line.cells else 1.0,
+            core=line.number_of("core") if "core" in line.cells else None,
         )
     except ValueError as error:
         text = str(error)
