@@ -1,6 +1,6 @@
 """At a fixed compute budget, how should a pocket model share it between parameters and tokens?
 
-Two budgets, five depths each: the deeper the model, the fewer tokens it sees.
+Two budgets, five depths each, two seeds: the deeper the model, the fewer tokens it sees.
 """
 
 from slm.experiment import Experiment
@@ -12,4 +12,5 @@ experiment = Experiment(
     recipes=(pocket,),
     depths=(2, 3, 4, 5, 6),
     flops=(3e11, 1e12),
+    seeds=(0, 1),
 )
