@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slm.fits import ADDITIVE, PURE, CurveFit, NotComparable, Point, fit_curves, summary, tables
+from slm.fits import ADDITIVE, PURE, CurveFit, NotComparable, Point, Target, fit_curves, summary, tables
 from slm.fits.isoflop import fit_isoflop
+from slm.fits.ladder import choose
 from slm.fits.power_law import fit_law, noise_of
 
 FLOPS = np.geomspace(1e12, 1e15, 8)
@@ -156,14 +157,42 @@ def test_runs_that_compute_does_not_help_are_not_a_gain() -> None:
 
 def test_the_law_is_chosen_by_the_largest_compute_held_out() -> None:
     found = fit_curves(ladder(law() * np.exp(0.001 * np.random.default_rng(2).standard_normal(8)))).document()
-    errors = found["validation"]["errors"]
+    errors = found["selected"]["errors"]
     assert found["selected"]["form"] == min(errors, key=errors.get) == ADDITIVE
-    assert found["validation"]["flops"] == FLOPS[-1]
-    assert found["validation"]["factor"] == pytest.approx(FLOPS[-1] / FLOPS[-2])
+
+
+def test_every_hold_out_keeps_the_smaller_runs_and_is_asked_for_the_larger() -> None:
+    found = fit_curves(ladder(law() * np.exp(0.001 * np.random.default_rng(2).standard_normal(8)))).document()
+    held = found["validation"]
+    assert [own["flops"] for own in held] == FLOPS[2:-1].tolist()
+    assert [own["held"] for own in held] == [5, 4, 3, 2, 1]
+    assert held[0]["factor"] == pytest.approx(FLOPS[-1] / FLOPS[2])
+    assert all(own["predicted"][0]["low"] < own["predicted"][0]["estimate"] for own in held)
+
+
+def test_intervals_of_runs_held_out_cover_them_as_often_as_they_say() -> None:
+    draw, covered = np.random.default_rng(4), []
+    for _ in range(40):
+        fit = choose(ladder(law(floor=0.0) * np.exp(0.003 * draw.standard_normal(8))), "runs")
+        covered += [run.covered for own in fit.hold_outs[2:] for run in own.predicted]
+    assert 0.8 <= np.mean(covered) <= 0.97
+
+
+def test_a_prediction_beyond_what_was_validated_says_so() -> None:
+    losses = law() * np.exp(0.001 * np.random.default_rng(2).standard_normal(8))
+    fit = fit_curves(ladder(losses))
+    near, far = fit.predict(Target(FLOPS[-1] * 2)), fit.predict(Target(FLOPS[-1] * 1e9))
+    assert not near.beyond
+    assert far.beyond
+    assert near.loss.low is not None
+    assert near.loss.high is not None
+    assert near.loss.low < law(FLOPS[-1:] * 2)[0] < near.loss.high
+    with pytest.raises(ValueError, match="no curve"):
+        fit_curves(ladder(losses[:2], FLOPS[:2])).predict(Target(1e15))
 
 
 def test_a_ladder_gives_a_law_and_no_exponents() -> None:
-    fit = fit_curves(ladder(law()))
+    fit = fit_curves(ladder(law()[:4], FLOPS[:4]))
     assert fit.document()["isoflop"] is None
     assert "one_dial_no_exponents" in codes(fit)
     assert "extrapolation" in codes(fit)
@@ -241,7 +270,7 @@ def test_a_minimum_outside_the_sizes_is_unresolved(shift: float, side: str) -> N
     (best,) = fit.document()["isoflop"]["optima"]
     assert best["status"] == "unresolved"
     assert best["params"] is None
-    assert best["interval"] is None
+    assert best["intervals"] is None
     assert f"run {side} ones" in best["reason"]
     assert "vertex_outside" in codes(fit)
 

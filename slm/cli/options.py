@@ -23,18 +23,18 @@ Data = Annotated[str | None, typer.Option("--data", help="Corpus: python, or a f
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 
 
-def depths_of(text: str) -> tuple[int, ...]:
+def depths_of(text: str, option: str = "--depths") -> tuple[int, ...]:
     """Depths of "10-20" or "4,8,12". Raises ValueError naming what is not a depth."""
     depths: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
         if not match:
-            raise ValueError(f"--depths {text}: {part.strip()!r} is not a depth; write 10-20, or 4,8,12")
+            raise ValueError(f"{option} {text}: {part.strip()!r} is not a depth; write 10-20, or 4,8,12")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise ValueError(f"--depths {text}: {part.strip()!r} runs backwards; write {last}-{first}")
+            raise ValueError(f"{option} {text}: {part.strip()!r} runs backwards; write {last}-{first}")
         if last > 10_000:
-            raise ValueError(f"--depths {text}: depth {last} is beyond 10,000")
+            raise ValueError(f"{option} {text}: depth {last} is beyond 10,000")
         depths += range(first, last + 1)
     return tuple(dict.fromkeys(depths))
 
@@ -53,7 +53,7 @@ def numbers_of(option: str, text: str | None) -> tuple[float, ...]:
     return tuple(numbers)
 
 
-def recipe_of(name: str | None, gpu_asked: bool = False) -> Recipe:
+def recipe_of(name: str | None, gpu_asked: bool = False, option: str = "--recipe") -> Recipe:
     """The recipe of a name; without one nanochat where a GPU is found or asked for, else pocket.
 
     Raises ValueError for an unknown name.
@@ -63,7 +63,7 @@ def recipe_of(name: str | None, gpu_asked: bool = False) -> Recipe:
 
         name = "nanochat" if gpu_asked or devices.gpu_count() else "pocket"
     if name not in RECIPES:
-        raise ValueError(f"--recipe {name}: unknown; there are {', '.join(RECIPES)}")
+        raise ValueError(f"{option} {name}: unknown; there are {', '.join(RECIPES)}")
     return RECIPES[name]
 
 

@@ -8,6 +8,7 @@ from slm.fits.isoflop import IsoFlop, Minimum, Valley
 from slm.fits.parametric import Bootstrap, Parametric, Rung, bootstrap, fit_parametric
 from slm.fits.points import NotComparable, Point
 from slm.fits.power_law import ADDITIVE, PURE, Law
+from slm.fits.prediction import Prediction, Target
 from slm.fits.surface import PAPER, Surface, fit_surface
 from slm.fits.table import Table, read_points
 from slm.fits.terminal import summary, tables
@@ -26,9 +27,11 @@ __all__ = [
     "NotComparable",
     "Parametric",
     "Point",
+    "Prediction",
     "Rung",
     "Surface",
     "Table",
+    "Target",
     "Valley",
     "bootstrap",
     "fit_curves",

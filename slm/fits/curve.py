@@ -9,13 +9,18 @@ from typing import Any
 import numpy as np
 
 from slm.fits.intervals import Interval
-from slm.fits.isoflop import IsoFlop, Minimum, Valley, fit_isoflop
-from slm.fits.parametric import Parametric, fit_parametric
+from slm.fits.isoflop import IsoFlop, fit_isoflop
+from slm.fits.ladder import Choice, choose
+from slm.fits.parametric import NOT_ASKED, Parametric, fit_parametric
 from slm.fits.points import Point, check
-from slm.fits.power_law import ADDITIVE, PARAMETERS, PURE, Array, Law, Noise, aicc, fit_law, noise_of, predict
+from slm.fits.power_law import ADDITIVE, REACH, Law
+from slm.fits.prediction import Prediction, Target
+from slm.fits.surface import FORMS, PAPER
 
-REACH = 10.0
-"""How many times beyond the largest run a law is read at most."""
+OPTIMAL, MINIMA = "compute-optimal runs", "isoflop minima"
+"""What a law goes through."""
+POWER = "power"
+"""The form that is L(C) alone."""
 WIDER = 1.5
 """How many times wider one kind of interval may be than another without a word."""
 
@@ -31,43 +36,17 @@ class Caution:
 
 
 @dataclass(frozen=True)
-class Validation:
-    """The largest compute held out, each law fitted to the rest and asked for it."""
-
-    flops: float
-    """Compute held out, FLOPs."""
-    runs: int
-    """Runs held out."""
-    factor: float
-    """How far beyond the largest run that was kept."""
-    errors: dict[str, float]
-    """Root mean square log error of the prediction, by form of law."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One form of L(C), and how it was chosen."""
-
-    law: Law | None
-    """The law chosen; None with too few computes."""
-    rival: Law | None
-    """The other form; None where the runs could not hold it."""
-    why: str
-    """Why this form, or why none."""
-    validation: Validation | None
-    """None when holding the largest compute out leaves too few."""
-
-
-@dataclass(frozen=True)
 class CurveFit:
     """The answer of `fit_curves`."""
 
     points: tuple[Point, ...]
     """Runs given."""
+    metric: str
+    """What the loss is: val_bpb, or loss in nats a token."""
     convention: str
     """What N counts."""
     through: str
-    """What the law goes through: `compute-optimal runs` or, without any, `isoflop minima`."""
+    """What the law goes through: OPTIMAL or, without any, MINIMA."""
     choice: Choice
     """L(C)."""
     isoflop: IsoFlop | None
@@ -80,6 +59,27 @@ class CurveFit:
         """The law chosen."""
         return self.choice.law
 
+    def predict(self, target: Target) -> Prediction:
+        """What a further run would come to, with its interval.
+
+        By the law where it goes through compute-optimal runs, else by the surface, at the model named or at its
+        optimum, else by the law of the minima. Raises ValueError where there is neither.
+        """
+        surface = self.parametric.surface
+        if surface and (self.law is None or self.through == MINIMA):
+            params, tokens = target.params, target.tokens
+            if params is None or tokens is None:
+                best = surface.optimum(target.flops)
+                params, tokens = best.params, best.tokens
+            loss, tested = surface.prediction(params, tokens), self.parametric.tested
+            model, largest = surface.form, max(point.flops for point in self.points)
+        elif self.law:
+            loss, tested = self.law.prediction(target.flops), self.choice.tested
+            model, largest = self.law.form, self.law.largest
+        else:
+            raise ValueError(f"no curve to predict {target.flops:.3g} FLOPs from: {self.choice.why}")
+        return Prediction(target, model, loss, None, target.flops / largest, tested)
+
     @property
     def cautions(self) -> list[Caution]:
         """Everything the numbers do not hold, `warnings` of the document."""
@@ -90,93 +90,66 @@ class CurveFit:
         ]
 
     def document(self) -> dict[str, Any]:
-        """As JSON, without NaN: null is what is not known. Compute in FLOPs, loss in bits per byte."""
-        first, choice = self.points[0], self.choice
+        """As JSON, without NaN: null is what is not known. Compute in FLOPs, loss in the unit of the metric."""
+        first, choice, surface = self.points[0], self.choice, self.parametric.surface
         return {
             "points": {
                 "n": len(self.points),
                 "run_ids": sorted(point.run_id for point in self.points),
                 "excluded": _excluded(self.isoflop),
+                "metric": self.metric,
                 "convention": self.convention,
                 "recipe": first.recipe,
                 "comparison_key": first.comparison_key,
             },
-            "isoflop": _isoflop_document(self.isoflop),
-            "power_law": _law_document(choice.law, self.through),
-            "rival": _law_document(choice.rival, self.through),
+            "isoflop": self.isoflop.document() if self.isoflop else None,
+            "power_law": choice.law.document() | {"through": self.through} if choice.law else None,
+            "rival": choice.rival.document() | {"through": self.through} if choice.rival else None,
             "parametric": self.parametric.document(),
-            "selected": {"form": choice.law.form if choice.law else None, "why": choice.why},
-            "validation": vars(choice.validation) if choice.validation else None,
+            "selected": {
+                "form": choice.law.form if choice.law else None,
+                "why": choice.why,
+                "errors": choice.errors,
+                "surface": surface.form if surface else None,
+                "surface_why": self.parametric.why,
+            },
+            "validation": [own.document() for own in choice.hold_outs],
             "warnings": [vars(caution) for caution in self.cautions],
         }
 
 
-def fit_curves(points: Sequence[Point], convention: str = "matrices+head") -> CurveFit:
+def fit_curves(
+    points: Sequence[Point],
+    convention: str = "matrices+head",
+    metric: str = "val_bpb",
+    form: str = "auto",
+    paper: bool = False,
+) -> CurveFit:
     """Fit L(C), the isoFLOP minima and the surface L(N, D) of one family's finished runs.
 
-    `convention` names what `params` counts. L(C) goes through the runs without a budget; without any, through the
-    resolved minima. Raises NotComparable (a ValueError) for several comparison keys or recipes, ValueError for no run
-    or a run given twice. Too few runs are no error: the answer says so.
+    `convention` names what `params` counts, `metric` what `loss` is. L(C) goes through the runs without a budget;
+    without any, through the resolved minima. `form` is that of the surface: `auto` takes the better predictor, `power`
+    none at all; `paper` gives it the delta of Hoffmann et al. 2022. Raises NotComparable (a ValueError) for several
+    comparison keys or recipes, ValueError for no run, a run given twice, an unknown form, and runs that cannot hold the
+    form asked for. Too few runs are no error otherwise: the answer says so.
     """
     check(points)
+    if form not in ("auto", POWER, *FORMS):
+        raise ValueError(f"form is {form!r}; known are auto, {POWER}, {', '.join(FORMS)}")
     isoflop = fit_isoflop(points)
     ladder = [point for point in points if point.budget is None]
     minima = [valley.minimum for valley in isoflop.valleys if valley.minimum] if isoflop else []
-    through = "isoflop minima" if minima and not ladder else "compute-optimal runs"
-    choice = _choose(ladder or minima, through)
-    return CurveFit(tuple(points), convention, through, choice, isoflop, fit_parametric(points))
-
-
-def _choose(runs: Sequence[Point | Minimum], through: str) -> Choice:
-    """Fit both forms and take the one that predicts the largest compute better."""
-    flops, losses = np.array([run.flops for run in runs]), np.array([run.loss for run in runs])
-    steps = _steps(flops)
-    if steps <= PARAMETERS[PURE]:
-        count = f"{steps} different compute{'s' * (steps != 1)} among the {through}"
-        return Choice(None, None, f"{count}; a law takes 3, one with a floor 4: run more depths or budgets", None)
-    form = ADDITIVE if steps > PARAMETERS[ADDITIVE] else PURE
-    noise = noise_of([run for run in runs if isinstance(run, Point)], flops, losses, form)
-    pure = fit_law(PURE, flops, losses, noise)
-    if form == PURE:
-        return Choice(pure, None, "3 computes do not hold a floor: that takes 4", None)
-    additive, validation = fit_law(ADDITIVE, flops, losses, noise), _validate(flops, losses, noise)
-    form, why = _preferred(additive, pure, validation.errors)
-    law, rival = (additive, pure) if form == ADDITIVE else (pure, additive)
-    return Choice(law, rival, why, validation)
+    through = MINIMA if minima and not ladder else OPTIMAL
+    parametric = fit_parametric(points, PAPER if paper else None, form) if form != POWER else NOT_ASKED
+    if form in FORMS and parametric.surface is None:
+        raise ValueError(f"no {form} surface: {parametric.why}")
+    return CurveFit(tuple(points), metric, convention, through, choose(ladder or minima, through), isoflop, parametric)
 
 
 def gains(law: Law) -> bool:
     """Whether compute lowers the loss at the largest run, by the whole interval (a share of 1e-9 is none)."""
     low = law.gain(law.largest).low
     return low is not None and low > 1e-9
-
-
-def _steps(flops: Array) -> int:
-    """Different computes; replicates and the rounding of steps aside, one within a percent."""
-    return len(flops) and int(1 + (np.diff(np.sort(np.log(flops))) > 0.01).sum())
-
-
-def _validate(flops: Array, losses: Array, noise: Noise) -> Validation:
-    largest = float(flops.max())
-    held = np.log(largest / flops) <= 0.01
-    errors = {}
-    for form in PARAMETERS:
-        predicted = predict(form, flops[~held], losses[~held], noise, flops[held])
-        errors[form] = float(np.sqrt(np.mean(np.log(predicted / losses[held]) ** 2)))
-    return Validation(largest, int(held.sum()), largest / float(flops[~held].max()), errors)
-
-
-def _preferred(additive: Law, pure: Law, errors: dict[str, float]) -> tuple[str, str]:
-    if additive.best[:2].min() == 0:
-        return PURE, "the best floor is 0" if additive.best[0] == 0 else "the loss does not fall with compute"
-    held = ", ".join(f"{form} {100 * error:.2g} %" for form, error in errors.items())
-    if abs(errors[ADDITIVE] - errors[PURE]) > additive.noise.sigma:
-        return min(errors, key=errors.__getitem__), f"error at the largest compute, held out: {held}"
-    criteria = {law.form: aicc(law.objective, law.n, PARAMETERS[law.form]) for law in (additive, pure)}
-    tie = f"held out, the largest compute tells them apart by less than the noise ({held})"
-    if None in criteria.values():
-        return PURE, f"{tie} and {additive.n} runs are too few for AICc: the simpler law"
-    return min(criteria, key=lambda form: criteria[form] or 0.0), f"{tie}; the lower AICc"
 
 
 def _law_cautions(choice: Choice) -> list[Caution]:
@@ -191,10 +164,9 @@ def _law_cautions(choice: Choice) -> list[Caution]:
         gain = choice.law.gain(choice.law.largest)
         message = f"the runs do not show that compute lowers the loss: a doubling gives {gain.text('.2g', 100)} %"
         found.append(Caution("no_gain", message))
-    factor = choice.validation.factor if choice.validation else None
-    if factor is None or factor < REACH:
-        tested = f"tested {factor:.3g} times beyond" if factor else "not tested beyond any run"
-        message = f"values to {REACH:g} times the largest run are extrapolated; prediction was {tested}"
+    if choice.tested < REACH:
+        right = f"right to {choice.tested:.3g} times beyond" if choice.tested > 1 else "not right beyond any"
+        message = f"values to {REACH:g} times the largest run are extrapolated; held-out runs show prediction {right}"
         found.append(Caution("extrapolation", message))
     return found
 
@@ -205,7 +177,7 @@ def _grid_cautions(isoflop: IsoFlop | None, parametric: Parametric) -> list[Caut
         for valley in (isoflop.valleys if isoflop else ())
         if valley.code
     ]
-    if parametric.surface is None and (isoflop is None or len(isoflop.valleys) < 2):
+    if parametric.surface is None and parametric.why != NOT_ASKED.why and (isoflop is None or len(isoflop.valleys) < 2):
         message = (
             "parameters and tokens grow together along compute-optimal runs, so their exponents cannot be told apart: "
             "only L(C) is known; several sizes at each of two or more FLOPs budgets would tell"
@@ -217,7 +189,8 @@ def _grid_cautions(isoflop: IsoFlop | None, parametric: Parametric) -> list[Caut
 def _surface_cautions(parametric: Parametric, isoflop: IsoFlop | None) -> list[Caution]:
     surface, drawn = parametric.surface, parametric.bootstrap
     if surface is None:
-        return [Caution(parametric.code or "", parametric.why)] if parametric.code != "one_dial_no_exponents" else []
+        told = parametric.code in (None, "one_dial_no_exponents")
+        return [] if told else [Caution(parametric.code or "", parametric.why)]
     found = []
     if surface.unheld:
         message = f"the runs do not bound {', '.join(surface.unheld)} of the {surface.form} surface on both sides"
@@ -253,64 +226,3 @@ def _excluded(isoflop: IsoFlop | None) -> list[dict[str, str]]:
     far = [(point, "far from the lowest loss of its budget") for valley in valleys for point in valley.left_out]
     few = [(point, valley.reason or "") for valley in valleys if valley.parabola is None for point in valley.points]
     return [{"run_id": point.run_id, "reason": reason} for point, reason in far + few]
-
-
-def _law_document(law: Law | None, through: str) -> dict[str, Any] | None:
-    if law is None:
-        return None
-    return {
-        "form": law.form,
-        "through": through,
-        "n": law.n,
-        "E": law.E.document(),
-        "K": law.K.document(),
-        "p": law.p.document(),
-        "objective": law.objective,
-        "delta": law.noise.delta if np.isfinite(law.noise.delta) else None,
-        "sigma": law.noise.sigma,
-        "sigma_from": law.noise.source,
-        "residual_rms": law.residual_rms,
-        "band": _band(law),
-        "flattening": [_flattening(law, times) for times in (1.0, REACH)],
-    }
-
-
-def _band(law: Law) -> dict[str, Any]:
-    flops = np.geomspace(law.smallest, REACH * law.largest, 41)
-    low, high = law.band(flops)
-    columns = {"flops": flops, "loss": law.loss(flops), "low": low, "high": high}
-    return {name: column.tolist() for name, column in columns.items()} | {"extrapolated_from": law.largest}
-
-
-def _flattening(law: Law, times: float) -> dict[str, Any]:
-    flops = times * law.largest
-    return {
-        "flops": flops,
-        "times_largest": times,
-        "slope": law.slope(flops).document(),
-        "doubling": law.gain(flops).document(),
-        "extrapolated": times > 1,
-    }
-
-
-def _isoflop_document(grid: IsoFlop | None) -> dict[str, Any] | None:
-    if grid is None:
-        return None
-    exponents = {"params_exponent": grid.params_exponent, "tokens_exponent": grid.tokens_exponent}
-    return {
-        **{name: own.document() if own else None for name, own in exponents.items()},
-        "noise": grid.noise,
-        "optima": [_optimum(grid, valley) for valley in grid.valleys],
-    }
-
-
-def _optimum(grid: IsoFlop, valley: Valley) -> dict[str, Any]:
-    best = valley.minimum
-    values = {name: getattr(best, name) if best else None for name in ("params", "tokens", "ratio", "loss")}
-    return {
-        "budget": valley.budget,
-        **values,
-        "status": "ok" if best else "unresolved",
-        "reason": valley.reason,
-        "interval": grid.interval(valley).document() if best else None,
-    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,10 +36,29 @@ class Interval:
         return f"{self.estimate * scale:{form}} [{low}, {high}]"
 
 
-def allowance(free: int) -> float:
+def allowance(free: int, level: float = LEVEL) -> float:
     """Factor over the least objective up to which a value is inside, with `free` = n - p degrees of freedom."""
     assert free > 0
-    return 1 + float(stats.f.ppf(LEVEL, 1, free)) / free
+    return 1 + float(stats.f.ppf(level, 1, free)) / free
+
+
+def further(curve: Interval, scatter: float, free: int, level: float = LEVEL) -> Interval:
+    """The interval of one further run, given that of the curve: y ± t·sqrt(g'Vg + sigma²) in ln y, side by side.
+
+    `scatter` is sigma, the standard deviation of ln y around the curve, from `free` degrees of freedom. An end that the
+    curve has not, the run has not.
+    """
+    if curve.estimate is None:
+        return curve
+    own = float(stats.t.ppf((1 + level) / 2, free)) * scatter
+
+    def end(edge: float | None, side: float) -> float | None:
+        if edge is None or curve.estimate is None:
+            return None
+        return curve.estimate * math.exp(side * math.hypot(math.log(edge / curve.estimate), own))
+
+    low, high = end(curve.low, -1.0), end(curve.high, 1.0)
+    return Interval(curve.estimate, low, high, low is not None and high is not None)
 
 
 def crossing(excess: Callable[[float], float], start: float, end: float, first: float) -> float | None:

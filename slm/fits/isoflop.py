@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +53,11 @@ class Parabola:
         """ln N of the minimum."""
         _, b, c = self.coefficients
         return float(self.centre - b / (2 * c))
+
+    def error_at(self, size: float) -> float:
+        """Standard error of the loss at ln N = size, at unit noise."""
+        powers = np.array([1.0, size - self.centre, (size - self.centre) ** 2])
+        return float(np.sqrt(powers @ self.covariance @ powers))
 
     def misfit(self, size: float) -> float:
         """Signed square root of what the sum of squares rises by when the vertex is moved to ln N = size."""
@@ -112,16 +118,16 @@ class Valley:
         if self.code or self.parabola is None:
             return None
         vertex = self.parabola.vertex
-        tokens = self._read(lambda point: point.tokens, vertex)
-        ratio = self._read(lambda point: point.tokens / point.params, vertex)
+        tokens = self.read(lambda point: point.tokens, vertex)
+        ratio = self.read(lambda point: point.tokens / point.params, vertex)
         return Minimum(self.flops, float(np.exp(vertex)), tokens, ratio, float(self.parabola.at(vertex)))
 
-    def _read(self, quantity: Callable[[Point], float], size: float) -> float:
+    def read(self, quantity: Callable[[Point], float], size: float) -> float:
         """A quantity of the runs at ln N = size, linear in ln N. Not C/(6·N): FLOPs per token vary with the size."""
         return float(np.interp(size, *self._by_size(quantity)))
 
     def size_of_tokens(self) -> Callable[[float], float]:
-        """ln D -> ln N at this budget: what `_read` inverts, straight in logarithms beyond the sizes."""
+        """ln D -> ln N at this budget: what `read` inverts, straight in logarithms beyond the sizes."""
         sizes, tokens = self._by_size(lambda point: point.tokens)
         fine = np.linspace(sizes[0], sizes[-1], 400)
         log_tokens = np.log(np.interp(fine, sizes, tokens))
@@ -156,9 +162,63 @@ class IsoFlop:
         best = valley.minimum
         if best is None or valley.parabola is None or self.noise is None:
             return Interval(None)
-        ends = valley.parabola.vertex_ends(self.noise**2 * self.free * (allowance(self.free) - 1))
-        low, high = (None if end is None or abs(end) > 600 else float(np.exp(end)) for end in ends)
+        low, high = (None if end is None or abs(end) > 600 else float(np.exp(end)) for end in self._ends(valley))
         return Interval(best.params, low, high, low is not None and high is not None)
+
+    def intervals(self, valley: Valley) -> dict[str, Interval]:
+        """Of the minimum's params, tokens, ratio and loss.
+
+        Tokens and ratio are read off the runs at the ends of N, so they end where the sizes do; the loss has the
+        standard error of the parabola at its vertex, to which the vertex's own adds nothing.
+        """
+        best = valley.minimum
+        names = ("params", "tokens", "ratio", "loss")
+        if best is None or valley.parabola is None or self.noise is None:
+            return {name: Interval(None) for name in names}
+        lower, upper = (self._within(valley, end) for end in self._ends(valley))
+        read = {
+            "tokens": (best.tokens, lambda point: point.tokens),
+            "ratio": (best.ratio, lambda point: point.tokens / point.params),
+        }
+        found = {"params": self.interval(valley)}
+        for name, (value, quantity) in read.items():  # both fall with N
+            high, low = (None if end is None else valley.read(quantity, end) for end in (lower, upper))
+            found[name] = Interval(value, low, high, low is not None and high is not None)
+        reach = self.noise * valley.parabola.error_at(valley.parabola.vertex) * float(np.sqrt(self._rise))
+        return found | {"loss": Interval(best.loss, best.loss - reach, best.loss + reach, True)}
+
+    @property
+    def _rise(self) -> float:
+        """What the sum of squares may rise by, in units of the noise's variance."""
+        return self.free * (allowance(self.free) - 1)
+
+    def _ends(self, valley: Valley) -> tuple[float | None, float | None]:
+        assert valley.parabola is not None
+        assert self.noise is not None
+        return valley.parabola.vertex_ends(self.noise**2 * self._rise)
+
+    def _within(self, valley: Valley, end: float | None) -> float | None:
+        assert valley.parabola is not None
+        return end if end is not None and valley.parabola.lowest <= end <= valley.parabola.highest else None
+
+    def document(self) -> dict[str, Any]:
+        """As JSON."""
+        exponents = {"params_exponent": self.params_exponent, "tokens_exponent": self.tokens_exponent}
+        return {
+            **{name: own.document() if own else None for name, own in exponents.items()},
+            "noise": self.noise,
+            "optima": [self._optimum(valley) for valley in self.valleys],
+        }
+
+    def _optimum(self, valley: Valley) -> dict[str, Any]:
+        intervals = self.intervals(valley)
+        return {
+            "budget": valley.budget,
+            **{name: own.estimate for name, own in intervals.items()},
+            "status": "ok" if valley.minimum else "unresolved",
+            "reason": valley.reason,
+            "intervals": {name: own.document() for name, own in intervals.items()} if valley.minimum else None,
+        }
 
 
 def fit_isoflop(points: Sequence[Point]) -> IsoFlop | None:

@@ -9,9 +9,20 @@ from typing import Any
 import numpy as np
 
 from slm.fits.descent import Array, descend
+from slm.fits.ladder import TESTED
 from slm.fits.points import Point
 from slm.fits.power_law import Noise, aicc
-from slm.fits.surface import FORMS, Surface, best_row, cloud_of, fit_surface, noise_around, obstacle, quantities
+from slm.fits.surface import (
+    FORMS,
+    Surface,
+    best_row,
+    cloud_of,
+    fit_surface,
+    foretold,
+    noise_around,
+    obstacle,
+    quantities,
+)
 
 ENOUGH = 30
 """Runs from which on they are resampled."""
@@ -38,6 +49,16 @@ class Rung:
     """Root mean square log error of the prediction, by form."""
     biases: dict[str, float]
     """Mean log error, by form; positive predicts too high a loss."""
+    covered: dict[str, float]
+    """Share of the runs inside their 90 % interval, by form."""
+    reached: dict[str, float]
+    """How far beyond the largest kept a run was still inside, by form; 1 where none was."""
+
+    def document(self, form: str) -> dict[str, Any]:
+        """As JSON, as a hold-out of a form; and every form's error."""
+        own = {"error": self.errors[form], "bias": self.biases[form], "covered": self.covered[form], "level": TESTED}
+        run = {"flops": self.flops, "kept": self.kept, "held": self.held, "factor": self.factor}
+        return run | {"form": form} | own | {"errors": self.errors}
 
 
 @dataclass(frozen=True)
@@ -72,6 +93,11 @@ class Parametric:
     """Of the form chosen; None with fewer than ENOUGH runs."""
 
     @property
+    def tested(self) -> float:
+        """How far beyond its runs the form chosen has been right: the greatest factor at which a run was covered."""
+        return max((rung.reached[self.surface.form] for rung in self.rungs), default=1.0) if self.surface else 1.0
+
+    @property
     def decisive(self) -> Rung | None:
         """The rung whose error chooses: HELD of the runs held out at least, as few as may be."""
         return _decisive(self.rungs)
@@ -83,21 +109,30 @@ class Parametric:
         return {
             **self.surface.document(),
             "why": self.why,
-            "validation": [vars(rung) for rung in self.rungs],
+            "validation": [rung.document(self.surface.form) for rung in self.rungs],
             "bootstrap": _bootstrap_document(self.bootstrap),
             "alternatives": [surface.document() for surface in self.surfaces],
         }
 
 
-def fit_parametric(points: Sequence[Point], delta: float | None = None, resamples: int = RESAMPLES) -> Parametric:
-    """Every form through the runs, chosen by the error at the largest compute. Too few runs are no error."""
+NOT_ASKED = Parametric(None, (), "no surface asked for", None, (), None)
+
+
+def fit_parametric(
+    points: Sequence[Point], delta: float | None = None, form: str | None = None, resamples: int = RESAMPLES
+) -> Parametric:
+    """Every form through the runs: the one asked for, else that of the least error at the largest compute.
+
+    Too few runs are no error.
+    """
     problem = obstacle(points)
     if problem:
         return Parametric(None, (), problem[1], problem[0], (), None)
     noise = noise_around(points)
-    surfaces = tuple(fit_surface(points, form, delta, noise=noise) for form in FORMS)
+    surfaces = tuple(fit_surface(points, name, delta, noise=noise) for name in FORMS)
     rungs = validate(points, surfaces[0].delta)
-    chosen, why = _preferred(surfaces, rungs, noise)
+    asked = next((surface for surface in surfaces if surface.form == form), None)
+    chosen, why = (asked, "asked for") if asked else _preferred(surfaces, rungs, noise)
     drawn = bootstrap(points, chosen, resamples) if len(points) >= ENOUGH else None
     return Parametric(chosen, surfaces, why, None, rungs, drawn)
 
@@ -118,19 +153,25 @@ def _holds(points: Sequence[Point]) -> bool:
 
 
 def _rung(points: Sequence[Point], kept: np.ndarray[Any, np.dtype[np.bool_]], delta: float) -> Rung:
-    cloud = cloud_of(points, delta)
-    flops, weights = np.array([point.flops for point in points]), np.array([point.weight for point in points])
-    missed = {}
-    for form in FORMS:
-        row, *_ = best_row(cloud, np.where(kept, weights, 0.0), form)
-        missed[form] = cloud.residuals(row[None])[0][0][~kept]
+    cloud, top = cloud_of(points, delta), max(point.flops for point, own in zip(points, kept) if own)
+    weights = np.where(kept, [point.weight for point in points], 0.0)
+    factors = np.array([point.flops / top for point in points])[~kept]
+    errors, inside = {}, {}
+    for form, count in FORMS.items():
+        row, objective, *_ = best_row(cloud, weights, form)
+        bend = cloud.hessian(row, weights, range(count))
+        losses, low, high = foretold(cloud, row, bend, objective, int(kept.sum()) - count, TESTED)
+        errors[form] = np.log(losses / cloud.losses)[~kept]
+        inside[form] = ((low <= cloud.losses) & (cloud.losses <= high))[~kept]
     return Rung(
-        flops=float(flops[kept].max()),
+        flops=top,
         kept=int(kept.sum()),
         held=int((~kept).sum()),
-        factor=float(flops.max() / flops[kept].max()),
-        errors={form: float(np.sqrt(np.mean(own**2))) for form, own in missed.items()},
-        biases={form: float(own.mean()) for form, own in missed.items()},
+        factor=float(factors.max()),
+        errors={form: float(np.sqrt(np.mean(own**2))) for form, own in errors.items()},
+        biases={form: float(own.mean()) for form, own in errors.items()},
+        covered={form: float(own.mean()) for form, own in inside.items()},
+        reached={form: float(max(factors[own], default=1.0)) for form, own in inside.items()},
     )
 
 

@@ -3,7 +3,8 @@
 Estimator: the sum of Huber losses of the log residuals. For each p of a grid the linear part (E, K >= 0) is solved, the
 best are polished together. delta = 1.345·sigma (95 % efficient under Gauss), sigma from replicate seeds, else
 1.4826·MAD. Every interval is an extreme over one region, {S <= S_min·(1 + F_.95(1, n-p)/(n-p))}, of which the boundary
-is sampled: the profile-likelihood interval of E, K, p, L(C) or any other function of them.
+is sampled: the profile-likelihood interval of E, K, p, L(C) or any other function of them. A further run at C has
+y ± t·sqrt(g'Vg + sigma²) of ln loss, the first term being the law's own interval.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize
 
-from slm.fits.intervals import Interval, allowance, crossing
+from slm.fits.intervals import LEVEL, Interval, allowance, crossing, further
 from slm.fits.points import Point
 
 Array = NDArray[np.float64]
@@ -30,6 +32,8 @@ PURE = "K*C^-p"
 PARAMETERS = {ADDITIVE: 3, PURE: 2}
 EXPONENTS = {ADDITIVE: np.geomspace(0.002, 3, 60), PURE: np.linspace(-1, 3, 161)}
 """Exponents looked at; an interval that reaches an end is open there. Without a floor the loss may also rise."""
+REACH = 10.0
+"""How many times beyond the largest run a law is read at most."""
 ROUNDING = 1e-10
 """Log residuals below this are rounding, not noise."""
 
@@ -80,6 +84,18 @@ class Law:
     """Root mean square log residual."""
     n: int
     """Runs."""
+    level: float
+    """Of the region and so of every interval."""
+
+    @property
+    def free(self) -> int:
+        """Degrees of freedom."""
+        return self.n - PARAMETERS[self.form]
+
+    @property
+    def scatter(self) -> float:
+        """Standard deviation of ln loss around the law, runs beyond delta counted as they weigh."""
+        return float(np.sqrt(2 * self.objective / self.free))
 
     def loss(self, flops: Array | float) -> Array:
         """The law at C; any shape."""
@@ -89,6 +105,15 @@ class Law:
         """Ends of the 95 % interval of the law (not of a further run) at C."""
         losses = _losses(self.region, np.log(flops / self.reference))
         return losses.min(0), losses.max(0)
+
+    def at(self, flops: float) -> Interval:
+        """The law at C."""
+        low, high = self.band(np.array([flops]))
+        return Interval(float(self.loss(flops)), float(low[0]), float(high[0]), True)
+
+    def prediction(self, flops: float) -> Interval:
+        """A further run at C."""
+        return further(self.at(flops), self.scatter, self.free, self.level)
 
     def interval(self, value: Callable[[Array], Array]) -> Interval:
         """Any function of the parameters, given (m, 3) rows (floor, scale, exponent): estimate and extremes."""
@@ -113,6 +138,36 @@ class Law:
         """Reducible loss at one FLOP, in the loss's unit: as well known as p."""
         return self._open(self.interval(lambda rows: rows[:, 1] * self.reference ** rows[:, 2]))
 
+    def document(self) -> dict[str, Any]:
+        """As JSON; losses in the unit of the runs."""
+        flops = np.geomspace(self.smallest, REACH * self.largest, 41)
+        low, high = self.band(flops)
+        band = {"flops": flops, "loss": self.loss(flops), "low": low, "high": high}
+        return {
+            "form": self.form,
+            "n": self.n,
+            "E": self.E.document(),
+            "K": self.K.document(),
+            "p": self.p.document(),
+            "objective": self.objective,
+            "delta": self.noise.delta if np.isfinite(self.noise.delta) else None,
+            "sigma": self.noise.sigma,
+            "sigma_from": self.noise.source,
+            "residual_rms": self.residual_rms,
+            "band": {name: own.tolist() for name, own in band.items()} | {"extrapolated_from": self.largest},
+            "flattening": [self._flattening(times) for times in (1.0, REACH)],
+        }
+
+    def _flattening(self, times: float) -> dict[str, Any]:
+        flops = times * self.largest
+        return {
+            "flops": flops,
+            "times_largest": times,
+            "slope": self.slope(flops).document(),
+            "doubling": self.gain(flops).document(),
+            "extrapolated": times > 1,
+        }
+
     def _open(self, own: Interval) -> Interval:
         low = own.low if not self.open_low else 0.0 if self.form == ADDITIVE else None
         high = own.high if not self.open_high else None
@@ -131,13 +186,13 @@ class Law:
         return np.asarray(-rows[:, 2] * reducible / (rows[:, 0] + reducible))
 
 
-def fit_law(form: str, flops: Array, losses: Array, noise: Noise) -> Law:
+def fit_law(form: str, flops: Array, losses: Array, noise: Noise, level: float = LEVEL) -> Law:
     """One form through (n,) runs, at least one more than it has parameters."""
     free = len(flops) - PARAMETERS[form]
     reference, z, logc = _logs(flops, losses)
     solve = _solver(form, logc, z, noise.delta)
     best, objective = _best(solve, logc, z, noise.delta, form)
-    limit = (objective + len(z) * ROUNDING**2) * allowance(free)
+    limit = (objective + len(z) * ROUNDING**2) * allowance(free, level)
     low, high = _exponents_inside(solve, best[2], limit, form)
     region = _boundary(solve, logc, z, noise.delta, limit, _between(low, high, form), form)
     return Law(
@@ -153,14 +208,20 @@ def fit_law(form: str, flops: Array, losses: Array, noise: Noise) -> Law:
         noise=noise,
         residual_rms=float(np.sqrt(np.mean((z - np.log(_losses(best[None], logc)[0])) ** 2))),
         n=len(z),
+        level=level,
     )
 
 
 def predict(form: str, flops: Array, losses: Array, noise: Noise, at: Array) -> Array:
     """Loss at compute `at` by a law through the runs, of which there may be as many as parameters."""
-    reference, z, logc = _logs(flops, losses)
-    best, _ = _best(_solver(form, logc, z, noise.delta), logc, z, noise.delta, form)
-    return np.asarray(_losses(best[None], np.log(at / reference))[0])
+    best, _ = least(form, flops, losses, noise)
+    return np.asarray(_losses(best[None], np.log(at / _logs(flops, losses)[0]))[0])
+
+
+def least(form: str, flops: Array, losses: Array, noise: Noise) -> tuple[Array, float]:
+    """(floor, scale, exponent) of least objective, and that, without intervals."""
+    _, z, logc = _logs(flops, losses)
+    return _best(_solver(form, logc, z, noise.delta), logc, z, noise.delta, form)
 
 
 def _logs(flops: Array, losses: Array) -> tuple[float, Array, Array]:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from slm.fits.descent import EXPONENT, GAMMA, Array, Cloud, descend, polish
-from slm.fits.intervals import Interval, allowance
+from slm.fits.intervals import LEVEL, Interval, allowance
 from slm.fits.isoflop import Minimum
 from slm.fits.points import Point
 from slm.fits.power_law import LEAST_SQUARES, ROUNDING, Noise, seed_noise, spread
@@ -74,6 +75,8 @@ class Surface:
     """Root mean square log residual."""
     n: int
     """Runs."""
+    bend: Array
+    """JᵀWJ at the row, over the form's parameters."""
 
     @property
     def exponents(self) -> tuple[float, float]:
@@ -99,6 +102,12 @@ class Surface:
         size = (np.log(alpha / beta) + lean + beta * product) / (alpha + beta)
         params, tokens = float(np.exp(size)), float(np.exp(product - size))
         return Minimum(flops, params, tokens, tokens / params, float(self.loss(params, tokens)))
+
+    def prediction(self, params: float, tokens: float, level: float = LEVEL) -> Interval:
+        """A further run of this N and D: y ± t·sqrt(g'Vg + sigma²) in ln loss, V from the objective's curvature."""
+        cloud = Cloud(np.log([params]) - self.centre[0], np.log([tokens]) - self.centre[1], np.ones(1), self.centre, 0)
+        loss, low, high = foretold(cloud, self.row, self.bend, self.objective, self.n - FORMS[self.form], level)
+        return Interval(float(loss[0]), float(low[0]), float(high[0]), True)
 
     def document(self) -> dict[str, Any]:
         """As JSON."""
@@ -171,7 +180,22 @@ def fit_surface(
         status=status,
         residual_rms=float(np.sqrt(np.mean(residuals**2))),
         n=len(points),
+        bend=cloud.hessian(row, weights, range(FORMS[form])),
     )
+
+
+def foretold(
+    cloud: Cloud, row: Array, bend: Array, objective: float, free: int, level: float
+) -> tuple[Array, Array, Array]:
+    """Loss of the runs of a cloud by a fitted row: estimate and the ends of a further run's interval, each (m,).
+
+    `bend` is JᵀWJ of the runs fitted, `objective` theirs, `free` their degrees of freedom.
+    """
+    losses, _ = cloud.predicted(row[None])
+    slopes = cloud.residuals(row[None])[1][0, : len(bend)]
+    variance = 2 * objective / free * (1 + (slopes * np.linalg.solve(_ridged(bend), slopes)).sum(0))
+    reach = np.exp(stats.t.ppf((1 + level) / 2, free) * np.sqrt(variance))
+    return losses[0], losses[0] / reach, losses[0] * reach
 
 
 def cloud_of(points: Sequence[Point], delta: float, raw: bool = False) -> Cloud:

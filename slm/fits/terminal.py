@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from slm.fits.curve import REACH, CurveFit, gains
-from slm.fits.isoflop import IsoFlop
+from collections.abc import Sequence
+
+from slm.fits.curve import CurveFit, gains
 from slm.fits.parametric import Parametric
-from slm.fits.power_law import PURE, Law
+from slm.fits.power_law import PURE, REACH, Law
+from slm.fits.prediction import Prediction
 
 Table = tuple[list[str], list[list[str]]]
 
 
 def summary(fit: CurveFit) -> str:
     """What doubling compute buys and how the optimum grows, with intervals, or why neither is known."""
-    sentences = [_gain(fit.law) if fit.law else f"No law L(C): {fit.choice.why}."]
+    sentences = [_gain(fit.law, fit.metric) if fit.law else f"No law L(C): {fit.choice.why}."]
     if fit.isoflop and fit.isoflop.params_exponent and fit.isoflop.tokens_exponent:
         params, tokens = fit.isoflop.params_exponent, fit.isoflop.tokens_exponent
         sentences.append(
@@ -22,26 +24,63 @@ def summary(fit: CurveFit) -> str:
     return " ".join(sentences)
 
 
-def _gain(law: Law) -> str:
+def _gain(law: Law, metric: str) -> str:
     now, later = (law.gain(times * law.largest).text(".2f", 100) for times in (1.0, REACH))
     lead = "" if gains(law) else "The runs do not show that compute helps. "
     beyond = "extrapolated, if there is no floor," if law.form == PURE else "extrapolated,"
     return (
-        f"{lead}Doubling compute lowers val_bpb by {now} % at the largest run, {law.largest:.2g} FLOPs; "
+        f"{lead}Doubling compute lowers {metric} by {now} % at the largest run, {law.largest:.2g} FLOPs; "
         f"at {REACH:g} times that, {beyond} by {later} %."
     )
 
 
-def tables(fit: CurveFit) -> list[Table]:
-    """(headers, rows) of strings: the laws, the isoFLOP minima, the surfaces; those that there are."""
+def tables(fit: CurveFit, predictions: Sequence[Prediction] = ()) -> list[Table]:
+    """(headers, rows) of strings: predictions, laws, isoFLOP minima, surfaces, hold-outs; those that there are."""
     laws = [law for law in (fit.law, fit.choice.rival) if law]
-    found = [_laws(fit, laws)] if laws else []
-    found += [_minima(fit.isoflop)] if fit.isoflop else []
-    return found + ([_surfaces(fit.parametric)] if fit.parametric.surface else [])
+    found = [_predictions(fit, predictions)] if predictions else []
+    found += [_laws(fit, laws)] if laws else []
+    found += [_minima(fit)] if fit.isoflop else []
+    found += [_surfaces(fit.parametric)] if fit.parametric.surface else []
+    return found + ([_hold_outs(fit)] if fit.choice.hold_outs else [])
+
+
+def _predictions(fit: CurveFit, predictions: Sequence[Prediction]) -> Table:
+    rows = [
+        [
+            f"d{own.target.depth}" if own.target.depth else "optimum",
+            f"{own.target.flops:.3g}",
+            own.loss.text(".4f"),
+            own.core.text() if own.core else "",
+            own.model,
+            f"{own.factor:.3g}",
+            f"{own.tested:.3g}",
+            "beyond what was validated" if own.beyond else "",
+        ]
+        for own in predictions
+    ]
+    headers = ["prediction", "FLOPs", f"{fit.metric} of a run [95 %]", "CORE", "by", "x largest", "right to", ""]
+    return headers, rows
+
+
+def _hold_outs(fit: CurveFit) -> Table:
+    documents = [own.document() for own in fit.choice.hold_outs]
+    rows = [
+        [
+            f"{own['flops']:.3g}",
+            f"{own['kept']} + {own['held']}",
+            own["form"],
+            f"{own['factor']:.3g}",
+            f"{100 * own['error']:.2g} %",
+            f"{100 * own['bias']:+.2g} %",
+            f"{own['covered']:.0%}",
+        ]
+        for own in documents
+    ]
+    return ["fitted to FLOPs <=", "runs + held out", "law", "reach", "error", "bias", "inside 90 %"], rows
 
 
 def _laws(fit: CurveFit, laws: list[Law]) -> Table:
-    errors = fit.choice.validation.errors if fit.choice.validation else {}
+    errors = fit.choice.errors or {}
     rows = [
         [
             law.form,
@@ -57,17 +96,15 @@ def _laws(fit: CurveFit, laws: list[Law]) -> Table:
     return ["law", "", "E [95 %]", "K [95 %]", "p [95 %]", "residual", "error held out"], rows
 
 
-def _minima(isoflop: IsoFlop) -> Table:
+def _minima(fit: CurveFit) -> Table:
     rows = []
-    for valley in isoflop.valleys:
-        best = valley.minimum
-        known = (
-            [isoflop.interval(valley).text(), f"{best.tokens:.3g}", f"{best.ratio:.3g}", f"{best.loss:.4f}", "ok"]
-            if best
-            else ["", "", "", "", f"unresolved: {valley.reason}"]
-        )
-        rows.append([f"{valley.budget:.3g}", *known])
-    return ["budget (FLOPs)", "optimal N [95 %]", "tokens", "tokens/N", "val_bpb", "status"], rows
+    assert fit.isoflop is not None
+    for valley in fit.isoflop.valleys:
+        intervals = fit.isoflop.intervals(valley)
+        known = [intervals[name].text() for name in ("params", "tokens", "ratio")] + [intervals["loss"].text(".4f")]
+        row = [*known, "ok"] if valley.minimum else ["", "", "", "", f"unresolved: {valley.reason}"]
+        rows.append([f"{valley.budget:.3g}", *row])
+    return ["budget (FLOPs)", "optimal N [95 %]", "tokens", "tokens/N", fit.metric, "status"], rows
 
 
 def _surfaces(parametric: Parametric) -> Table:
