@@ -11,7 +11,7 @@ that starts, profiles, bootstraps and held-out runs are the same call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -180,29 +180,41 @@ def _step(jacobian: Array, bent: Array, pull: Array, damping: Array, normals: Ar
     return step, -(gradient * step).sum(1)
 
 
-def polish(cloud: Cloud, row: Array, weights: Array, columns: Sequence[int]) -> tuple[Array, float, str]:
-    """L-BFGS from a row, in coordinates that make the objective round: row, objective and the optimiser's word."""
-    columns, (residuals, _) = list(columns), cloud.residuals(row[None])
+Tie = Callable[[Array], tuple[Array, Array]]
+"""A row -> the row with one parameter set by the others, and the slopes (6,) of that parameter, the second of a row."""
+
+
+def polish(
+    cloud: Cloud, row: Array, weights: Array, columns: Sequence[int], tie: Tie | None = None
+) -> tuple[Array, float, str]:
+    """L-BFGS from a row, in coordinates that make the objective round: row, objective and the optimiser's word.
+
+    Over `columns` of the row; with `tie` its second is set by them.
+    """
+    columns, start = list(columns), tie(row)[0] if tie else row
     columns = columns[int(row[0] <= cloud.lowest) :]
-    values, vectors = np.linalg.eigh(cloud.hessian(row, weights, columns))
-    before = float(cloud.objective(residuals, weights)[0])
+    first = _directions(start, columns, tie)
+    values, vectors = np.linalg.eigh(first.T @ cloud.hessian(start, weights, range(6)) @ first)
+    before = float(cloud.objective(cloud.residuals(start[None])[0], weights)[0])
     unit = max(before, cloud.n.size * ROUNDING**2)
     turn = vectors * np.minimum(np.sqrt(unit / np.maximum(values, 1e-12 * values[-1])), 1.0)
 
     def moved(theta: Array) -> Array:
-        found = row.copy()
+        found = start.copy()
         found[columns] += turn @ theta
-        return found
+        return tie(found)[0] if tie else found
 
     def objective(theta: Array) -> tuple[float, Array]:
-        errors, slopes = cloud.residuals(moved(theta)[None])
+        there = moved(theta)
+        errors, slopes = cloud.residuals(there[None])
         pull = weights * np.clip(errors[0], -cloud.delta, cloud.delta)
-        return float(cloud.objective(errors, weights)[0]) / unit, turn.T @ (slopes[0, columns] @ pull) / unit
+        down = turn.T @ _directions(there, columns, tie).T @ (slopes[0] @ pull)
+        return float(cloud.objective(errors, weights)[0]) / unit, down / unit
 
-    start, bounds = np.zeros(len(columns)), [(-STRIDE, STRIDE)] * len(columns)
+    origin, bounds = np.zeros(len(columns)), [(-STRIDE, STRIDE)] * len(columns)
     best = optimize.minimize(
         objective,
-        start,
+        origin,
         (),
         "L-BFGS-B",
         jac=True,
@@ -210,8 +222,16 @@ def polish(cloud: Cloud, row: Array, weights: Array, columns: Sequence[int]) -> 
         options={"ftol": 1e-15, "gtol": 1e-9, "maxiter": 500},
     )
     better = best.fun * unit < before and cloud.inside(moved(best.x)[None])[0]
-    theta = best.x if better else start
+    theta = best.x if better else origin
     value, slope = objective(theta)
     left = float(slope @ slope) / 2
     status = "converged" if left < LEFT else f"a further step would gain {left:.2g} of the objective: {best.message}"
     return moved(theta), value * unit, status
+
+
+def _directions(row: Array, columns: Sequence[int], tie: Tie | None) -> Array:
+    """(6, c) what a row moves by with each of its columns."""
+    found = np.eye(6)[:, list(columns)]
+    if tie:
+        found[1] = tie(row)[1][list(columns)]
+    return found

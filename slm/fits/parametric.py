@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from slm.fits.descent import Array, descend
+from slm.fits.intervals import Interval
+from slm.fits.isoflop import Minimum
 from slm.fits.ladder import TESTED
 from slm.fits.points import Point
-from slm.fits.power_law import Noise, aicc
+from slm.fits.power_law import REACH, Noise, aicc
 from slm.fits.surface import (
     FORMS,
     Surface,
@@ -19,6 +21,7 @@ from slm.fits.surface import (
     cloud_of,
     fit_surface,
     foretold,
+    frontier,
     noise_around,
     obstacle,
     quantities,
@@ -91,6 +94,8 @@ class Parametric:
     """By compute."""
     bootstrap: Bootstrap | None
     """Of the form chosen; None with fewer than ENOUGH runs."""
+    frontier: tuple[tuple[Minimum, Interval], ...] = ()
+    """What is compute-optimal on the surface chosen, and the interval of its N, to REACH times the largest run."""
 
     @property
     def tested(self) -> float:
@@ -111,6 +116,7 @@ class Parametric:
             "why": self.why,
             "validation": [rung.document(self.surface.form) for rung in self.rungs],
             "bootstrap": _bootstrap_document(self.bootstrap),
+            "frontier": [vars(best) | {"params_interval": own.document()} for best, own in self.frontier],
             "alternatives": [surface.document() for surface in self.surfaces],
         }
 
@@ -134,7 +140,9 @@ def fit_parametric(
     asked = next((surface for surface in surfaces if surface.form == form), None)
     chosen, why = (asked, "asked for") if asked else _preferred(surfaces, rungs, noise)
     drawn = bootstrap(points, chosen, resamples) if len(points) >= ENOUGH else None
-    return Parametric(chosen, surfaces, why, None, rungs, drawn)
+    flops = [point.flops for point in points]
+    optima = frontier(points, chosen, np.geomspace(min(flops), REACH * max(flops), 5))
+    return Parametric(chosen, surfaces, why, None, rungs, drawn, tuple(optima))
 
 
 def validate(points: Sequence[Point], delta: float) -> tuple[Rung, ...]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
 from slm.fits.descent import EXPONENT, GAMMA, Array, Cloud, descend, polish
-from slm.fits.intervals import LEVEL, Interval, allowance
+from slm.fits.intervals import LEVEL, Interval, allowance, crossing
 from slm.fits.isoflop import Minimum
 from slm.fits.points import Point
 from slm.fits.power_law import LEAST_SQUARES, ROUNDING, Noise, seed_noise, spread
@@ -41,6 +42,8 @@ QUANTITIES: dict[str, tuple[float, float]] = {
     "params_exponent": (0.01, 0.99),
 }
 """What has an interval, and between which ends it is sought; E, A and B as logarithms."""
+FAR = 5.0
+"""How far from the best ln N an end of its interval is sought."""
 ROUNDS = 14
 """Evaluations of a profile on its way to an end."""
 
@@ -271,6 +274,33 @@ def _intervals(cloud: Cloud, weights: Array, form: str, row: Array, objective: f
         estimate = float(outward(value)) if held or name == "E" else None
         found[name] = Interval(estimate, 0.0 if name == "E" and lower is None else lower, upper, held)
     return {name: found[name] for name in QUANTITIES}
+
+
+def frontier(points: Sequence[Point], surface: Surface, flops: Array) -> list[tuple[Minimum, Interval]]:
+    """The compute-optimal model at each C, and the profile-likelihood interval of its N; that of D is C/(kappa·N)."""
+    cloud, weights = cloud_of(points, surface.delta, surface.raw), np.array([point.weight for point in points])
+    limit = (surface.objective + weights.size * ROUNDING**2) * allowance(weights.size - FORMS[surface.form])
+    columns = [column for column in range(FORMS[surface.form]) if column != 1]
+    found = []
+    for own in flops:
+        product, best, row = float(np.log(own / surface.kappa)), surface.optimum(float(own)), surface.row
+
+        def excess(size: float, product: float = product, row: Array = row) -> float:
+            return polish(cloud, row, weights, columns, partial(_tied, size, product, cloud.centre))[1] - limit
+
+        size = float(np.log(best.params))
+        ends = [crossing(excess, size, size + side * FAR, 0.02) for side in (-1.0, 1.0)]
+        low, high = (None if end is None else float(np.exp(end)) for end in ends)
+        found.append((best, Interval(best.params, low, high, low is not None and high is not None)))
+    return found
+
+
+def _tied(size: float, product: float, centre: tuple[float, float], row: Array) -> tuple[Array, Array]:
+    """The row with the a that makes ln N = size compute-optimal at ln(N·D) = product, and the slopes (6,) of a."""
+    tied, (n, d) = row.copy(), centre
+    _, _, b, p, q, gamma = np.maximum(row, [-np.inf, -np.inf, -np.inf, EXPONENT[0], EXPONENT[0], GAMMA[0]])
+    tied[1] = b + p * (size - n) - q * (product - size - d) - gamma * np.log(p / q)
+    return tied, np.array([0, 0, 1, size - n - gamma / p, size + d - product + gamma / q, -np.log(p / q)])
 
 
 def quantities(rows: Array, centre: tuple[float, float]) -> dict[str, Array]:
