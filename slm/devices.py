@@ -10,6 +10,21 @@ import subprocess
 from itertools import takewhile
 from pathlib import Path
 
+PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+}
+"""Dense bfloat16 FLOPs a second by what a device's name holds, from NVIDIA's data sheets; the first that fits."""
+
+
+def peak_flops(name: str) -> float | None:
+    """FLOPs a second that MFU is measured against; None for a device whose peak is not known."""
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
 
 @functools.cache
 def gpu_names() -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from scipy import optimize, stats
 from slm.fits import PAPER, Point, bootstrap, fit_curves, fit_parametric, fit_surface, read_points, tables
 from slm.fits.isoflop import fit_isoflop
 from slm.fits.power_law import Noise
-from slm.fits.surface import FORMS, cloud_of
+from slm.fits.surface import FORMS, cloud_of, frontier
 
 TRUTH = {"E": 1.7, "A": 400.0, "B": 500.0, "alpha": 0.34, "beta": 0.3, "params_exponent": 0.3 / 0.64}
 BUDGETS = (1e17, 1e18, 1e19, 1e20)
@@ -223,6 +223,42 @@ def test_the_profile_is_the_one_of_the_definition() -> None:
 
         cost = optimize.least_squares(residuals, found.row[[0, 1, 2, 4, 5]], loss="huber", xtol=1e-14, ftol=1e-14).cost
         assert cost * found.delta**2 == pytest.approx(limit, rel=1e-5)
+
+
+def test_the_profile_of_the_optimal_size_is_the_one_of_the_definition() -> None:
+    """At its ends the best surface with that optimum is worse by the F quantile; its size is eliminated another way."""
+    points, flops = grid(noise=0.002, gamma=0.6), 1e21
+    found = fit_surface(points, "coupled")
+    limit = found.objective * (1 + stats.f.ppf(0.95, 1, len(points) - 6) / (len(points) - 6))
+    cloud, ((best, own),) = cloud_of(points, found.delta), frontier(points, found, np.array([flops]))
+    assert own.estimate == best.params == found.optimum(flops).params
+    for end in (own.low, own.high):
+        assert end is not None
+        tokens = flops / found.kappa / end
+
+        def residuals(theta: np.ndarray, size: float = end, tokens: float = tokens) -> np.ndarray:
+            e, b, gamma = theta[:3]
+            p, q = np.exp(theta[3:])
+            second = (b - q * (np.log(tokens) - cloud.centre[1])) / gamma  # alpha·A·N^-alpha = beta·B·D^-beta
+            a = gamma * (second + np.log(q / p)) + p * (np.log(size) - cloud.centre[0])
+            return np.asarray(cloud.residuals(np.array([[e, a, b, p, q, gamma]]))[0][0] / found.delta)
+
+        start = np.array([*found.row[[0, 2, 5]], *np.log(found.row[3:5])])
+        cost = optimize.least_squares(residuals, start, loss="huber", xtol=1e-14, ftol=1e-14).cost
+        assert cost * found.delta**2 == pytest.approx(limit, rel=1e-4)
+
+
+def test_a_further_run_lies_in_its_interval_as_often_as_it_says() -> None:
+    draw, hits = np.random.default_rng(1), 0
+    params, tokens = 3e9, 6e10
+    for seed in range(60):
+        found = fit_surface(grid(BUDGETS[1:3], noise=0.002, seed=seed), noise=Noise(0.002, "known"))
+        came = float(surface(np.array(params), np.array(tokens))) * np.exp(0.002 * draw.standard_normal())
+        said = found.prediction(params, tokens)
+        assert said.low is not None
+        assert said.high is not None
+        hits += said.low <= came <= said.high
+    assert 0.88 <= hits / 60 <= 0.99 + 1 / 60
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say() -> None:

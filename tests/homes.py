@@ -1,0 +1,70 @@
+"""Homes of finished runs whose losses are known: the files as trainer and launcher leave them, without the training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slm.experiment import Experiment
+from slm.plan import DataIdentity, Plan
+from slm.recipe import Hyperparameters
+
+Loss = Callable[[Hyperparameters], float]
+"""val_bpb of a run without noise."""
+
+
+def surface(given: Hyperparameters) -> float:
+    """A surface at pocket's scale, E = 0.8 and exponents that make N and D grow alike."""
+    return 0.8 + 30 * given.parameters.scaling**-0.35 + 55 * given.tokens**-0.35
+
+
+def home_of(
+    home: Path, experiment: Experiment, loss: Loss = surface, noise: float = 0.002, code: str = "c0de1"
+) -> Path:
+    """Finish every run of an experiment in a home; ln loss has Gauss noise of the run's own."""
+    runs = []
+    for asked in experiment.asked():
+        data = DataIdentity("python", "tok", "rows", "val", 1024, 10_000, 0.5)
+        plan = Plan(asked.recipe, asked.horizon, asked.seed, asked.hyperparameters, data, code)
+        luck = np.random.default_rng(int(plan.run_id, 16)).standard_normal()
+        _finish(home / plan.run_id, plan, loss(asked.hyperparameters) * float(np.exp(noise * luck)))
+        runs.append(plan.run_id)
+    document = {"name": experiment.name, "question": "", "declared": experiment.declared(), "runs": runs}
+    _write(home / "experiments" / f"{experiment.name}.json", document | {"created": 1.0})
+    return home
+
+
+def _finish(folder: Path, plan: Plan, loss: float) -> None:
+    given = plan.hyperparameters
+    seconds = given.flops / 1e10
+    attempt = {"attempt": 1, "created": 1.0, "launcher": "local", "host": "h", "platform": "p", "python": "3.11"}
+    attempt |= {"versions": {}, "commit": "abc", "diff": None, "device": "cuda", "device_name": "NVIDIA H100 80GB HBM3"}
+    attempt |= {"ranks": 2, "threads": 1, "micro_batch": 4}
+    done: dict[str, Any] = {"run_id": plan.run_id, "attempt": 1, "time": 20.0, "step": given.steps}
+    done |= {"tokens": given.tokens, "flops": given.flops, "val_bpb": loss, "val_loss": 1.7 * loss, "train_loss": 2.0}
+    done |= {"core": None, "train_seconds": seconds, "wall_seconds": seconds + 5, "weights_sha256": "w"}
+    done |= {"tokens_per_second": given.tokens / seconds, "flops_per_second": 1e10, "peak_memory_bytes": 7}
+    _write(folder / "plan.json", plan.document())
+    _write(folder / "attempts" / "001" / "attempt.json", attempt)
+    (folder / "attempts" / "001" / "events.jsonl").write_text(_events(given, loss))
+    _write(folder / "done.json", done)
+
+
+def _events(given: Hyperparameters, loss: float) -> str:
+    steps: Sequence[int] = [max(1, given.steps * k // 8) for k in range(1, 9)]
+    lines = []
+    for step in steps:
+        tokens = step * given.batch_tokens
+        event: dict[str, Any] = {"event": "train", "time": 10.0 + step, "step": step, "tokens": tokens, "lr": 1.0}
+        event |= {"flops": tokens * given.flops_per_token, "loss": 1.7 * loss * (given.steps / step) ** 0.1}
+        lines.append(json.dumps(event | {"tokens_per_second": 5.0, "train_seconds": 0.5 * step}))
+    return "\n".join(lines) + "\n"
+
+
+def _write(path: Path, document: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document))
