@@ -1,25 +1,35 @@
-"""What runs say about compute: laws, isoFLOP minima, surfaces. Typed points in, a fit out; numpy and scipy alone."""
+"""What runs say about compute: laws, minima, surfaces, comparisons, what to run next. numpy and scipy alone."""
 
 from __future__ import annotations
 
+from slm.fits.compare import AtDepth, Comparison, Trial, compare
 from slm.fits.curve import Caution, CurveFit, fit_curves
+from slm.fits.design import Candidate, Design, Goal, next_runs
 from slm.fits.intervals import Interval
 from slm.fits.isoflop import IsoFlop, Minimum, Valley
+from slm.fits.ladder import HoldOut
+from slm.fits.paired import paired_core
 from slm.fits.parametric import Bootstrap, Parametric, Rung, bootstrap, fit_parametric
 from slm.fits.points import NotComparable, Point
 from slm.fits.power_law import ADDITIVE, PURE, Law
 from slm.fits.prediction import Prediction, Target
 from slm.fits.surface import PAPER, Surface, fit_surface
-from slm.fits.table import Table, read_points
-from slm.fits.terminal import summary, tables
+from slm.fits.table import Table, read_points, read_trials
+from slm.fits.terminal import comparison_table, design_summary, design_table, summary, tables
 
 __all__ = [
     "ADDITIVE",
     "PAPER",
     "PURE",
+    "AtDepth",
     "Bootstrap",
+    "Candidate",
     "Caution",
+    "Comparison",
     "CurveFit",
+    "Design",
+    "Goal",
+    "HoldOut",
     "Interval",
     "IsoFlop",
     "Law",
@@ -32,12 +42,20 @@ __all__ = [
     "Surface",
     "Table",
     "Target",
+    "Trial",
     "Valley",
     "bootstrap",
+    "compare",
+    "comparison_table",
+    "design_summary",
+    "design_table",
     "fit_curves",
     "fit_parametric",
     "fit_surface",
+    "next_runs",
+    "paired_core",
     "read_points",
+    "read_trials",
     "summary",
     "tables",
 ]

@@ -63,11 +63,11 @@ def check(points: Sequence[Point]) -> None:
         values = sorted({getattr(point, field) for point in points})
         if len(values) > 1:
             raise NotComparable(
-                f"the runs have {len(values)} {word} and are not one curve: {_differences(values)}; fit each alone"
+                f"the runs have {len(values)} {word} and are not one curve: {differences(values)}; fit each alone"
             )
 
 
-def _differences(keys: Sequence[str]) -> str:
+def differences(keys: Sequence[str]) -> str:
     """The parts of composite keys that are not common to all, side by side."""
     parts = [[part for part in re.split(r"[;,|&\s]+", key) if part] for key in keys]
     common = set(parts[0]).intersection(*parts[1:])

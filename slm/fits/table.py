@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from slm.fits.compare import Trial
 from slm.fits.points import Point
 
 REQUIRED = ("params", "tokens", "flops", "loss")
 OPTIONAL = ("budget", "core", "depth", "seed", "run", "recipe", "weight", "outlier")
+TRIAL = ("recipe", "depth", "flops", "loss")
+TRIAL_OPTIONAL = ("seed", "seconds", "run")
 SAME = 0.03
 """FLOPs that differ by less are one budget, in a file that names none."""
 YES, NO = ("1", "true", "yes"), ("", "0", "false", "no")
@@ -71,7 +75,7 @@ def read_points(path: Path, names: Mapping[str, str] | None = None, budgets: boo
     Raises ValueError for a missing or repeated column, a cell that is no number (with its line), no run, and FLOPs that
     do not fall into budgets.
     """
-    lines, columns = _lines(path, dict(names or {}))
+    lines, columns = _lines(path, dict(names or {}), REQUIRED, OPTIONAL)
     runs = [(_point(line, path.stem), line) for line in lines]
     if "budget" not in columns and budgets:
         kept = _budgeted([point for point, line in runs if not line.marked()])
@@ -83,43 +87,74 @@ def read_points(path: Path, names: Mapping[str, str] | None = None, budgets: boo
     )
 
 
-def _lines(path: Path, names: dict[str, str]) -> tuple[list[_Line], list[str]]:
+def read_trials(path: Path, names: Mapping[str, str] | None = None) -> dict[str, list[Trial]]:
+    """The runs of two recipes from a CSV file with a header, the first recipe of the file first.
+
+    Columns: recipe, depth, flops and loss, optionally seed, seconds and run; others are passed over. `names` says what
+    a column is called in the file. A run is named by its line where the file does not, its seed is 0; the file is one
+    comparison key. Raises ValueError for every defect of the file, and for any number of recipes but two.
+    """
+    lines, _ = _lines(path, dict(names or {}), TRIAL, TRIAL_OPTIONAL)
+    found: dict[str, list[Trial]] = {}
+    for line in lines:
+        found.setdefault(line.cells["recipe"], []).append(_trial(line, path.stem))
+    if len(found) != 2:
+        raise ValueError(f"{path}: a comparison takes two recipes; the file has {', '.join(found)}")
+    return found
+
+
+def _lines(
+    path: Path, names: dict[str, str], required: tuple[str, ...], optional: tuple[str, ...]
+) -> tuple[list[_Line], list[str]]:
     """Every row under our names, and which of our names the file has."""
-    unknown = sorted(set(names) - {*REQUIRED, *OPTIONAL})
+    unknown = sorted(set(names) - {*required, *optional})
     if unknown:
-        raise ValueError(f"no column is called {unknown[0]!r}; known are {', '.join(REQUIRED + OPTIONAL)}")
+        raise ValueError(f"no column is called {unknown[0]!r}; known are {', '.join(required + optional)}")
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file)
         header = [cell.strip() for cell in next(reader, [])]
         rows = [
             (reader.line_num, [cell.strip() for cell in row]) for row in reader if any(cell.strip() for cell in row)
         ]
-    for name in (*REQUIRED, *names):
+    for name in (*required, *names):
         if names.get(name, name) not in header:
             alias = f", asked for as {name}" if names.get(name, name) != name else ""
             raise ValueError(f"{path}: no column {names.get(name, name)!r}{alias}; there are {', '.join(header)}")
-    columns = [name for name in REQUIRED + OPTIONAL if names.get(name, name) in header]
+    columns = [name for name in required + optional if names.get(name, name) in header]
     places = {name: header.index(names.get(name, name)) for name in columns}
     twice = [name for name in columns if header.count(header[places[name]]) > 1]
     if twice:
         raise ValueError(f"{path}: column {header[places[twice[0]]]!r} is there twice")
     if not rows:
         raise ValueError(f"{path}: no run below the header")
-    return [_line(number, row, len(header), places) for number, row in rows], columns
+    return [_line(number, row, len(header), places, required) for number, row in rows], columns
 
 
-def _line(number: int, row: list[str], width: int, places: dict[str, int]) -> _Line:
+def _line(number: int, row: list[str], width: int, places: dict[str, int], required: tuple[str, ...]) -> _Line:
     if len(row) != width:
         raise ValueError(f"line {number}: {len(row)} cells where the header has {width}")
     cells = {name: row[place] for name, place in places.items() if row[place]}
-    empty = [name for name in REQUIRED if name not in cells]
+    empty = [name for name in required if name not in cells]
     if empty:
         raise ValueError(f"line {number}: {empty[0]} is empty")
     return _Line(number, cells)
 
 
+def _trial(line: _Line, name: str) -> Trial:
+    with _named(line):
+        return Trial(
+            run_id=line.cells.get("run", f"line {line.number}"),
+            depth=line.count_of("depth", 1),
+            seed=line.count_of("seed", 0),
+            flops=line.number_of("flops"),
+            loss=line.number_of("loss"),
+            seconds=line.number_of("seconds") if "seconds" in line.cells else None,
+            comparison_key=name,
+        )
+
+
 def _point(line: _Line, name: str) -> Point:
-    try:
+    with _named(line):
         return Point(
             run_id=line.cells.get("run", f"line {line.number}"),
             recipe=line.cells.get("recipe", name),
@@ -131,6 +166,13 @@ def _point(line: _Line, name: str) -> Point:
             weight=line.number_of("weight") if "weight" in line.cells else 1.0,
             core=line.number_of("core") if "core" in line.cells else None,
         )
+
+
+@contextmanager
+def _named(line: _Line) -> Iterator[None]:
+    """Errors about a run say its line."""
+    try:
+        yield
     except ValueError as error:
         text = str(error)
         raise ValueError(text if text.startswith("line ") else f"line {line.number}: {text}") from None

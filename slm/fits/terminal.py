@@ -1,10 +1,12 @@
-"""A fit in words and tables for a terminal: the answer first."""
+"""Fits, comparisons and designs in words and tables for a terminal: the answer first."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from slm.fits.compare import Comparison
 from slm.fits.curve import CurveFit, gains
+from slm.fits.design import Design
 from slm.fits.parametric import Parametric
 from slm.fits.power_law import PURE, REACH, Law
 from slm.fits.prediction import Prediction
@@ -122,3 +124,52 @@ def _surfaces(parametric: Parametric) -> Table:
     ]
     names = ["E", "alpha", "beta", "gamma", "N* ~ C^"]
     return ["surface", "", *(f"{name} [95 %]" for name in names), "residual", "error held out"], rows
+
+
+def comparison_table(found: Comparison) -> Table:
+    """(headers, rows) of strings: a row a depth, then all depths."""
+    rows = [
+        [
+            f"d{own.depth}",
+            f"{own.flops:.3g}",
+            f"{own.base} : {own.candidate}",
+            own.difference.text("+.2f", 100),
+            own.multiplier.text(".3f"),
+            f"{own.evidence:.2g}",
+            own.claim or "",
+        ]
+        for own in found.per_depth
+    ]
+    runs = f"{sum(own.base for own in found.per_depth)} : {sum(own.candidate for own in found.per_depth)}"
+    overall = [found.difference.text("+.2f", 100), found.multiplier.text(".3f"), f"{found.evidence.whole:.2g}"]
+    rows.append(["all", "", runs, *overall, ""])
+    headers = ["depth", "FLOPs", "seeds", "ln loss, % [95 %]", "multiplier [95 %]", "evidence (20 claims)", ""]
+    return headers, rows
+
+
+def design_summary(design: Design) -> str:
+    """What is known of the target now, and what the runs chosen and evenly spaced ones would leave."""
+    now, after, evenly = (f"± {own:.2g}" for own in (design.before, design.after, design.evenly))
+    runs = f"{len(design.picks)} run{'s' * (len(design.picks) != 1)}"
+    spent = f"{design.flops:.3g} of {design.budget:.3g} FLOPs"
+    return (
+        f"{design.target.text} is {design.estimate:.4g} {now} now and {after} after these {runs}, {spent}; "
+        f"evenly spaced runs would leave {evenly} (one standard deviation)."
+    )
+
+
+def design_table(design: Design) -> Table:
+    """(headers, rows) of strings: a row a run, by what it removes per FLOP."""
+    rows = [
+        [
+            f"d{pick.candidate.depth}",
+            pick.candidate.horizon,
+            f"{pick.candidate.params:.3g}",
+            f"{pick.candidate.tokens:.3g}",
+            f"{pick.candidate.flops:.3g}",
+            "a further seed" if pick.repeat else "new",
+            f"{pick.before:.2g} -> {pick.after:.2g}",
+        ]
+        for pick in design.picks
+    ]
+    return ["depth", "horizon", "N", "tokens", "FLOPs", "", f"± of {design.target.text}"], rows

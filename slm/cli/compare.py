@@ -1,0 +1,301 @@
+"""`slm compare`: whether a change pays at every depth, and how sure that is."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from slm.cli import fitting
+from slm.cli.options import Json, print_json, print_table
+
+if TYPE_CHECKING:
+    import pandas
+
+    from slm.fits import AtDepth, Comparison, Trial
+
+NAMES = "An experiment, a recipe, a version of the trainer's code, or several of them joined by /."
+UNEVEN = 1.1
+"""How many times longer one seed may take than another without a word."""
+
+
+def compare(
+    base: Annotated[str | None, typer.Argument(help=NAMES)] = None,
+    candidate: Annotated[str | None, typer.Argument(help="The same, for what is to be judged.")] = None,
+    file: Annotated[Path | None, typer.Option("--from", help="Runs of a CSV: recipe, depth, flops, loss.")] = None,
+    names: Annotated[str | None, typer.Option("--map", help="What columns are called there: loss=val_bpb.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Where to draw, without ending; else by the names.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The table that a pull request needs.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Price a change in compute: how much more the base would need for the candidate's loss, depth by depth."""
+    from slm import figures, fits
+
+    if file is not None and base is not None:
+        raise ValueError(f"{base} and --from {file}: compare one or the other")
+    if names is not None and file is None:
+        raise ValueError(f"--map {names}: it goes with --from")
+    sides = _of_file(file, names) if file is not None else _of_store(base, candidate)
+    found = fits.compare(sides.base, sides.candidate, sides.names)
+    document = found.document() | {"wall_clock": None, "cost": None} | _in_time(sides)
+    document["warnings"] += _of_timings(sides)
+    document = fitting.recorded("compare", sides.experiments, document)
+    stem = figure or sides.stem
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    drawn: list[Path] = []
+    if as_json:
+        print_json(document | {"figures": [str(path) for path in drawn]})
+    elif markdown:
+        print(_markdown(found, document, sides))
+    else:
+        _print(found, document)
+        print(f"\nfigure: {', '.join(str(path) for path in drawn)}")
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """What is to be compared."""
+
+    names: tuple[str, str]
+    """Base and candidate."""
+    base: list[Trial]
+    """Runs of the base."""
+    candidate: list[Trial]
+    """Runs of the candidate."""
+    stem: Path
+    """Where the figure goes, without ending."""
+    experiments: list[str]
+    """Where they are from; a comparison of a file is not recorded."""
+    frames: tuple[pandas.DataFrame, pandas.DataFrame] | None = None
+    """Rows of `results` of both, where they are from the store."""
+
+
+def _of_file(file: Path, names: str | None) -> _Sides:
+    """The two recipes of a CSV, base first."""
+    from slm.fits import read_trials
+
+    if not file.is_file():
+        raise ValueError(f"--from {file}: no such file")
+    (base, own), (candidate, other) = read_trials(file, fitting.columns_of(names)).items()
+    return _Sides((base, candidate), own, other, Path(f"{file.stem}-compared"), [])
+
+
+def _of_store(base: str | None, candidate: str | None) -> _Sides:
+    """Two sets of runs of the home, by what each is named by."""
+    if base is None or candidate is None:
+        raise ValueError("two names are needed: `slm compare BASE CANDIDATE`, or --from FILE.csv")
+    home = fitting.ingested()
+    frames = (_named(base, home), _named(candidate, home))
+    both = sorted(set(frames[0]["run_id"]) & set(frames[1]["run_id"]))
+    if both:
+        raise ValueError(f"{base} and {candidate} share run {both[0]} and {len(both) - 1} others: nothing to compare")
+    experiments = sorted({part for name in (base, candidate) for part in name.split("/")} & _experiments(home))
+    stem = home / "figures" / f"{base}-{candidate}".replace("/", ".")
+    experiments = experiments or sorted(_holding(frames, home))
+    return _Sides((base, candidate), _trials(frames[0]), _trials(frames[1]), stem, experiments, frames)
+
+
+def _named(name: str, home: Path) -> pandas.DataFrame:
+    """The ladder of finished runs that every part of a name holds: experiment, recipe, code.
+
+    Raises ValueError for a part that names nothing, for no run, and for several recipes or versions of the code.
+    """
+    import store
+
+    frame = store.results(home=home)
+    frame = frame[(frame["status"] == "finished")]
+    for part in name.split("/"):
+        frame = frame[_holds(part, frame, home)]
+    ladder, _ = fitting.ladder_of(frame)
+    ladder = ladder[ladder["horizon"].map(fitting.budget_of).isna()]
+    if ladder.empty:
+        raise ValueError(f"{name}: no finished compute-optimal run; `slm status` shows what there is")
+    for column, word in (("recipe", "recipes"), ("code", "versions of the trainer's code")):
+        values = sorted(set(ladder[column]))
+        if len(values) > 1:
+            choices = ", ".join(f"{name}/{value}" for value in values)
+            raise ValueError(f"{name} has runs of {len(values)} {word}: name one, as in {choices}")
+    return ladder
+
+
+def _holds(part: str, frame: pandas.DataFrame, home: Path) -> pandas.Series[bool]:
+    """Which rows an experiment's, a recipe's or a code's name means."""
+    import store
+
+    if part in _experiments(home):
+        return frame["run_id"].isin(set(store.results(part, home=home)["run_id"]))
+    if part in set(frame["recipe"]):
+        return frame["recipe"] == part
+    codes = frame["code"].str.startswith(part) if len(part) >= 4 else frame["code"].isna()
+    if not codes.any():
+        there = ", ".join(sorted(_experiments(home) | set(frame["recipe"]) | set(frame["code"]))) or "none"
+        raise ValueError(f"{part}: no such experiment, recipe or code; there are {there}")
+    return codes
+
+
+def _experiments(home: Path) -> set[str]:
+    import store
+
+    return set(store.sql("select name from experiments", home=home)["name"])
+
+
+def _holding(frames: Sequence[pandas.DataFrame], home: Path) -> set[str]:
+    """Experiments that have some of the runs."""
+    import store
+
+    members = store.sql("select experiment, run_id from memberships", home=home)
+    runs = {run_id for frame in frames for run_id in frame["run_id"]}
+    return set(members[members["run_id"].isin(runs)]["experiment"])
+
+
+def _trials(frame: pandas.DataFrame) -> list[Trial]:
+    from slm.fits import Trial
+
+    return [
+        Trial(
+            run_id=row["run_id"],
+            depth=row["depth"],
+            seed=row["seed"],
+            flops=row["flops"],
+            loss=row["val_bpb"],
+            seconds=row["train_seconds"],
+            comparison_key=row["comparison_key"],
+        )
+        for row in frame.to_dict("records")
+    ]
+
+
+def _in_time(sides: _Sides) -> dict[str, Any]:
+    """The same question of training time and of device time, where both sides have it on devices of one kind."""
+    from slm import fits
+
+    if any(trial.seconds is None for trial in (*sides.base, *sides.candidate)):
+        return {}
+    if sides.frames is None:
+        return {"wall_clock": fits.compare(sides.base, sides.candidate, sides.names, "seconds").document()}
+    devices = {name for frame in sides.frames for name in frame["device_name"]}
+    if len(devices) > 1:
+        return {}
+    base, candidate = (_costed(own, frame) for own, frame in zip((sides.base, sides.candidate), sides.frames))
+    return {
+        "wall_clock": fits.compare(sides.base, sides.candidate, sides.names, "seconds").document(),
+        "cost": fits.compare(base, candidate, sides.names, "seconds").document(),
+    }
+
+
+def _of_timings(sides: _Sides) -> list[dict[str, str]]:
+    """A warning where the same work took unequal times: the machine was not quiet, so times compare machines."""
+    times = defaultdict(list)
+    for side, trials in enumerate((sides.base, sides.candidate)):
+        for trial in trials:
+            if trial.seconds is not None:
+                times[side, trial.depth].append(trial.seconds)
+    worst = max((max(own) / min(own) for own in times.values()), default=1.0)
+    if worst <= UNEVEN:
+        return []
+    message = f"training times of one depth and recipe differ up to {worst:.3g} times: times compare how busy it was"
+    return [{"code": "timings_scatter", "message": message}]
+
+
+def _costed(trials: Sequence[Trial], frame: pandas.DataFrame) -> list[Trial]:
+    """Trials whose seconds are those of all their devices together."""
+    from dataclasses import replace
+
+    ranks = dict(zip(frame["run_id"], frame["ranks"]))
+    return [replace(trial, seconds=(trial.seconds or 0.0) * float(ranks[trial.run_id])) for trial in trials]
+
+
+def _print(found: Comparison, document: dict[str, Any]) -> None:
+    from slm import fits
+
+    print(f"{found.verdict.sentence}\n")
+    headers, rows = fits.comparison_table(found)
+    print_table(rows, headers)
+    for name, words in (("wall_clock", "training time"), ("cost", "device time")):
+        if document[name]:
+            print(f"\nin {words}: {_interval(document[name]['compute_multiplier'])}")
+    for warning in document["warnings"]:
+        print(f"\n{warning['code']}: {warning['message']}")
+
+
+def _interval(own: dict[str, Any]) -> str:
+    from slm.fits import Interval
+
+    return Interval(own["estimate"], own["low"], own["high"], own["identifiable"]).text()
+
+
+def _markdown(found: Comparison, document: dict[str, Any], sides: _Sides) -> str:
+    """The table that a pull request needs: every depth of both, the multiplier, the evidence and how it was made."""
+    from tabulate import tabulate
+
+    headers = ["depth", "", "seeds", "training time (s)", "val_bpb", "CORE", "tokens/s", "MFU", "compute multiplier"]
+    rows = [row for depth in found.per_depth for row in _depth_rows(depth, sides)]
+    lines = [
+        f"**{found.verdict.sentence}**",
+        "",
+        tabulate(rows, headers, tablefmt="github", disable_numparse=True),
+        "",
+        f"Compute multiplier over all depths: {found.multiplier.text()} (95 %, one look; the verdict holds for any).",
+    ]
+    for name, words in (("wall_clock", "training time"), ("cost", "device time")):
+        if document[name]:
+            lines.append(f"The same in {words}: {_interval(document[name]['compute_multiplier'])}.")
+    lines += [f"- {warning['code']}: {warning['message']}" for warning in document["warnings"]]
+    return "\n".join([*lines, "", *_made(document, sides)])
+
+
+def _depth_rows(depth: AtDepth, sides: _Sides) -> list[list[str]]:
+    """Two rows: the base's runs and the candidate's."""
+    rows = []
+    for k, (name, trials) in enumerate(zip(sides.names, (sides.base, sides.candidate))):
+        own = [trial for trial in trials if trial.depth == depth.depth]
+        seconds = [trial.seconds for trial in own if trial.seconds is not None]
+        losses = [trial.loss for trial in own]
+        spread = f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""
+        measured = _measured(sides.frames[k], depth.depth) if sides.frames else ["-", "-", "-"]
+        rows.append(
+            [
+                f"d{depth.depth}",
+                name,
+                str(len(own)),
+                f"{mean(seconds):.1f}" if seconds else "-",
+                f"{mean(losses):.4f}{spread}",
+                *measured,
+                depth.multiplier.text() if k else "1",
+            ]
+        )
+    return rows
+
+
+def _measured(frame: pandas.DataFrame, depth: int) -> list[str]:
+    """Means of CORE, tokens a second and MFU over the runs of a depth; a dash for what is not known."""
+    from slm import devices
+
+    own = frame[frame["depth"] == depth]
+    peaks = [devices.peak_flops(name) for name in own["device_name"]]
+    used = [speed / (peak * ranks) for speed, peak, ranks in zip(own["flops_per_second"], peaks, own["ranks"]) if peak]
+    return [
+        f"{own['core'].mean():.4f}" if own["core"].notna().all() else "-",
+        f"{own['tokens_per_second'].mean():,.0f}",
+        f"{mean(used):.1%}" if len(used) == len(own) else "-",
+    ]
+
+
+def _made(document: dict[str, Any], sides: _Sides) -> list[str]:
+    """How the numbers came about: command, record, code, data, devices."""
+    names = " ".join(sides.names)
+    if sides.frames is None:
+        return [f"Made by slm {document['versions']['slm']} from a file with recipes {names}."]
+    lines = [f"Made by `slm compare {names} --markdown`, slm {document['versions']['slm']}, record {document['hash']}."]
+    for name, frame in zip(sides.names, sides.frames):
+        commits = ", ".join(sorted({str(own) for own in frame["commit"].dropna()})) or "none"
+        changed = " with uncommitted changes" if frame["modified"].any() else ""
+        where = ", ".join(sorted({f"{ranks} x {name}" for ranks, name in zip(frame["ranks"], frame["device_name"])}))
+        code, corpus = frame["code"].iloc[0], ", ".join(sorted(set(frame["corpus"])))
+        lines.append(f"- {name}: trainer {code}, commit {commits}{changed}, data {corpus}, on {where}.")
+    return lines

@@ -1,0 +1,121 @@
+"""`slm next`: which runs would teach most about a target for the FLOPs there are."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from slm.cli import fitting
+from slm.cli.options import Json, depths_of, numbers_of, print_json, print_table, recipe_of
+
+if TYPE_CHECKING:
+    from slm.fits import Candidate, Design, Goal, Point
+    from slm.recipe import Hyperparameters, Recipe
+
+GOAL = "loss@d26, loss@1e20 (the depth of that compute), params_exponent, alpha, beta or E."
+GRID = 3
+"""isoFLOP budgets that are candidates beside those of the runs there are."""
+DEEPEST = 100
+"""Of the models considered."""
+WIDE = 16
+"""How far from the recipe's tokens a parameter a run may be."""
+
+
+def next_runs(
+    experiments: Annotated[list[str] | None, typer.Argument(help="Experiments; else the only one there is.")] = None,
+    target: Annotated[str, typer.Option(help=GOAL)] = "",
+    budget: Annotated[str, typer.Option(help="FLOPs there are for further runs: 1e20.")] = "",
+    depths: Annotated[str | None, typer.Option(help="Depths that may be run; else from the smallest run on.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Choose the runs that remove most of a target's uncertainty per FLOP, and print the sweeps that make them."""
+    from slm import fits
+
+    if not target:
+        raise ValueError("no --target: write --target loss@d26, or params_exponent")
+    if len(numbers_of("--budget", budget or None)) != 1:
+        raise ValueError(
+            "no --budget: write the FLOPs there are, --budget 1e20" if not budget else f"--budget {budget}"
+        )
+    (flops,) = numbers_of("--budget", budget)
+    runs = fitting.of_experiments(experiments or [])
+    recipe = recipe_of(runs.points[0].recipe, option="slm next: the runs' recipe")
+    layers = depths_of(depths) if depths else tuple(range(min(point.depth for point in runs.points), DEEPEST + 1))
+    candidates = _candidates(recipe, layers, runs.points, flops)
+    design = fits.next_runs(runs.points, candidates, _goal(target, recipe), flops)
+    sweeps = _sweeps(design, runs, recipe)
+    document = fitting.recorded("next", runs.experiments, design.document() | {"sweeps": sweeps})
+    if as_json:
+        print_json(document)
+        return
+    print(fits.design_summary(design))
+    headers, rows = fits.design_table(design)
+    print()
+    print_table(rows, headers)
+    for warning in document["warnings"]:
+        print(f"\n{warning['code']}: {warning['message']}")
+    print("\n" + "\n".join(sweeps))
+
+
+def _goal(text: str, recipe: Recipe) -> Goal:
+    """What is to be known better. Raises ValueError naming what is no target."""
+    from slm.fits import Goal
+
+    kind, at, where = text.partition("@")
+    if kind == "multiplier":
+        raise ValueError(f"--target {text}: `slm compare BASE CANDIDATE` says which further seeds would decide")
+    if kind != "loss":
+        if at:
+            raise ValueError(f"--target {text}: only the loss is of a run; write --target {kind}")
+        return Goal(kind)
+    if match := re.fullmatch(r"d(\d+)", where):
+        return Goal("loss", _candidate(recipe(int(match[1])), "compute-optimal"))
+    (flops,) = numbers_of("--target loss at", where)
+    members = [recipe(depth) for depth in range(1, DEEPEST + 1)]
+    return Goal("loss", _candidate(min(members, key=lambda own: abs(own.flops / flops - 1)), "compute-optimal"))
+
+
+def _candidates(recipe: Recipe, depths: Sequence[int], points: Sequence[Point], budget: float) -> list[Candidate]:
+    """Compute-optimal runs of the depths, and runs at budgets: those of the grid there is, and GRID beside.
+
+    At a budget a model has tokens within WIDE times the recipe's ratio.
+    """
+    wanted = {point.budget for point in points if point.budget is not None}
+    largest = max(point.flops for point in points)
+    wanted |= {float(f"{min(largest, budget) / 4**step:.2g}") for step in range(GRID)}
+    found = [_candidate(recipe(depth), "compute-optimal") for depth in depths]
+    for flops in sorted(wanted):
+        for depth in depths:
+            optimal = recipe(depth)
+            if 1 / WIDE <= flops / optimal.flops <= WIDE:
+                found.append(_candidate(recipe(depth, flops=flops), f"flops={flops:g}"))
+    return [own for own in found if own.flops <= budget] or found
+
+
+def _candidate(given: Hyperparameters, horizon: str) -> Candidate:
+    from slm.fits import Candidate
+
+    return Candidate(given.depth, given.parameters.scaling, given.tokens, given.flops, horizon)
+
+
+def _sweeps(design: Design, runs: fitting.Runs, recipe: Recipe) -> list[str]:
+    """The command lines that make the picks; a name swept before keeps its runs and gains these."""
+    wanted = Counter((pick.candidate.depth, pick.candidate.horizon) for pick in design.picks)
+    lines: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for (depth, horizon), count in sorted(wanted.items()):
+        budget = fitting.budget_of(horizon)
+        there = {own.seed for own in runs.points if own.depth == depth and own.budget == budget}
+        free = [seed for seed in range(len(there) + count) if seed not in there]
+        lines[horizon, free[count - 1] + 1].append(depth)
+    return [_sweep(horizon, seeds, depths, runs, recipe) for (horizon, seeds), depths in lines.items()]
+
+
+def _sweep(horizon: str, seeds: int, depths: Sequence[int], runs: fitting.Runs, recipe: Recipe) -> str:
+    words = ["slm sweep --recipe", recipe.name, "--depths", ",".join(str(depth) for depth in depths)]
+    words += ["--flops", horizon.removeprefix("flops=")] if horizon != "compute-optimal" else []
+    words += ["--seeds", str(seeds)] if seeds > 1 else []
+    return " ".join([*words, "--name", runs.experiments[0]])
