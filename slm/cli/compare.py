@@ -47,7 +47,7 @@ def compare(
     document = fitting.recorded("compare", sides.experiments, document)
     stem = figure or sides.stem
     stem.parent.mkdir(parents=True, exist_ok=True)
-    drawn: list[Path] = []
+    drawn = figures.draw_comparison(found, stem)
     if as_json:
         print_json(document | {"figures": [str(path) for path in drawn]})
     elif markdown:

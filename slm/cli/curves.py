@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from slm.cli import fitting
-from slm.cli.options import Json, depths_of, numbers_of, print_json, print_table, recipe_of
+from slm.cli.options import Json, depth_at, depths_of, numbers_of, print_json, print_table, recipe_of
 
 if TYPE_CHECKING:
     from slm.fits import CurveFit, Target
@@ -29,6 +30,8 @@ def fit_curves(
     paper: Annotated[bool, typer.Option("--paper", help="Hoffmann et al.'s objective: Huber, delta 1e-3.")] = False,
     at: Annotated[str | None, typer.Option(help="Predict the optimum at these FLOPs: 1e20,1e21.")] = None,
     depth: Annotated[str | None, typer.Option(help="Predict these depths, trained compute-optimally: 24,26.")] = None,
+    reach: Annotated[str | None, typer.Option(help="When the family reaches this CORE: 0.2565.")] = None,
+    price: Annotated[float | None, typer.Option(help="Of an hour on the devices of the largest run.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Where to draw, without ending; else by the fit's name.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -42,19 +45,22 @@ def fit_curves(
         if file is None
         else fitting.of_file(file, fitting.columns_of(names))
     )
-    fit = fits.fit_curves(runs.points, runs.convention, metric, form, paper)
-    targets = _targets(fit, at, depth, counting)
-    document = fit.document() | {"predictions": [fit.predict(target).document() for target in targets]}
+    fit = fits.fit_curves(runs.points, runs.convention, metric, form, paper, runs.others)
+    if metric == "core" and not isinstance(fit.core, fits.CoreFit):
+        raise ValueError(f"--metric core: {fit.core.why if fit.core else 'no run has a CORE'}")
+    predictions = [fit.predict(target) for target in _targets(fit, at, depth, counting)]
+    reached = [_reached(fit, core, runs.speed, price) for core in numbers_of("--reach", reach)]
+    document = fit.document() | {"predictions": [own.document() for own in predictions], "reach": reached}
     document["points"]["excluded"] += runs.excluded
     document = fitting.recorded("fit-curves", runs.experiments, document)
     stem = figure or runs.stem
     stem.parent.mkdir(parents=True, exist_ok=True)
-    drawn = figures.draw_curve(fit, runs.points, stem, curves=runs.curves, title=stem.name)
+    drawn = figures.draw_fit(fit, stem, curves=runs.curves, title=stem.name)
     if as_json:
         print_json(document | {"figures": [str(path) for path in drawn]})
         return
     print(fits.summary(fit))
-    for headers, rows in fits.tables(fit, [fit.predict(target) for target in targets]):
+    for headers, rows in [*fits.tables(fit, predictions), *([_reach_table(reached)] if reached else [])]:
         print()
         print_table(rows, headers)
     for warning in document["warnings"]:
@@ -77,6 +83,46 @@ def _check(
     for option, value, known in (("--metric", metric, fitting.METRICS), ("--params", params, fitting.COUNTS)):
         if value is not None and value not in known:
             raise ValueError(f"{option} {value}: unknown; there are {', '.join(known)}")
+
+
+def _reached(fit: CurveFit, core: float, speed: float | None, price: float | None) -> dict[str, Any]:
+    """When the family reaches a CORE: FLOPs, hours at the largest run's speed, their price, the recipe's depth."""
+    from slm.fits import CoreFit
+    from slm.recipe import RECIPES
+
+    if not isinstance(fit.core, CoreFit):
+        raise ValueError(f"--reach {core:g}: {fit.core.why if fit.core else 'no run has a CORE'}")
+    found, recipe = fit.core.reach(core), RECIPES.get(fit.points[0].recipe)
+    ends = {"estimate": found.flops.estimate, "low": found.flops.low, "high": found.flops.high}
+
+    def each(value: Callable[[float], float]) -> dict[str, float | None]:
+        return {name: None if end is None else value(end) for name, end in ends.items()}
+
+    return {
+        **found.document(),
+        "depth": each(lambda flops: depth_at(recipe, flops).depth) if recipe else None,
+        "hours": each(lambda flops: flops / speed / 3600) if speed else None,
+        "price": each(lambda flops: flops / speed / 3600 * price) if speed and price else None,
+    }
+
+
+def _reach_table(reached: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    def text(own: dict[str, Any] | None) -> str:
+        return Interval(own["estimate"], own["low"], own["high"]).text() if own else ""
+
+    from slm.fits import Interval
+
+    rows = [
+        [
+            f"{own['core']:g}",
+            text(own),
+            *(text(own[name]) for name in ("depth", "hours", "price")),
+            "" if own["probability_never"] is None else f"{own['probability_never']:.0%}",
+            "extrapolated" if own["extrapolated"] else "",
+        ]
+        for own in reached
+    ]
+    return ["CORE reached", "FLOPs [95 %]", "depth", "hours", "price", "never", ""], rows
 
 
 def _targets(fit: CurveFit, at: str | None, depth: str | None, counting: str) -> list[Target]:

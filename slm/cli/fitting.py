@@ -46,6 +46,10 @@ class Runs:
     """Runs left out, each with its reason."""
     curves: list[tuple[int, Any, Any]] = field(default_factory=list)
     """Depth, FLOPs and loss while training."""
+    others: dict[str, list[float]] = field(default_factory=dict)
+    """N of every run by the other conventions."""
+    speed: float | None = None
+    """FLOPs a second of the largest run; None where it is not known."""
 
 
 def of_experiments(names: Sequence[str], counting: str = "matrices+head", metric: str = "val_bpb") -> Runs:
@@ -65,7 +69,9 @@ def of_experiments(names: Sequence[str], counting: str = "matrices+head", metric
     title = "+".join(names)
     curves = [curve for name in names for curve in _curves(ladder, store.curves(name, home=home), METRICS[metric])]
     points = points_of(ladder, COUNTS[counting], METRICS[metric])
-    return Runs(points, counting, home / "figures" / title, names, excluded, curves)
+    others = {name: ladder[column].tolist() for name, column in COUNTS.items() if name != counting}
+    speed = float(ladder.sort_values("flops")["flops_per_second"].iloc[-1])
+    return Runs(points, counting, home / "figures" / title, names, excluded, curves, others, speed)
 
 
 def of_file(file: Path, columns: dict[str, str]) -> Runs:

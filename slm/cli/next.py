@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from slm.cli import fitting
-from slm.cli.options import Json, depths_of, numbers_of, print_json, print_table, recipe_of
+from slm.cli.options import DEEPEST, Json, depth_at, depths_of, numbers_of, print_json, print_table, recipe_of
 
 if TYPE_CHECKING:
     from slm.fits import Candidate, Design, Goal, Point
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 GOAL = "loss@d26, loss@1e20 (the depth of that compute), params_exponent, alpha, beta or E."
 GRID = 3
 """isoFLOP budgets that are candidates beside those of the runs there are."""
-DEEPEST = 100
-"""Of the models considered."""
 WIDE = 16
 """How far from the recipe's tokens a parameter a run may be."""
 
@@ -75,8 +73,7 @@ def _goal(text: str, recipe: Recipe) -> Goal:
     if match := re.fullmatch(r"d(\d+)", where):
         return Goal("loss", _candidate(recipe(int(match[1])), "compute-optimal"))
     (flops,) = numbers_of("--target loss at", where)
-    members = [recipe(depth) for depth in range(1, DEEPEST + 1)]
-    return Goal("loss", _candidate(min(members, key=lambda own: abs(own.flops / flops - 1)), "compute-optimal"))
+    return Goal("loss", _candidate(depth_at(recipe, flops), "compute-optimal"))
 
 
 def _candidates(recipe: Recipe, depths: Sequence[int], points: Sequence[Point], budget: float) -> list[Candidate]:

@@ -6,11 +6,12 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from math import log
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slm.recipe import RECIPES, Recipe
+from slm.recipe import RECIPES, Hyperparameters, Recipe
 
 if TYPE_CHECKING:
     import pandas
@@ -20,6 +21,8 @@ RecipeName = Annotated[
     str | None, typer.Option("--recipe", help="Recipe: nanochat where a GPU is found, else pocket.", metavar="NAME")
 ]
 Data = Annotated[str | None, typer.Option("--data", help="Corpus: python, or a folder of .txt, .jsonl, .parquet.")]
+DEEPEST = 100
+"""Of the models considered."""
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 
 
@@ -65,6 +68,11 @@ def recipe_of(name: str | None, gpu_asked: bool = False, option: str = "--recipe
     if name not in RECIPES:
         raise ValueError(f"{option} {name}: unknown; there are {', '.join(RECIPES)}")
     return RECIPES[name]
+
+
+def depth_at(recipe: Recipe, flops: float) -> Hyperparameters:
+    """The compute-optimal model of a recipe whose training comes nearest to a compute."""
+    return min((recipe(depth) for depth in range(1, DEEPEST + 1)), key=lambda own: abs(log(own.flops / flops)))
 
 
 def print_json(document: Any) -> None:

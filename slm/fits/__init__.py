@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from slm.fits.caution import Caution
 from slm.fits.compare import AtDepth, Comparison, Trial, compare
-from slm.fits.curve import Caution, CurveFit, fit_curves
+from slm.fits.core import CoreFit, NoCoreFit, Reach
+from slm.fits.curve import CurveFit, fit_curves
 from slm.fits.design import Candidate, Design, Goal, next_runs
 from slm.fits.intervals import Interval
 from slm.fits.isoflop import IsoFlop, Minimum, Valley
@@ -26,6 +28,7 @@ __all__ = [
     "Candidate",
     "Caution",
     "Comparison",
+    "CoreFit",
     "CurveFit",
     "Design",
     "Goal",
@@ -34,10 +37,12 @@ __all__ = [
     "IsoFlop",
     "Law",
     "Minimum",
+    "NoCoreFit",
     "NotComparable",
     "Parametric",
     "Point",
     "Prediction",
+    "Reach",
     "Rung",
     "Surface",
     "Table",

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from slm.fits.curve import Caution
+from slm.fits.caution import Caution
 from slm.fits.evidence import ENOUGH, e_value, joint, radius, shown
 from slm.fits.gaps import Curve, Effect, Gaps, Rung, at_depths, common, measure, quantile, solve
 from slm.fits.intervals import Interval

@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from slm.fits.intervals import Interval
+from slm.fits.caution import Caution
+from slm.fits.core import CoreFit, NoCoreFit, fit_core
+from slm.fits.diagnostics import cautions
 from slm.fits.isoflop import IsoFlop, fit_isoflop
 from slm.fits.ladder import Choice, choose
 from slm.fits.parametric import NOT_ASKED, Parametric, fit_parametric
 from slm.fits.points import Point, check
-from slm.fits.power_law import ADDITIVE, REACH, Law
+from slm.fits.power_law import Law
 from slm.fits.prediction import Prediction, Target
+from slm.fits.sensitivity import Row, sensitivity
 from slm.fits.surface import FORMS, PAPER
 
 OPTIMAL, MINIMA = "compute-optimal runs", "isoflop minima"
 """What a law goes through."""
 POWER = "power"
 """The form that is L(C) alone."""
-WIDER = 1.5
-"""How many times wider one kind of interval may be than another without a word."""
-
-
-@dataclass(frozen=True)
-class Caution:
-    """What a reader must know before using a number."""
-
-    code: str
-    """Stable name."""
-    message: str
-    """One sentence."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +31,7 @@ class CurveFit:
     points: tuple[Point, ...]
     """Runs given."""
     metric: str
-    """What the loss is: val_bpb, or loss in nats a token."""
+    """What was asked for: val_bpb, loss in nats a token, or core, of which the loss is val_bpb."""
     convention: str
     """What N counts."""
     through: str
@@ -53,6 +42,17 @@ class CurveFit:
     """None without runs at a budget."""
     parametric: Parametric
     """L(N, D) through all runs."""
+    core: CoreFit | NoCoreFit | None
+    """CORE through the loss, or why not; None where no run has a CORE."""
+    sensitivity: tuple[Row, ...]
+    """The headline numbers under other objectives, without the worst runs, under other counts of N."""
+    cautions: tuple[Caution, ...]
+    """Everything the numbers do not hold, `warnings` of the document."""
+
+    @property
+    def loss(self) -> str:
+        """Name of the loss."""
+        return "val_bpb" if self.metric == "core" else self.metric
 
     @property
     def law(self) -> Law | None:
@@ -78,16 +78,8 @@ class CurveFit:
             model, largest = self.law.form, self.law.largest
         else:
             raise ValueError(f"no curve to predict {target.flops:.3g} FLOPs from: {self.choice.why}")
-        return Prediction(target, model, loss, None, target.flops / largest, tested)
-
-    @property
-    def cautions(self) -> list[Caution]:
-        """Everything the numbers do not hold, `warnings` of the document."""
-        return [
-            *_law_cautions(self.choice),
-            *_grid_cautions(self.isoflop, self.parametric),
-            *_surface_cautions(self.parametric, self.isoflop),
-        ]
+        core = self.core.prediction(target.flops) if isinstance(self.core, CoreFit) else None
+        return Prediction(target, model, loss, core, target.flops / largest, tested)
 
     def document(self) -> dict[str, Any]:
         """As JSON, without NaN: null is what is not known. Compute in FLOPs, loss in the unit of the metric."""
@@ -114,6 +106,8 @@ class CurveFit:
                 "surface_why": self.parametric.why,
             },
             "validation": [own.document() for own in choice.hold_outs],
+            "core": self.core.document() if self.core else None,
+            "sensitivity": [row.document() for row in self.sensitivity],
             "warnings": [vars(caution) for caution in self.cautions],
         }
 
@@ -124,14 +118,16 @@ def fit_curves(
     metric: str = "val_bpb",
     form: str = "auto",
     paper: bool = False,
+    others: Mapping[str, Sequence[float]] | None = None,
 ) -> CurveFit:
-    """Fit L(C), the isoFLOP minima and the surface L(N, D) of one family's finished runs.
+    """Fit L(C), the isoFLOP minima, the surface L(N, D) and CORE of one family's finished runs.
 
-    `convention` names what `params` counts, `metric` what `loss` is. L(C) goes through the runs without a budget;
-    without any, through the resolved minima. `form` is that of the surface: `auto` takes the better predictor, `power`
-    none at all; `paper` gives it the delta of Hoffmann et al. 2022. Raises NotComparable (a ValueError) for several
-    comparison keys or recipes, ValueError for no run, a run given twice, an unknown form, and runs that cannot hold the
-    form asked for. Too few runs are no error otherwise: the answer says so.
+    `convention` names what `params` counts, `metric` what `loss` is; `others` gives N of every run by other
+    conventions, to see what would change. L(C) goes through the runs without a budget; without any, through the
+    resolved minima. `form` is that of the surface: `auto` takes the better predictor, `power` none at all; `paper`
+    gives it the delta of Hoffmann et al. 2022. Raises NotComparable (a ValueError) for several comparison keys or
+    recipes, ValueError for no run, a run given twice, an unknown form, and runs that cannot hold the form asked for.
+    Too few runs are no error otherwise: the answer says so.
     """
     check(points)
     if form not in ("auto", POWER, *FORMS):
@@ -143,82 +139,12 @@ def fit_curves(
     parametric = fit_parametric(points, PAPER if paper else None, form) if form != POWER else NOT_ASKED
     if form in FORMS and parametric.surface is None:
         raise ValueError(f"no {form} surface: {parametric.why}")
-    return CurveFit(tuple(points), metric, convention, through, choose(ladder or minima, through), isoflop, parametric)
-
-
-def gains(law: Law) -> bool:
-    """Whether compute lowers the loss at the largest run, by the whole interval (a share of 1e-9 is none)."""
-    low = law.gain(law.largest).low
-    return low is not None and low > 1e-9
-
-
-def _law_cautions(choice: Choice) -> list[Caution]:
-    if choice.law is None:
-        return [Caution("too_few_runs", choice.why)]
-    found = []
-    additive = next((law for law in (choice.law, choice.rival) if law and law.form == ADDITIVE), None)
-    if additive is None or not additive.E.identifiable:
-        message = "the runs do not hold the irreducible loss E: its interval reaches 0" if additive else choice.why
-        found.append(Caution("E_unidentified", f"{message}; how far the gains go on is open"))
-    if not gains(choice.law):
-        gain = choice.law.gain(choice.law.largest)
-        message = f"the runs do not show that compute lowers the loss: a doubling gives {gain.text('.2g', 100)} %"
-        found.append(Caution("no_gain", message))
-    if choice.tested < REACH:
-        right = f"right to {choice.tested:.3g} times beyond" if choice.tested > 1 else "not right beyond any"
-        message = f"values to {REACH:g} times the largest run are extrapolated; held-out runs show prediction {right}"
-        found.append(Caution("extrapolation", message))
-    return found
-
-
-def _grid_cautions(isoflop: IsoFlop | None, parametric: Parametric) -> list[Caution]:
-    found = [
-        Caution(valley.code, f"budget {valley.budget:.3g} is unresolved: {valley.reason}")
-        for valley in (isoflop.valleys if isoflop else ())
-        if valley.code
-    ]
-    if parametric.surface is None and parametric.why != NOT_ASKED.why and (isoflop is None or len(isoflop.valleys) < 2):
-        message = (
-            "parameters and tokens grow together along compute-optimal runs, so their exponents cannot be told apart: "
-            "only L(C) is known; several sizes at each of two or more FLOPs budgets would tell"
-        )
-        found.append(Caution("one_dial_no_exponents", message))
-    return found
-
-
-def _surface_cautions(parametric: Parametric, isoflop: IsoFlop | None) -> list[Caution]:
-    surface, drawn = parametric.surface, parametric.bootstrap
-    if surface is None:
-        told = parametric.code in (None, "one_dial_no_exponents")
-        return [] if told else [Caution(parametric.code or "", parametric.why)]
-    found = []
-    if surface.unheld:
-        message = f"the runs do not bound {', '.join(surface.unheld)} of the {surface.form} surface on both sides"
-        found.append(Caution("surface_unidentified", message))
-    if surface.status != "converged" or surface.starts_agreeing < 0.1:
-        message = f"{surface.status}; {surface.starts_agreeing:.0%} of the starts end at the surface chosen"
-        found.append(Caution("surface_not_converged", message))
-    own, minima = surface.intervals["params_exponent"], isoflop.params_exponent if isoflop else None
-    if minima and not _overlap(own, minima):
-        message = f"N* grows as C^{own.text('.2f')} on the surface and as C^{minima.text('.2f')} by the isoFLOP minima"
-        found.append(Caution("approaches_disagree", message))
-    wide = [name for name in ("E", "alpha", "beta") if drawn and _differ(surface.intervals[name], drawn.ends[name])]
-    if wide:
-        message = f"profile and bootstrap intervals of {', '.join(wide)} differ by more than {WIDER:g} times"
-        found.append(Caution("intervals_differ", message))
-    return found
-
-
-def _overlap(one: Interval, other: Interval) -> bool:
-    ends = [(-np.inf if own.low is None else own.low, np.inf if own.high is None else own.high) for own in (one, other)]
-    return max(low for low, _ in ends) <= min(high for _, high in ends)
-
-
-def _differ(profile: Interval, drawn: tuple[float, float]) -> bool:
-    if profile.low is None or profile.high is None:
-        return False
-    widths = sorted((profile.high - profile.low, drawn[1] - drawn[0]))
-    return widths[1] > WIDER * widths[0]
+    choice = choose(ladder or minima, through)
+    core = fit_core(points, choice.law) if any(point.core is not None for point in points) else None
+    rows = sensitivity(points, choice.law, isoflop, parametric, others)
+    found = cautions(points, choice.law, choice.rival, choice.why, choice.tested, isoflop, parametric, rows)
+    found += core.cautions if core else []
+    return CurveFit(tuple(points), metric, convention, through, choice, isoflop, parametric, core, rows, tuple(found))
 
 
 def _excluded(isoflop: IsoFlop | None) -> list[dict[str, str]]:

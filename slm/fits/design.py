@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from slm.fits.belief import SPREADS, Cell, believe, log_losses, rows_of, weight
-from slm.fits.curve import Caution
+from slm.fits.caution import Caution
 from slm.fits.descent import Array
 from slm.fits.points import Point, check
 from slm.fits.power_law import REACH, Noise

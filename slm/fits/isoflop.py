@@ -228,10 +228,9 @@ def fit_isoflop(points: Sequence[Point]) -> IsoFlop | None:
     least-squares line through the minima in logarithms, its interval the profile over all valleys at once: it carries
     the minima's own uncertainty, so two budgets already have one; how far the minima are from a line is not in it.
     """
-    budgets = sorted({point.budget for point in points if point.budget is not None})
-    if not budgets:
+    valleys = fit_valleys(points)
+    if not valleys:
         return None
-    valleys = tuple(_valley(budget, [point for point in points if point.budget == budget]) for budget in budgets)
     fitted = [valley.parabola for valley in valleys if valley.parabola is not None]
     residual, free = sum(parabola.residual for parabola in fitted), sum(parabola.free for parabola in fitted)
     resolved = [valley for valley in valleys if valley.code is None]
@@ -242,6 +241,12 @@ def fit_isoflop(points: Sequence[Point]) -> IsoFlop | None:
             _exponent(resolved, [valley.size_of_tokens() for valley in resolved], residual, free),
         ]
     return IsoFlop(valleys, float(np.sqrt(residual / free)) if free else None, free, *exponents)
+
+
+def fit_valleys(points: Sequence[Point]) -> tuple[Valley, ...]:
+    """Every budget alone, by budget."""
+    budgets = sorted({point.budget for point in points if point.budget is not None})
+    return tuple(_valley(budget, [point for point in points if point.budget == budget]) for budget in budgets)
 
 
 def _valley(budget: float, points: list[Point]) -> Valley:

@@ -146,13 +146,13 @@ def _form(flops: Array, losses: Array, noise: Noise) -> tuple[str, str, dict[str
     held, found = np.log(flops.max() / flops) <= SAME, {form: least(form, flops, losses, noise) for form in PARAMETERS}
     missed = {form: predict(form, flops[~held], losses[~held], noise, flops[held]) for form in PARAMETERS}
     errors = {form: float(np.sqrt(np.mean(np.log(own / losses[held]) ** 2))) for form, own in missed.items()}
-    floor, scale, _ = found[ADDITIVE][0]
+    floor, scale, _ = found[ADDITIVE][1]
     if min(floor, scale) == 0:
         return PURE, "the best floor is 0" if floor == 0 else "the loss does not fall with compute", errors
     said = ", ".join(f"{form} {100 * error:.2g} %" for form, error in errors.items())
     if abs(errors[ADDITIVE] - errors[PURE]) > noise.sigma:
         return min(errors, key=errors.__getitem__), f"error at the largest compute, held out: {said}", errors
-    criteria = {form: aicc(objective, len(flops), PARAMETERS[form]) for form, (_, objective) in found.items()}
+    criteria = {form: aicc(objective, len(flops), PARAMETERS[form]) for form, (_, _, objective) in found.items()}
     tie = f"held out, the largest compute tells them apart by less than the noise ({said})"
     if None in criteria.values():
         return PURE, f"{tie} and {len(flops)} runs are too few for AICc: the simpler law", errors

@@ -214,14 +214,14 @@ def fit_law(form: str, flops: Array, losses: Array, noise: Noise, level: float =
 
 def predict(form: str, flops: Array, losses: Array, noise: Noise, at: Array) -> Array:
     """Loss at compute `at` by a law through the runs, of which there may be as many as parameters."""
-    best, _ = least(form, flops, losses, noise)
-    return np.asarray(_losses(best[None], np.log(at / _logs(flops, losses)[0]))[0])
+    reference, best, _ = least(form, flops, losses, noise)
+    return np.asarray(_losses(best[None], np.log(at / reference))[0])
 
 
-def least(form: str, flops: Array, losses: Array, noise: Noise) -> tuple[Array, float]:
-    """(floor, scale, exponent) of least objective, and that, without intervals."""
-    _, z, logc = _logs(flops, losses)
-    return _best(_solver(form, logc, z, noise.delta), logc, z, noise.delta, form)
+def least(form: str, flops: Array, losses: Array, noise: Noise) -> tuple[float, Array, float]:
+    """C0, the (floor, scale, exponent) of least objective there, and that, without intervals."""
+    reference, z, logc = _logs(flops, losses)
+    return reference, *_best(_solver(form, logc, z, noise.delta), logc, z, noise.delta, form)
 
 
 def _logs(flops: Array, losses: Array) -> tuple[float, Array, Array]:

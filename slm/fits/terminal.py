@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from slm.fits.compare import Comparison
-from slm.fits.curve import CurveFit, gains
+from slm.fits.core import CoreFit
+from slm.fits.curve import CurveFit
 from slm.fits.design import Design
+from slm.fits.diagnostics import gains
 from slm.fits.parametric import Parametric
 from slm.fits.power_law import PURE, REACH, Law
 from slm.fits.prediction import Prediction
@@ -16,7 +18,8 @@ Table = tuple[list[str], list[list[str]]]
 
 def summary(fit: CurveFit) -> str:
     """What doubling compute buys and how the optimum grows, with intervals, or why neither is known."""
-    sentences = [_gain(fit.law, fit.metric) if fit.law else f"No law L(C): {fit.choice.why}."]
+    sentences = [_core(fit.core)] if isinstance(fit.core, CoreFit) else []
+    sentences += [_gain(fit.law, fit.loss) if fit.law else f"No law L(C): {fit.choice.why}."]
     if fit.isoflop and fit.isoflop.params_exponent and fit.isoflop.tokens_exponent:
         params, tokens = fit.isoflop.params_exponent, fit.isoflop.tokens_exponent
         sentences.append(
@@ -24,6 +27,11 @@ def summary(fit: CurveFit) -> str:
             f"(N: {fit.convention})."
         )
     return " ".join(sentences)
+
+
+def _core(core: CoreFit) -> str:
+    now, later = (core.at(times * core.law.largest).text(".3f") for times in (1.0, REACH))
+    return f"CORE at the compute of the largest run is {now}; at {REACH:g} times that, extrapolated, {later}."
 
 
 def _gain(law: Law, metric: str) -> str:
@@ -60,7 +68,7 @@ def _predictions(fit: CurveFit, predictions: Sequence[Prediction]) -> Table:
         ]
         for own in predictions
     ]
-    headers = ["prediction", "FLOPs", f"{fit.metric} of a run [95 %]", "CORE", "by", "x largest", "right to", ""]
+    headers = ["prediction", "FLOPs", f"{fit.loss} of a run [95 %]", "CORE", "by", "x largest", "right to", ""]
     return headers, rows
 
 
@@ -106,7 +114,7 @@ def _minima(fit: CurveFit) -> Table:
         known = [intervals[name].text() for name in ("params", "tokens", "ratio")] + [intervals["loss"].text(".4f")]
         row = [*known, "ok"] if valley.minimum else ["", "", "", "", f"unresolved: {valley.reason}"]
         rows.append([f"{valley.budget:.3g}", *row])
-    return ["budget (FLOPs)", "optimal N [95 %]", "tokens", "tokens/N", fit.metric, "status"], rows
+    return ["budget (FLOPs)", "optimal N [95 %]", "tokens", "tokens/N", fit.loss, "status"], rows
 
 
 def _surfaces(parametric: Parametric) -> Table:

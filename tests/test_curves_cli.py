@@ -1,0 +1,158 @@
+"""The commands about curves, in processes of their own, on homes of finished runs whose losses are known."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slm.experiment import Experiment
+from slm.recipe import pocket
+from tests.conftest import slm
+from tests.homes import home_of, surface
+
+DEPTHS = (2, 3, 4, 5, 6)
+FAST = replace(pocket, name="fast", matrix_lr=5 * pocket.matrix_lr)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ladder with two seeds, a grid, the ladder of a worse recipe, and the first ladder under another code."""
+    home = tmp_path_factory.mktemp("swept")
+    home_of(home, Experiment("ladder", (pocket,), DEPTHS, seeds=(0, 1)))
+    home_of(home, Experiment("again", (pocket,), DEPTHS, seeds=(2, 3)))
+    home_of(home, Experiment("grid", (pocket,), DEPTHS, flops=(3e11, 1e12), seeds=(0, 1)))
+    home_of(home, Experiment("fast", (FAST,), DEPTHS, seeds=(0, 1)), lambda given: 1.03 * surface(given))
+    home_of(
+        home, Experiment("newer", (pocket,), DEPTHS, seeds=(0, 1)), lambda given: 0.97 * surface(given), code="beef2"
+    )
+    return home
+
+
+def document(home: Path, *arguments: str) -> dict[str, Any]:
+    result = slm(*arguments, "--json", home=home)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def refusal(home: Path, *arguments: str) -> str:
+    result = slm(*arguments, home=home)
+    assert (result.returncode, result.stdout) == (2, "")
+    [line] = result.stderr.splitlines()
+    return line
+
+
+def test_a_depth_is_predicted_by_the_recipe_and_the_law(swept: Path) -> None:
+    found = document(swept, "fit-curves", "ladder", "--depth", "7,20", "--at", "2e13")
+    near, far, optimum = sorted(found["predictions"], key=lambda own: (own["depth"] is None, own["depth"]))
+    assert (near["flops"], near["tokens"]) == (pocket(7).flops, pocket(7).tokens)
+    assert near["loss"]["low"] < surface(pocket(7)) < near["loss"]["high"]
+    assert far["beyond_validated"]
+    assert optimum["flops"] == 2e13
+
+
+def test_experiments_are_fitted_together(swept: Path) -> None:
+    found = document(swept, "fit-curves", "ladder", "grid", "--form", "additive")
+    assert found["points"]["n"] == 30
+    assert found["experiments"] == ["ladder", "grid"]
+    assert found["parametric"]["form"] == found["selected"]["surface"] == "additive"
+    assert [own["form"] for own in found["parametric"]["alternatives"]] == ["additive", "coupled"]
+    assert found["parametric"]["params_exponent"]["low"] < 0.5 < found["parametric"]["params_exponent"]["high"]
+
+
+def test_what_n_counts_and_what_the_loss_is_are_chosen_and_said(swept: Path) -> None:
+    plain = document(swept, "fit-curves", "grid")
+    other = document(swept, "fit-curves", "grid", "--params", "total", "--metric", "loss", "--paper")
+    assert (plain["points"]["convention"], other["points"]["convention"]) == ("matrices+head", "total")
+    assert (plain["points"]["metric"], other["points"]["metric"]) == ("val_bpb", "loss")
+    assert other["parametric"]["delta"] == 1e-3
+    first, second = (own["isoflop"]["optima"][0] for own in (plain, other))
+    assert second["params"] > first["params"]
+    assert second["loss"] == pytest.approx(1.7 * first["loss"], rel=0.01)
+
+
+def test_two_ladders_of_one_recipe_are_not_told_apart(swept: Path) -> None:
+    found = document(swept, "compare", "ladder", "again")
+    assert found["verdict"]["code"] in ("cannot_tell", "equal")
+    assert found["compute_multiplier"]["low"] < 1 < found["compute_multiplier"]["high"]
+
+
+def test_a_worse_recipe_is_worse_at_every_depth(swept: Path) -> None:
+    found = document(swept, "compare", "pocket/c0de1", "fast")
+    assert found["verdict"]["code"] == "worse_every_depth"
+    assert [own["depth"] for own in found["per_depth"]] == list(DEPTHS)
+    assert found["compute_multiplier"]["high"] < 1
+    assert found["wall_clock"]["compute_multiplier"]["high"] < 1
+    assert found["experiments"] == ["again", "fast", "ladder"]
+
+
+def test_two_versions_of_the_code_are_compared_like_recipes(swept: Path) -> None:
+    found = document(swept, "compare", "ladder/c0de1", "newer")
+    assert found["verdict"]["code"] == "better_every_depth"
+    assert found["compute_multiplier"]["low"] > 1
+    assert "2 versions of the trainer's code" in refusal(swept, "compare", "pocket", "fast")
+
+
+def test_a_comparison_is_the_table_of_a_pull_request(swept: Path) -> None:
+    text = slm("compare", "ladder", "fast", "--markdown", home=swept).stdout
+    assert text.startswith("**fast is worse than ladder at every depth")
+    assert len(re.findall(r"^\| d\d ", text, re.MULTILINE)) == 2 * len(DEPTHS)
+    assert f"{1e10 / (2 * 989e12):.1%}" in text  # MFU of 1e10 FLOPs a second on two H100
+    assert "commit abc" in text
+
+
+def test_fits_comparisons_and_designs_are_records_of_the_store(swept: Path) -> None:
+    hashes = {
+        kind: document(swept, *arguments)["hash"]
+        for kind, arguments in {
+            "fit-curves": ("fit-curves", "ladder", "--form", "power"),
+            "compare": ("compare", "ladder", "again"),
+            "next": ("next", "grid", "--target", "params_exponent", "--budget", "1e12"),
+        }.items()
+    }
+    query = "select hash, json_extract_string(document, '$.kind') as kind from fits"
+    rows = json.loads(slm("query", query, "--format", "json", home=swept).stdout)
+    assert set(hashes.items()) <= {(row["kind"], row["hash"]) for row in rows}
+
+
+def test_the_next_runs_are_sweeps_that_fit_the_budget(swept: Path) -> None:
+    found = document(swept, "next", "ladder", "--target", "loss@d8", "--budget", "1e13")
+    assert found["flops"] <= 1e13
+    assert found["sd"]["after"] < found["sd"]["evenly_spaced"] < found["sd"]["before"]
+    picked = {(pick["depth"], pick["horizon"]) for pick in found["picks"]}
+    assert len(found["sweeps"]) <= len(picked)
+    planned = [json.loads(slm(*line.split()[1:], "--dry-run", "--json", home=swept).stdout) for line in found["sweeps"]]
+    assert {(run["depth"], run["horizon"]) for plan in planned for run in plan["runs"]} == picked
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("fit-curves", "grid", "--depth", "x"), "--depth x"),
+        (("fit-curves", "grid", "--at", "-1"), "--at -1"),
+        (("fit-curves", "grid", "--metric", "mfu"), "--metric mfu"),
+        (("fit-curves", "grid", "--params", "all"), "--params all"),
+        (("fit-curves", "grid", "--form", "cubic"), "cubic"),
+        (("fit-curves", "ladder", "--form", "coupled"), "coupled"),
+        (("fit-curves", "grid", "fast"), "2 recipes"),
+        (("fit-curves", "grid", "--metric", "core"), "core"),
+        (("fit-curves", "nonesuch"), "nonesuch"),
+        (("compare", "ladder"), "two names"),
+        (("compare", "ladder", "ladder"), "share run"),
+        (("compare", "ladder", "nonesuch"), "nonesuch"),
+        (("compare", "ladder", "grid"), "grid"),
+        (("compare", "--from", "none.csv"), "none.csv"),
+        (("next", "ladder", "--budget", "1e13"), "--target"),
+        (("next", "ladder", "--target", "loss@d8"), "--budget"),
+        (("next", "ladder", "--target", "luck", "--budget", "1e13"), "luck"),
+        (("next", "ladder", "--target", "loss@x", "--budget", "1e13"), "loss at x"),
+        (("next", "ladder", "--target", "loss@d8", "--budget", "1e3"), "1e+03"),
+        (("next", "fast", "--target", "loss@d8", "--budget", "1e13"), "fast"),
+    ],
+)
+def test_what_cannot_be_answered_is_one_line_that_names_it(swept: Path, arguments: tuple[str, ...], named: str) -> None:
+    assert named in refusal(swept, *arguments)
