@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as the command line does, and before numpy reads it
+
 from slm.data import Prepared, prepare
 from slm.recipe import pocket
 

@@ -1,18 +1,21 @@
-"""The commands about curves, in processes of their own, on homes of finished runs whose losses are known."""
+"""The commands about curves, on a home of finished runs whose losses are known."""
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from slm.cli import main
 from slm.experiment import Experiment
 from slm.recipe import pocket
-from tests.conftest import slm
 from tests.homes import home_of, surface
 
 DEPTHS = (2, 3, 4, 5, 6)
@@ -33,16 +36,27 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
+def slm(home: Path, *arguments: str) -> tuple[int, str, str]:
+    """Run the command line in this process: exit code, standard output, standard error."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setenv("SLM_HOME", str(home))
+        patch.setattr(sys, "argv", ["slm", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    return int(ended.value.code or 0), out.getvalue(), err.getvalue()
+
+
 def document(home: Path, *arguments: str) -> dict[str, Any]:
-    result = slm(*arguments, "--json", home=home)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    code, out, err = slm(home, *arguments, "--json")
+    assert code == 0, err
+    return json.loads(out)
 
 
 def refusal(home: Path, *arguments: str) -> str:
-    result = slm(*arguments, home=home)
-    assert (result.returncode, result.stdout) == (2, "")
-    [line] = result.stderr.splitlines()
+    code, out, err = slm(home, *arguments)
+    assert (code, out) == (2, "")
+    [line] = err.splitlines()
     return line
 
 
@@ -98,7 +112,7 @@ def test_two_versions_of_the_code_are_compared_like_recipes(swept: Path) -> None
 
 
 def test_a_comparison_is_the_table_of_a_pull_request(swept: Path) -> None:
-    text = slm("compare", "ladder", "fast", "--markdown", home=swept).stdout
+    _, text, _ = slm(swept, "compare", "ladder", "fast", "--markdown")
     assert text.startswith("**fast is worse than ladder at every depth")
     assert len(re.findall(r"^\| d\d ", text, re.MULTILINE)) == 2 * len(DEPTHS)
     assert f"{1e10 / (2 * 989e12):.1%}" in text  # MFU of 1e10 FLOPs a second on two H100
@@ -115,7 +129,7 @@ def test_fits_comparisons_and_designs_are_records_of_the_store(swept: Path) -> N
         }.items()
     }
     query = "select hash, json_extract_string(document, '$.kind') as kind from fits"
-    rows = json.loads(slm("query", query, "--format", "json", home=swept).stdout)
+    rows = json.loads(slm(swept, "query", query, "--format", "json")[1])
     assert set(hashes.items()) <= {(row["kind"], row["hash"]) for row in rows}
 
 
@@ -125,7 +139,7 @@ def test_the_next_runs_are_sweeps_that_fit_the_budget(swept: Path) -> None:
     assert found["sd"]["after"] < found["sd"]["evenly_spaced"] < found["sd"]["before"]
     picked = {(pick["depth"], pick["horizon"]) for pick in found["picks"]}
     assert len(found["sweeps"]) <= len(picked)
-    planned = [json.loads(slm(*line.split()[1:], "--dry-run", "--json", home=swept).stdout) for line in found["sweeps"]]
+    planned = [document(swept, *line.split()[1:], "--dry-run") for line in found["sweeps"]]
     assert {(run["depth"], run["horizon"]) for plan in planned for run in plan["runs"]} == picked
 
 

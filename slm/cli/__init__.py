@@ -46,6 +46,7 @@ def version(show: Annotated[bool, typer.Option("--version", help="Show the versi
 
 def main() -> None:
     """Run the command line. Exit code 0 done, 1 the work failed, 2 wrong usage or a refusal; errors are one line."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # fits solve many small systems: threads wait for each other
     try:
         code = app(standalone_mode=False)
     except typer.TyperException as error:

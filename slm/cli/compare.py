@@ -94,9 +94,8 @@ def _of_store(base: str | None, candidate: str | None) -> _Sides:
     both = sorted(set(frames[0]["run_id"]) & set(frames[1]["run_id"]))
     if both:
         raise ValueError(f"{base} and {candidate} share run {both[0]} and {len(both) - 1} others: nothing to compare")
-    experiments = sorted({part for name in (base, candidate) for part in name.split("/")} & _experiments(home))
     stem = home / "figures" / f"{base}-{candidate}".replace("/", ".")
-    experiments = experiments or sorted(_holding(frames, home))
+    experiments = sorted(_holding(frames, home))
     return _Sides((base, candidate), _trials(frames[0]), _trials(frames[1]), stem, experiments, frames)
 
 

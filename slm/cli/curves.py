@@ -45,11 +45,12 @@ def fit_curves(
         if file is None
         else fitting.of_file(file, fitting.columns_of(names))
     )
+    targets, cores = _targets(runs.points[0].recipe, at, depth, counting), numbers_of("--reach", reach)
     fit = fits.fit_curves(runs.points, runs.convention, metric, form, paper, runs.others)
     if metric == "core" and not isinstance(fit.core, fits.CoreFit):
         raise ValueError(f"--metric core: {fit.core.why if fit.core else 'no run has a CORE'}")
-    predictions = [fit.predict(target) for target in _targets(fit, at, depth, counting)]
-    reached = [_reached(fit, core, runs.speed, price) for core in numbers_of("--reach", reach)]
+    predictions = [fit.predict(target) for target in targets]
+    reached = [_reached(fit, core, runs.speed, price) for core in cores]
     document = fit.document() | {"predictions": [own.document() for own in predictions], "reach": reached}
     document["points"]["excluded"] += runs.excluded
     document = fitting.recorded("fit-curves", runs.experiments, document)
@@ -125,13 +126,13 @@ def _reach_table(reached: list[dict[str, Any]]) -> tuple[list[str], list[list[st
     return ["CORE reached", "FLOPs [95 %]", "depth", "hours", "price", "never", ""], rows
 
 
-def _targets(fit: CurveFit, at: str | None, depth: str | None, counting: str) -> list[Target]:
+def _targets(recipe: str, at: str | None, depth: str | None, counting: str) -> list[Target]:
     """What predictions are asked for; a depth is the recipe's compute-optimal model."""
     from slm.fits import Target
 
     targets = [Target(flops) for flops in numbers_of("--at", at)]
     for layers in depths_of(depth, "--depth") if depth else ():
-        given = recipe_of(fit.points[0].recipe, option="--depth: the runs' recipe")(layers)
+        given = recipe_of(recipe, option="--depth: the runs' recipe")(layers)
         counts = {
             "matrices+head": given.parameters.scaling,
             "total": given.parameters.total,
