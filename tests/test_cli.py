@@ -81,9 +81,10 @@ def test_fit_curves_draws_and_records_a_fit(swept) -> None:
     result = slm("fit-curves", "ladder", "--json", home=home)
     assert result.returncode == 0, result.stderr
     document = json.loads(result.stdout)
-    png, svg = (Path(path) for path in document["figures"])
+    png, svg, *others = (Path(path) for path in document["figures"])
     assert png.read_bytes().startswith(b"\x89PNG")
     assert svg.read_text().lstrip().startswith("<?xml")
+    assert [path.name for path in others] == ["ladder-residuals.png", "ladder-residuals.svg"]
     assert document["points"]["n"] == 3
     assert [row["hash"] for row in rows(home, "select hash from fits")] == [document["hash"]]
 

@@ -68,7 +68,7 @@ def _multipliers(axes: Axes, rows: Sequence[AtDepth], over_all: Interval) -> Non
     """Depths side by side, their FLOPs under them."""
     known = [end for row in rows if (end := row.multiplier.estimate) is not None]
     known += [over_all.estimate] if over_all.estimate is not None else []
-    reach = CUT * max([abs(float(np.log(own))) for own in known] + [0.02])
+    reach = CUT * max([abs(float(np.log(own))) for own in known] + [0.05])
     ends = [end for row in rows for end in (row.multiplier.low, row.multiplier.high) if end]
     spread = np.clip(np.log([1.0, *known, *ends]), -reach, reach)
     room = 0.12 * np.ptp(spread) + 0.01

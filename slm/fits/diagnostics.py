@@ -252,6 +252,8 @@ def _surface_cautions(parametric: Parametric, isoflop: IsoFlop | None, points: S
     if surface.status != "converged" or surface.starts_agreeing < 0.1:
         message = f"{surface.status}; {surface.starts_agreeing:.0%} of the starts end at the surface chosen"
         found.append(Caution("surface_not_converged", message))
+    if parametric.decisive is None:
+        found += _forms_disagree(parametric, surface)
     own, minima = surface.intervals["params_exponent"], isoflop.params_exponent if isoflop else None
     if minima and not _overlap(own, minima):
         message = f"N* grows as C^{own.text('.2f')} on the surface and as C^{minima.text('.2f')} by the isoFLOP minima"
@@ -261,6 +263,24 @@ def _surface_cautions(parametric: Parametric, isoflop: IsoFlop | None, points: S
         message = f"profile and bootstrap intervals of {', '.join(wide)} differ by more than {WIDER:g} times"
         found.append(Caution("intervals_differ", message))
     return [*found, *_surface_misfit(surface, points)]
+
+
+def _forms_disagree(parametric: Parametric, surface: Surface) -> list[Caution]:
+    """Where no held-out run has chosen the form, what another form says beyond both intervals."""
+    found = []
+    for other in parametric.surfaces:
+        parts = [
+            f"{name} {surface.intervals[name].text()} and {other.intervals[name].text()}"
+            for name in ("E", "alpha", "beta", "params_exponent")
+            if not _overlap(surface.intervals[name], other.intervals[name])
+        ]
+        if parts:
+            message = (
+                f"no run held out chose between the {surface.form} and the {other.form} surface, which say "
+                f"{'; '.join(parts)}: runs at a third, larger budget would"
+            )
+            found.append(Caution("forms_disagree", message))
+    return found
 
 
 def _surface_misfit(surface: Surface, points: Sequence[Point]) -> list[Caution]:
@@ -357,8 +377,8 @@ def _overlap(one: Interval, other: Interval) -> bool:
     return max(low for low, _ in ends) <= min(high for _, high in ends)
 
 
-def _differ(profile: Interval, drawn: tuple[float, float]) -> bool:
-    if profile.low is None or profile.high is None:
+def _differ(profile: Interval, drawn: tuple[float | None, float | None]) -> bool:
+    if None in (profile.low, profile.high, *drawn):
         return False
-    widths = sorted((profile.high - profile.low, drawn[1] - drawn[0]))
+    widths = sorted((profile.high - profile.low, drawn[1] - drawn[0]))  # type: ignore[operator]
     return widths[1] > WIDER * widths[0]

@@ -59,13 +59,20 @@ class Parabola:
         powers = np.array([1.0, size - self.centre, (size - self.centre) ** 2])
         return float(np.sqrt(powers @ self.covariance @ powers))
 
-    def misfit(self, size: float) -> float:
-        """Signed square root of what the sum of squares rises by when the vertex is moved to ln N = size."""
-        slope = np.array([0.0, 1.0, 2 * (size - self.centre)])
-        return float(slope @ self.coefficients / np.sqrt(slope @ self.covariance @ slope))
+    @property
+    def bends(self) -> tuple[float, ...]:
+        """Centre, b, c, and what multiplies their variance: from them (b + 2·c·v)/sqrt(bb + 4·v·bc + 4·v²·cc).
+
+        That is the signed square root of what the sum of squares rises by when the vertex is moved to v.
+        """
+        (_, b, c), g = self.coefficients, self.covariance
+        return self.centre, float(b), float(c), float(g[1, 1]), float(g[1, 2]), float(g[2, 2])
 
     def vertex_ends(self, rise: float) -> tuple[float | None, float | None]:
-        """The ln N around the vertex where misfit² <= rise: Fieller's quadratic, None for an open side."""
+        """The ln N around the vertex to which it may be moved for this rise of the sum of squares; None is an open side.
+
+        Fieller's quadratic.
+        """
         (_, b, c), g = self.coefficients, self.covariance
         square, half, rest = (c * c - rise * g[2, 2]) * 4, (b * c - rise * g[1, 2]) * 2, b * b - rise * g[1, 1]
         root = float(np.sqrt(max(half * half - square * rest, 0.0)))
@@ -304,14 +311,19 @@ def _exponent(
     scale = np.sqrt(residual / free) + 1e-12
     limit = (residual / scale**2 + 1e-9) * (allowance(free) - 1)
 
+    centre, b, c, bb, bc, cc = np.array([own.bends for own in parabolas]).T
+
     def rise(slope: float) -> float:
         moved = minima + (slope - estimate) * compute
 
         def misfits(theta: Array) -> Array:
-            line = moved + theta @ across
-            return np.array([own.misfit(size(u)) / scale for own, size, u in zip(parabolas, sizes, line)])
+            v = np.array([size(u) for size, u in zip(sizes, moved + theta @ across)]) - centre
+            return np.asarray((b + 2 * c * v) / np.sqrt(bb + 4 * v * bc + 4 * v * v * cc) / scale)
 
-        return float(2 * optimize.least_squares(misfits, np.zeros(len(across))).cost - limit)
+        return float(
+            2 * optimize.least_squares(misfits, np.zeros(len(across)), method="lm", ftol=1e-7, max_nfev=500).cost
+            - limit
+        )
 
     low, high = crossing(rise, estimate, estimate - 5, 0.05), crossing(rise, estimate, estimate + 5, 0.05)
     return Interval(estimate, low, high, low is not None and high is not None)

@@ -72,10 +72,10 @@ class Bootstrap:
     """Draws."""
     strata: int
     """Budgets drawn within; 1 when the runs have none."""
-    errors: dict[str, float]
-    """Standard errors of E, A, B, alpha, beta, gamma, params_exponent; the tail of A and of B is long."""
-    ends: dict[str, tuple[float, float]]
-    """2.5 and 97.5 % of the same."""
+    errors: dict[str, float | None]
+    """Standard errors of E, A, B, alpha, beta, gamma, params_exponent; the tail of A and of B is long, or None."""
+    ends: dict[str, tuple[float | None, float | None]]
+    """2.5 and 97.5 % of the same; None is without bound."""
 
 
 @dataclass(frozen=True)
@@ -218,13 +218,15 @@ def bootstrap(points: Sequence[Point], surface: Surface, resamples: int = RESAMP
     cloud = cloud_of(points, surface.delta, surface.raw)
     rows, _ = descend(cloud, np.tile(surface.row, (resamples, 1)), weights, range(FORMS[surface.form]))
     values = quantities(rows, surface.centre)
-    spreads: dict[str, Array] = {name: np.exp(own) if name in "EAB" else own for name, own in values.items()}
-    return Bootstrap(
-        resamples=resamples,
-        strata=len(np.unique(strata)),
-        errors={name: float(own.std()) for name, own in spreads.items()},
-        ends={name: (float(np.quantile(own, 0.025)), float(np.quantile(own, 0.975))) for name, own in spreads.items()},
-    )
+    with np.errstate(over="ignore", invalid="ignore"):
+        spreads: dict[str, Array] = {name: np.exp(own) if name in "EAB" else own for name, own in values.items()}
+        errors = {name: _finite(own.std()) for name, own in spreads.items()}
+        ends = {name: [_finite(end) for end in np.quantile(own, (0.025, 0.975))] for name, own in spreads.items()}
+    return Bootstrap(resamples, len(np.unique(strata)), errors, {name: (own[0], own[1]) for name, own in ends.items()})
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
 
 
 def _bootstrap_document(drawn: Bootstrap | None) -> dict[str, Any] | None:

@@ -209,14 +209,20 @@ def cloud_of(points: Sequence[Point], delta: float, raw: bool = False) -> Cloud:
 
 
 def noise_around(points: Sequence[Point]) -> Noise:
-    """Spread of ln loss: of seeds, else around the least-squares surface of the widest form the runs allow."""
+    """Spread of ln loss: of seeds, else around the surface of the widest form the runs allow.
+
+    Least squares first, then once more with the delta that its residuals give, so that a few wild runs do not widen it.
+    """
     known = seed_noise(points)
     if known:
         return known
     form = "coupled" if len(points) > FORMS["coupled"] + 1 else "additive"
-    cloud = cloud_of(points, LEAST_SQUARES.delta)
-    row, *_ = best_row(cloud, np.array([point.weight for point in points]), form)
-    return spread(cloud.residuals(row[None])[0][0])
+    noise = LEAST_SQUARES
+    for _ in range(2):
+        cloud = cloud_of(points, noise.delta)
+        row, *_ = best_row(cloud, np.array([point.weight for point in points]), form)
+        noise = spread(cloud.residuals(row[None])[0][0])
+    return noise
 
 
 def best_row(cloud: Cloud, weights: Array, form: str) -> tuple[Array, float, float, str]:

@@ -19,13 +19,14 @@ Table = tuple[list[str], list[list[str]]]
 def summary(fit: CurveFit) -> str:
     """What doubling compute buys and how the optimum grows, with intervals, or why neither is known."""
     sentences = [_core(fit.core)] if isinstance(fit.core, CoreFit) else []
-    sentences += [_gain(fit.law, fit.loss) if fit.law else f"No law L(C): {fit.choice.why}."]
+    sentences += [_gain(fit.law, fit.loss)] if fit.law else []
     if fit.isoflop and fit.isoflop.params_exponent and fit.isoflop.tokens_exponent:
         params, tokens = fit.isoflop.params_exponent, fit.isoflop.tokens_exponent
         sentences.append(
             f"The optimal size grows as C^{params.text('.2f')}, its tokens as C^{tokens.text('.2f')} "
             f"(N: {fit.convention})."
         )
+    sentences += [] if fit.law else [f"No law L(C): {fit.choice.why}."]
     return " ".join(sentences)
 
 
