@@ -4,8 +4,9 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DEMO_HOME := runs/demo
+REPETITIONS ?= 500
 
-.PHONY: help install demo check test bench soak notebooks wheel-check lock clean
+.PHONY: help install demo check test bench soak calibrate reproduce notebooks wheel-check lock clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -36,6 +37,12 @@ test: install  ## The tests (SLM_REFERENCE=FOLDER adds those against published f
 
 bench: install  ## Time the parts, each beside its peer or its ceiling
 	$(BIN)/python -m tests.bench
+
+calibrate: install  ## Measure the intervals' cover and the warnings on known truths (REPETITIONS=500; half an hour on two cores)
+	$(BIN)/python -m tests.calibrate --repetitions $(REPETITIONS)
+
+reproduce: install  ## Published fits beside ours, as a table (needs SLM_REFERENCE=FOLDER)
+	$(BIN)/python -m tests.reproduce
 
 soak: install  ## The long proofs
 	$(BIN)/python -m pytest -m soak

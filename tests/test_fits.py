@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slm.fits import ADDITIVE, PURE, CurveFit, NotComparable, Point, Target, fit_curves, summary, tables
+from slm.fits import ADDITIVE, PURE, CurveFit, Interval, NotComparable, Point, Target, fit_curves, summary, tables
 from slm.fits.isoflop import fit_isoflop
 from slm.fits.ladder import choose
 from slm.fits.power_law import fit_law, noise_of
@@ -256,6 +256,19 @@ def test_intervals_of_minima_cover_the_truth_as_often_as_they_say() -> None:
         hits += [ends[name][0] <= truth <= ends[name][1] for name, truth in truths.items()]
     assert (hits / 200 >= 0.90).all()
     assert (hits / 200 <= 0.99).all()
+
+
+def test_noise_is_a_share_of_the_loss_so_its_unit_at_a_budget_changes_nothing() -> None:
+    draw = np.random.default_rng(0)
+    points = [replace(point, loss=point.loss * np.exp(1e-4 * draw.standard_normal())) for point in grid()]
+    twice = [replace(point, loss=point.loss * (2 if point.budget == 1e14 else 1)) for point in points]
+    before, after = fit_isoflop(points), fit_isoflop(twice)
+    assert before is not None
+    assert after is not None
+    pairs = [(before.interval(old), after.interval(new)) for old, new in zip(before.valleys, after.valleys)]
+    pairs.append((before.params_exponent or Interval(None), after.params_exponent or Interval(None)))
+    for old, new in pairs:
+        assert (new.low, new.high) == pytest.approx((old.low, old.high), rel=1e-6)
 
 
 def test_a_flat_valley_has_an_open_interval() -> None:

@@ -12,9 +12,12 @@ import pytest
 from scipy import optimize, stats
 
 from slm.fits import PAPER, Point, bootstrap, fit_curves, fit_parametric, fit_surface, read_points, tables
+from slm.fits.descent import descend
 from slm.fits.isoflop import fit_isoflop
 from slm.fits.power_law import Noise
 from slm.fits.surface import FORMS, cloud_of, frontier
+from tests.calibrate.truths import POCKET, SMALL, TINY, gauss, noisy
+from tests.calibrate.truths import grid as pocket_grid
 
 TRUTH = {"E": 1.7, "A": 400.0, "B": 500.0, "alpha": 0.34, "beta": 0.3, "params_exponent": 0.3 / 0.64}
 BUDGETS = (1e17, 1e18, 1e19, 1e20)
@@ -259,6 +262,25 @@ def test_a_further_run_lies_in_its_interval_as_often_as_it_says() -> None:
         assert said.high is not None
         hits += said.low <= came <= said.high
     assert 0.88 <= hits / 60 <= 0.99 + 1 / 60
+
+
+def test_a_floor_that_may_be_none_is_bounded_above_where_its_profile_ends() -> None:
+    """Two budgets of pocket: the best floor is a third of the true one, and none is inside the interval."""
+    points = noisy(pocket_grid(POCKET, TINY[:2], 5, 2), gauss(SMALL), np.random.default_rng([1, 13, 37]))
+    found = fit_surface(points, "coupled")
+    cloud, weights = cloud_of(points, found.delta), np.ones((1, len(points)))
+    limit = found.objective * (1 + stats.f.ppf(0.95, 1, len(points) - 6) / (len(points) - 6))
+
+    def least(floor: float) -> float:
+        start, held = found.row.copy(), np.eye(6)[:1]
+        start[0] = np.log(floor)
+        return float(descend(cloud, start[None], weights, range(6), held)[1][0])
+
+    own = found.intervals["E"]
+    assert own.high is not None
+    assert (own.low, own.identifiable) == (0, False)
+    assert least(1e-5) < limit
+    assert least(own.high) == pytest.approx(limit, rel=1e-5)
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say() -> None:

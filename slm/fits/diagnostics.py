@@ -176,11 +176,14 @@ def _law_cautions(
     if additive is None or not additive.E.identifiable:
         message = "the runs do not hold the irreducible loss E: its interval reaches 0" if additive else why
         found.append(Caution("E_unidentified", f"{message}; how far the gains go on is open"))
-    if not gains(law):
+    if not gains(law) and law.free < 2:
+        message = f"the law has {law.n} computes and {law.n - law.free} parameters: further depths or budgets narrow it"
+        found.append(Caution("law_loose", message))
+    elif not gains(law):
         gain = law.gain(law.largest)
         message = f"the runs do not show that compute lowers the loss: a doubling gives {gain.text('.2g', 100)} %"
         found.append(Caution("no_gain", message))
-    if tested < REACH:
+    if tested < 0.99 * REACH:
         right = f"right to {tested:.3g} times beyond" if tested > 1 else "not right beyond any"
         message = f"values to {REACH:g} times the largest run are extrapolated; held-out runs show prediction {right}"
         found.append(Caution("extrapolation", message))

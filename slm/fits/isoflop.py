@@ -35,8 +35,10 @@ class Parabola:
     """(a, b, c) in the loss's unit."""
     covariance: Array
     """Inverse Gram matrix (3 × 3): covariance of the coefficients at unit noise."""
+    level: float
+    """Mean loss, of which noise is a share: it is alike in ln loss from budget to budget."""
     residual: float
-    """Sum of squared residuals."""
+    """Sum of squared residuals, as shares of the level."""
     free: int
     """Degrees of freedom, n - 3."""
     lowest: float
@@ -55,25 +57,25 @@ class Parabola:
         return float(self.centre - b / (2 * c))
 
     def error_at(self, size: float) -> float:
-        """Standard error of the loss at ln N = size, at unit noise."""
+        """Standard error of the loss at ln N = size, where the noise is the loss itself."""
         powers = np.array([1.0, size - self.centre, (size - self.centre) ** 2])
-        return float(np.sqrt(powers @ self.covariance @ powers))
+        return float(self.level * np.sqrt(powers @ self.covariance @ powers))
 
     @property
     def bends(self) -> tuple[float, ...]:
         """Centre, b, c, and what multiplies their variance: from them (b + 2·c·v)/sqrt(bb + 4·v·bc + 4·v²·cc).
 
-        That is the signed square root of what the sum of squares rises by when the vertex is moved to v.
+        That is the signed square root of what `residual` rises by when the vertex is moved to v.
         """
         (_, b, c), g = self.coefficients, self.covariance
-        return self.centre, float(b), float(c), float(g[1, 1]), float(g[1, 2]), float(g[2, 2])
+        return self.centre, float(b) / self.level, float(c) / self.level, float(g[1, 1]), float(g[1, 2]), float(g[2, 2])
 
     def vertex_ends(self, rise: float) -> tuple[float | None, float | None]:
-        """The ln N around the vertex to which it may be moved for this rise of the sum of squares; None is an open side.
+        """The ln N around the vertex to which it may be moved for this rise of `residual`; None is open.
 
         Fieller's quadratic.
         """
-        (_, b, c), g = self.coefficients, self.covariance
+        (_, b, c), g = self.coefficients / self.level, self.covariance
         square, half, rest = (c * c - rise * g[2, 2]) * 4, (b * c - rise * g[1, 2]) * 2, b * b - rise * g[1, 1]
         root = float(np.sqrt(max(half * half - square * rest, 0.0)))
         left, right = sorted((self.centre + (-half - root) / square, self.centre + (-half + root) / square))
@@ -156,7 +158,7 @@ class IsoFlop:
     valleys: tuple[Valley, ...]
     """By budget."""
     noise: float | None
-    """Standard deviation of the loss around the parabolas, all budgets together."""
+    """Standard deviation of ln loss around the parabolas, all budgets together."""
     free: int
     """Degrees of freedom of the noise."""
     params_exponent: Interval | None
@@ -271,11 +273,13 @@ def _parabola(points: Sequence[Point]) -> Parabola:
     centre = float(sizes.mean())
     design = np.vander(sizes - centre, 3, increasing=True)
     coefficients: Array = np.linalg.lstsq(design, losses)[0]
-    residual = float(((losses - design @ coefficients) ** 2).sum())
+    level = float(losses.mean())
+    residual = float(((losses - design @ coefficients) ** 2).sum()) / level**2
     return Parabola(
         centre,
         coefficients,
         np.asarray(np.linalg.inv(design.T @ design), float),
+        level,
         residual,
         len(points) - 3,
         float(sizes.min()),

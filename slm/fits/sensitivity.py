@@ -367,8 +367,9 @@ def _of_minima(isoflop: IsoFlop) -> list[Influence]:
         misses = (np.array([point.loss for point in valley.points]) - own.at(sizes)) / left
         _, b, c = (own.coefficients - pull * misses[:, None]).T
         exponents = interval.estimate + lean * (own.centre - b / (2 * c) - own.vertex)
-        scale = np.sqrt(np.maximum(whole**2 * isoflop.free - misses**2 * left, 0.0) / free) + 1e-300
-        chances = _chance(misses, 1 - left, scale, free)
+        shares = misses / own.level
+        scale = np.sqrt(np.maximum(whole**2 * isoflop.free - shares**2 * left, 0.0) / free) + 1e-300
+        chances = _chance(shares, 1 - left, scale, free)
         for k, point in enumerate(valley.points):
             moved = _moved("params_exponent by the minima", interval, float(exponents[k]), scale[k] / whole)
             if moved and chances[k] < TAIL / total:

@@ -41,11 +41,13 @@ QUANTITIES: dict[str, tuple[float, float]] = {
     "gamma": GAMMA,
     "params_exponent": (0.01, 0.99),
 }
-"""What has an interval, and between which ends it is sought; E, A and B as logarithms."""
+"""What has an interval, and between which ends it is sought; A and B as logarithms, E as it is."""
 FAR = 5.0
 """How far from the best ln N an end of its interval is sought."""
 ROUNDS = 14
 """Evaluations of a profile on its way to an end."""
+BENT = 3.0
+"""Root of the excess, as a share of that of the limit, up to which it is taken to be straight in the quantity."""
 
 
 @dataclass(frozen=True)
@@ -270,10 +272,10 @@ def _intervals(cloud: Cloud, weights: Array, form: str, row: Array, objective: f
     names = [name for name in QUANTITIES if name != "gamma" or form == "coupled"]
     limit = (objective + weights.size * ROUNDING**2) * allowance(weights.size - FORMS[form])
     ends = _ends(cloud, weights, range(FORMS[form]), row, (objective, limit), names)
-    best = quantities(row[None], cloud.centre)
+    best = _sought(row[None], cloud.centre)
     found = {"gamma": Interval(1.0, 1.0, 1.0, True)}
     for name, (low, high) in zip(names, ends):
-        outward = np.exp if name in ("E", "A", "B") else float
+        outward = np.exp if name in ("A", "B") else float
         lower, upper = (None if end is None else float(outward(end)) for end in (low, high))
         value, (least, most) = float(best[name][0]), QUANTITIES[name]
         held = lower is not None and upper is not None and least <= value <= most
@@ -323,12 +325,18 @@ def quantities(rows: Array, centre: tuple[float, float]) -> dict[str, Array]:
     }
 
 
+def _sought(rows: Array, centre: tuple[float, float]) -> dict[str, Array]:
+    """The same, but E itself: the root of its excess is nearly straight in E, not in ln E."""
+    found = quantities(rows, centre)
+    return found | {"E": np.exp(found["E"])}
+
+
 def _condition(name: str, value: float, centre: tuple[float, float]) -> tuple[Array, float]:
-    """The quantity has this value where normal (6,)·row = constant; affine in the value."""
+    """The quantity has this value where normal (6,)·row = constant; affine in the value, for E in its logarithm."""
     normal = np.zeros(6)
     if name in ("E", "gamma"):
         normal[0 if name == "E" else 5] = 1.0
-        return normal, value
+        return normal, float(np.log(value)) if name == "E" else value
     if name == "params_exponent":
         normal[3:5] = -value, 1 - value
     elif name in ("alpha", "beta"):
@@ -349,10 +357,10 @@ def _ends(
     column = list(columns)
     metric: Array = np.linalg.inv(_ridged(cloud.hessian(row, weights, column))).astype(float)
     tasks = [(name, side) for name in names for side in (-1.0, 1.0)]
-    values = quantities(row[None], cloud.centre)
+    values = _sought(row[None], cloud.centre)
     best = np.array([values[name][0] for name, _ in tasks])
     first = np.array([side * _reach(name, row, cloud.centre, metric, levels) for name, side in tasks])
-    bounds = [(cloud.lowest, np.log(cloud.losses.max())) if name == "E" else QUANTITIES[name] for name, _ in tasks]
+    bounds = [(np.exp(cloud.lowest), cloud.losses.max()) if name == "E" else QUANTITIES[name] for name, _ in tasks]
     low, high = np.array(bounds).T
     near, depth, rows = best.copy(), np.zeros(len(tasks)), np.tile(row, (len(tasks), 1))
     far, beyond = np.full(len(tasks), np.nan), np.full(len(tasks), np.nan)
@@ -377,6 +385,10 @@ def _moved(cloud: Cloud, rows: Array, values: Sequence[tuple[str, float]], metri
     missing = (normals * rows).sum(1) - [constant for _, constant in conditions]
     pull = normals[:, :width] @ metric
     moved[:, :width] -= pull * (missing / (pull * normals[:, :width]).sum(1))[:, None]
+    # Not along ln E: it goes far where E hardly counts, and would take the exponents out of those looked at.
+    floors = np.array([name == "E" for name, _ in values])
+    moved[floors] = rows[floors]
+    moved[floors, 0] -= missing[floors]
     moved[:, 0] = np.clip(moved[:, 0], cloud.lowest, np.log(cloud.losses.max()))
     return moved, normals
 
@@ -387,16 +399,18 @@ def _next(best: Array, first: Array, near: Array, depth: Array, far: Array, beyo
     pace = np.where(depth > 0.05, gone / np.maximum(depth, 0.05), np.inf)
     stride = np.clip(pace * (1.02 - depth), 0.1 * gone, 3 * np.maximum(gone, np.abs(first)))
     stride = np.where(gone > 0, stride, np.abs(first))
-    between = near + np.clip((1 - depth) / (beyond - depth), 0.02, 0.98) * (far - near)
+    # Far beyond, the root of the excess is no longer straight.
+    between = near + np.clip((1 - depth) / (np.minimum(beyond, BENT) - depth), 0.02, 0.98) * (far - near)
     return np.where(np.isnan(far), near + np.sign(first) * stride, between)
 
 
 def _reach(name: str, row: Array, centre: tuple[float, float], metric: Array, levels: tuple[float, float]) -> float:
     """How far the interval of a quantity would reach, were the objective a parabola."""
-    value = float(quantities(row[None], centre)[name][0])
+    value = float(_sought(row[None], centre)[name][0])
     normal, _ = _condition(name, value, centre)
-    (more, constant), (less, other) = (_condition(name, value + step, centre) for step in (0.5, -0.5))
-    rate = abs((more - less) @ row - (constant - other))
+    half = value / 1000 if name == "E" else 0.5
+    (more, constant), (less, other) = (_condition(name, value + step, centre) for step in (half, -half))
+    rate = abs((more - less) @ row - (constant - other)) / (2 * half)
     own = normal[: len(metric)]
     return float(np.sqrt(2 * (levels[1] - levels[0]) * (own @ metric @ own)) / rate)
 

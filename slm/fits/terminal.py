@@ -37,7 +37,7 @@ def _core(core: CoreFit) -> str:
 
 def _gain(law: Law, metric: str) -> str:
     now, later = (law.gain(times * law.largest).text(".2f", 100) for times in (1.0, REACH))
-    lead = "" if gains(law) else "The runs do not show that compute helps. "
+    lead = "" if gains(law) or law.free < 2 else "The runs do not show that compute helps. "
     beyond = "extrapolated, if there is no floor," if law.form == PURE else "extrapolated,"
     return (
         f"{lead}Doubling compute lowers {metric} by {now} % at the largest run, {law.largest:.2g} FLOPs; "

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slm.fits.compare import Comparison, Trial, compare
+from tests.calibrate.workers import spread
 
 Array = NDArray[np.float64]
 
@@ -28,17 +29,19 @@ LADDERS: dict[str, tuple[float, Callable[[int], Array | float], float]] = {
 LOOKS = 10
 
 
-def report(repetitions: int, seed: int = 0) -> list[list[str]]:
-    """One row for each design, under HEADERS; cover and claims in percent, half-widths of the interval of m = 1.
+def report(repetitions: int, seed: int = 0) -> tuple[Sequence[str], list[list[str]]]:
+    """Headers and one row for each design; cover and claims in percent, half-widths of the interval of m = 1.
 
     Claims are verdicts of better or worse for equal recipes; the last three columns are a t test of one planned look.
     """
-    draw = np.random.default_rng(seed)
     designs = [(count, seeds) for count in (3, 5, 8) for seeds in (1, 2, 3, 5)]
-    return [_row(count, seeds, ladder, repetitions, draw) for ladder in LADDERS for count, seeds in designs]
+    tasks = [(*design, ladder, repetitions, seed) for ladder in LADDERS for design in designs]
+    return HEADERS, spread(_row, tasks, "comparisons", 1)
 
 
-def _row(count: int, seeds: int, ladder: str, repetitions: int, draw: np.random.Generator) -> list[str]:
+def _row(task: tuple[int, int, str, int, int]) -> list[str]:
+    count, seeds, ladder, repetitions, seed = task
+    draw = np.random.default_rng([seed, count, seeds, list(LADDERS).index(ladder)])
     found = {m: [_compare(*_draw(count, seeds, ladder, m, draw)) for _ in range(repetitions)] for m in (1, 1.02, 1.05)}
     found[1.25] = [_compare(*_draw(count, seeds, ladder, 1.25, draw)) for _ in range(repetitions)]
     single = [_covers(at.multiplier.low, at.multiplier.high, 1.25) for own in found[1.25] for at in own.per_depth]
@@ -51,8 +54,8 @@ def _row(count: int, seeds: int, ladder: str, repetitions: int, draw: np.random.
         ladder,
         *(_share(_covers(own.multiplier.low, own.multiplier.high, m) for own in found[m]) for m in (1, 1.25)),
         _share(single) if seeds > 1 else "",
-        f"{half:.4f}",
-        f"{always:.4f}",
+        f"±{half:.4f}",
+        f"±{always:.4f}",
         _share(_claims(own) for own in found[1]),
         _share(looked) if looked else "",
         *(_share(own.verdict.code.startswith(("better", "gain")) for own in found[m]) for m in (1.02, 1.05, 1.25)),

@@ -1,0 +1,239 @@
+"""Published fits beside ours: `python -m tests.reproduce` prints a markdown table, from the data under SLM_REFERENCE.
+
+Sources: Besiroglu et al. 2024 (arXiv 2404.10102) for Chinchilla's points, nanochat's log of 2026-01-27, Open-Athena
+2026 (arXiv 2603.22339) for Llama 3's points and for the bias of parabolas, Gadre et al. 2024 (arXiv 2403.08540).
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+from tabulate import tabulate
+
+from slm.fits import PAPER, Point, bootstrap, fit_curves, fit_parametric, fit_surface
+from slm.fits.isoflop import IsoFlop, fit_isoflop
+
+LEAST_ABSOLUTE = 1e-8
+"""delta at which Huber's loss is as good as the absolute deviation."""
+OBJECTIVES = {
+    "delta 1e-3": (PAPER, False, 0.347, 0.367),
+    "delta 1e-2": (1e-2, False, 0.354, 0.382),
+    "squared log": (np.inf, False, 0.360, 0.406),
+    "squared raw": (np.inf, True, 0.358, 0.428),
+}
+"""delta, raw, and the published alpha and beta of Chinchilla's points."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One published number and ours."""
+
+    what: str
+    """Which number, in words."""
+    published: float
+    """As published."""
+    ours: float
+    """As fitted here."""
+    form: str = ".4g"
+    """How both are written."""
+    relative: bool = True
+    """Whether the difference is a share of the published number; else it is a plain difference."""
+
+    def cells(self) -> tuple[str, str, str, str]:
+        """What, published, ours, difference."""
+        gap = self.ours - self.published
+        difference = f"{100 * gap / abs(self.published):+.2g} %" if self.relative else f"{gap:+.1g}"
+        return self.what, format(self.published, self.form), format(self.ours, self.form), difference
+
+
+def chinchilla(reference: Path) -> list[Point]:
+    """Epoch's 240 points."""
+    return [
+        _point(row, "loss", flops=float(row["flops"]))
+        for row in _rows(reference / "data/scaling/chinchilla_epoch/points.csv")
+        if row["excluded_by_epoch"] == "0"
+    ]
+
+
+def nanochat(reference: Path) -> list[Point]:
+    """The 28 isoFLOP runs; N is matrices + head."""
+    return [
+        _point(
+            row | {"params": row["params_effective"]},
+            "val_bpb",
+            flops=float(row["tokens"]) * float(row["flops_per_token"]),
+            budget=float(row["flops_budget"]),
+        )
+        for row in _rows(reference / "data/scaling/nanochat_isoflop/points_2026-01-26.csv")
+    ]
+
+
+def llama(reference: Path) -> list[Point]:
+    """All 133 points of Llama 3's figure."""
+    table = _rows(reference / "data/scaling/llama3_isoflop/points.csv")
+    return [_point(row, "loss", budget=float(row["budget"])) for row in table]
+
+
+def gadre(reference: Path) -> list[Point]:
+    """The 32 models trained on C4."""
+    table = _rows(reference / "data/scaling/gadre_overtraining/c4_rpj_small.csv")
+    return [_point(row, "loss_c4_val") for row in table if row["dataset"] == "c4_original"]
+
+
+def chinchilla_lines(reference: Path) -> Iterator[Line]:
+    """The optimum, that of absolute deviations, its standard errors, and what the objective moves."""
+    points = chinchilla(reference)
+    paper = fit_surface(points, delta=PAPER)
+    yield Line("Chinchilla, delta 1e-3: objective", 0.00101827402, paper.objective, ".9g")
+    published = {"E": 1.817218, "A": 477.826, "B": 2143.417, "alpha": 0.347310, "beta": 0.367172}
+    for name, value in (published | {"params_exponent": 0.513900}).items():
+        yield Line(f"Chinchilla, delta 1e-3: {name}", value, _value(paper.intervals[name].estimate), ".7g")
+    absolute = fit_surface(points, delta=LEAST_ABSOLUTE)
+    published = {"E": 1.81686, "A": 482.00572, "B": 2085.4342, "alpha": 0.34781, "beta": 0.36585}
+    for name, value in published.items():
+        yield Line(f"Chinchilla, delta -> 0: {name}", value, _value(absolute.intervals[name].estimate), ".6g")
+    # Of 4,000 draws, the published number, that of B is itself known to 5 %.
+    errors = bootstrap(points, paper, resamples=12_000).errors
+    for name, value in {"E": 0.0257, "A": 124.5, "B": 1293.0, "alpha": 0.0154, "beta": 0.0206}.items():
+        yield Line(f"Chinchilla, standard error of {name}, 12,000 resamples", value, errors[name])
+    for objective, (delta, raw, *values) in OBJECTIVES.items():
+        found = fit_surface(points, delta=delta, raw=raw).exponents
+        for name, value, own in zip(("alpha", "beta"), values, found):
+            yield Line(f"Chinchilla, {objective}: {name}", value, own, ".3f", relative=False)
+
+
+def nanochat_lines(reference: Path) -> Iterator[Line]:
+    """Optima, slopes, and the coupled surface."""
+    fit = fit_curves(nanochat(reference))
+    assert fit.isoflop is not None
+    assert fit.isoflop.params_exponent is not None
+    assert fit.isoflop.tokens_exponent is not None
+    table = _rows(reference / "data/scaling/nanochat_isoflop/published_optima.csv")
+    for row, valley in zip(table, fit.isoflop.valleys):
+        best, where = valley.minimum, f"nanochat, {valley.budget:.3g} FLOPs"
+        assert best is not None
+        yield Line(f"{where}: optimal N", float(row["params_effective_opt"]), best.params)
+        yield Line(f"{where}: tokens", float(row["tokens_opt"]), best.tokens)
+        yield Line(f"{where}: tokens per N", float(row["ratio"]), best.ratio, ".3g")
+        yield Line(f"{where}: val_bpb", float(row["val_bpb_opt"]), best.loss, ".4f")
+    yield Line("nanochat: slope of N", 0.54, _value(fit.isoflop.params_exponent.estimate), ".3f", relative=False)
+    yield Line("nanochat: slope of tokens", 0.49, _value(fit.isoflop.tokens_exponent.estimate), ".3f", relative=False)
+    additive, coupled = fit.parametric.surfaces
+    decisive = fit.parametric.decisive
+    assert decisive is not None
+    yield Line("nanochat: gamma", 0.46, _value(coupled.intervals["gamma"].estimate), ".3f", relative=False)
+    yield Line("nanochat, additive: residual, %", 0.29, 100 * additive.residual_rms, ".2g")
+    yield Line("nanochat, coupled: residual, %", 0.07, 100 * coupled.residual_rms, ".2g")
+    yield Line("nanochat, additive: error on the largest fifth, %", 0.67, 100 * decisive.errors["additive"], ".2g")
+    yield Line("nanochat, coupled: error on the largest fifth, %", 0.14, 100 * decisive.errors["coupled"], ".2g")
+
+
+def llama_lines(reference: Path) -> Iterator[Line]:
+    """Approach 2 against squared raw loss, and both forms."""
+    points = llama(reference)
+    valleys = fit_isoflop(points)
+    assert valleys is not None
+    assert valleys.params_exponent is not None
+    yield Line("Llama 3, approach 2: a", 0.4632, _value(valleys.params_exponent.estimate), ".4f", relative=False)
+    raw = fit_surface(points, delta=np.inf, raw=True)
+    published = {"E": 0.6047, "A": 59.14, "B": 155.1, "alpha": 0.3100, "beta": 0.3136, "params_exponent": 0.5029}
+    for name, value in published.items():
+        yield Line(f"Llama 3, squared raw loss: {name}", value, _value(raw.intervals[name].estimate))
+    for form, value in {"additive": 0.56, "coupled": 0.31}.items():
+        yield Line(
+            f"Llama 3, {form}: residual of all 133 points (published: points not said), %",
+            value,
+            100 * fit_surface(points, form).residual_rms,
+            ".2g",
+        )
+
+
+def gadre_lines(reference: Path) -> Iterator[Line]:
+    """Sparse runs: the wider form is worse beyond them."""
+    decisive = fit_parametric(gadre(reference)).decisive
+    assert decisive is not None
+    for form, value in {"additive": 1.7, "coupled": 2.9}.items():
+        what = f"Gadre C4, {form}: error up to {decisive.factor:.0f} times beyond (published: 70-95 times), %"
+        yield Line(what, value, 100 * decisive.errors[form], ".2g")
+
+
+def bias_lines(reference: Path) -> Iterator[Line]:
+    """Tokens at 1e24 FLOPs by parabolas through whole grids without noise, and by the surface."""
+    for row in _rows(reference / "data/scaling/approach2_bias/published_parabola_bias.csv"):
+        alpha, beta, truth = float(row["alpha"]), float(row["beta"]), float(row["true_D"])
+        points = centred(alpha, beta, float(row["log_range"]))
+        with mock.patch("slm.fits.isoflop.WINDOW", np.inf):
+            valleys = fit_isoflop(points)
+        assert valleys is not None
+        where = f"{row['surface']} {row['grid_name']}, tokens at 1e24"
+        share = float(row["rel_error_pct"])
+        yield Line(f"{where}: parabolas, error in %", share, 100 * (_beyond(valleys) / truth - 1), ".6f", False)
+        yield Line(f"{where}: surface", truth, fit_surface(points).optimum(1e24).tokens)
+
+
+def centred(alpha: float, beta: float, reach: float) -> list[Point]:
+    """5 budgets of 15 sizes without noise, 10^±reach around the true optimum of E 1.69 and Open-Athena's A and B."""
+    A, B = (400.0, 400.0) if alpha == beta else (406.4, 410.7)
+    scale, points = (alpha * A / (beta * B)) ** (1 / (alpha + beta)), []
+    for budget in np.geomspace(1e17, 1e21, 5).tolist():
+        params = scale * (budget / 6) ** (beta / (alpha + beta)) * np.logspace(-reach, reach, 15)
+        for size in params.tolist():
+            tokens = budget / 6 / size
+            loss = 1.69 + A * size**-alpha + B * tokens**-beta
+            points.append(
+                _point({"params": str(size), "tokens": str(tokens), "loss": str(loss)}, "loss", budget=budget)
+            )
+    return points
+
+
+def _beyond(valleys: IsoFlop) -> float:
+    """Tokens at 1e24 FLOPs by a line through the minima; of those D = C/(6·N) here, not read between the runs."""
+    minima = [(own.flops, own.flops / 6 / own.minimum.params) for own in valleys.valleys if own.minimum]
+    return float(np.exp(np.polyval(np.polyfit(*np.log(minima).T, 1), np.log(1e24))))
+
+
+def _point(row: dict[str, str], loss: str, flops: float | None = None, budget: float | None = None) -> Point:
+    params, tokens = float(row["params"]), float(row["tokens"])
+    name = f"{params:.12g} {tokens:.12g} {budget}"
+    return Point(
+        name, "published", 1, params, tokens, flops or 6 * params * tokens, float(row[loss]), 0, budget, "same"
+    )
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def _value(estimate: float | None) -> float:
+    return np.nan if estimate is None else estimate
+
+
+SECTIONS: tuple[Callable[[Path], Iterator[Line]], ...] = (
+    chinchilla_lines,
+    nanochat_lines,
+    llama_lines,
+    gadre_lines,
+    bias_lines,
+)
+
+
+def main() -> int:
+    """Print the table; 2 where there is nothing to compare with."""
+    folder = os.environ.get("SLM_REFERENCE")
+    if not folder:
+        print("SLM_REFERENCE is unset: name the folder of published figures to compare with", file=sys.stderr)
+        return 2
+    lines = [line.cells() for section in SECTIONS for line in section(Path(folder))]
+    print(tabulate(lines, headers=("what", "published", "ours", "difference"), tablefmt="pipe", disable_numparse=True))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
