@@ -61,7 +61,9 @@ def further(curve: Interval, scatter: float, free: int, level: float = LEVEL) ->
     return Interval(curve.estimate, low, high, low is not None and high is not None)
 
 
-def crossing(excess: Callable[[float], float], start: float, end: float, first: float) -> float | None:
+def crossing(
+    excess: Callable[[float], float], start: float, end: float, first: float, within: float = 1e-14
+) -> float | None:
     """Where `excess` (<= 0 at `start`) turns positive on the way to `end`: doubling strides from `first`, then Brent.
 
     None when it does not: the interval is open on that side.
@@ -70,6 +72,6 @@ def crossing(excess: Callable[[float], float], start: float, end: float, first: 
     while inside != end:
         outside = min(inside + stride, end) if way > 0 else max(inside - stride, end)
         if excess(outside) > 0:
-            return float(optimize.brentq(excess, inside, outside, xtol=1e-14, rtol=1e-9))
+            return float(optimize.brentq(excess, inside, outside, xtol=within, rtol=1e-9))
         inside, stride = outside, 2 * stride
     return None

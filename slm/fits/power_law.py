@@ -304,10 +304,10 @@ def _solver(form: str, logc: Array, z: Array, delta: float) -> Solver:
 
 
 def _best(solve: Solver, logc: Array, z: Array, delta: float, form: str) -> tuple[Array, float]:
-    """Best parameters and objective: the grid of exponents, its best few polished, one of them without a floor."""
+    """Best parameters and objective: the best of the grid of exponents polished, and the best without a floor."""
     grid, objectives = solve(EXPONENTS[form])
     order = objectives.argsort()
-    starts = [*order[grid[order, 0] == 0][:1], *order[:2]]
+    starts = dict.fromkeys([*order[grid[order, 0] == 0][:1], order[0]])
     found = [(grid[k], float(objectives[k])) for k in starts]
     found += [_polish(grid[k], logc, z, delta, form) for k in starts if grid[k, 1] > 0]
     best, objective = min(found, key=lambda pair: pair[1] * (1 + 1e-9 * (pair[0][0] > 0)))

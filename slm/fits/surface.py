@@ -297,7 +297,7 @@ def frontier(points: Sequence[Point], surface: Surface, flops: Array) -> list[tu
             return polish(cloud, row, weights, columns, partial(_tied, size, product, cloud.centre))[1] - limit
 
         size = float(np.log(best.params))
-        ends = [crossing(excess, size, size + side * FAR, 0.02) for side in (-1.0, 1.0)]
+        ends = [crossing(excess, size, size + side * FAR, 0.02, 1e-5) for side in (-1.0, 1.0)]
         low, high = (None if end is None else float(np.exp(end)) for end in ends)
         found.append((best, Interval(best.params, low, high, low is not None and high is not None)))
     return found
