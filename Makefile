@@ -38,7 +38,7 @@ test: install  ## The tests (SLM_REFERENCE=FOLDER adds those against published f
 bench: install  ## Time the parts, each beside its peer or its ceiling
 	$(BIN)/python -m tests.bench
 
-calibrate: install  ## Measure the intervals' cover and the warnings on known truths (REPETITIONS=500; half an hour on two cores)
+calibrate: install  ## Measure intervals, warnings and claims on known truths (REPETITIONS=500: an hour on two cores)
 	$(BIN)/python -m tests.calibrate --repetitions $(REPETITIONS)
 
 reproduce: install  ## Published fits beside ours, as a table (needs SLM_REFERENCE=FOLDER)

@@ -14,7 +14,7 @@ from slm.plan import DataIdentity, Plan
 from slm.recipe import Hyperparameters
 
 Loss = Callable[[Hyperparameters], float]
-"""val_bpb of a run without noise."""
+"""val_bpb, or CORE, of a run without noise."""
 
 
 def surface(given: Hyperparameters) -> float:
@@ -23,22 +23,28 @@ def surface(given: Hyperparameters) -> float:
 
 
 def home_of(
-    home: Path, experiment: Experiment, loss: Loss = surface, noise: float = 0.002, code: str = "c0de1"
+    home: Path,
+    experiment: Experiment,
+    loss: Loss = surface,
+    noise: float = 0.002,
+    code: str = "c0de1",
+    core: Loss | None = None,
 ) -> Path:
-    """Finish every run of an experiment in a home; ln loss has Gauss noise of the run's own."""
+    """Finish every run of an experiment in a home; ln loss has Gauss noise of the run's own, `core` has none."""
     runs = []
     for asked in experiment.asked():
         data = DataIdentity("python", "tok", "rows", "val", 1024, 10_000, 0.5)
         plan = Plan(asked.recipe, asked.horizon, asked.seed, asked.hyperparameters, data, code)
         luck = np.random.default_rng(int(plan.run_id, 16)).standard_normal()
-        _finish(home / plan.run_id, plan, loss(asked.hyperparameters) * float(np.exp(noise * luck)))
+        measured = core(asked.hyperparameters) if core else None
+        _finish(home / plan.run_id, plan, loss(asked.hyperparameters) * float(np.exp(noise * luck)), measured)
         runs.append(plan.run_id)
     document = {"name": experiment.name, "question": "", "declared": experiment.declared(), "runs": runs}
     _write(home / "experiments" / f"{experiment.name}.json", document | {"created": 1.0})
     return home
 
 
-def _finish(folder: Path, plan: Plan, loss: float) -> None:
+def _finish(folder: Path, plan: Plan, loss: float, core: float | None) -> None:
     given = plan.hyperparameters
     seconds = given.flops / 1e10
     attempt = {"attempt": 1, "created": 1.0, "launcher": "local", "host": "h", "platform": "p", "python": "3.11"}
@@ -46,7 +52,7 @@ def _finish(folder: Path, plan: Plan, loss: float) -> None:
     attempt |= {"ranks": 2, "threads": 1, "micro_batch": 4}
     done: dict[str, Any] = {"run_id": plan.run_id, "attempt": 1, "time": 20.0, "step": given.steps}
     done |= {"tokens": given.tokens, "flops": given.flops, "val_bpb": loss, "val_loss": 1.7 * loss, "train_loss": 2.0}
-    done |= {"core": None, "train_seconds": seconds, "wall_seconds": seconds + 5, "weights_sha256": "w"}
+    done |= {"core": core, "train_seconds": seconds, "wall_seconds": seconds + 5, "weights_sha256": "w"}
     done |= {"tokens_per_second": given.tokens / seconds, "flops_per_second": 1e10, "peak_memory_bytes": 7}
     _write(folder / "plan.json", plan.document())
     _write(folder / "attempts" / "001" / "attempt.json", attempt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -117,6 +118,35 @@ def test_a_comparison_is_the_table_of_a_pull_request(swept: Path) -> None:
     assert len(re.findall(r"^\| d\d ", text, re.MULTILINE)) == 2 * len(DEPTHS)
     assert f"{1e10 / (2 * 989e12):.1%}" in text  # MFU of 1e10 FLOPs a second on two H100
     assert "commit abc" in text
+
+
+def test_recipes_of_a_file_are_compared_base_first_and_leave_no_record(tmp_path: Path) -> None:
+    lines = ["recipe,depth,flops,bpb,seed"]
+    for recipe, factor in (("old", 1.0), ("new", 0.98)):
+        for depth in DEPTHS:
+            for seed in (0, 1):
+                loss = factor * surface(pocket(depth)) * (1 + 1e-4 * (-1) ** (seed + depth))
+                lines.append(f"{recipe},{depth},{pocket(depth).flops},{loss},{seed}")
+    (tmp_path / "runs.csv").write_text("\n".join(lines))
+    file = ("--from", str(tmp_path / "runs.csv"), "--map", "loss=bpb", "--figure", str(tmp_path / "drawn"))
+    found = document(tmp_path / "none", "compare", *file)
+    assert (found["base"]["name"], found["candidate"]["name"]) == ("old", "new")
+    assert found["verdict"]["code"] == "better_every_depth"
+    assert found["wall_clock"] is None
+    assert (tmp_path / "drawn.svg").exists()
+    assert not (tmp_path / "none").exists()
+
+
+def test_when_a_core_is_reached_is_told_in_flops_depth_hours_and_price(tmp_path: Path) -> None:
+    home_of(tmp_path, Experiment("cored", (pocket,), DEPTHS), core=lambda given: 0.6 - 0.22 * surface(given))
+    found = document(tmp_path, "fit-curves", "cored", "--metric", "core", "--reach", "0.35", "--price", "24")
+    (reached,) = found["reach"]
+    assert reached["low"] < reached["estimate"] < reached["high"]
+    assert reached["hours"]["estimate"] == pytest.approx(reached["estimate"] / 1e10 / 3600)
+    assert reached["price"]["low"] == pytest.approx(24 * reached["hours"]["low"])
+    near = min(range(1, 40), key=lambda depth: abs(math.log(pocket(depth).flops / reached["estimate"])))
+    assert reached["depth"]["estimate"] == near
+    assert [Path(path).stem for path in found["figures"]][-1] == "cored-core"
 
 
 def test_fits_comparisons_and_designs_are_records_of_the_store(swept: Path) -> None:
