@@ -84,7 +84,7 @@ def test_what_n_counts_and_what_the_loss_is_are_chosen_and_said(swept: Path) -> 
     other = document(swept, "fit-curves", "grid", "--params", "total", "--metric", "loss", "--paper")
     assert (plain["points"]["convention"], other["points"]["convention"]) == ("matrices+head", "total")
     assert (plain["points"]["metric"], other["points"]["metric"]) == ("val_bpb", "loss")
-    assert other["parametric"]["delta"] == 1e-3
+    assert (other["parametric"]["delta"], other["parametric"]["form"]) == (1e-3, "additive")
     first, second = (own["isoflop"]["optima"][0] for own in (plain, other))
     assert second["params"] > first["params"]
     assert second["loss"] == pytest.approx(1.7 * first["loss"], rel=0.01)

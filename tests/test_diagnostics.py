@@ -15,8 +15,9 @@ from slm.fits.descent import descend
 from slm.fits.diagnostics import Caution, cautions, drift, lack_of_fit, structure
 from slm.fits.intervals import Interval
 from slm.fits.isoflop import IsoFlop, fit_isoflop
+from slm.fits.ladder import Choice, HoldOut, Predicted
 from slm.fits.parametric import Parametric
-from slm.fits.power_law import ADDITIVE, Law, Noise, fit_law, noise_of
+from slm.fits.power_law import ADDITIVE, PURE, Law, Noise, fit_law, noise_of
 from slm.fits.sensitivity import AS_FITTED, influences, sensitivity
 from slm.fits.surface import Surface, cloud_of, fit_surface
 from tests.test_fits import ladder, law
@@ -24,6 +25,12 @@ from tests.test_surface import grid, rows
 
 Parts = tuple[list[Point], Law | None, IsoFlop | None, Parametric]
 SIGMA = 0.002
+
+
+def chosen(own: Law | None) -> Choice:
+    """A law that was right ten times beyond its runs."""
+    right = Predicted(10.0, 1.0, Interval(1.0, 0.9, 1.1, True))
+    return Choice(own, None, "", None, None, (HoldOut(1.0, 3, PURE, (right,)),))
 
 
 def noisy(points: list[Point], seed: int = 0, sigma: float = SIGMA) -> list[Point]:
@@ -49,7 +56,7 @@ def told(own: Parts) -> dict[str, str]:
     """Messages by code."""
     points, found, isoflop, parametric = own
     rows = sensitivity(points, found, isoflop, parametric)
-    every = cautions(points, found, None, "", 10.0, isoflop, parametric, rows)
+    every = cautions(points, chosen(found), isoflop, parametric, rows)
     assert len({caution.message for caution in every}) == len(every)
     return {caution.code: caution.message for caution in every}
 
@@ -239,7 +246,7 @@ def test_a_value_beyond_its_interval_is_told(clean: Parts) -> None:
     rows = sensitivity(points, found, isoflop, parametric)
     moved = [*rows[:3], replace(rows[3], params_exponent=0.9), replace(rows[4], changed="N is total", convention=True)]
     moved[4] = replace(moved[4], params_exponent=0.1)
-    every: list[Caution] = cautions(points, found, None, "", 10.0, isoflop, parametric, moved)
+    every: list[Caution] = cautions(points, chosen(found), isoflop, parametric, moved)
     texts = {caution.code: caution.message for caution in every}
     assert "params_exponent is 0.9 against" in texts["estimator_matters"]
     assert "with squared log error" in texts["estimator_matters"]
@@ -257,8 +264,8 @@ def test_approaches_disagree_when_their_intervals_do_not_meet(clean: Parts) -> N
     points, found, isoflop, parametric = clean
     assert isoflop is not None
     far = replace(isoflop, params_exponent=Interval(0.8, 0.79, 0.81, True))
-    texts = {own.code for own in cautions(points, found, None, "", 10.0, far, parametric, ())}
-    near = {own.code for own in cautions(points, found, None, "", 10.0, isoflop, parametric, ())}
+    texts = {own.code for own in cautions(points, chosen(found), far, parametric, ())}
+    near = {own.code for own in cautions(points, chosen(found), isoflop, parametric, ())}
     assert "approaches_disagree" in texts - near
 
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from slm.fits import PAPER, Point, bootstrap, fit_curves, fit_parametric, fit_surface, read_points, tables
+from slm.fits import PAPER, Point, Target, bootstrap, fit_curves, fit_parametric, fit_surface, read_points, tables
 from slm.fits.descent import descend
 from slm.fits.isoflop import fit_isoflop
 from slm.fits.power_law import Noise
 from slm.fits.surface import FORMS, cloud_of, frontier
-from tests.calibrate.truths import POCKET, SMALL, TINY, gauss, noisy
+from tests.calibrate.truths import ENDS, FOUR_BUDGETS, LARGE, POCKET, SMALL, TINY, gauss, noisy
 from tests.calibrate.truths import grid as pocket_grid
 
 TRUTH = {"E": 1.7, "A": 400.0, "B": 500.0, "alpha": 0.34, "beta": 0.3, "params_exponent": 0.3 / 0.64}
@@ -308,6 +308,25 @@ def test_a_ladder_and_one_valley_are_two_dials() -> None:
     fit = fit_curves(ladder() + valley)
     assert fit.parametric.surface is not None
     assert "one_dial_no_exponents" not in {caution.code for caution in fit.cautions}
+
+
+def test_runs_that_vary_n_and_d_apart_are_no_one_curve_of_compute() -> None:
+    fit = fit_curves([replace(own, budget=None) for own in grid(noise=0.002)])
+    assert fit.law is None
+    assert "no_one_curve" in {caution.code for caution in fit.cautions}
+    assert fit.parametric.surface is not None
+    best, said = fit.parametric.surface.optimum(1e21), fit.predict(Target(1e21))
+    assert said.model in FORMS
+    assert said.loss.low is not None
+    assert said.loss.high is not None
+    assert said.loss.low < surface(np.array(best.params), np.array(best.tokens)) < said.loss.high
+
+
+def test_two_budgets_do_not_choose_between_forms_that_disagree() -> None:
+    codes = {caution.code for caution in fit_curves(noisy(ENDS, gauss(LARGE), np.random.default_rng(0))).cautions}
+    assert "forms_disagree" in codes
+    more = noisy(FOUR_BUDGETS, gauss(LARGE), np.random.default_rng(0))
+    assert "forms_disagree" not in {caution.code for caution in fit_curves(more).cautions}
 
 
 def test_exponents_that_the_runs_do_not_hold_have_no_value() -> None:

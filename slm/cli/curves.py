@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slm.cli import fitting
-from slm.cli.options import Json, depth_at, depths_of, numbers_of, print_json, print_table, recipe_of
+from slm.cli.options import DEEPEST, Json, depth_at, depths_of, numbers_of, print_json, print_table, recipe_of
 
 if TYPE_CHECKING:
     from slm.fits import CurveFit, Target
+    from slm.recipe import Hyperparameters
 
 METRIC = "val_bpb, loss (nats a token) or core."
+COLUMNS = "What columns are called there: loss=val_bpb; budget=none for runs without any."
 PARAMS = "What N counts: matrices+head, total or matrices."
 FORM = "Surface: auto, additive or coupled; power for L(C) alone."
 
@@ -23,7 +25,7 @@ FORM = "Surface: auto, additive or coupled; power for L(C) alone."
 def fit_curves(
     experiments: Annotated[list[str] | None, typer.Argument(help="Experiments; else the only one there is.")] = None,
     file: Annotated[Path | None, typer.Option("--from", help="Runs of a CSV: params, tokens, flops, loss.")] = None,
-    names: Annotated[str | None, typer.Option("--map", help="What columns are called there: loss=val_bpb.")] = None,
+    names: Annotated[str | None, typer.Option("--map", help=COLUMNS)] = None,
     metric: Annotated[str, typer.Option(help=METRIC)] = "val_bpb",
     params: Annotated[str | None, typer.Option(help=PARAMS)] = None,
     form: Annotated[str, typer.Option(help=FORM)] = "auto",
@@ -49,7 +51,7 @@ def fit_curves(
     fit = fits.fit_curves(runs.points, runs.convention, metric, form, paper, runs.others)
     if metric == "core" and not isinstance(fit.core, fits.CoreFit):
         raise ValueError(f"--metric core: {fit.core.why if fit.core else 'no run has a CORE'}")
-    predictions = [fit.predict(target) for target in targets]
+    predictions = [fit.predict(_model_of(fit, target, counting)) for target in targets]
     reached = [_reached(fit, core, runs.speed, price) for core in cores]
     document = fit.document() | {"predictions": [own.document() for own in predictions], "reach": reached}
     document["points"]["excluded"] += runs.excluded
@@ -133,10 +135,26 @@ def _targets(recipe: str, at: str | None, depth: str | None, counting: str) -> l
     targets = [Target(flops) for flops in numbers_of("--at", at)]
     for layers in depths_of(depth, "--depth") if depth else ():
         given = recipe_of(recipe, option="--depth: the runs' recipe")(layers)
-        counts = {
-            "matrices+head": given.parameters.scaling,
-            "total": given.parameters.total,
-            "matrices": given.parameters.transformer_matrices,
-        }
-        targets.append(Target(given.flops, layers, counts[counting], given.tokens))
+        targets.append(Target(given.flops, layers, _count(given, counting), given.tokens))
     return targets
+
+
+def _model_of(fit: CurveFit, target: Target, counting: str) -> Target:
+    """At a compute, the recipe's model that the surface likes best: depth*(C) = argmin L(N_k, C/f_k)."""
+    from slm.fits import Target
+    from slm.recipe import RECIPES
+
+    surface, recipe = fit.answering, RECIPES.get(fit.points[0].recipe)
+    if target.depth is not None or surface is None or recipe is None:
+        return target
+    models = [recipe(depth) for depth in range(1, DEEPEST + 1)]
+    sizes = [float(_count(given, counting)) for given in models]
+    tokens = [target.flops / given.flops_per_token for given in models]
+    best = min(range(len(models)), key=lambda k: float(surface.loss(sizes[k], tokens[k])))
+    return Target(target.flops, models[best].depth, sizes[best], tokens[best])
+
+
+def _count(given: Hyperparameters, counting: str) -> int:
+    """N of a model by a convention."""
+    counts = given.parameters
+    return {"matrices+head": counts.scaling, "total": counts.total, "matrices": counts.transformer_matrices}[counting]

@@ -30,6 +30,10 @@ METRICS = {"val_bpb": "val_bpb", "loss": "val_loss", "core": "val_bpb"}
 """What a fit may be of, and the column of `results` that is its loss; CORE is read through the loss."""
 
 
+NONE = "none"
+"""`--map budget=none`: the runs of a file have no budgets."""
+
+
 @dataclass(frozen=True)
 class Runs:
     """What is to be fitted."""
@@ -80,7 +84,9 @@ def of_file(file: Path, columns: dict[str, str]) -> Runs:
 
     if not file.is_file():
         raise ValueError(f"--from {file}: no such file")
-    table = read_points(file, columns)
+    budgets = columns.get("budget") != NONE
+    named = {name: column for name, column in columns.items() if budgets or name != "budget"}
+    table = read_points(file, named, budgets)
     outliers = [{"run_id": point.run_id, "reason": "marked as an outlier"} for point in table.outliers]
     return Runs(list(table.points), "params as the file gives them", Path(file.stem), excluded=outliers)
 

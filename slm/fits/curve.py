@@ -16,12 +16,23 @@ from slm.fits.points import Point, check
 from slm.fits.power_law import Law
 from slm.fits.prediction import Prediction, Target
 from slm.fits.sensitivity import Row, sensitivity
-from slm.fits.surface import FORMS, PAPER
+from slm.fits.surface import FORMS, PAPER, Surface, obstacle
 
 OPTIMAL, MINIMA = "compute-optimal runs", "isoflop minima"
 """What a law goes through."""
 POWER = "power"
 """The form that is L(C) alone."""
+
+
+SCATTERED = Choice(
+    None,
+    None,
+    "the runs without a budget vary N and D apart, so they are no one curve of compute: the optimum is the surface's",
+    "no_one_curve",
+    None,
+    (),
+)
+"""No law goes through runs that are not compute-optimal alike."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +70,19 @@ class CurveFit:
         """The law chosen."""
         return self.choice.law
 
+    @property
+    def answering(self) -> Surface | None:
+        """The surface, where it and not the law answers what a run would come to."""
+        return self.parametric.surface if self.law is None or self.through == MINIMA else None
+
     def predict(self, target: Target) -> Prediction:
         """What a further run would come to, with its interval.
 
         By the law where it goes through compute-optimal runs, else by the surface, at the model named or at its
         optimum, else by the law of the minima. Raises ValueError where there is neither.
         """
-        surface = self.parametric.surface
-        if surface and (self.law is None or self.through == MINIMA):
+        surface = self.answering
+        if surface:
             params, tokens = target.params, target.tokens
             if params is None or tokens is None:
                 best = surface.optimum(target.flops)
@@ -123,15 +139,16 @@ def fit_curves(
     """Fit L(C), the isoFLOP minima, the surface L(N, D) and CORE of one family's finished runs.
 
     `convention` names what `params` counts, `metric` what `loss` is; `others` gives N of every run by other
-    conventions, to see what would change. L(C) goes through the runs without a budget; without any, through the
-    resolved minima. `form` is that of the surface: `auto` takes the better predictor, `power` none at all; `paper`
-    gives it the delta of Hoffmann et al. 2022. Raises NotComparable (a ValueError) for several comparison keys or
-    recipes, ValueError for no run, a run given twice, an unknown form, and runs that cannot hold the form asked for.
-    Too few runs are no error otherwise: the answer says so.
+    conventions, to see what would change. L(C) goes through the runs without a budget, if they are one curve of
+    compute; without any, through the resolved minima. `form` is that of the surface: `auto` takes the better predictor,
+    `power` none at all; `paper` gives it the delta and, for `auto`, the form of Hoffmann et al. 2022, additive. Raises
+    NotComparable (a ValueError) for several comparison keys or recipes, ValueError for no run, a run given twice, an
+    unknown form, and runs that cannot hold the form asked for. Too few runs are no error otherwise: the answer says so.
     """
     check(points)
     if form not in ("auto", POWER, *FORMS):
         raise ValueError(f"form is {form!r}; known are auto, {POWER}, {', '.join(FORMS)}")
+    form = "additive" if paper and form == "auto" else form
     isoflop = fit_isoflop(points)
     ladder = [point for point in points if point.budget is None]
     minima = [valley.minimum for valley in isoflop.valleys if valley.minimum] if isoflop else []
@@ -139,10 +156,10 @@ def fit_curves(
     parametric = fit_parametric(points, PAPER if paper else None, form) if form != POWER else NOT_ASKED
     if form in FORMS and parametric.surface is None:
         raise ValueError(f"no {form} surface: {parametric.why}")
-    choice = choose(ladder or minima, through)
+    choice = SCATTERED if ladder and obstacle(ladder) is None else choose(ladder or minima, through)
     core = fit_core(points, choice.law) if any(point.core is not None for point in points) else None
     rows = sensitivity(points, choice.law, isoflop, parametric, others)
-    found = cautions(points, choice.law, choice.rival, choice.why, choice.tested, isoflop, parametric, rows)
+    found = cautions(points, choice, isoflop, parametric, rows)
     found += core.cautions if core else []
     return CurveFit(tuple(points), metric, convention, through, choice, isoflop, parametric, core, rows, tuple(found))
 

@@ -19,6 +19,7 @@ from slm.fits.caution import Caution
 from slm.fits.descent import Array
 from slm.fits.intervals import Interval
 from slm.fits.isoflop import IsoFlop, Valley
+from slm.fits.ladder import Choice
 from slm.fits.parametric import Parametric
 from slm.fits.points import Point
 from slm.fits.power_law import ADDITIVE, REACH, ROUNDING, Law, seed_noise
@@ -57,26 +58,19 @@ class Test:
 
 def cautions(
     points: Sequence[Point],
-    law: Law | None,
-    rival: Law | None,
-    why: str,
-    tested: float,
+    choice: Choice,
     isoflop: IsoFlop | None,
     parametric: Parametric,
     rows: Sequence[Row],
 ) -> list[Caution]:
-    """Everything the numbers do not hold.
-
-    `law` was chosen, or is not there, for the reason `why`, and was right `tested` times beyond the runs that it was
-    fitted to; `rows` are those of `sensitivity`.
-    """
-    found = influences(points, law, isoflop, parametric)
+    """Everything the numbers do not hold; `rows` are those of `sensitivity`."""
+    found = influences(points, choice.law, isoflop, parametric)
     return [
-        *_law_cautions(law, rival, why, tested, points),
+        *_law_cautions(choice, points),
         *_grid_cautions(isoflop, parametric),
         *_surface_cautions(parametric, isoflop, points),
         *_influence_cautions(found),
-        *_sensitivity_cautions(rows, law, isoflop, parametric, bool(found)),
+        *_sensitivity_cautions(rows, choice.law, isoflop, parametric, bool(found)),
     ]
 
 
@@ -162,19 +156,14 @@ def _off_centre(valley: Valley, surface: Surface) -> tuple[float, float]:
     return float(own.vertex - centre), float(-b / (2 * c) - lowest.x)
 
 
-def _law_cautions(
-    law: Law | None,
-    rival: Law | None,
-    why: str,
-    tested: float,
-    points: Sequence[Point],
-) -> list[Caution]:
+def _law_cautions(choice: Choice, points: Sequence[Point]) -> list[Caution]:
+    law, tested = choice.law, choice.tested
     if law is None:
-        return [Caution("too_few_runs", why)]
+        return [Caution(choice.code or "", choice.why)]
     found = []
-    additive = next((own for own in (law, rival) if own and own.form == ADDITIVE), None)
+    additive = next((own for own in (law, choice.rival) if own and own.form == ADDITIVE), None)
     if additive is None or not additive.E.identifiable:
-        message = "the runs do not hold the irreducible loss E: its interval reaches 0" if additive else why
+        message = "the runs do not hold the irreducible loss E: its interval reaches 0" if additive else choice.why
         found.append(Caution("E_unidentified", f"{message}; how far the gains go on is open"))
     if not gains(law) and law.free < 2:
         message = f"the law has {law.n} computes and {law.n - law.free} parameters: further depths or budgets narrow it"

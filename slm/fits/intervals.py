@@ -32,8 +32,12 @@ class Interval:
         """`1.2 [1.1, 1.4]`, an open end as `?`."""
         if self.estimate is None:
             return "not known"
+        return f"{self.estimate * scale:{form}} {self.ends(form, scale)}"
+
+    def ends(self, form: str = ".3g", scale: float = 1.0) -> str:
+        """`[1.1, 1.4]`, an open end as `?`."""
         low, high = (format(end * scale, form) if end is not None else "?" for end in (self.low, self.high))
-        return f"{self.estimate * scale:{form}} [{low}, {high}]"
+        return f"[{low}, {high}]"
 
 
 def allowance(free: int, level: float = LEVEL) -> float:

@@ -94,6 +94,8 @@ class Choice:
     """The other form; None where the runs could not hold it."""
     why: str
     """Why this form, or why none."""
+    code: str | None
+    """Stable name of why there is none."""
     errors: dict[str, float] | None
     """Root mean square log error at the largest compute, held out, by form; None when too few are left."""
     hold_outs: tuple[HoldOut, ...]
@@ -111,7 +113,7 @@ def choose(runs: Sequence[Run], through: str) -> Choice:
     if _steps(flops) <= PARAMETERS[PURE]:
         count = f"{_steps(flops)} different compute{'s' * (_steps(flops) != 1)} among the {through}"
         why = f"{count}; a law takes 3, one with a floor 4: run more depths or budgets"
-        return Choice(None, None, why, None, ())
+        return Choice(None, None, why, "too_few_runs", None, ())
     noise = _noise(runs)
     form, why, errors = _form(flops, losses, noise)
     rival = {ADDITIVE: PURE, PURE: ADDITIVE}[form] if errors else None
@@ -119,6 +121,7 @@ def choose(runs: Sequence[Run], through: str) -> Choice:
         law=fit_law(form, flops, losses, noise),
         rival=fit_law(rival, flops, losses, noise) if rival else None,
         why=why,
+        code=None,
         errors=errors,
         hold_outs=_hold_outs(runs, flops),
     )

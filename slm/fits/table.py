@@ -190,7 +190,7 @@ def _budgeted(points: Sequence[Point]) -> list[Point]:
         if high > low * (1 + SAME):
             raise ValueError(
                 f"FLOPs from {low:.4g} to {high:.4g} lie within {SAME:.0%} of a neighbour but not of each other, so "
-                "the budgets are not clear: give the file a column budget"
+                "the budgets are not clear: give the file a column budget, or read it without (--map budget=none)"
             )
         if len({point.params for point in members}) > 1:
             budget = float(np.exp(np.mean(np.log([point.flops for point in members]))))

@@ -9,6 +9,7 @@ from slm.fits.core import CoreFit
 from slm.fits.curve import CurveFit
 from slm.fits.design import Design
 from slm.fits.diagnostics import gains
+from slm.fits.intervals import Interval
 from slm.fits.parametric import Parametric
 from slm.fits.power_law import PURE, REACH, Law
 from slm.fits.prediction import Prediction
@@ -131,6 +132,11 @@ def _surfaces(parametric: Parametric) -> Table:
         ]
         for surface in parametric.surfaces
     ]
+    drawn = parametric.bootstrap
+    if drawn and parametric.surface:
+        names = ["E", "alpha", "beta", "gamma", "params_exponent"]
+        ends = [Interval(None, *drawn.ends[name]).ends(".3g") for name in names]
+        rows.append([f"{parametric.surface.form}, resampled", "", *ends, "", ""])
     names = ["E", "alpha", "beta", "gamma", "N* ~ C^"]
     return ["surface", "", *(f"{name} [95 %]" for name in names), "residual", "error held out"], rows
 
