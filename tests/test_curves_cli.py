@@ -90,6 +90,33 @@ def test_what_n_counts_and_what_the_loss_is_are_chosen_and_said(swept: Path) -> 
     assert second["loss"] == pytest.approx(1.7 * first["loss"], rel=0.01)
 
 
+def test_a_depth_of_a_ladder_at_a_ratio_has_that_ratio(tmp_path: Path) -> None:
+    home_of(tmp_path, Experiment("short", (pocket,), DEPTHS, ratios=(4,)))
+    (said,) = document(tmp_path, "fit-curves", "short", "--depth", "7")["predictions"]
+    assert said["tokens"] == pocket(7, ratio=4).tokens
+    home_of(tmp_path, Experiment("short", (pocket,), DEPTHS, ratios=(4, 8)))
+    assert "ratio=4, ratio=8" in refusal(tmp_path, "fit-curves", "short")
+
+
+def test_a_budget_beyond_all_measure_is_spent_on_few_runs(swept: Path) -> None:
+    found = document(swept, "next", "ladder", "--target", "loss@d8", "--budget", "1e30", "--depths", "2,3")
+    assert 0 < len(found["picks"]) <= 24
+
+
+def test_depths_that_took_other_times_are_compared_in_compute(tmp_path: Path) -> None:
+    """One depth holds no slope of time: the answer in FLOPs stays, and a warning says why there is none in time."""
+    lines = ["recipe,depth,flops,loss,seed,seconds"]
+    lines += [
+        f"{name},4,1e12,{loss},{seed},{seconds}"
+        for name, seconds in (("a", 10), ("b", 13))
+        for seed, loss in enumerate((2.0, 2.01))
+    ]
+    (tmp_path / "runs.csv").write_text("\n".join(lines))
+    found = document(tmp_path, "compare", "--from", str(tmp_path / "runs.csv"), "--figure", str(tmp_path / "x"))
+    assert found["wall_clock"] is None
+    assert "times_not_compared" in {own["code"] for own in found["warnings"]}
+
+
 def test_two_ladders_of_one_recipe_are_not_told_apart(swept: Path) -> None:
     found = document(swept, "compare", "ladder", "again")
     assert found["verdict"]["code"] in ("cannot_tell", "equal")
@@ -185,7 +212,11 @@ def test_the_next_runs_are_sweeps_that_fit_the_budget(swept: Path) -> None:
         (("fit-curves", "grid", "fast"), "2 recipes"),
         (("fit-curves", "grid", "--metric", "core"), "core"),
         (("fit-curves", "nonesuch"), "nonesuch"),
+        (("fit-curves", "grid", "--price", "2"), "--price 2"),
+        (("fit-curves", "grid", "--depth", ""), "--depth"),
+        (("fit-curves", "grid", "--reach", "2"), "2"),
         (("compare", "ladder"), "two names"),
+        (("compare", "ladder", "fast", "--markdown", "--json"), "choose one"),
         (("compare", "ladder", "ladder"), "share run"),
         (("compare", "ladder", "nonesuch"), "nonesuch"),
         (("compare", "ladder", "grid"), "grid"),
@@ -193,8 +224,10 @@ def test_the_next_runs_are_sweeps_that_fit_the_budget(swept: Path) -> None:
         (("next", "ladder", "--budget", "1e13"), "--target"),
         (("next", "ladder", "--target", "loss@d8"), "--budget"),
         (("next", "ladder", "--target", "luck", "--budget", "1e13"), "luck"),
-        (("next", "ladder", "--target", "loss@x", "--budget", "1e13"), "loss at x"),
+        (("next", "ladder", "--target", "loss@x", "--budget", "1e13"), "'x' is not a number"),
         (("next", "ladder", "--target", "loss@d8", "--budget", "1e3"), "1e+03"),
+        (("next", "ladder", "--target", "loss@d8", "--budget", "1e12,2e12"), "1e12,2e12"),
+        (("next", "ladder", "--target", "loss@1e300", "--budget", "1e13"), "loss@1e300"),
         (("next", "fast", "--target", "loss@d8", "--budget", "1e13"), "fast"),
     ],
 )

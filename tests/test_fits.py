@@ -15,7 +15,7 @@ import pytest
 
 from slm.fits import ADDITIVE, PURE, CurveFit, Interval, NotComparable, Point, Target, fit_curves, summary, tables
 from slm.fits.isoflop import fit_isoflop
-from slm.fits.ladder import choose
+from slm.fits.ladder import choose, validated
 from slm.fits.power_law import fit_law, noise_of
 
 FLOPS = np.geomspace(1e12, 1e15, 8)
@@ -176,6 +176,13 @@ def test_intervals_of_runs_held_out_cover_them_as_often_as_they_say() -> None:
         fit = choose(ladder(law(floor=0.0) * np.exp(0.003 * draw.standard_normal(8))), "runs")
         covered += [run.covered for own in fit.hold_outs[2:] for run in own.predicted]
     assert 0.75 <= np.mean(covered) < 1
+
+
+def test_what_is_validated_is_where_most_intervals_held() -> None:
+    assert validated([]) == 1
+    assert validated([(2.0, True), (4.0, True), (8.0, False)]) == 4
+    assert validated([(2.0, True), (3.0, False), (4.0, False), (50.0, True)]) == 2
+    assert validated([(2.0, False), (4.0, True)]) == 1
 
 
 def test_a_prediction_beyond_what_was_validated_says_so() -> None:

@@ -296,7 +296,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
 def test_one_dial_gives_no_exponents() -> None:
     for points in (ladder(), grid((1e18,), sizes=10, noise=0.002)):
         fit = fit_curves(points)
-        assert fit.document()["parametric"] is None
+        assert fit.document()["parametric"]["form"] is None
         assert "one_dial_no_exponents" in {caution.code for caution in fit.cautions}
         assert not any("surface" in headers for headers, _ in tables(fit))
         with pytest.raises(ValueError, match="one dial"):
@@ -342,7 +342,7 @@ def test_exponents_that_the_runs_do_not_hold_have_no_value() -> None:
 
 def test_too_few_runs_are_no_surface_and_no_error() -> None:
     fit = fit_curves(grid((1e18, 1e19), sizes=3))
-    assert fit.document()["parametric"] is None
+    assert fit.document()["parametric"]["form"] is None
     assert "too_few_runs_for_surface" in {caution.code for caution in fit.cautions}
     with pytest.raises(ValueError, match="form is 'cubic'"):
         fit_surface(grid(), "cubic")
@@ -390,6 +390,12 @@ def test_the_document_is_json_with_every_form() -> None:
 
 HEADER = "name,n,tokens,flops,val_bpb,outlier\n"
 NAMES = {"run": "name", "params": "n", "loss": "val_bpb"}
+
+
+def test_a_file_of_outliers_alone_has_no_run(tmp_path: Path) -> None:
+    path = table(tmp_path, "a,1e6,1e8,6e14,1.2,1")
+    with pytest.raises(ValueError, match="every run is marked"):
+        read_points(path, NAMES)
 
 
 def table(tmp_path: Path, *lines: str, header: str = HEADER) -> Path:

@@ -40,10 +40,12 @@ def compare(
         raise ValueError(f"{base} and --from {file}: compare one or the other")
     if names is not None and file is None:
         raise ValueError(f"--map {names}: it goes with --from")
+    if markdown and as_json:
+        raise ValueError("--markdown and --json: choose one")
     sides = _of_file(file, names) if file is not None else _of_store(base, candidate)
     found = fits.compare(sides.base, sides.candidate, sides.names)
-    document = found.document() | {"wall_clock": None, "cost": None} | _in_time(sides)
-    document["warnings"] += _of_timings(sides)
+    document = found.document() | _in_time(sides)
+    document["warnings"] += _of_timings(sides, document.pop("time_refused", None))
     document = fitting.recorded("compare", sides.experiments, document)
     stem = figure or sides.stem
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +115,7 @@ def _named(name: str, home: Path) -> pandas.DataFrame:
     ladder, _ = fitting.ladder_of(frame)
     ladder = ladder[ladder["horizon"].map(fitting.budget_of).isna()]
     if ladder.empty:
-        raise ValueError(f"{name}: no finished compute-optimal run; `slm status` shows what there is")
+        raise ValueError(f"{name}: no finished compute-optimal run is all of that; `slm status` shows what there is")
     for column, word in (("recipe", "recipes"), ("code", "versions of the trainer's code")):
         values = sorted(set(ladder[column]))
         if len(values) > 1:
@@ -173,32 +175,35 @@ def _in_time(sides: _Sides) -> dict[str, Any]:
     """The same question of training time and of device time, where both sides have it on devices of one kind."""
     from slm import fits
 
+    unknown: dict[str, Any] = {"wall_clock": None, "cost": None}
     if any(trial.seconds is None for trial in (*sides.base, *sides.candidate)):
-        return {}
-    if sides.frames is None:
-        return {"wall_clock": fits.compare(sides.base, sides.candidate, sides.names, "seconds").document()}
-    devices = {name for frame in sides.frames for name in frame["device_name"]}
-    if len(devices) > 1:
-        return {}
-    base, candidate = (_costed(own, frame) for own, frame in zip((sides.base, sides.candidate), sides.frames))
-    return {
-        "wall_clock": fits.compare(sides.base, sides.candidate, sides.names, "seconds").document(),
-        "cost": fits.compare(base, candidate, sides.names, "seconds").document(),
-    }
+        return unknown
+    asked = {"wall_clock": (sides.base, sides.candidate)}
+    if sides.frames is not None:
+        if len({name for frame in sides.frames for name in frame["device_name"]}) > 1:
+            return unknown
+        asked["cost"] = _costed(sides.base, sides.frames[0]), _costed(sides.candidate, sides.frames[1])
+    try:
+        return unknown | {name: fits.compare(*own, sides.names, "seconds").document() for name, own in asked.items()}
+    except fits.NotComparable as error:
+        return unknown | {"time_refused": str(error)}
 
 
-def _of_timings(sides: _Sides) -> list[dict[str, str]]:
-    """A warning where the same work took unequal times: the machine was not quiet, so times compare machines."""
+def _of_timings(sides: _Sides, refused: str | None) -> list[dict[str, str]]:
+    """Warnings where times are not compared, and where the same work took unequal times: the machine was not quiet."""
+    found = [{"code": "times_not_compared", "message": refused}] if refused else []
     times = defaultdict(list)
     for side, trials in enumerate((sides.base, sides.candidate)):
         for trial in trials:
             if trial.seconds is not None:
                 times[side, trial.depth].append(trial.seconds)
     worst = max((max(own) / min(own) for own in times.values()), default=1.0)
-    if worst <= UNEVEN:
-        return []
-    message = f"training times of one depth and recipe differ up to {worst:.3g} times: times compare how busy it was"
-    return [{"code": "timings_scatter", "message": message}]
+    if worst > UNEVEN:
+        message = (
+            f"training times of one depth and recipe differ up to {worst:.3g} times: times compare how busy it was"
+        )
+        found.append({"code": "timings_scatter", "message": message})
+    return found
 
 
 def _costed(trials: Sequence[Trial], frame: pandas.DataFrame) -> list[Trial]:
@@ -232,14 +237,28 @@ def _markdown(found: Comparison, document: dict[str, Any], sides: _Sides) -> str
     """The table that a pull request needs: every depth of both, the multiplier, the evidence and how it was made."""
     from tabulate import tabulate
 
-    headers = ["depth", "", "seeds", "training time (s)", "val_bpb", "CORE", "tokens/s", "MFU", "compute multiplier"]
+    from slm import fits
+
+    headers = [
+        "depth",
+        "",
+        "seeds",
+        "training time (s)",
+        "val_bpb",
+        "CORE",
+        "tokens/s",
+        "MFU",
+        "multiplier",
+        "evidence",
+    ]
     rows = [row for depth in found.per_depth for row in _depth_rows(depth, sides)]
     lines = [
         f"**{found.verdict.sentence}**",
         "",
         tabulate(rows, headers, tablefmt="github", disable_numparse=True),
         "",
-        f"Compute multiplier over all depths: {found.multiplier.text()} (95 %, one look; the verdict holds for any).",
+        f"Compute multiplier over all depths: {found.multiplier.text()} (95 % of one look). Evidence "
+        f"{found.evidence.any:.2g}; a claim takes {fits.ENOUGH:g} and so holds however often one looks.",
     ]
     for name, words in (("wall_clock", "training time"), ("cost", "device time")):
         if document[name]:
@@ -266,6 +285,7 @@ def _depth_rows(depth: AtDepth, sides: _Sides) -> list[list[str]]:
                 f"{mean(losses):.4f}{spread}",
                 *measured,
                 depth.multiplier.text() if k else "1",
+                f"{depth.evidence:.2g}" if k else "",
             ]
         )
     return rows
@@ -276,7 +296,7 @@ def _measured(frame: pandas.DataFrame, depth: int) -> list[str]:
     from slm import devices
 
     own = frame[frame["depth"] == depth]
-    peaks = [devices.peak_flops(name) for name in own["device_name"]]
+    peaks = [devices.peak_flops(name or "") for name in own["device_name"]]
     used = [speed / (peak * ranks) for speed, peak, ranks in zip(own["flops_per_second"], peaks, own["ranks"]) if peak]
     return [
         f"{own['core'].mean():.4f}" if own["core"].notna().all() else "-",

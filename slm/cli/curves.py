@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from slm.fits import CurveFit, Target
     from slm.recipe import Hyperparameters
 
-METRIC = "val_bpb, loss (nats a token) or core."
+METRIC = "val_bpb, loss (nats a token; of a file, whatever it is) or core."
 COLUMNS = "What columns are called there: loss=val_bpb; budget=none for runs without any."
 PARAMS = "What N counts: matrices+head, total or matrices."
 FORM = "Surface: auto, additive or coupled; power for L(C) alone."
@@ -26,14 +26,14 @@ def fit_curves(
     experiments: Annotated[list[str] | None, typer.Argument(help="Experiments; else the only one there is.")] = None,
     file: Annotated[Path | None, typer.Option("--from", help="Runs of a CSV: params, tokens, flops, loss.")] = None,
     names: Annotated[str | None, typer.Option("--map", help=COLUMNS)] = None,
-    metric: Annotated[str, typer.Option(help=METRIC)] = "val_bpb",
+    metric: Annotated[str | None, typer.Option(help=METRIC)] = None,
     params: Annotated[str | None, typer.Option(help=PARAMS)] = None,
     form: Annotated[str, typer.Option(help=FORM)] = "auto",
     paper: Annotated[bool, typer.Option("--paper", help="Hoffmann et al.'s objective: Huber, delta 1e-3.")] = False,
     at: Annotated[str | None, typer.Option(help="Predict the optimum at these FLOPs: 1e20,1e21.")] = None,
     depth: Annotated[str | None, typer.Option(help="Predict these depths, trained compute-optimally: 24,26.")] = None,
     reach: Annotated[str | None, typer.Option(help="When the family reaches this CORE: 0.2565.")] = None,
-    price: Annotated[float | None, typer.Option(help="Of an hour on the devices of the largest run.")] = None,
+    price: Annotated[str | None, typer.Option(help="Of an hour on the devices of the largest run.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Where to draw, without ending; else by the fit's name.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -41,18 +41,23 @@ def fit_curves(
     from slm import figures, fits
 
     _check(experiments, file, names, metric, params)
+    if price is not None and reach is None:
+        raise ValueError(f"--price {price}: it goes with --reach")
+    if paper and form == "power":
+        raise ValueError("--paper and --form power: the paper's objective is the surface's")
+    columns = fitting.columns_of(names)
+    metric = metric or ("val_bpb" if file is None or columns.get("loss") == "val_bpb" else "loss")
     counting = params or "matrices+head"
     runs = (
-        fitting.of_experiments(experiments or [], counting, metric)
-        if file is None
-        else fitting.of_file(file, fitting.columns_of(names))
+        fitting.of_experiments(experiments or [], counting, metric) if file is None else fitting.of_file(file, columns)
     )
-    targets, cores = _targets(runs.points[0].recipe, at, depth, counting), numbers_of("--reach", reach)
+    targets, cores = _targets(runs, at, depth, counting), numbers_of("--reach", reach)
+    (hourly,) = numbers_of("--price", price) or (None,)
     fit = fits.fit_curves(runs.points, runs.convention, metric, form, paper, runs.others)
     if metric == "core" and not isinstance(fit.core, fits.CoreFit):
         raise ValueError(f"--metric core: {fit.core.why if fit.core else 'no run has a CORE'}")
     predictions = [fit.predict(_model_of(fit, target, counting)) for target in targets]
-    reached = [_reached(fit, core, runs.speed, price) for core in cores]
+    reached = [_reached(fit, core, runs.speed, hourly) for core in cores]
     document = fit.document() | {"predictions": [own.document() for own in predictions], "reach": reached}
     document["points"]["excluded"] += runs.excluded
     document = fitting.recorded("fit-curves", runs.experiments, document)
@@ -74,7 +79,7 @@ def fit_curves(
 
 
 def _check(
-    experiments: list[str] | None, file: Path | None, names: str | None, metric: str, params: str | None
+    experiments: list[str] | None, file: Path | None, names: str | None, metric: str | None, params: str | None
 ) -> None:
     """Refuse options that contradict each other or are unknown."""
     if file is not None and experiments:
@@ -98,12 +103,12 @@ def _reached(fit: CurveFit, core: float, speed: float | None, price: float | Non
     found, recipe = fit.core.reach(core), RECIPES.get(fit.points[0].recipe)
     ends = {"estimate": found.flops.estimate, "low": found.flops.low, "high": found.flops.high}
 
-    def each(value: Callable[[float], float]) -> dict[str, float | None]:
+    def each(value: Callable[[float], float | None]) -> dict[str, float | None]:
         return {name: None if end is None else value(end) for name, end in ends.items()}
 
     return {
         **found.document(),
-        "depth": each(lambda flops: depth_at(recipe, flops).depth) if recipe else None,
+        "depth": each(lambda flops: own.depth if (own := depth_at(recipe, flops)) else None) if recipe else None,
         "hours": each(lambda flops: flops / speed / 3600) if speed else None,
         "price": each(lambda flops: flops / speed / 3600 * price) if speed and price else None,
     }
@@ -128,14 +133,14 @@ def _reach_table(reached: list[dict[str, Any]]) -> tuple[list[str], list[list[st
     return ["CORE reached", "FLOPs [95 %]", "depth", "hours", "price", "never", ""], rows
 
 
-def _targets(recipe: str, at: str | None, depth: str | None, counting: str) -> list[Target]:
-    """What predictions are asked for; a depth is the recipe's compute-optimal model."""
+def _targets(runs: fitting.Runs, at: str | None, depth: str | None, counting: str) -> list[Target]:
+    """What predictions are asked for; a depth is the recipe's compute-optimal model, or one at the ladder's ratio."""
     from slm.fits import Target
 
     targets = [Target(flops) for flops in numbers_of("--at", at)]
-    for layers in depths_of(depth, "--depth") if depth else ():
-        given = recipe_of(recipe, option="--depth: the runs' recipe")(layers)
-        targets.append(Target(given.flops, layers, _count(given, counting), given.tokens))
+    for layers in depths_of(depth, "--depth") if depth is not None else ():
+        given = recipe_of(runs.points[0].recipe, option="--depth: the runs' recipe")(layers, ratio=runs.ratio)
+        targets.append(Target(float(given.flops), layers, _count(given, counting), float(given.tokens)))
     return targets
 
 

@@ -54,6 +54,10 @@ class Runs:
     """N of every run by the other conventions."""
     speed: float | None = None
     """FLOPs a second of the largest run; None where it is not known."""
+    ratio: float | None = None
+    """Tokens a parameter of a ladder that is not the recipe's."""
+    data: str = "python"
+    """Corpus that the experiment names."""
 
 
 def of_experiments(names: Sequence[str], counting: str = "matrices+head", metric: str = "val_bpb") -> Runs:
@@ -69,13 +73,19 @@ def of_experiments(names: Sequence[str], counting: str = "matrices+head", metric
     ladder, excluded = ladder_of(frame)
     if ladder.empty:
         wanted = " and ".join(repr(name) for name in names)
+        if excluded:
+            horizons = ", ".join(sorted(set(frame["horizon"])))
+            raise ValueError(f"experiment {wanted} has runs at {horizons}: a fit takes one ratio, or FLOPs budgets")
         raise ValueError(f"experiment {wanted} has no finished run to fit: `slm status {names[0]}` says why")
     title = "+".join(names)
     curves = [curve for name in names for curve in _curves(ladder, store.curves(name, home=home), METRICS[metric])]
     points = points_of(ladder, COUNTS[counting], METRICS[metric])
     others = {name: ladder[column].tolist() for name, column in COUNTS.items() if name != counting}
     speed = float(ladder.sort_values("flops")["flops_per_second"].iloc[-1])
-    return Runs(points, counting, home / "figures" / title, names, excluded, curves, others, speed)
+    ratios = {float(own.removeprefix("ratio=")) for own in ladder["horizon"] if own.startswith("ratio=")}
+    where = home / "figures" / title
+    data = _data_of(names[0], home)
+    return Runs(points, counting, where, names, excluded, curves, others, speed, next(iter(ratios), None), data)
 
 
 def of_file(file: Path, columns: dict[str, str]) -> Runs:
@@ -164,6 +174,15 @@ def budget_of(horizon: str) -> float | None:
     return float(value) if name == "flops" else None
 
 
+def _data_of(experiment: str, home: Path) -> str:
+    """Corpus as the experiment was asked for."""
+    import store
+
+    frame = store.sql("select declared from experiments where name = ?", [experiment], home=home)
+    declared = frame["declared"].iloc[0]
+    return str((json.loads(declared) if isinstance(declared, str) else declared or {}).get("data", "python"))
+
+
 def _only_experiment(home: Path) -> str:
     import store
 
@@ -196,7 +215,7 @@ def recorded(kind: str, experiments: Sequence[str], document: dict[str, Any]) ->
 
     versions = {name: metadata.version(name) for name in ("slm", "numpy", "scipy")}
     content = {"kind": kind, "experiments": list(experiments), "versions": versions, **document}
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()[:12]
     record = {"hash": digest, "created": time.time(), **content}
     if not experiments:
         return record

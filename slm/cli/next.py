@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
@@ -72,8 +73,11 @@ def _goal(text: str, recipe: Recipe) -> Goal:
         return Goal(kind)
     if match := re.fullmatch(r"d(\d+)", where):
         return Goal("loss", _candidate(recipe(int(match[1])), "compute-optimal"))
-    (flops,) = numbers_of("--target loss at", where)
-    return Goal("loss", _candidate(depth_at(recipe, flops), "compute-optimal"))
+    (flops,) = numbers_of("--target loss@", where)
+    model = depth_at(recipe, flops)
+    if model is None:
+        raise ValueError(f"--target {text}: no model of up to {DEEPEST} layers takes that much")
+    return Goal("loss", _candidate(model, "compute-optimal"))
 
 
 def _candidates(recipe: Recipe, depths: Sequence[int], points: Sequence[Point], budget: float) -> list[Candidate]:
@@ -96,18 +100,18 @@ def _candidates(recipe: Recipe, depths: Sequence[int], points: Sequence[Point], 
 def _candidate(given: Hyperparameters, horizon: str) -> Candidate:
     from slm.fits import Candidate
 
-    return Candidate(given.depth, given.parameters.scaling, given.tokens, given.flops, horizon)
+    counts = given.parameters
+    return Candidate(given.depth, float(counts.scaling), float(given.tokens), float(given.flops), horizon)
 
 
 def _sweeps(design: Design, runs: fitting.Runs, recipe: Recipe) -> list[str]:
     """The command lines that make the picks; a name swept before keeps its runs and gains these."""
-    wanted = Counter((pick.candidate.depth, pick.candidate.horizon) for pick in design.picks)
+    wanted = Counter(pick.candidate for pick in design.picks)
     lines: dict[tuple[str, int], list[int]] = defaultdict(list)
-    for (depth, horizon), count in sorted(wanted.items()):
-        budget = fitting.budget_of(horizon)
-        there = {own.seed for own in runs.points if own.depth == depth and own.budget == budget}
+    for run, count in sorted(wanted.items(), key=lambda own: own[0].depth):
+        there = {own.seed for own in runs.points if (own.params, own.tokens) == (run.params, run.tokens)}
         free = [seed for seed in range(len(there) + count) if seed not in there]
-        lines[horizon, free[count - 1] + 1].append(depth)
+        lines[run.horizon, free[count - 1] + 1].append(run.depth)
     return [_sweep(horizon, seeds, depths, runs, recipe) for (horizon, seeds), depths in lines.items()]
 
 
@@ -115,4 +119,5 @@ def _sweep(horizon: str, seeds: int, depths: Sequence[int], runs: fitting.Runs, 
     words = ["slm sweep --recipe", recipe.name, "--depths", ",".join(str(depth) for depth in depths)]
     words += ["--flops", horizon.removeprefix("flops=")] if horizon != "compute-optimal" else []
     words += ["--seeds", str(seeds)] if seeds > 1 else []
+    words += ["--data", shlex.quote(runs.data)] if runs.data != "python" else []
     return " ".join([*words, "--name", runs.experiments[0]])

@@ -70,9 +70,11 @@ def recipe_of(name: str | None, gpu_asked: bool = False, option: str = "--recipe
     return RECIPES[name]
 
 
-def depth_at(recipe: Recipe, flops: float) -> Hyperparameters:
-    """The compute-optimal model of a recipe whose training comes nearest to a compute."""
-    return min((recipe(depth) for depth in range(1, DEEPEST + 1)), key=lambda own: abs(log(own.flops / flops)))
+def depth_at(recipe: Recipe, flops: float) -> Hyperparameters | None:
+    """The compute-optimal model of a recipe whose training comes nearest to a compute; None beyond DEEPEST."""
+    models = [recipe(depth) for depth in range(1, DEEPEST + 1)]
+    best = min(models, key=lambda own: abs(log(own.flops / flops)))
+    return best if flops <= models[-1].flops else None
 
 
 def print_json(document: Any) -> None:

@@ -77,7 +77,7 @@ def _surface_panel(axes: Axes, surface: Surface, points: Sequence[Point], name: 
 def _frame(axes: Axes, x: Array, off: Array, sigma: float) -> None:
     """Limits and the band of the noise."""
     band = 200 * sigma
-    reach = max(min(float(np.abs(off).max()), CUT * band / 2 or np.inf), band)
+    reach = max(min(float(np.abs(off).max()), CUT * band / 2 or np.inf), band, 1e-6)
     axes.set_xscale("log")
     axes.set_xlim(x.min() / 1.4, x.max() * 1.4)
     axes.set_ylim(-1.25 * reach, 1.25 * reach)

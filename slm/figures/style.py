@@ -206,7 +206,7 @@ def shades(count: int) -> Array:
 
 def loss_axis(metric: str) -> str:
     """The name of an axis of the loss that a fit is of."""
-    return f"validation loss ({'nats a token' if metric == 'loss' else 'bits per byte'})"
+    return "validation loss" if metric == "loss" else "validation loss (bits per byte)"
 
 
 def flops_axis(axes: Axes) -> None:

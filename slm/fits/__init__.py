@@ -7,6 +7,7 @@ from slm.fits.compare import AtDepth, Comparison, Trial, compare
 from slm.fits.core import CoreFit, NoCoreFit, Reach
 from slm.fits.curve import CurveFit, fit_curves
 from slm.fits.design import Candidate, Design, Goal, next_runs
+from slm.fits.evidence import ENOUGH
 from slm.fits.intervals import Interval
 from slm.fits.isoflop import IsoFlop, Minimum, Valley
 from slm.fits.ladder import HoldOut
@@ -21,6 +22,7 @@ from slm.fits.terminal import comparison_table, design_summary, design_table, su
 
 __all__ = [
     "ADDITIVE",
+    "ENOUGH",
     "PAPER",
     "PURE",
     "AtDepth",

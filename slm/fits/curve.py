@@ -121,7 +121,10 @@ class CurveFit:
                 "surface": surface.form if surface else None,
                 "surface_why": self.parametric.why,
             },
-            "validation": [own.document() for own in choice.hold_outs],
+            "validation": [
+                *(own.document() for own in choice.hold_outs),
+                *(rung.document(surface.form) for rung in self.parametric.rungs if surface),
+            ],
             "core": self.core.document() if self.core else None,
             "sensitivity": [row.document() for row in self.sensitivity],
             "warnings": [vars(caution) for caution in self.cautions],

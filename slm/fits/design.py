@@ -222,7 +222,7 @@ def evenly(candidates: Sequence[Candidate], budget: float) -> list[Candidate]:
 def _repeats(chosen: Sequence[Candidate], left: float) -> list[Candidate]:
     found: list[Candidate] = []
     for run in chosen:
-        count = int(left // run.flops)
+        count = int(min(left // run.flops, MOST))
         found += [run] * count
         left -= count * run.flops
     return found

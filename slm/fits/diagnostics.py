@@ -202,12 +202,9 @@ def _grid_cautions(isoflop: IsoFlop | None, parametric: Parametric) -> list[Caut
         for valley in valleys
         if valley.code
     ]
-    if parametric.surface is None and parametric.code and len(valleys) < 2:
-        message = (
-            "parameters and tokens grow together along compute-optimal runs, so their exponents cannot be told apart: "
-            "only L(C) is known; several sizes at each of two or more FLOPs budgets would tell"
-        )
-        found.append(Caution("one_dial_no_exponents", message))
+    if parametric.code == "one_dial_no_exponents":
+        way = "several sizes at each of two or more FLOPs budgets would tell"
+        found.append(Caution("one_dial_no_exponents", f"{parametric.why}: only L(C) is known; {way}"))
     return [*found, *_drift_cautions(isoflop, parametric.surface)]
 
 
@@ -242,7 +239,8 @@ def _surface_cautions(parametric: Parametric, isoflop: IsoFlop | None, points: S
         message = f"the runs do not bound {', '.join(surface.unheld)} of the {surface.form} surface on both sides"
         found.append(Caution("surface_unidentified", message))
     if surface.status != "converged" or surface.starts_agreeing < 0.1:
-        message = f"{surface.status}; {surface.starts_agreeing:.0%} of the starts end at the surface chosen"
+        state = "" if surface.status == "converged" else f"{surface.status}; "
+        message = f"{state}{surface.starts_agreeing:.0%} of the starts end at the surface chosen: look at its residuals"
         found.append(Caution("surface_not_converged", message))
     if parametric.decisive is None:
         found += _forms_disagree(parametric, surface)

@@ -15,6 +15,8 @@ from slm.fits.power_law import ADDITIVE, PARAMETERS, PURE, Array, Law, Noise, ai
 
 TESTED = 0.9
 """Level of the intervals that held-out runs are asked to lie in."""
+RIGHT = 0.8
+"""Share of 90 % intervals that must hold what came for a prediction to count as validated."""
 RUNGS = 12
 """Hold-outs at most."""
 SAME = 0.01
@@ -103,8 +105,21 @@ class Choice:
 
     @property
     def tested(self) -> float:
-        """How far beyond its runs the law has been right: the greatest factor at which a held-out run was covered."""
-        return max((run.flops / own.flops for own in self.hold_outs for run in own.predicted if run.covered), default=1)
+        """How far beyond its runs the law has been right."""
+        return validated([(run.flops / own.flops, run.covered) for own in self.hold_outs for run in own.predicted])
+
+
+def validated(predicted: Sequence[tuple[float, bool]]) -> float:
+    """The greatest factor up to which RIGHT of the runs held out were inside their interval; 1 for none.
+
+    `predicted` are how far a run lay beyond those kept, and whether it was inside.
+    """
+    reach, inside = 1.0, 0
+    for number, (factor, covered) in enumerate(sorted(predicted), 1):
+        inside += covered
+        if covered and inside >= RIGHT * number:
+            reach = factor
+    return reach
 
 
 def choose(runs: Sequence[Run], through: str) -> Choice:

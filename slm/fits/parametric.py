@@ -11,7 +11,7 @@ import numpy as np
 from slm.fits.descent import Array, descend
 from slm.fits.intervals import Interval
 from slm.fits.isoflop import Minimum
-from slm.fits.ladder import TESTED
+from slm.fits.ladder import TESTED, validated
 from slm.fits.points import Point
 from slm.fits.power_law import REACH, Noise, aicc
 from slm.fits.surface import (
@@ -54,8 +54,8 @@ class Rung:
     """Mean log error, by form; positive predicts too high a loss."""
     covered: dict[str, float]
     """Share of the runs inside their 90 % interval, by form."""
-    reached: dict[str, float]
-    """How far beyond the largest kept a run was still inside, by form; 1 where none was."""
+    inside: dict[str, tuple[tuple[float, bool], ...]]
+    """How far each run lay beyond the largest kept, and whether it was inside, by form."""
 
     def document(self, form: str) -> dict[str, Any]:
         """As JSON, as a hold-out of a form; and every form's error."""
@@ -99,18 +99,19 @@ class Parametric:
 
     @property
     def tested(self) -> float:
-        """How far beyond its runs the form chosen has been right: the greatest factor at which a run was covered."""
-        return max((rung.reached[self.surface.form] for rung in self.rungs), default=1.0) if self.surface else 1.0
+        """How far beyond its runs the form chosen has been right."""
+        form = self.surface.form if self.surface else "additive"
+        return validated([own for rung in self.rungs for own in rung.inside[form]])
 
     @property
     def decisive(self) -> Rung | None:
         """The rung whose error chooses: HELD of the runs held out at least, as few as may be."""
         return _decisive(self.rungs)
 
-    def document(self) -> dict[str, Any] | None:
-        """As JSON: the form chosen, flat, and every form under `alternatives`."""
+    def document(self) -> dict[str, Any]:
+        """As JSON: the form chosen, flat, and every form under `alternatives`; or why there is none."""
         if self.surface is None:
-            return None
+            return {"form": None, "identifiable": False, "code": self.code, "why": self.why, "alternatives": []}
         return {
             **self.surface.document(),
             "why": self.why,
@@ -179,7 +180,7 @@ def _rung(points: Sequence[Point], kept: np.ndarray[Any, np.dtype[np.bool_]], de
         errors={form: float(np.sqrt(np.mean(own**2))) for form, own in errors.items()},
         biases={form: float(own.mean()) for form, own in errors.items()},
         covered={form: float(own.mean()) for form, own in inside.items()},
-        reached={form: float(max(factors[own], default=1.0)) for form, own in inside.items()},
+        inside={form: tuple(zip(factors.tolist(), own.tolist())) for form, own in inside.items()},
     )
 
 

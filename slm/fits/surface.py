@@ -128,6 +128,7 @@ class Surface:
             "starts_agreeing": self.starts_agreeing,
             "status": self.status,
             "residual_rms": self.residual_rms,
+            "identifiable": not self.unheld,
             "identifiability": {"identified": not self.unheld, "not_held": self.unheld},
         }
 
@@ -135,18 +136,22 @@ class Surface:
 def obstacle(points: Sequence[Point]) -> tuple[str, str] | None:
     """Why the runs cannot hold a surface, as a code and a sentence; None when they may."""
     sizes, tokens = len({point.params for point in points}), len({point.tokens for point in points})
+    if min(sizes, tokens) > 1 and _width(points) < THIN:
+        message = "parameters and tokens move along one dial, so their exponents cannot be told apart"
+        return "one_dial_no_exponents", message
     if min(sizes, tokens) < 3 or len(points) <= FORMS["additive"] + 1:
         count = f"{len(points)} runs of {sizes} sizes on {tokens} token counts"
         return "too_few_runs_for_surface", f"{count}; a surface takes {FORMS['additive'] + 2}, with 3 of each"
+    return None
+
+
+def _width(points: Sequence[Point]) -> float:
+    """Root mean square distance of the runs in (ln N, ln D) from a parabola, of few from a straight line."""
     cloud = np.log([[point.params, point.tokens] for point in points])
     cloud -= cloud.mean(0)
     along, across = (cloud @ np.linalg.svd(cloud, full_matrices=False)[2].T).T
-    curve = np.vander(along / np.abs(along).max(), 3)
-    width = float(np.sqrt(np.mean((across - curve @ np.linalg.lstsq(curve, across)[0]) ** 2)))
-    if width < THIN:
-        message = f"in (ln N, ln D) the runs are {width:.2g} from one curve: one dial, so alpha and beta are not two"
-        return "one_dial_no_exponents", message
-    return None
+    curve = np.vander(along / np.abs(along).max(), 3 if len(points) > FORMS["additive"] + 1 else 2)
+    return float(np.sqrt(np.mean((across - curve @ np.linalg.lstsq(curve, across)[0]) ** 2)))
 
 
 def fit_surface(

@@ -77,6 +77,8 @@ def read_points(path: Path, names: Mapping[str, str] | None = None, budgets: boo
     """
     lines, columns = _lines(path, dict(names or {}), REQUIRED, OPTIONAL)
     runs = [(_point(line, path.stem), line) for line in lines]
+    if all(line.marked() for line in lines):
+        raise ValueError(f"{path}: every run is marked as an outlier, so none is left to fit")
     if "budget" not in columns and budgets:
         kept = _budgeted([point for point, line in runs if not line.marked()])
         found = iter(kept)

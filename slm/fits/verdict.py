@@ -82,17 +82,17 @@ def decide(
         return Verdict(f"{word}_some_depths", f"{lead} at {spoken(here)} only, {rest}: {amount}", None)
     if within is not None and within < EQUAL:
         return Verdict("equal", f"{candidate} and {base} are equal within {100 * within:.2g} %: {amount}", None)
-    return Verdict("cannot_tell", f"cannot tell: {_help(advice, within, measured)}: {amount}", advice)
+    return Verdict("cannot_tell", f"cannot tell{_help(advice, within, measured)} ({amount})", advice)
 
 
 def _help(advice: Advice | None, within: float | None, measured: bool) -> str:
     if not measured:
-        return "one run of each holds no noise, more seeds or depths would"
+        return ": one run of each holds no noise, more seeds or depths would"
     if advice:
         place = f"d{advice.depth}" if advice.depth else "every depth"
-        return f"{COUNTS[advice.seeds]} more seed{'s' * (advice.seeds > 1)} at {place} would"
+        return f": {COUNTS[advice.seeds]} more seed{'s' * (advice.seeds > 1)} at {place} would"
     bound = "" if within is None else f"; the effect, if any, is below {100 * within:.2g} %"
-    return f"no affordable number of seeds is expected to{bound}"
+    return f", and no affordable number of seeds is expected to{bound}"
 
 
 def spoken(given: Sequence[int]) -> str:
