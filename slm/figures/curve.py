@@ -61,7 +61,7 @@ def _compute_panel(axes: Axes, fit: CurveFit, curves: Sequence[Curve]) -> None:
     for _, flops, loss in curves:
         axes.plot(flops, loss, color=style.FAINT, alpha=0.45, linewidth=0.7, zorder=1, label="training loss")
     _runs(axes, fit.points)
-    minima = [valley.minimum for valley in fit.isoflop.valleys if valley.minimum] if fit.isoflop else []
+    minima = fit.isoflop.minima if fit.isoflop else []
     if minima:
         places = [own.flops for own in minima], [own.loss for own in minima]
         axes.plot(*places, "*", **style.dots(style.INK, "isoFLOP minima", ms=8, zorder=6))

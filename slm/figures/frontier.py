@@ -24,7 +24,7 @@ LABELS = 6
 
 def has_frontier(fit: CurveFit) -> bool:
     """Whether an optimum is known: a valley's minimum, or a surface of which the runs hold N*'s exponent."""
-    return bool(fit.isoflop and any(valley.minimum for valley in fit.isoflop.valleys)) or _surface(fit) is not None
+    return bool(fit.isoflop and fit.isoflop.minima) or _surface(fit) is not None
 
 
 def draw_frontier(fit: CurveFit, stem: str | Path, title: str) -> tuple[Path, Path]:

@@ -45,7 +45,7 @@ def draw_residuals(fit: CurveFit, stem: str | Path, title: str) -> tuple[Path, P
 def _law_panel(axes: Axes, law: Law, fit: CurveFit) -> list[style.Label]:
     """Of the runs that the law goes through, or of the minima; gives the labels of their depths."""
     ladder = [point for point in fit.points if point.budget is None]
-    minima = [valley.minimum for valley in fit.isoflop.valleys if valley.minimum] if fit.isoflop else []
+    minima = fit.isoflop.minima if fit.isoflop else []
     runs: Sequence[Point | Minimum] = ladder or minima
     flops = np.array([run.flops for run in runs])
     off = _off(runs, law.loss(flops))

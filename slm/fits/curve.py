@@ -10,7 +10,7 @@ from slm.fits.caution import Caution
 from slm.fits.core import CoreFit, NoCoreFit, fit_core
 from slm.fits.diagnostics import cautions
 from slm.fits.isoflop import IsoFlop, fit_isoflop
-from slm.fits.ladder import Choice, choose
+from slm.fits.ladder import Choice, choose, law_runs
 from slm.fits.parametric import NOT_ASKED, Parametric, fit_parametric
 from slm.fits.points import Point, check
 from slm.fits.power_law import Law
@@ -153,13 +153,13 @@ def fit_curves(
         raise ValueError(f"form is {form!r}; known are auto, {POWER}, {', '.join(FORMS)}")
     form = "additive" if paper and form == "auto" else form
     isoflop = fit_isoflop(points)
-    ladder = [point for point in points if point.budget is None]
-    minima = [valley.minimum for valley in isoflop.valleys if valley.minimum] if isoflop else []
-    through = MINIMA if minima and not ladder else OPTIMAL
+    runs = law_runs(points, isoflop.valleys if isoflop else ())
+    ladder = [point for point in runs if isinstance(point, Point)]
+    through = OPTIMAL if ladder or not runs else MINIMA
     parametric = fit_parametric(points, PAPER if paper else None, form) if form != POWER else NOT_ASKED
     if form in FORMS and parametric.surface is None:
         raise ValueError(f"no {form} surface: {parametric.why}")
-    choice = SCATTERED if ladder and obstacle(ladder) is None else choose(ladder or minima, through)
+    choice = SCATTERED if ladder and obstacle(ladder) is None else choose(runs, through)
     core = fit_core(points, choice.law) if any(point.core is not None for point in points) else None
     rows = sensitivity(points, choice.law, isoflop, parametric, others)
     found = cautions(points, choice, isoflop, parametric, rows)

@@ -166,6 +166,11 @@ class IsoFlop:
     tokens_exponent: Interval | None
     """b of D*(C) ∝ C^b. N·D is not C/6, so a + b need not be 1."""
 
+    @property
+    def minima(self) -> list[Minimum]:
+        """Of the resolved budgets."""
+        return [valley.minimum for valley in self.valleys if valley.minimum]
+
     def interval(self, valley: Valley) -> Interval:
         """N of the minimum: the profile of the joint sum of squares of all valleys."""
         best = valley.minimum

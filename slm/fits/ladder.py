@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from slm.fits.intervals import Interval
-from slm.fits.isoflop import Minimum
+from slm.fits.isoflop import Minimum, Valley
 from slm.fits.points import Point
 from slm.fits.power_law import ADDITIVE, PARAMETERS, PURE, Array, Law, Noise, aicc, fit_law, least, noise_of, predict
 
@@ -124,9 +124,9 @@ def validated(predicted: Sequence[tuple[float, bool]]) -> float:
 
 def choose(runs: Sequence[Run], through: str) -> Choice:
     """The form that predicts the largest compute better, fitted; the other beside it. `through` names the runs."""
-    flops, losses = _columns(runs)
-    if _steps(flops) <= PARAMETERS[PURE]:
-        count = f"{_steps(flops)} different compute{'s' * (_steps(flops) != 1)} among the {through}"
+    flops, losses = columns_of(runs)
+    if computes(flops) <= PARAMETERS[PURE]:
+        count = f"{computes(flops)} different compute{'s' * (computes(flops) != 1)} among the {through}"
         why = f"{count}; a law takes 3, one with a floor 4: run more depths or budgets"
         return Choice(None, None, why, "too_few_runs", None, ())
     noise = _noise(runs)
@@ -142,24 +142,31 @@ def choose(runs: Sequence[Run], through: str) -> Choice:
     )
 
 
-def _columns(runs: Sequence[Run]) -> tuple[Array, Array]:
-    return np.array([run.flops for run in runs]), np.array([run.loss for run in runs])
+def law_runs(points: Sequence[Point], valleys: Sequence[Valley]) -> list[Point] | list[Minimum]:
+    """What L(C) goes through: the runs without a budget, else the resolved minima."""
+    ladder = [point for point in points if point.budget is None]
+    return ladder or [valley.minimum for valley in valleys if valley.minimum]
 
 
-def _steps(flops: Array) -> int:
+def columns_of(runs: Sequence[Run]) -> tuple[Array, Array]:
+    """FLOPs and losses, (n,) each."""
+    return np.array([run.flops for run in runs], float), np.array([run.loss for run in runs], float)
+
+
+def computes(flops: Array) -> int:
     """Different computes; replicates and the rounding of steps aside, one within a percent."""
     return len(flops) and int(1 + (np.diff(np.sort(np.log(flops))) > SAME).sum())
 
 
 def _noise(runs: Sequence[Run]) -> Noise:
-    flops, losses = _columns(runs)
-    widest = ADDITIVE if _steps(flops) > PARAMETERS[ADDITIVE] else PURE
+    flops, losses = columns_of(runs)
+    widest = ADDITIVE if computes(flops) > PARAMETERS[ADDITIVE] else PURE
     return noise_of([run for run in runs if isinstance(run, Point)], flops, losses, widest)
 
 
 def _form(flops: Array, losses: Array, noise: Noise) -> tuple[str, str, dict[str, float] | None]:
     """The form, why, and each form's error at the largest compute, held out."""
-    if _steps(flops) <= PARAMETERS[ADDITIVE]:
+    if computes(flops) <= PARAMETERS[ADDITIVE]:
         return PURE, "3 computes do not hold a floor: that takes 4", None
     held, found = np.log(flops.max() / flops) <= SAME, {form: least(form, flops, losses, noise) for form in PARAMETERS}
     missed = {form: predict(form, flops[~held], losses[~held], noise, flops[held]) for form in PARAMETERS}
@@ -187,7 +194,7 @@ def _hold_outs(runs: Sequence[Run], flops: Array) -> tuple[HoldOut, ...]:
 
 def _hold_out(runs: Sequence[Run], flops: Array, top: float) -> HoldOut:
     kept = [run for run, own in zip(runs, flops) if own <= top]
-    columns, noise = _columns(kept), _noise(kept)
+    columns, noise = columns_of(kept), _noise(kept)
     form, *_ = _form(*columns, noise)
     law = fit_law(form, *columns, noise, level=TESTED)
     beyond = [(run, law.prediction(run.flops)) for run, own in zip(runs, flops) if own > top]

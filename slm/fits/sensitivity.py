@@ -15,6 +15,7 @@ from scipy import stats
 from slm.fits.descent import Array, descend
 from slm.fits.intervals import Interval
 from slm.fits.isoflop import IsoFlop, Minimum, Valley, fit_valleys
+from slm.fits.ladder import columns_of, computes, law_runs
 from slm.fits.parametric import Parametric
 from slm.fits.points import Point
 from slm.fits.power_law import LEAST_SQUARES, PARAMETERS, Law, Noise, least
@@ -95,12 +96,6 @@ def sensitivity(
     return tuple(rows)
 
 
-def runs_of_law(points: Sequence[Point], valleys: Sequence[Valley]) -> list[Point] | list[Minimum]:
-    """What L(C) goes through: runs without a budget, else the resolved minima."""
-    ladder = [point for point in points if point.budget is None]
-    return ladder or [valley.minimum for valley in valleys if valley.minimum]
-
-
 def influences(
     points: Sequence[Point], law: Law | None, isoflop: IsoFlop | None, parametric: Parametric
 ) -> list[Influence]:
@@ -109,7 +104,7 @@ def influences(
     largest run, the exponent of N*. What such a run adds to the noise, and so to the width, does not count.
     """
     found = [
-        *(_of_law(law, runs_of_law(points, isoflop.valleys if isoflop else ())) if law else ()),
+        *(_of_law(law, law_runs(points, isoflop.valleys if isoflop else ())) if law else ()),
         *(_of_surface(points, parametric.surface) if parametric.surface else ()),
         *(_of_minima(isoflop) if isoflop and isoflop.params_exponent else ()),
     ]
@@ -193,7 +188,7 @@ def _at_delta(
         row = descend(cloud, surface.row[None], _weights(points)[None], range(FORMS[surface.form]))[0][0]
     if law:
         noise = law.noise if delta is None else Noise(delta / 1.345, "given")
-        p = _exponent(law, runs_of_law(points, valleys), noise)
+        p = _exponent(law, law_runs(points, valleys), noise)
     return _row(name, points, surface, row, valleys, p)
 
 
@@ -204,7 +199,7 @@ def _worst(points: Sequence[Point], law: Law | None, surface: Surface | None) ->
         residuals = np.abs(surface_residuals(surface, runs)[0])
         enough = len(runs) > FORMS[surface.form] + 3
     elif law and runs:
-        residuals = np.abs(law_residuals(law, *_axes(runs))[0])
+        residuals = np.abs(law_residuals(law, *columns_of(runs))[0])
         enough = len(runs) > PARAMETERS[law.form] + 2
     else:
         return []
@@ -221,7 +216,7 @@ def _without(dropped: Sequence[Point], points: Sequence[Point], law: Law | None,
         row = descend(
             cloud_of(points, surface.delta, surface.raw), surface.row[None], weights[None], range(FORMS[surface.form])
         )[0][0]
-    p = _exponent(law, runs_of_law(rest, valleys), law.noise) if law else None
+    p = _exponent(law, law_runs(rest, valleys), law.noise) if law else None
     name = f"without run{'s' * (len(dropped) > 1)} {', '.join(point.run_id for point in dropped)}"
     return _row(name, rest, surface, row, valleys, p)
 
@@ -236,7 +231,7 @@ def _counted(
         cloud = cloud_of(recounted, surface.delta, surface.raw)
         row = best_row(cloud, _weights(points), surface.form)[0]
         surface = replace(surface, centre=cloud.centre)
-    p = _exponent(law, runs_of_law(recounted, valleys), law.noise) if law else None
+    p = _exponent(law, law_runs(recounted, valleys), law.noise) if law else None
     return _row(f"N is {name}", recounted, surface, row, valleys, p, convention=True)
 
 
@@ -251,19 +246,10 @@ def _minima_exponent(valleys: Sequence[Valley]) -> float | None:
 
 def _exponent(law: Law, runs: Sequence[Point | Minimum], noise: Noise) -> float | None:
     """p of the law's form through these runs, None where they are too few."""
-    flops, losses = _axes(runs)
-    if _computes(flops) <= PARAMETERS[law.form]:
+    flops, losses = columns_of(runs)
+    if computes(flops) <= PARAMETERS[law.form]:
         return None
     return float(least(law.form, flops, losses, noise)[1][2])
-
-
-def _axes(runs: Sequence[Point | Minimum]) -> tuple[Array, Array]:
-    return np.array([run.flops for run in runs], float), np.array([run.loss for run in runs], float)
-
-
-def _computes(flops: Array) -> int:
-    """Different computes, one within a percent."""
-    return int(flops.size > 0) + int((np.diff(np.sort(np.log(flops))) > 0.01).sum())
 
 
 def _weights(points: Sequence[Point]) -> Array:
@@ -299,7 +285,7 @@ def _moved(name: str, interval: Interval, without: float, shrunk: Array | float)
 
 def _of_law(law: Law, runs: Sequence[Point | Minimum]) -> list[Influence]:
     """The largest run, and the one that fits worst for its leverage."""
-    flops, losses = _axes(runs)
+    flops, losses = columns_of(runs)
     free, found = len(runs) - 1 - PARAMETERS[law.form], []
     residuals, jacobian = law_residuals(law, flops, losses)
     leverage = _leverage(jacobian, np.ones_like(flops))
@@ -307,7 +293,7 @@ def _of_law(law: Law, runs: Sequence[Point | Minimum]) -> list[Influence]:
     top, worst = int(flops.argmax()), int((np.abs(residuals) / np.sqrt(1 - leverage)).argmax())
     for k in {top, worst}:
         kept = np.arange(len(runs)) != k
-        if _computes(flops[kept]) <= PARAMETERS[law.form]:
+        if computes(flops[kept]) <= PARAMETERS[law.form]:
             continue
         reference, best, _ = least(law.form, flops[kept], losses[kept], law.noise)
         rest = replace(law, reference=reference, best=best, region=best[None])
