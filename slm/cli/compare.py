@@ -199,9 +199,7 @@ def _of_timings(sides: _Sides, refused: str | None) -> list[dict[str, str]]:
                 times[side, trial.depth].append(trial.seconds)
     worst = max((max(own) / min(own) for own in times.values()), default=1.0)
     if worst > UNEVEN:
-        message = (
-            f"training times of one depth and recipe differ up to {worst:.3g} times: the machine was not quiet"
-        )
+        message = f"training times of one depth and recipe differ up to {worst:.3g} times: the machine was not quiet"
         found.append({"code": "timings_scatter", "message": message})
     return found
 
