@@ -164,9 +164,9 @@ def test_the_law_is_chosen_by_the_largest_compute_held_out() -> None:
 def test_every_hold_out_keeps_the_smaller_runs_and_is_asked_for_the_larger() -> None:
     found = fit_curves(ladder(law() * np.exp(0.001 * np.random.default_rng(2).standard_normal(8)))).document()
     held = found["validation"]
-    assert [own["flops"] for own in held] == FLOPS[2:-1].tolist()
-    assert [own["held"] for own in held] == [5, 4, 3, 2, 1]
-    assert held[0]["factor"] == pytest.approx(FLOPS[-1] / FLOPS[2])
+    assert [own["flops"] for own in held] == FLOPS[3:-1].tolist()
+    assert [own["held"] for own in held] == [4, 3, 2, 1]
+    assert held[0]["factor"] == pytest.approx(FLOPS[-1] / FLOPS[3])
     assert all(own["predicted"][0]["low"] < own["predicted"][0]["estimate"] for own in held)
 
 
@@ -174,7 +174,7 @@ def test_intervals_of_runs_held_out_cover_them_as_often_as_they_say() -> None:
     draw, covered = np.random.default_rng(4), []
     for _ in range(15):
         fit = choose(ladder(law(floor=0.0) * np.exp(0.003 * draw.standard_normal(8))), "runs")
-        covered += [run.covered for own in fit.hold_outs[2:] for run in own.predicted]
+        covered += [run.covered for own in fit.hold_outs[1:] for run in own.predicted]
     assert 0.75 <= np.mean(covered) < 1
 
 

@@ -185,9 +185,12 @@ def _form(flops: Array, losses: Array, noise: Noise) -> tuple[str, str, dict[str
 
 
 def _hold_outs(runs: Sequence[Run], flops: Array) -> tuple[HoldOut, ...]:
-    """Leave-largest-out at every compute that keeps a law with a degree of freedom, RUNGS of them at most."""
+    """Leave-largest-out at every compute that keeps a law with two degrees of freedom, RUNGS of them at most.
+
+    With one, an interval is so wide that what came proves nothing.
+    """
     tops = np.sort(flops)[:-1][np.diff(np.log(np.sort(flops))) > SAME]
-    able = tops[PARAMETERS[PURE] :]
+    able = np.array([top for top in tops[PARAMETERS[PURE] :] if (flops <= top).sum() >= PARAMETERS[PURE] + 2])
     chosen = able[np.unique(np.linspace(0, len(able) - 1, min(RUNGS, len(able))).round().astype(int))]
     return tuple(_hold_out(runs, flops, float(top)) for top in chosen)
 
