@@ -20,8 +20,9 @@ from slm.fits.parametric import Parametric
 from slm.fits.power_law import ADDITIVE, PURE, Law, Noise, fit_law, noise_of
 from slm.fits.sensitivity import AS_FITTED, influences, sensitivity
 from slm.fits.surface import Surface, cloud_of, fit_surface
+from tests import reproduce
 from tests.test_fits import ladder, law
-from tests.test_surface import grid, rows
+from tests.test_surface import grid
 
 Parts = tuple[list[Point], Law | None, IsoFlop | None, Parametric]
 SIGMA = 0.002
@@ -234,7 +235,7 @@ def test_the_table_has_a_row_for_each_change_and_is_json(clean: Parts) -> None:
 
 def test_a_refit_from_the_fitted_row_is_the_fit(reference: Path) -> None:
     """Epoch's 240 points: the exponent of delta 0.001, from a fit of 1.345 sigma."""
-    points = _chinchilla(reference)
+    points = reproduce.chinchilla(reference)
     table = sensitivity(points, None, None, parts(points)[3])
     assert table[1].params_exponent == pytest.approx(0.513900, abs=1e-5)
     assert table[3].alpha == pytest.approx(0.360, abs=1e-3)
@@ -270,39 +271,10 @@ def test_approaches_disagree_when_their_intervals_do_not_meet(clean: Parts) -> N
 
 
 def test_nanochat_s_sizes_drift_and_chinchilla_is_not_additive(reference: Path) -> None:
-    table = rows(reference / "data/scaling/nanochat_isoflop/points_2026-01-26.csv")
-    points = [
-        Point(f"n{k}", "n", 1, *_axes(row), float(row["val_bpb"]), 0, float(row["flops_budget"]), "bpb=a")
-        for k, row in enumerate(table)
-    ]
+    points = reproduce.nanochat(reference)
     assert {"centring_drift"} == NEW & set(told(parts(points, "coupled")))
     assert "surface_structure" in told(parts(points))
-    chinchilla = _chinchilla(reference)
+    chinchilla = reproduce.chinchilla(reference)
     test = structure(chinchilla, fit_surface(chinchilla))
     assert test is not None
     assert test.chance < 1e-9
-
-
-def _axes(row: dict[str, str]) -> tuple[float, float, float]:
-    tokens = float(row["tokens"])
-    return float(row["params_effective"]), tokens, tokens * float(row["flops_per_token"])
-
-
-def _chinchilla(reference: Path) -> list[Point]:
-    table = rows(reference / "data/scaling/chinchilla_epoch/points.csv")
-    return [
-        Point(
-            f"c{k}",
-            "c",
-            1,
-            float(row["params"]),
-            float(row["tokens"]),
-            float(row["flops"]),
-            float(row["loss"]),
-            0,
-            1e20,
-            "bpb=a",
-        )
-        for k, row in enumerate(table)
-        if row["excluded_by_epoch"] == "0"
-    ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from slm.fits import ADDITIVE, PURE, CurveFit, Interval, NotComparable, Point, T
 from slm.fits.isoflop import fit_isoflop
 from slm.fits.ladder import choose, validated
 from slm.fits.power_law import fit_law, noise_of
+from tests import reproduce
 
 FLOPS = np.geomspace(1e12, 1e15, 8)
 E, K, P = 0.7, 50.0, 0.15
@@ -56,22 +56,7 @@ def grid(
 @pytest.fixture
 def published(reference: Path) -> list[Point]:
     """nanochat's 28 isoFLOP runs."""
-    text = (reference / "data/scaling/nanochat_isoflop/points_2026-01-26.csv").read_text()
-    return [
-        Point(
-            f"n{number}",
-            "nanochat",
-            int(row["depth"]),
-            float(row["params_effective"]),
-            float(row["tokens"]),
-            float(row["tokens"]) * float(row["flops_per_token"]),
-            float(row["val_bpb"]),
-            0,
-            float(row["flops_budget"]),
-            "fineweb",
-        )
-        for number, row in enumerate(csv.DictReader(text.splitlines()))
-    ]
+    return reproduce.nanochat(reference)
 
 
 def codes(fit: CurveFit) -> set[str]:

@@ -16,6 +16,7 @@ from slm.fits.descent import descend
 from slm.fits.isoflop import fit_isoflop
 from slm.fits.power_law import Noise
 from slm.fits.surface import FORMS, cloud_of, frontier
+from tests import reproduce
 from tests.calibrate.truths import ENDS, FOUR_BUDGETS, LARGE, POCKET, SMALL, TINY, gauss, noisy
 from tests.calibrate.truths import grid as pocket_grid
 
@@ -65,26 +66,13 @@ def rows(path: Path) -> list[dict[str, str]]:
 @pytest.fixture
 def chinchilla(reference: Path) -> list[Point]:
     """Epoch's 240 points."""
-    table = rows(reference / "data/scaling/chinchilla_epoch/points.csv")
-    return [
-        replace(point(k, float(row["params"]), float(row["tokens"]), float(row["loss"])), flops=float(row["flops"]))
-        for k, row in enumerate(table)
-        if row["excluded_by_epoch"] == "0"
-    ]
+    return reproduce.chinchilla(reference)
 
 
 @pytest.fixture
 def nanochat(reference: Path) -> list[Point]:
     """The 28 isoFLOP runs."""
-    table = rows(reference / "data/scaling/nanochat_isoflop/points_2026-01-26.csv")
-    return [
-        replace(
-            point(k, float(row["params_effective"]), float(row["tokens"]), float(row["val_bpb"])),
-            flops=float(row["tokens"]) * float(row["flops_per_token"]),
-            budget=float(row["flops_budget"]),
-        )
-        for k, row in enumerate(table)
-    ]
+    return reproduce.nanochat(reference)
 
 
 @pytest.mark.parametrize(("form", "gamma"), [("additive", 1.0), ("coupled", 0.6), ("coupled", 1.4)])
@@ -160,20 +148,14 @@ def test_nanochat_is_coupled(nanochat: list[Point]) -> None:
 
 def test_sparse_runs_far_apart_are_not_coupled(reference: Path) -> None:
     """C4 of Gadre et al. 2024: the wider form is better inside and worse beyond."""
-    table = rows(reference / "data/scaling/gadre_overtraining/c4_rpj_small.csv")
-    points = [
-        point(k, float(row["params"]), float(row["tokens"]), float(row["loss_c4_val"]))
-        for k, row in enumerate(table)
-        if row["dataset"] == "c4_original"
-    ]
+    points = reproduce.gadre(reference)
     found = fit_parametric(points)
     assert found.surface is found.surfaces[0]
     assert found.surfaces[1].objective < found.surfaces[0].objective
 
 
 def test_llama_3_by_squared_raw_loss(reference: Path) -> None:
-    table = rows(reference / "data/scaling/llama3_isoflop/points.csv")
-    points = [point(k, float(row["params"]), float(row["tokens"]), float(row["loss"])) for k, row in enumerate(table)]
+    points = reproduce.llama(reference)
     found = fit_surface(points, delta=np.inf, raw=True)
     published = {"E": 0.6047, "A": 59.14, "B": 155.1, "alpha": 0.3100, "beta": 0.3136, "params_exponent": 0.5029}
     for name, value in published.items():

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from slm.fits import AtDepth, Comparison, Trial
 
 NAMES = "An experiment, a recipe, a version of the trainer's code, or several of them joined by /."
+TIMES = {"wall_clock": "training time", "cost": "device time"}
+"""What is compared beside compute, in words."""
 UNEVEN = 1.1
 """How many times longer one seed may take than another without a word."""
 
@@ -36,16 +38,15 @@ def compare(
     """Price a change in compute: how much more the base would need for the candidate's loss, depth by depth."""
     from slm import figures, fits
 
-    if file is not None and base is not None:
-        raise ValueError(f"{base} and --from {file}: compare one or the other")
-    if names is not None and file is None:
-        raise ValueError(f"--map {names}: it goes with --from")
+    fitting.check_file(file, names, base)
     if markdown and as_json:
         raise ValueError("--markdown and --json: choose one")
     sides = _of_file(file, names) if file is not None else _of_store(base, candidate)
     found = fits.compare(sides.base, sides.candidate, sides.names)
-    document = found.document() | _in_time(sides)
-    document["warnings"] += _of_timings(sides, document.pop("time_refused", None))
+    times, refused = _in_time(sides)
+    document = found.document()
+    document |= {name: times[name].document() if name in times else None for name in TIMES}
+    document["warnings"] += _of_timings(sides, refused)
     document = fitting.recorded("compare", sides.experiments, document)
     stem = figure or sides.stem
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -53,9 +54,9 @@ def compare(
     if as_json:
         print_json(document | {"figures": [str(path) for path in drawn]})
     elif markdown:
-        print(_markdown(found, document, sides))
+        print(_markdown(found, times, document, sides))
     else:
-        _print(found, document)
+        _print(found, times, document)
         print(f"\nfigure: {', '.join(str(path) for path in drawn)}")
 
 
@@ -81,38 +82,37 @@ def _of_file(file: Path, names: str | None) -> _Sides:
     """The two recipes of a CSV, base first."""
     from slm.fits import read_trials
 
-    if not file.is_file():
-        raise ValueError(f"--from {file}: no such file")
     (base, own), (candidate, other) = read_trials(file, fitting.columns_of(names)).items()
     return _Sides((base, candidate), own, other, Path(f"{file.stem}-compared"), [])
 
 
 def _of_store(base: str | None, candidate: str | None) -> _Sides:
     """Two sets of runs of the home, by what each is named by."""
+    import store
+
     if base is None or candidate is None:
         raise ValueError("two names are needed: `slm compare BASE CANDIDATE`, or --from FILE.csv")
     home = fitting.ingested()
-    frames = (_named(base, home), _named(candidate, home))
+    finished, members = store.results(home=home), store.sql("select experiment, run_id from memberships", home=home)
+    finished = finished[finished["status"] == "finished"]
+    frames = (_named(base, finished, members), _named(candidate, finished, members))
     both = sorted(set(frames[0]["run_id"]) & set(frames[1]["run_id"]))
     if both:
         raise ValueError(f"{base} and {candidate} share run {both[0]} and {len(both) - 1} others: nothing to compare")
     stem = home / "figures" / f"{base}-{candidate}".replace("/", ".")
-    experiments = sorted(_holding(frames, home))
+    runs = {run_id for frame in frames for run_id in frame["run_id"]}
+    experiments = sorted(set(members[members["run_id"].isin(runs)]["experiment"]))
     return _Sides((base, candidate), _trials(frames[0]), _trials(frames[1]), stem, experiments, frames)
 
 
-def _named(name: str, home: Path) -> pandas.DataFrame:
-    """The ladder of finished runs that every part of a name holds: experiment, recipe, code.
+def _named(name: str, finished: pandas.DataFrame, members: pandas.DataFrame) -> pandas.DataFrame:
+    """The ladder of the finished runs that every part of a name holds: experiment, recipe, code.
 
     Raises ValueError for a part that names nothing, for no run, and for several recipes or versions of the code.
     """
-    import store
-
-    frame = store.results(home=home)
-    frame = frame[(frame["status"] == "finished")]
     for part in name.split("/"):
-        frame = frame[_holds(part, frame, home)]
-    ladder, _ = fitting.ladder_of(frame)
+        finished = finished[_holds(part, finished, members)]
+    ladder, _ = fitting.ladder_of(finished)
     ladder = ladder[ladder["horizon"].map(fitting.budget_of).isna()]
     if ladder.empty:
         raise ValueError(f"{name}: no finished compute-optimal run is all of that; `slm status` shows what there is")
@@ -124,34 +124,18 @@ def _named(name: str, home: Path) -> pandas.DataFrame:
     return ladder
 
 
-def _holds(part: str, frame: pandas.DataFrame, home: Path) -> pandas.Series[bool]:
+def _holds(part: str, frame: pandas.DataFrame, members: pandas.DataFrame) -> pandas.Series[bool]:
     """Which rows an experiment's, a recipe's or a code's name means."""
-    import store
-
-    if part in _experiments(home):
-        return frame["run_id"].isin(set(store.results(part, home=home)["run_id"]))
+    experiments = set(members["experiment"])
+    if part in experiments:
+        return frame["run_id"].isin(members[members["experiment"] == part]["run_id"])
     if part in set(frame["recipe"]):
         return frame["recipe"] == part
     codes = frame["code"].str.startswith(part) if len(part) >= 4 else frame["code"].isna()
     if not codes.any():
-        there = ", ".join(sorted(_experiments(home) | set(frame["recipe"]) | set(frame["code"]))) or "none"
+        there = ", ".join(sorted(experiments | set(frame["recipe"]) | set(frame["code"]))) or "none"
         raise ValueError(f"{part}: no such experiment, recipe or code; there are {there}")
     return codes
-
-
-def _experiments(home: Path) -> set[str]:
-    import store
-
-    return set(store.sql("select name from experiments", home=home)["name"])
-
-
-def _holding(frames: Sequence[pandas.DataFrame], home: Path) -> set[str]:
-    """Experiments that have some of the runs."""
-    import store
-
-    members = store.sql("select experiment, run_id from memberships", home=home)
-    runs = {run_id for frame in frames for run_id in frame["run_id"]}
-    return set(members[members["run_id"].isin(runs)]["experiment"])
 
 
 def _trials(frame: pandas.DataFrame) -> list[Trial]:
@@ -171,22 +155,21 @@ def _trials(frame: pandas.DataFrame) -> list[Trial]:
     ]
 
 
-def _in_time(sides: _Sides) -> dict[str, Any]:
-    """The same question of training time and of device time, where both sides have it on devices of one kind."""
+def _in_time(sides: _Sides) -> tuple[dict[str, Comparison], str | None]:
+    """The same question of TIMES, where both sides have them on devices of one kind, and why it cannot be answered."""
     from slm import fits
 
-    unknown: dict[str, Any] = {"wall_clock": None, "cost": None}
     if any(trial.seconds is None for trial in (*sides.base, *sides.candidate)):
-        return unknown
+        return {}, None
     asked = {"wall_clock": (sides.base, sides.candidate)}
     if sides.frames is not None:
         if len({name for frame in sides.frames for name in frame["device_name"]}) > 1:
-            return unknown
+            return {}, None
         asked["cost"] = _costed(sides.base, sides.frames[0]), _costed(sides.candidate, sides.frames[1])
     try:
-        return unknown | {name: fits.compare(*own, sides.names, "seconds").document() for name, own in asked.items()}
+        return {name: fits.compare(*own, sides.names, "seconds") for name, own in asked.items()}, None
     except fits.NotComparable as error:
-        return unknown | {"time_refused": str(error)}
+        return {}, str(error)
 
 
 def _of_timings(sides: _Sides, refused: str | None) -> list[dict[str, str]]:
@@ -212,43 +195,25 @@ def _costed(trials: Sequence[Trial], frame: pandas.DataFrame) -> list[Trial]:
     return [replace(trial, seconds=(trial.seconds or 0.0) * float(ranks[trial.run_id])) for trial in trials]
 
 
-def _print(found: Comparison, document: dict[str, Any]) -> None:
+def _print(found: Comparison, times: dict[str, Comparison], document: dict[str, Any]) -> None:
     from slm import fits
 
     print(f"{found.verdict.sentence}\n")
     headers, rows = fits.comparison_table(found)
     print_table(rows, headers)
-    for name, words in (("wall_clock", "training time"), ("cost", "device time")):
-        if document[name]:
-            print(f"\nin {words}: {_interval(document[name]['compute_multiplier'])}")
-    for warning in document["warnings"]:
-        print(f"\n{warning['code']}: {warning['message']}")
+    for name, own in times.items():
+        print(f"\nin {TIMES[name]}: {own.multiplier.text()}")
+    fitting.print_warnings(document)
 
 
-def _interval(own: dict[str, Any]) -> str:
-    from slm.fits import Interval
-
-    return Interval(own["estimate"], own["low"], own["high"], own["identifiable"]).text()
-
-
-def _markdown(found: Comparison, document: dict[str, Any], sides: _Sides) -> str:
+def _markdown(found: Comparison, times: dict[str, Comparison], document: dict[str, Any], sides: _Sides) -> str:
     """The table that a pull request needs: every depth of both, the multiplier, the evidence and how it was made."""
     from tabulate import tabulate
 
     from slm import fits
 
-    headers = [
-        "depth",
-        "",
-        "seeds",
-        "training time (s)",
-        "val_bpb",
-        "CORE",
-        "tokens/s",
-        "MFU",
-        "multiplier",
-        "evidence",
-    ]
+    headers = ["depth", "", "seeds", "training time (s)", "val_bpb", "CORE", "tokens/s", "MFU"]
+    headers += ["multiplier", "evidence"]
     rows = [row for depth in found.per_depth for row in _depth_rows(depth, sides)]
     lines = [
         f"**{found.verdict.sentence}**",
@@ -258,9 +223,7 @@ def _markdown(found: Comparison, document: dict[str, Any], sides: _Sides) -> str
         f"Compute multiplier over all depths: {found.multiplier.text()} (95 % of one look). Evidence "
         f"{found.evidence.any:.2g}; a claim takes {fits.ENOUGH:g} and so holds however often one looks.",
     ]
-    for name, words in (("wall_clock", "training time"), ("cost", "device time")):
-        if document[name]:
-            lines.append(f"The same in {words}: {_interval(document[name]['compute_multiplier'])}.")
+    lines += [f"The same in {TIMES[name]}: {own.multiplier.text()}." for name, own in times.items()]
     lines += [f"- {warning['code']}: {warning['message']}" for warning in document["warnings"]]
     return "\n".join([*lines, "", *_made(document, sides)])
 

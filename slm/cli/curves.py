@@ -63,7 +63,7 @@ def fit_curves(
     document = fitting.recorded("fit-curves", runs.experiments, document)
     stem = figure or runs.stem
     stem.parent.mkdir(parents=True, exist_ok=True)
-    drawn = figures.draw_fit(fit, stem, curves=runs.curves, title=stem.name)
+    drawn = figures.draw_fit(fit, stem, curves=fitting.training_curves(runs, metric), title=stem.name)
     if as_json:
         print_json(document | {"figures": [str(path) for path in drawn]})
         return
@@ -71,8 +71,7 @@ def fit_curves(
     for headers, rows in [*fits.tables(fit, predictions), *([_reach_table(reached)] if reached else [])]:
         print()
         print_table(rows, headers)
-    for warning in document["warnings"]:
-        print(f"\n{warning['code']}: {warning['message']}")
+    fitting.print_warnings(document)
     for reason, count in Counter(run["reason"] for run in runs.excluded).items():
         print(f"\nleft out: {count} runs, {reason}")
     print(f"\nfigures: {', '.join(str(path) for path in drawn)}")
@@ -82,10 +81,7 @@ def _check(
     experiments: list[str] | None, file: Path | None, names: str | None, metric: str | None, params: str | None
 ) -> None:
     """Refuse options that contradict each other or are unknown."""
-    if file is not None and experiments:
-        raise ValueError(f"{experiments[0]} and --from {file}: fit one or the other")
-    if names is not None and file is None:
-        raise ValueError(f"--map {names}: it goes with --from")
+    fitting.check_file(file, names, experiments[0] if experiments else None)
     if params is not None and file is not None:
         raise ValueError(f"--params {params}: a file has the params it has; --map params=COLUMN chooses")
     for option, value, known in (("--metric", metric, fitting.METRICS), ("--params", params, fitting.COUNTS)):
@@ -161,5 +157,4 @@ def _model_of(fit: CurveFit, target: Target, counting: str) -> Target:
 
 def _count(given: Hyperparameters, counting: str) -> int:
     """N of a model by a convention."""
-    counts = given.parameters
-    return {"matrices+head": counts.scaling, "total": counts.total, "matrices": counts.transformer_matrices}[counting]
+    return int(getattr(given.parameters, fitting.COUNTS[counting][1]))

@@ -21,15 +21,13 @@ if TYPE_CHECKING:
 SMOOTHING = 12
 """A training curve is averaged over this share of its logged steps."""
 COUNTS = {
-    "matrices+head": "parameters_scaling",
-    "total": "parameters_total",
-    "matrices": "parameters_matrices",
+    "matrices+head": ("parameters_scaling", "scaling"),
+    "total": ("parameters_total", "total"),
+    "matrices": ("parameters_matrices", "transformer_matrices"),
 }
-"""What N may count, and the column of `results` that has it."""
+"""What N may count, the column of `results` that has it, and its name among a recipe's parameters."""
 METRICS = {"val_bpb": "val_bpb", "loss": "val_loss", "core": "val_bpb"}
 """What a fit may be of, and the column of `results` that is its loss; CORE is read through the loss."""
-
-
 NONE = "none"
 """`--map budget=none`: the runs of a file have no budgets."""
 
@@ -48,8 +46,8 @@ class Runs:
     """Where they are from; a fit of a file is not recorded."""
     excluded: list[dict[str, str]] = field(default_factory=list)
     """Runs left out, each with its reason."""
-    curves: list[tuple[int, Any, Any]] = field(default_factory=list)
-    """Depth, FLOPs and loss while training."""
+    rows: pandas.DataFrame | None = None
+    """Rows of `results` that they are, where they are from the store."""
     others: dict[str, list[float]] = field(default_factory=dict)
     """N of every run by the other conventions."""
     speed: float | None = None
@@ -65,7 +63,6 @@ def of_experiments(names: Sequence[str], counting: str = "matrices+head", metric
 
     Raises ValueError for an experiment that is not there or has no finished run.
     """
-    import store
 
     home = ingested()
     names = list(dict.fromkeys(names)) or [_only_experiment(home)]
@@ -78,27 +75,40 @@ def of_experiments(names: Sequence[str], counting: str = "matrices+head", metric
             raise ValueError(f"experiment {wanted} has runs at {horizons}: a fit takes one ratio, or FLOPs budgets")
         raise ValueError(f"experiment {wanted} has no finished run to fit: `slm status {names[0]}` says why")
     title = "+".join(names)
-    curves = [curve for name in names for curve in _curves(ladder, store.curves(name, home=home), METRICS[metric])]
-    points = points_of(ladder, COUNTS[counting], METRICS[metric])
-    others = {name: ladder[column].tolist() for name, column in COUNTS.items() if name != counting}
+    points = points_of(ladder, COUNTS[counting][0], METRICS[metric])
+    others = {name: ladder[column].tolist() for name, (column, _) in COUNTS.items() if name != counting}
     speed = float(ladder.sort_values("flops")["flops_per_second"].iloc[-1])
     ratios = {float(own.removeprefix("ratio=")) for own in ladder["horizon"] if own.startswith("ratio=")}
     where = home / "figures" / title
     data = _data_of(names[0], home)
-    return Runs(points, counting, where, names, excluded, curves, others, speed, next(iter(ratios), None), data)
+    return Runs(points, counting, where, names, excluded, ladder, others, speed, next(iter(ratios), None), data)
 
 
 def of_file(file: Path, columns: dict[str, str]) -> Runs:
-    """The runs of a CSV. Raises ValueError as `fits.read_points` does, and where there is no such file."""
+    """The runs of a CSV. Raises ValueError as `fits.read_points` does."""
     from slm.fits import read_points
 
-    if not file.is_file():
-        raise ValueError(f"--from {file}: no such file")
     budgets = columns.get("budget") != NONE
     named = {name: column for name, column in columns.items() if budgets or name != "budget"}
     table = read_points(file, named, budgets)
     outliers = [{"run_id": point.run_id, "reason": "marked as an outlier"} for point in table.outliers]
     return Runs(list(table.points), "params as the file gives them", Path(file.stem), excluded=outliers)
+
+
+def check_file(file: Path | None, names: str | None, other: str | None) -> None:
+    """Refuse --from beside names of the store or where there is no such file, and --map without it."""
+    if file is not None and other is not None:
+        raise ValueError(f"{other} and --from {file}: read one or the other")
+    if names is not None and file is None:
+        raise ValueError(f"--map {names}: it goes with --from")
+    if file is not None and not file.is_file():
+        raise ValueError(f"--from {file}: no such file")
+
+
+def print_warnings(document: dict[str, Any]) -> None:
+    """A paragraph each."""
+    for warning in document["warnings"]:
+        print(f"\n{warning['code']}: {warning['message']}")
 
 
 def columns_of(text: str | None) -> dict[str, str]:
@@ -192,14 +202,21 @@ def _only_experiment(home: Path) -> str:
     return str(names[0])
 
 
-def _curves(results: pandas.DataFrame, steps: pandas.DataFrame, loss: str) -> list[tuple[int, Any, Any]]:
-    """Depth, FLOPs and smoothed training loss of each run, for the figure's background.
+def training_curves(runs: Runs, metric: str) -> list[tuple[int, Any, Any]]:
+    """Depth, FLOPs and smoothed training loss of each run, for the figure's background; none for runs of a file.
 
     Nats a token become the loss's unit by the run's own ratio of the two on the validation rows.
     """
-    logged = dict(iter(steps.dropna(subset=["loss"]).groupby("run_id")))
+    import store
+
+    if runs.rows is None:
+        return []
+    loss: str = METRICS[metric]
+    logged: dict[Any, pandas.DataFrame] = {}
+    for name in runs.experiments:
+        logged |= dict(iter(store.curves(name).dropna(subset=["loss"]).groupby("run_id")))
     curves = []
-    for row in results.to_dict("records"):
+    for row in runs.rows.to_dict("records"):
         run = logged.get(row["run_id"])
         if run is None:
             continue

@@ -36,11 +36,10 @@ def next_runs(
 
     if not target:
         raise ValueError("no --target: write --target loss@d26, or params_exponent")
-    if len(numbers_of("--budget", budget or None)) != 1:
-        raise ValueError(
-            "no --budget: write the FLOPs there are, --budget 1e20" if not budget else f"--budget {budget}"
-        )
-    (flops,) = numbers_of("--budget", budget)
+    given = numbers_of("--budget", budget or None)
+    if len(given) != 1:
+        raise ValueError(f"--budget {budget}: write the FLOPs there are, one number, as in --budget 1e20")
+    (flops,) = given
     runs = fitting.of_experiments(experiments or [])
     recipe = recipe_of(runs.points[0].recipe, option="slm next: the runs' recipe")
     layers = depths_of(depths) if depths else tuple(range(min(point.depth for point in runs.points), DEEPEST + 1))
@@ -55,8 +54,7 @@ def next_runs(
     headers, rows = fits.design_table(design)
     print()
     print_table(rows, headers)
-    for warning in document["warnings"]:
-        print(f"\n{warning['code']}: {warning['message']}")
+    fitting.print_warnings(document)
     print("\n" + "\n".join(sweeps))
 
 

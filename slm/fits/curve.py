@@ -22,8 +22,6 @@ OPTIMAL, MINIMA = "compute-optimal runs", "isoflop minima"
 """What a law goes through."""
 POWER = "power"
 """The form that is L(C) alone."""
-
-
 SCATTERED = Choice(
     None,
     None,

@@ -368,7 +368,8 @@ def _overlap(one: Interval, other: Interval) -> bool:
 
 
 def _differ(profile: Interval, drawn: tuple[float | None, float | None]) -> bool:
-    if None in (profile.low, profile.high, *drawn):
+    low, high = drawn
+    if profile.low is None or profile.high is None or low is None or high is None:
         return False
-    widths = sorted((profile.high - profile.low, drawn[1] - drawn[0]))  # type: ignore[operator]
+    widths = sorted((profile.high - profile.low, high - low))
     return widths[1] > WIDER * widths[0]

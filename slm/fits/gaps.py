@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scipy import special
 
 from slm.fits.intervals import LEVEL, Interval
+from slm.fits.ladder import computes
 from slm.fits.power_law import ROUNDING
 
 Array = NDArray[np.float64]
@@ -184,7 +185,7 @@ def measure(base: Mapping[int, Rung], candidate: Mapping[int, Rung]) -> tuple[Cu
 def _curve(ladder: Sequence[Rung]) -> Curve:
     compute = np.array([own.compute for own in ladder])
     means = np.array([own.mean for own in ladder])
-    centre, steps = float(compute.mean()), int(1 + (np.diff(np.sort(compute)) > 0.01).sum())
+    centre, steps = float(compute.mean()), computes(np.exp(compute))
     design = np.vander(compute - centre, min(3, steps), increasing=True)
     gram = np.asarray(np.linalg.inv(design.T @ design), float)
     coefficients = np.zeros(3)

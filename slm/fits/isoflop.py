@@ -169,7 +169,7 @@ class IsoFlop:
     @property
     def minima(self) -> list[Minimum]:
         """Of the resolved budgets."""
-        return [valley.minimum for valley in self.valleys if valley.minimum]
+        return minima_of(self.valleys)
 
     def interval(self, valley: Valley) -> Interval:
         """N of the minimum: the profile of the joint sum of squares of all valleys."""
@@ -255,6 +255,11 @@ def fit_isoflop(points: Sequence[Point]) -> IsoFlop | None:
             _exponent(resolved, [valley.size_of_tokens() for valley in resolved], residual, free),
         ]
     return IsoFlop(valleys, float(np.sqrt(residual / free)) if free else None, free, *exponents)
+
+
+def minima_of(valleys: Sequence[Valley]) -> list[Minimum]:
+    """Of the resolved ones."""
+    return [valley.minimum for valley in valleys if valley.minimum]
 
 
 def fit_valleys(points: Sequence[Point]) -> tuple[Valley, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from slm.fits.intervals import Interval
-from slm.fits.isoflop import Minimum, Valley
+from slm.fits.isoflop import Minimum, Valley, minima_of
 from slm.fits.points import Point
 from slm.fits.power_law import ADDITIVE, PARAMETERS, PURE, Array, Law, Noise, aicc, fit_law, least, noise_of, predict
 
@@ -145,7 +145,7 @@ def choose(runs: Sequence[Run], through: str) -> Choice:
 def law_runs(points: Sequence[Point], valleys: Sequence[Valley]) -> list[Point] | list[Minimum]:
     """What L(C) goes through: the runs without a budget, else the resolved minima."""
     ladder = [point for point in points if point.budget is None]
-    return ladder or [valley.minimum for valley in valleys if valley.minimum]
+    return ladder or minima_of(valleys)
 
 
 def columns_of(runs: Sequence[Run]) -> tuple[Array, Array]:
@@ -155,7 +155,13 @@ def columns_of(runs: Sequence[Run]) -> tuple[Array, Array]:
 
 def computes(flops: Array) -> int:
     """Different computes; replicates and the rounding of steps aside, one within a percent."""
-    return len(flops) and int(1 + (np.diff(np.sort(np.log(flops))) > SAME).sum())
+    return len(flops) and 1 + len(tops(flops))
+
+
+def tops(flops: Array) -> Array:
+    """The largest of each different compute, but of the last: up to where runs may be kept, and the rest held out."""
+    rising = np.sort(flops)
+    return np.asarray(rising[:-1][np.diff(np.log(rising)) > SAME])
 
 
 def _noise(runs: Sequence[Run]) -> Noise:
@@ -189,8 +195,7 @@ def _hold_outs(runs: Sequence[Run], flops: Array) -> tuple[HoldOut, ...]:
 
     With one, an interval is so wide that what came proves nothing.
     """
-    tops = np.sort(flops)[:-1][np.diff(np.log(np.sort(flops))) > SAME]
-    able = np.array([top for top in tops[PARAMETERS[PURE] :] if (flops <= top).sum() >= PARAMETERS[PURE] + 2])
+    able = np.array([top for top in tops(flops)[PARAMETERS[PURE] :] if (flops <= top).sum() >= PARAMETERS[PURE] + 2])
     chosen = able[np.unique(np.linspace(0, len(able) - 1, min(RUNGS, len(able))).round().astype(int))]
     return tuple(_hold_out(runs, flops, float(top)) for top in chosen)
 

@@ -11,7 +11,7 @@ import numpy as np
 from slm.fits.descent import Array, descend
 from slm.fits.intervals import Interval
 from slm.fits.isoflop import Minimum
-from slm.fits.ladder import TESTED, validated
+from slm.fits.ladder import TESTED, tops, validated
 from slm.fits.points import Point
 from slm.fits.power_law import REACH, Noise, aicc
 from slm.fits.surface import (
@@ -149,8 +149,7 @@ def fit_parametric(
 def validate(points: Sequence[Point], delta: float) -> tuple[Rung, ...]:
     """Leave-largest-compute-out at every compute (a budget is one) that keeps a surface, RUNGS of them at most."""
     levels = np.array([point.budget or point.flops for point in points])
-    tops = np.sort(levels)[:-1][np.diff(np.log(np.sort(levels))) > 0.01]
-    able = [top for top in tops if _holds([point for point, own in zip(points, levels) if own <= top * 1.001])]
+    able = [top for top in tops(levels) if _holds([point for point, own in zip(points, levels) if own <= top * 1.001])]
     if len(able) > RUNGS:
         decisive = [top for top in able if (levels > top * 1.001).mean() >= HELD][-1:]
         able = sorted({*decisive, *(able[k] for k in np.linspace(0, len(able) - 1, RUNGS - 1).round().astype(int))})

@@ -14,7 +14,7 @@ from scipy import stats
 
 from slm.fits.descent import Array, descend
 from slm.fits.intervals import Interval
-from slm.fits.isoflop import IsoFlop, Minimum, Valley, fit_valleys
+from slm.fits.isoflop import IsoFlop, Minimum, Valley, fit_valleys, minima_of
 from slm.fits.ladder import columns_of, computes, law_runs
 from slm.fits.parametric import Parametric
 from slm.fits.points import Point
@@ -237,7 +237,7 @@ def _counted(
 
 def _minima_exponent(valleys: Sequence[Valley]) -> float | None:
     """Slope of the line through the minima."""
-    minima = [valley.minimum for valley in valleys if valley.minimum]
+    minima = minima_of(valleys)
     if len(minima) < 2:
         return None
     flops, params = np.log([[own.flops, own.params] for own in minima]).T

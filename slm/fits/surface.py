@@ -275,7 +275,7 @@ def _linear(design: Array, weights: Array) -> Array:
 def _intervals(cloud: Cloud, weights: Array, form: str, row: Array, objective: float) -> dict[str, Interval]:
     """Profile-likelihood intervals, all ends sought together."""
     names = [name for name in QUANTITIES if name != "gamma" or form == "coupled"]
-    limit = (objective + weights.size * ROUNDING**2) * allowance(weights.size - FORMS[form])
+    limit = _limit(objective, weights.size, form)
     ends = _ends(cloud, weights, range(FORMS[form]), row, (objective, limit), names)
     best = _sought(row[None], cloud.centre)
     found = {"gamma": Interval(1.0, 1.0, 1.0, True)}
@@ -289,10 +289,15 @@ def _intervals(cloud: Cloud, weights: Array, form: str, row: Array, objective: f
     return {name: found[name] for name in QUANTITIES}
 
 
+def _limit(objective: float, runs: int, form: str) -> float:
+    """The objective up to which a row is inside the 95 % region."""
+    return (objective + runs * ROUNDING**2) * allowance(runs - FORMS[form])
+
+
 def frontier(points: Sequence[Point], surface: Surface, flops: Array) -> list[tuple[Minimum, Interval]]:
     """The compute-optimal model at each C, and the profile-likelihood interval of its N; that of D is C/(kappa·N)."""
     cloud, weights = cloud_of(points, surface.delta, surface.raw), np.array([point.weight for point in points])
-    limit = (surface.objective + weights.size * ROUNDING**2) * allowance(weights.size - FORMS[surface.form])
+    limit = _limit(surface.objective, weights.size, surface.form)
     columns = [column for column in range(FORMS[surface.form]) if column != 1]
     found = []
     for own in flops:

@@ -6,7 +6,7 @@ noise of .0012 by seed and, where said, .003 by depth, common to both recipes. A
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,5 +105,5 @@ def _covers(low: float | None, high: float | None, truth: float) -> bool:
     return (low or 0.0) <= truth <= (high or np.inf)
 
 
-def _share(hits: object) -> str:
-    return f"{100 * np.mean(list(hits)):.1f}"  # type: ignore[call-overload]
+def _share(hits: Iterable[bool]) -> str:
+    return f"{100 * np.mean(list(hits)):.1f}"
