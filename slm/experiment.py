@@ -1,4 +1,7 @@
-"""Experiment: what is asked, as recipes x depths x horizons x seeds; declared in experiments/*.py or from flags."""
+"""Experiment: what is asked, as recipes x depths x horizons x seeds; declared in experiments/*.py or from flags.
+
+Or as plans, which hold whole runs.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slm.recipe import Hyperparameters, Recipe
+
+if TYPE_CHECKING:
+    from slm.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,8 @@ class Asked:
     """Seed of the run."""
     hyperparameters: Hyperparameters
     """What the recipe gave."""
+    plan: Plan | None = None
+    """The plan that asks for it, made elsewhere; None where a recipe does."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,9 @@ class Experiment:
     """Corpus: a name or a folder."""
     question: str = ""
     """What it is to find out."""
+    plans: tuple[Plan, ...] = ()
+    """Runs to repeat as they were planned. A plan names its recipe but not the recipe's constants, so none is declared
+    for it: that these runs belong to the experiment is the word of whoever named it."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
@@ -57,8 +68,14 @@ class Experiment:
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} given together: choose one horizon")
         for name in ("recipes", "depths", "seeds"):
-            if not getattr(self, name):
+            if not getattr(self, name) and not self.plans:
                 raise ValueError(f"experiment {self.name}: no {name}")
+
+    @property
+    def families(self) -> list[str]:
+        """Names of the recipes, those of plans included."""
+        names = [*(recipe.name for recipe in self.recipes), *(plan.recipe for plan in self.plans)]
+        return list(dict.fromkeys(names))
 
     def asked(self) -> list[Asked]:
         """Every run, cheapest first. Raises ValueError for what a recipe refuses."""
@@ -69,6 +86,7 @@ class Experiment:
             for label, horizon in self._horizons()
             for seed in self.seeds
         ]
+        runs += [Asked(plan.recipe, plan.horizon, plan.seed, plan.hyperparameters, plan) for plan in self.plans]
         return sorted(runs, key=lambda run: run.hyperparameters.flops)
 
     def _horizons(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -91,6 +109,7 @@ class Experiment:
             "steps": self.steps,
             "seeds": list(self.seeds),
             "data": self.data,
+            "plans": [plan.run_id for plan in self.plans],
         }
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
-from slm.recipe import AdamW, Hyperparameters, Parameters
+from slm.recipe import Hyperparameters
 
-TRAINER_SOURCES = ("model.py", "optim.py", "train.py", "data/loader.py", "evaluate/bpb.py")
+TRAINER_SOURCES = ("attention.py", "layers.py", "model.py", "optim.py", "train.py", "data/loader.py", "evaluate/bpb.py")
 """The files whose code decides the weights and val_bpb, relative to the package."""
 
 
@@ -71,18 +71,41 @@ class Plan:
 
     @classmethod
     def read(cls, path: Path) -> Plan:
-        """The plan in a plan.json. Raises ValueError when the file's content is not the run its run_id names."""
-        document = json.loads(path.read_text())
-        run_id = document.pop("run_id")
-        given = document["hyperparameters"]
-        for name in ("lm_head", "wte", "value_embeds", "resid", "x0", "smear"):
-            given[name] = AdamW(**given[name])
-        given |= {name: tuple(given[name]) for name in ("windows", "momentum")}
-        given["parameters"] = Parameters(**given["parameters"])
-        plan = cls(**document | {"hyperparameters": Hyperparameters(**given), "data": DataIdentity(**document["data"])})
-        if plan.run_id != run_id:
-            raise ValueError(f"{path}: its content is run {plan.run_id}, not {run_id}: the file was changed")
+        """The plan in a plan.json.
+
+        Raises ValueError when the file holds no plan of this version, or one that is not the run its run_id names.
+        """
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            run_id = document.pop("run_id", None) if isinstance(document, dict) else None
+            plan: Plan = _typed(cls, document, "plan")
+            content = plan.run_id
+        except ValueError as error:
+            raise ValueError(f"{path} is no plan that this version of slm reads: {error}") from None
+        if content != run_id:
+            raise ValueError(f"{path}: its content is run {content}, not {run_id}: the file was changed")
         return plan
+
+
+def _typed(kind: Any, value: Any, where: str) -> Any:
+    """A value of JSON as what a field's type says; dataclasses have exactly their fields. Raises ValueError."""
+    if isinstance(kind, type) and is_dataclass(kind):
+        return kind(**_fields(kind, value, where))
+    written = list if get_origin(kind) is tuple else int | float if kind is float else kind
+    if not isinstance(value, written):
+        raise ValueError(f"{where} is {value!r}")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _fields(kind: type, value: Any, where: str) -> dict[str, Any]:
+    """The fields of a dataclass. Raises ValueError naming those that are missing or unknown."""
+    hints = get_type_hints(kind)
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is not an object")
+    if wrong := sorted(hints.keys() ^ value.keys()):
+        named = (f"no {name}" if name in hints else f"an unknown {name}" for name in wrong)
+        raise ValueError(f"{where} has {', '.join(named)}")
+    return {name: _typed(hint, value[name], f"{where}.{name}") for name, hint in hints.items()}
 
 
 def canonical(value: Any) -> str:

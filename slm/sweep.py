@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,10 +87,56 @@ def _key(given: Hyperparameters) -> tuple[int, ...]:
     return tuple(row_shape(given).values())
 
 
+def repetition(files: Sequence[Path], name: str | None, data: str | None) -> Experiment:
+    """The experiment of the runs that plan.json files hold, under a name (one run's is its run_id) and on a corpus.
+
+    Raises ValueError for a file that is not there or no plan, for a plan of another trainer, for one on a folder's
+    texts without a corpus, and for several without a name.
+    """
+    plans = {plan.run_id: plan for plan in (_plan_in(file, data) for file in files)}
+    if name is None and len(plans) > 1:
+        raise ValueError(f"{len(plans)} plans without a name: --name says under which they are recorded together")
+    (first, *_) = plans
+    return Experiment(name or first, (), (), seeds=(), data=data or "python", plans=tuple(plans.values()))
+
+
+def _plan_in(file: Path, data: str | None) -> Plan:
+    """The plan of a file, or of a run's folder, if this trainer can repeat it."""
+    path = file / "plan.json" if file.is_dir() else file
+    if not path.is_file():
+        raise ValueError(f"--plan {path}: no such file")
+    plan = Plan.read(path)
+    if plan.code != code_fingerprint():
+        raise ValueError(
+            f"{path} was planned by another version of the trainer ({plan.code}; this is {code_fingerprint()}): repeat "
+            f"it with the commit that `slm show {plan.run_id} --json` names where it was trained, or sweep its recipe"
+        )
+    if data is None and plan.data.corpus != "python":
+        raise ValueError(f"{path} was planned on a folder {plan.data.corpus!r}: --data FOLDER says where its texts are")
+    return plan
+
+
 def plan_of(asked: Asked, prepared: Prepared) -> Plan:
-    """The plan of a run on prepared data. Raises ValueError for a horizon beyond the data."""
+    """The plan of a run on prepared data.
+
+    Raises ValueError for a horizon beyond the data, and where a run is to be repeated whose rows are not these.
+    """
     identity = prepared.identity(asked.hyperparameters)
-    return Plan(asked.recipe, asked.horizon, asked.seed, asked.hyperparameters, identity, code_fingerprint())
+    plan = Plan(asked.recipe, asked.horizon, asked.seed, asked.hyperparameters, identity, code_fingerprint())
+    if asked.plan is not None and asked.plan.run_id != plan.run_id:
+        raise ValueError(_other_rows(asked.plan, plan))
+    return plan
+
+
+def _other_rows(wanted: Plan, here: Plan) -> str:
+    """What keeps a run from being repeated on the rows that are here."""
+    names = {"tokenizer": "another tokeniser", "train": "other training rows", "validation": "other validation rows"}
+    other = [words for name, words in names.items() if getattr(wanted.data, name) != getattr(here.data, name)]
+    source = f" (the library of Python {platform.python_version()})" if here.data.corpus == "python" else ""
+    return (
+        f"run {wanted.run_id}: corpus {here.data.corpus}{source} gives {', '.join(other)} than its plan's corpus "
+        f"{wanted.data.corpus}: repeat it on the same texts, with --data FOLDER or the Python that had them"
+    )
 
 
 def make_plans(experiment: Experiment, data: Callable[[Asked], Prepared]) -> list[Plan]:
@@ -130,7 +177,7 @@ def record(experiment: Experiment, plans: list[Plan], home: Path) -> None:
     document = {
         "name": experiment.name,
         "question": experiment.question,
-        "recipe": experiment.recipes[0].name,
+        "recipe": experiment.families[0],
         "declared": declared,
         "runs": [*kept, *(plan.run_id for plan in plans)],
         "created": before["created"],

@@ -36,7 +36,8 @@ def sweep(
     steps: Annotated[int | None, typer.Option(help="Optimiser steps of smoke runs.")] = None,
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Repeats of every run, seeds 0, 1, …")] = 1,
     data: Data = None,
-    name: Annotated[str | None, typer.Option(help="Name of the experiment; else the recipe's.")] = None,
+    plan: Annotated[list[Path] | None, typer.Option(help="A plan.json: repeat its run. May be given again.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the experiment; else the recipe's or the run's.")] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="GPUs of a run; else all.")] = None,
     cores: Annotated[int | None, typer.Option(min=1, help="CPU cores of a run; else all.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
@@ -44,10 +45,14 @@ def sweep(
 ) -> None:
     """Train a family as recorded runs. Typed again, it trains nothing twice and finishes what is unfinished."""
     from slm.experiment import Experiment, load
-    from slm.sweep import Corpora
+    from slm.sweep import Corpora, repetition
     from store import home
 
-    if declaration is not None:
+    if plan:
+        shaped = {"--depths": depths, "--recipe": recipe, "--flops": flops, "--ratios": ratios, "--steps": steps}
+        _refuse_beside_plan(shaped | {"--seeds": None if seeds == 1 else seeds, "experiment file": declaration})
+        experiment = repetition(plan, name, data)
+    elif declaration is not None:
         if depths or recipe or flops or ratios or steps or seeds != 1 or name:
             raise ValueError(f"{declaration} declares the runs: only --data, --gpus, --cores and --dry-run go with it")
         experiment = load(declaration)
@@ -75,6 +80,14 @@ def sweep(
         _run(experiment, corpora, gpus, cores, as_json)
 
 
+def _refuse_beside_plan(options: dict[str, Any]) -> None:
+    """Refuse what says how a run is to be: its plan does."""
+    for option, value in options.items():
+        if value is not None:
+            others = "only --data, --name, --gpus, --cores, --dry-run and --json go with it"
+            raise ValueError(f"{option} {value}: --plan holds the whole run, {others}")
+
+
 def _print_plan(experiment: Experiment, corpora: Corpora, as_json: bool) -> None:
     """The runs of an experiment, without touching anything."""
     rows = [_planned(asked, corpora) for asked in experiment.asked()]
@@ -95,11 +108,12 @@ def _planned(asked: Asked, corpora: Corpora) -> dict[str, Any]:
     row |= {"seed": asked.seed, "parameters_scaling": given.parameters.scaling, "tokens": given.tokens}
     row |= {"batch_tokens": given.batch_tokens, "steps": given.steps, "flops": given.flops, "epochs": None}
     prepared = corpora.find(asked)
-    if prepared is None:
-        return row | {"state": "data not prepared"}
-    plan = plan_of(asked, prepared)
-    state = "done" if is_done(home(), plan.run_id) else "to do"
-    return row | {"run_id": plan.run_id, "epochs": plan.data.epochs, "state": state}
+    plan = plan_of(asked, prepared) if prepared else asked.plan
+    state = "to do" if prepared else "data not prepared"
+    if plan is None:
+        return row | {"state": state}
+    done = is_done(home(), plan.run_id)
+    return row | {"run_id": plan.run_id, "epochs": plan.data.epochs, "state": "done" if done else state}
 
 
 def _plan_cells(row: dict[str, Any]) -> list[str | None]:
@@ -142,7 +156,7 @@ def _run(experiment: Experiment, corpora: Corpora, gpus: int | None, cores: int 
 
 def _opening(experiment: Experiment, plans: list[Plan], done: set[str], where: Any) -> str:
     left = sum(plan.hyperparameters.flops for plan in plans if plan.run_id not in done)
-    recipes = ", ".join(recipe.name for recipe in experiment.recipes)
+    recipes = ", ".join(experiment.families)
     runs = f"{len(plans)} runs, {len(done)} done already, {left:.3g} FLOPs to go"
     what = f"experiment {experiment.name} (recipe {recipes}, data {experiment.data})"
     return f"{what}: {runs}, on {where.ranks} x {where.device}"
