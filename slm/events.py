@@ -7,38 +7,61 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 FIELDS: dict[str, tuple[str, ...]] = {
-    "started": ("step", "resumed_from", "device", "ranks", "threads", "micro_batch"),
-    "train": ("step", "tokens", "flops", "loss", "lr", "tokens_per_second", "train_seconds"),
+    "started": ("step", "resumed_from", "device", "ranks", "threads", "micro_batch", "attention", "compiled"),
+    "train": (
+        "step",
+        "tokens",
+        "flops",
+        "loss",
+        "lr",
+        "gradient_norm",
+        "update_size",
+        "tokens_per_second",
+        "train_seconds",
+    ),
     "eval": ("step", "tokens", "flops", "val_bpb", "val_loss", "rows", "seconds"),
     "checkpoint": ("step", "file", "bytes", "seconds"),
+    "warning": ("step", "message"),
     "finished": ("step", "tokens", "flops", "val_bpb", "train_seconds", "wall_seconds"),
     "failed": ("reason", "message"),
 }
 """Fields of each event, beside `event` and `time` (unix seconds): tokens and flops are totals since step 0, loss in
-nats a token, lr the schedule's multiplier, train_seconds the time in steps since step 0 over all attempts."""
+nats a token, lr the schedule's multiplier, gradient_norm that of the mean loss over all parameters, update_size the
+matrices' change as a share of their size, train_seconds the time in steps since step 0 over all attempts. After a
+`warning` training goes on: its message says what went wrong, and the way out."""
 
 REASONS = ("oom", "error", "timeout", "node", "data", "interrupted", "diverged", "cancelled")
 """Why an attempt ended without finishing. `diverged` is a result; `interrupted` will go on."""
 
-DURABLE = ("eval", "checkpoint", "finished", "failed")
+DURABLE = ("eval", "checkpoint", "warning", "finished", "failed")
 
 
 class Writer:
     """Appends events to a file that only this writer writes."""
 
     def __init__(self, path: Path) -> None:
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._path = path
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one event as one line; what a reader must not lose is on disk when this returns."""
+        """Append one event as one line, whole or not at all; what a reader must not lose is on disk when this returns.
+
+        Raises OSError naming the file when it cannot be written.
+        """
         assert set(fields) == set(FIELDS[event]), (event, sorted(fields))
-        self._file.write(json.dumps({"event": event, "time": time.time(), **fields}) + "\n")
-        self._file.flush()
-        if event in DURABLE:
-            os.fsync(self._file.fileno())
+        line = json.dumps({"event": event, "time": time.time(), **fields}).encode() + b"\n"
+        with self._path.open("ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                while line:
+                    line = line[file.write(line) :]
+                if event in DURABLE:
+                    os.fsync(file.fileno())
+            except OSError as error:
+                file.truncate(end)
+                raise OSError(error.errno, error.strerror, str(self._path)) from None
 
 
 class Reader:

@@ -72,6 +72,8 @@ class Display:
             self._show(plan, event)
         elif event["event"] == "started" and event["resumed_from"]:
             self._say(f"{_label(plan)}: resumed from step {event['resumed_from']}")
+        elif event["event"] == "warning":
+            self._say(f"{_label(plan)}: {event['message']}")
 
     def run_ended(self, plan: Plan, outcome: str, message: str | None) -> None:
         """A run ended: finished, failed, diverged or interrupted."""

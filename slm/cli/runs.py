@@ -41,7 +41,7 @@ def _cells(row: dict[str, Any]) -> list[str | None]:
 
 
 def show(run: Annotated[str, typer.Argument(help="A run_id, or its first digits.")], as_json: Json = False) -> None:
-    """Show one run: plan, attempts, result, and the end of its log when it failed."""
+    """Show one run: plan, attempts and their warnings, result, and the end of its log when it failed."""
     from slm import events, launch
     from store import home
 
@@ -60,6 +60,8 @@ def show(run: Annotated[str, typer.Argument(help="A run_id, or its first digits.
         ended = entry["exit"]
         state = "no word yet" if ended is None else "finished" if ended["reason"] is None else ended["reason"]
         print(f"  attempt {entry['attempt']} on {entry['ranks']} x {entry['device_name']}: {state}")
+        for warning in entry["warnings"][-LOG_LINES:]:
+            print(f"    warning: {warning}")
         if ended and ended["message"]:
             print(f"    {ended['message']}")
     if "done" in document:
@@ -85,4 +87,15 @@ def _there(folder: Path, name: str) -> bool:
 def _attempt(folder: Path) -> dict[str, Any]:
     from slm import events, launch
 
-    return {**events.read_json(folder / "attempt.json"), "exit": launch.exit_of(folder)}
+    document = events.read_json(folder / "attempt.json")
+    return {**document, "exit": launch.exit_of(folder), "warnings": _warnings(folder / "events.jsonl")}
+
+
+def _warnings(path: Path) -> list[str]:
+    """Messages of the warnings in an events.jsonl; that it cannot be read is one."""
+    from slm import events
+
+    try:
+        return [event["message"] for event in events.Reader(path).new() if event["event"] == "warning"]
+    except ValueError as error:
+        return [f"{path} is damaged: {error}"]

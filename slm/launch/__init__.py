@@ -19,6 +19,11 @@ from slm.plan import Plan
 
 CHECKPOINT_SECONDS = 20.0
 """Shortest time between two checkpoints."""
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36), "MALLOC_TOP_PAD_": str(2**28)}
+"""What keeps freed memory with a trainer (glibc): given back, its pages are fetched anew at every step, which takes as
+long as the step itself."""
+CPU_TOKENS = 2**11
+"""Tokens of a forward pass on a CPU: what they leave behind then stays near the core."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,8 @@ def start(
     """Make the next attempt of a run and start its supervisor in a session of its own; attempt folder and process."""
     folder = _make_attempt(plan, home, data_folder, where, checkpoint_seconds)
     # The safe path keeps modules of the user's folder from standing in for those of the trainer.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(where.threads), "PYTHONSAFEPATH": "1"}
+    compiled = {"TORCHINDUCTOR_CACHE_DIR": str((home / "compiled").resolve())}
+    environment = {**ALLOCATOR, **os.environ, **compiled, "OMP_NUM_THREADS": str(where.threads), "PYTHONSAFEPATH": "1"}
     with (folder / "log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "slm.launch.supervisor", str(folder.resolve())],
@@ -100,9 +106,9 @@ def _make_attempt(plan: Plan, home: Path, data_folder: Path, where: Slot, checkp
 
 
 def _micro_batch(plan: Plan, ranks: int) -> int:
-    """Rows of one forward pass of one rank: about 16,384 tokens, which fits everywhere."""
+    """Rows of one forward pass of one rank."""
     rows = -(-plan.hyperparameters.batch_rows // ranks)
-    return min(rows, max(1, 2**14 // plan.hyperparameters.sequence_length))
+    return min(rows, max(1, CPU_TOKENS // plan.hyperparameters.sequence_length))
 
 
 def provenance() -> dict[str, Any]:
@@ -155,5 +161,5 @@ def record_exit(attempt: Path, code: int, reason: str | None, message: str | Non
 
 
 def reap(attempt: Path) -> dict[str, Any]:
-    """Record the end of an attempt whose supervisor was killed before it could."""
-    return record_exit(attempt, 1, "interrupted", "supervisor and trainer were killed")
+    """Record the end of an attempt whose supervisor did not: killed before it could, or without space to write to."""
+    return record_exit(attempt, 1, "interrupted", "supervisor and trainer ended without a word: killed, or a full disk")
