@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slm import layers
+from slm.attention import attend
 from slm.recipe import Hyperparameters
 
 ROPE_BASE = 100_000
-QK_SCALE = 1.2
-SOFTCAP = 15.0
 GATE_CHANNELS = 12
 SMEAR_CHANNELS = 24
 
@@ -21,7 +21,8 @@ class GPT(nn.Module):
     def __init__(self, given: Hyperparameters) -> None:
         super().__init__()
         self.given = given
-        layers, width, vocab = given.depth, given.width, given.vocab_size
+        self.dtype = torch.float32
+        depth, width, vocab = given.depth, given.width, given.vocab_size
         tables = len(self._value_layers())
         gate_channels = min(GATE_CHANNELS, width)
 
@@ -31,13 +32,13 @@ class GPT(nn.Module):
         self.wte = matrix(vocab, width)
         self.value_embeds = matrix(tables, vocab, width)
         self.lm_head = matrix(vocab, width)
-        self.attention_in = matrix(layers, 3, width, width)
-        self.attention_out = matrix(layers, width, width)
-        self.mlp_up = matrix(layers, 4 * width, width)
-        self.mlp_down = matrix(layers, width, 4 * width)
+        self.attention_in = matrix(depth, 3, width, width)
+        self.attention_out = matrix(depth, width, width)
+        self.mlp_up = matrix(depth, 4 * width, width)
+        self.mlp_down = matrix(depth, 4 * width, width)
         self.value_gates = matrix(tables, given.heads, gate_channels)
-        self.resid = matrix(layers)
-        self.x0 = matrix(layers)
+        self.resid = matrix(depth)
+        self.x0 = matrix(depth)
         self.smear_gate = matrix(min(SMEAR_CHANNELS, width))
         self.smear = matrix(1)
         self.backout = matrix(1)
@@ -79,75 +80,56 @@ class GPT(nn.Module):
         self.x0.copy_(torch.linspace(0.20, 0.05, self.given.depth))
 
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
-        """Matrix products and stored embeddings in `dtype`; every other parameter stays float32."""
-        for parameter in (self.wte, self.value_embeds):
-            parameter.data = parameter.data.to(dtype)
+        """Compute in `dtype` from float32 parameters; in bfloat16, which has their range, embeddings are stored too."""
+        self.dtype = dtype
+        if dtype == torch.bfloat16:
+            for parameter in (self.wte, self.value_embeds):
+                parameter.data = parameter.data.to(dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits (B, T, V), float32, soft-capped, of token ids (B, T)."""
-        logits = F.linear(self.features(ids), self.lm_head.to(self.wte.dtype)).float()
-        return SOFTCAP * torch.tanh(logits / SOFTCAP)
+        return layers.softcapped(self.features(ids), self.lm_head.to(self.dtype))
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy in nats of every target (B, T)."""
-        logits = self(ids)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+        """Summed cross-entropy in nats of the targets (B, T)."""
+        return layers.cross_entropy(self.features(ids), self.lm_head, targets)
+
+    def losses(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy in nats of every target (B, T), without gradients."""
+        return layers.losses(self.features(ids), self.lm_head.to(self.dtype), targets)
 
     def features(self, ids: Tensor) -> Tensor:
         """The stream (B, T, d) that the head reads."""
-        dtype = self.wte.dtype
-        x = x0 = self._smeared(_norm(F.embedding(ids, self.wte)))
-        value_layers = {layer: table for table, layer in enumerate(self._value_layers())}
-        tables, gates = self.value_embeds.unbind(), self.value_gates.to(dtype).unbind()
+        dtype, length = self.dtype, ids.size(1)
+        cos, sin = self.cos[:length], self.sin[:length]
+        x0 = layers.smear(
+            layers.norm(F.embedding(ids, self.wte).to(dtype)), self.smear_gate.to(dtype), self.smear.to(dtype)
+        )
+        x = x0.view_as(x0)  # torch.compile takes no function of one tensor given twice
+        tables = dict(zip(self._value_layers(), zip(self.value_embeds, self.value_gates.to(dtype)), strict=True))
         attention_in, attention_out = self.attention_in.to(dtype).unbind(), self.attention_out.to(dtype).unbind()
         mlp_up, mlp_down = self.mlp_up.to(dtype).unbind(), self.mlp_down.to(dtype).unbind()
         resid, x0_scale = self.resid.to(dtype).unbind(), self.x0.to(dtype).unbind()
         backout = x
         for layer, window in enumerate(self.given.windows):
-            x = resid[layer] * x + x0_scale[layer] * x0
-            normed = _norm(x)
-            value = None
-            if layer in value_layers:
-                table = value_layers[layer]
-                value = self._gated_values(ids, normed, tables[table], gates[table])
-            x = x + F.linear(self._attend(normed, attention_in[layer], value, window), attention_out[layer])
-            x = x + F.linear(F.relu(F.linear(_norm(x), mlp_up[layer])).square(), mlp_down[layer])
+            x, normed, query_key, values = layers.attention_inputs(
+                x, x0, resid[layer], x0_scale[layer], attention_in[layer].flatten(0, 1), cos, sin
+            )
+            if layer in tables:
+                table, gate = tables[layer]
+                values = layers.gated(values, F.embedding(ids, table).to(dtype).view_as(values), normed, gate)
+            attended = self._attend(query_key, values, window).flatten(0, 1)
+            x = torch.addmm(x.flatten(0, 1), attended, attention_out[layer].mT).view_as(x0)
+            x = layers.mlp(x, mlp_up[layer], mlp_down[layer])
             if layer == self.given.depth // 2:
                 backout = x
-        return _norm(x - self.backout.to(dtype) * backout)
+        return layers.norm(x - self.backout.to(dtype) * backout)
 
-    def _smeared(self, x: Tensor) -> Tensor:
-        """x_t + s·sigmoid(w·x_t[:24])·x_(t-1)."""
-        dtype, channels = x.dtype, len(self.smear_gate)
-        gate = self.smear.to(dtype) * torch.sigmoid(x[:, 1:, :channels] @ self.smear_gate.to(dtype)).unsqueeze(-1)
-        return torch.cat([x[:, :1], x[:, 1:] + gate * x[:, :-1]], dim=1)
-
-    def _gated_values(self, ids: Tensor, normed: Tensor, table: Tensor, gate: Tensor) -> Tensor:
-        """3·sigmoid(W x[:12])·value embedding, (B, T, heads, q)."""
-        heads = self.given.heads
-        strength = 3 * torch.sigmoid(F.linear(normed[..., : gate.size(1)], gate))
-        return strength.unsqueeze(-1) * F.embedding(ids, table).unflatten(-1, (heads, -1))
-
-    def _attend(self, normed: Tensor, projection: Tensor, value: Tensor | None, window: int) -> Tensor:
+    def _attend(self, query_key: Tensor, values: Tensor, window: int) -> Tensor:
         """Causal attention within the window, (B, T, d)."""
-        heads, length = self.given.heads, normed.size(1)
-        query_key, values = (
-            F.linear(normed, projection.flatten(0, 1)).unflatten(-1, (3 * heads, -1)).split([2 * heads, heads], dim=2)
-        )
-        if value is not None:
-            values = values + value
-        rotated = _rotated(query_key, self.cos[:length], self.sin[:length])
-        query, key = (QK_SCALE * _norm(rotated)).transpose(1, 2).chunk(2, dim=1)
-        mask = None if window >= length else _band(length, window, normed.device)
-        attended = F.scaled_dot_product_attention(
-            query, key, values.transpose(1, 2), attn_mask=mask, is_causal=mask is None
-        )
+        query, key = query_key.transpose(1, 2).chunk(2, dim=1)
+        attended = attend(query, key, values.transpose(1, 2), window)
         return attended.transpose(1, 2).flatten(2)
-
-
-def _norm(x: Tensor) -> Tensor:
-    """RMSNorm without parameters."""
-    return F.rms_norm(x, (x.size(-1),))
 
 
 def _rotation(length: int, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -155,17 +137,3 @@ def _rotation(length: int, head_dim: int) -> tuple[Tensor, Tensor]:
     frequencies = ROPE_BASE ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies).unsqueeze(1)
     return angles.cos(), angles.sin()
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The first half of each head rotated against the second."""
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
-
-
-def _band(length: int, window: int, device: torch.device) -> Tensor:
-    """(T, T) mask: each token sees itself and the `window` tokens before it."""
-    place = torch.arange(length, device=device)
-    distance = place[:, None] - place[None, :]
-    return (distance >= 0) & (distance <= window)

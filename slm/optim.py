@@ -1,14 +1,16 @@
-"""Muon for the matrices inside the blocks, AdamW for the rest, on the recipe's schedules."""
+"""Muon for the matrices inside the blocks, AdamW for the rest, on the recipe's schedules, shared out over the ranks."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from slm.model import GPT
-from slm.recipe import Hyperparameters
+from slm.recipe import AdamW, Hyperparameters
 
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -19,18 +21,17 @@ POLAR_EXPRESS = (
 )
 """Five steps, safety 2e-2, cushion 2 (arXiv 2505.16932)."""
 ADAM_EPS = 1e-10
-MUON = ("attention_in", "attention_out", "mlp_up", "mlp_down", "value_gates")
-ADAMW = {
-    "lm_head": "lm_head",
-    "wte": "wte",
-    "value_embeds": "value_embeds",
-    "resid": "resid",
-    "x0": "x0",
-    "smear_gate": "smear",
-    "smear": "smear",
-    "backout": "smear",
-}
-"""Parameter -> group of the recipe."""
+MUON = (("attention_in", "attention_out"), ("mlp_up", "mlp_down"), ("value_gates",))
+"""Stacks of matrices of one shape, updated together."""
+TURNED = ("mlp_down",)
+"""Stacks that hold their matrices transposed; they come last."""
+TABLES = ("lm_head", "wte", "value_embeds")
+SCALARS = {"resid": "resid", "x0": "x0", "smear_gate": "smear", "smear": "smear", "backout": "smear"}
+"""Parameter -> group of the recipe, where AdamW updates it and it is no table."""
+STATUS = 3
+"""Numbers of the trainer's that travel with the gradients."""
+SHARED = 2**17
+"""Elements from which ranks share the update of a buffer: below, sending the results round costs more than it saves."""
 
 
 def lr_multiplier(given: Hyperparameters, step: int) -> float:
@@ -56,107 +57,288 @@ def muon_decay(given: Hyperparameters, step: int) -> float:
 
 
 class Optimizer:
-    """Both optimisers over one model; its state is a flat dict of tensors."""
+    """Both optimisers over one model, on one rank of several.
 
-    def __init__(self, model: GPT) -> None:
-        self._given = model.given
-        self._muon = {name: _Muon(getattr(model, name), model.given.matrix_beta2) for name in MUON}
-        self._names = list(ADAMW)
-        groups = []
-        for name, group in ADAMW.items():
-            settings = getattr(model.given, group)
-            betas = (settings.beta1, settings.beta2)
-            parameters = [getattr(model, name)]
-            groups.append({"params": parameters, "lr": settings.lr, "betas": betas, "weight_decay": settings.decay})
-        self._rates = [group["lr"] for group in groups]
-        self._adamw = torch.optim.AdamW(groups, eps=ADAM_EPS, fused=True)
+    It lays the parameters out anew, side by side in a few buffers, and their gradients alike. A large buffer is cut
+    into equal parts, one a rank: a rank receives the summed gradients of its part, updates it, holds the state of it
+    alone, and sends it to all. Small buffers are summed together and updated on every rank.
+    """
+
+    def __init__(self, model: GPT, rank: int = 0, ranks: int = 1) -> None:
+        self._given = given = model.given
+        parameters = dict(model.named_parameters())
+        groups = [*MUON, *_of_one_type(TABLES, parameters), tuple(SCALARS)]
+        buffers = [_Buffer({name: parameters[name] for name in names}, names in MUON, rank, ranks) for names in groups]
+        small = [buffer for buffer in buffers if not buffer.shared]
+        self._ranks = ranks
+        self._exchanged = model.resid.new_zeros(STATUS + sum(len(own.values) for own in small))
+        self.status = self._exchanged[:STATUS]
+        """What the trainer adds to the gradients' exchange: zeroed with them, summed over ranks with them."""
+        place = STATUS
+        for buffer in buffers:
+            place = buffer.hold_gradients(None if buffer.shared else self._exchanged, place)
+        self._large = [buffer for buffer in buffers if buffer.shared]
+        self._parts: list[_Muon | _AdamW] = [_Muon(own, given) for own in buffers[: len(MUON)]]
+        self._parts += [_AdamW(own, given) for own in buffers[len(MUON) :]]
+        self._parts.sort(key=lambda part: part.buffer.shared)
+
+    def zero_grad(self) -> None:
+        """Set gradients and status to zero."""
+        self._exchanged.zero_()
+        for buffer in self._large:
+            buffer.gradients.zero_()
 
     @torch.no_grad()
-    def step(self, step: int) -> None:
-        """Update every parameter from its gradient; `step` counts from 0."""
-        given = self._given
-        multiplier = lr_multiplier(given, step)
-        for group, rate in zip(self._adamw.param_groups, self._rates, strict=True):
-            group["lr"] = rate * multiplier
-        self._adamw.step()
-        for muon in self._muon.values():
-            muon.step(given.matrix_lr * multiplier, muon_momentum(given, step), muon_decay(given, step))
+    def step(self, step: int, scale: float = 1.0, measured: bool = False) -> Tensor | None:
+        """Sum gradients (times `scale`) and status over ranks and update every parameter; `step` counts from 0.
+
+        Where `measured`, it gives [the gradient's norm, the size of the matrices' update as a share of theirs].
+        """
+        given, multiplier = self._given, lr_multiplier(self._given, step)
+        schedule = (multiplier, muon_momentum(given, step), muon_decay(given, step))
+        arriving = self._reduce()
+        sums = torch.zeros(3, device=self.status.device) if measured else None
+        sending = []
+        for part in self._parts:
+            if work := arriving.get(part.buffer):
+                work.wait()
+            if scale != 1:
+                part.buffer.own_gradients.mul_(scale)
+            part.update(*schedule, sums)
+            if part.buffer.shared:
+                sending.append(part.buffer.gather())
+        for work in sending:
+            work.wait()
+        return None if sums is None else self._measures(sums)
+
+    def _reduce(self) -> dict[_Buffer, dist.Work]:
+        """Start the exchange of gradients; small buffers and status have arrived when this returns."""
+        if self._ranks == 1:
+            return {}
+        first = dist.all_reduce(self._exchanged, async_op=True)
+        arriving = {buffer: buffer.reduce() for buffer in self._large}
+        first.wait()
+        return arriving
+
+    def _measures(self, sums: Tensor) -> Tensor:
+        if self._ranks > 1:
+            dist.all_reduce(sums)
+        gradient, update, values = sums.unbind()
+        return torch.stack([gradient, update / values]).sqrt()
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor of the state by name."""
-        tensors = {f"muon.{name}.{key}": tensor for name, muon in self._muon.items() for key, tensor in muon.state()}
-        for name, group in zip(self._names, self._adamw.param_groups, strict=True):
-            state = self._adamw.state[group["params"][0]]
-            tensors |= {f"adamw.{name}.{key}": tensor for key, tensor in state.items()}
-        return tensors
+        """Every tensor of the state by name, flat, on the CPU. Every rank must call it."""
+        return {
+            f"{name}.{key}": tensor.cpu()
+            for part in self._parts
+            for key, own in part.state.items()
+            for name, tensor in part.buffer.named(part.buffer.whole(own)).items()
+        }
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Continue from a state that `state` gave."""
-        for name, muon in self._muon.items():
-            for key, tensor in muon.state():
-                tensor.copy_(tensors[f"muon.{name}.{key}"])
-        for name, group in zip(self._names, self._adamw.param_groups, strict=True):
-            prefix = f"adamw.{name}."
-            state = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-            self._adamw.state[group["params"][0]] = state
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Continue from a state that `state` gave after `step` steps, on whatever number of ranks."""
+        for part in self._parts:
+            part.begin(step)
+            for key, own in part.state.items():
+                part.buffer.take(own, [tensors[f"{name}.{key}"] for name in part.buffer.spans])
+
+
+def _of_one_type(names: Sequence[str], parameters: dict[str, nn.Parameter]) -> list[tuple[str, ...]]:
+    """The names by the type of their parameters."""
+    types = dict.fromkeys(parameters[name].dtype for name in names)
+    return [tuple(name for name in names if parameters[name].dtype == own) for own in types]
+
+
+class _Buffer:
+    """Parameters side by side in memory, their gradients alike, and the part of both that is this rank's."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], of_matrices: bool, rank: int, ranks: int) -> None:
+        self._parameters = parameters
+        first, total = next(iter(parameters.values())), sum(own.numel() for own in parameters.values())
+        self.shared = ranks > 1 and (total >= SHARED or first.dtype.itemsize < 4)
+        self._world, self._ranks = ranks, ranks if self.shared else 1
+        self.matrix = first.shape[-2:]
+        unit = self.matrix.numel() if of_matrices else 1
+        size = -(-total // (self._ranks * unit)) * unit
+        self.own = slice(rank * size, (rank + 1) * size) if self.shared else slice(0, size)
+        """This rank's part, of whole matrices; the last parts may hold zeros that belong to no parameter."""
+        self.values = first.new_zeros(self._ranks * size)
+        self.gradients = self.values
+        self.spans: dict[str, slice] = {}
+        place = 0
+        for name, parameter in parameters.items():
+            self.spans[name] = span = slice(place, place + parameter.numel())
+            self.values[span] = parameter.detach().flatten()
+            parameter.data = self.values[span].view_as(parameter)
+            place = span.stop
+
+    def hold_gradients(self, room: Tensor | None, place: int) -> int:
+        """Lay the gradients out in a place of `room`, or in memory of their own; the next place."""
+        if room is None:
+            self.gradients = torch.zeros_like(self.values)
+        else:
+            self.gradients = room[place : place + len(self.values)]
+            place += len(self.values)
+        for name, parameter in self._parameters.items():
+            parameter.grad = self.gradients[self.spans[name]].view_as(parameter)
+        return place
+
+    @property
+    def own_values(self) -> Tensor:
+        return self.values[self.own]
+
+    @property
+    def own_gradients(self) -> Tensor:
+        return self.gradients[self.own]
+
+    def reduce(self) -> dist.Work:
+        """Start to sum this rank's part of the gradients over all ranks."""
+        return dist.reduce_scatter_tensor(self.own_gradients, self.gradients, async_op=True)
+
+    def gather(self) -> dist.Work:
+        """Start to send this rank's part of the parameters to all, and to receive theirs."""
+        return dist.all_gather_into_tensor(self.values, self.own_values, async_op=True)
+
+    def weighed(self, *tensors: Tensor) -> Tensor:
+        """Sums of squares of up to three tensors, (3,), which over all ranks count each parameter once."""
+        squares = [torch.linalg.vector_norm(own).square() for own in tensors]
+        sums = torch.stack(squares + [torch.zeros_like(squares[0])] * (3 - len(squares))).float()
+        return sums / (1 if self.shared else self._world)
+
+    def whole(self, own: Tensor) -> Tensor:
+        """The parts that all ranks hold of something, put together."""
+        if not self.shared:
+            return own
+        whole = own.new_empty(self._ranks * own.numel())
+        dist.all_gather_into_tensor(whole, own.flatten())
+        return whole
+
+    def named(self, whole: Tensor) -> dict[str, Tensor]:
+        """What belongs to each parameter of something laid out as they are, or in proportion."""
+        ratio = len(self.values) // whole.numel()
+        flat = whole.flatten()
+        return {name: flat[span.start // ratio : span.stop // ratio] for name, span in self.spans.items()}
+
+    def take(self, own: Tensor, tensors: list[Tensor]) -> None:
+        """Fill this rank's part of something from what belongs to each parameter."""
+        whole = torch.cat([*(tensor.to(own) for tensor in tensors), own.new_zeros(own.numel())])
+        begin = own.numel() * (self.own.start // len(self.own_values))
+        own.copy_(whole[begin : begin + own.numel()].view_as(own))
 
 
 class _Muon:
-    """Muon over one stack of equal matrices (..., m, n)."""
+    """Muon over a buffer of equal matrices (m, n)."""
 
-    def __init__(self, parameter: Tensor, beta2: float) -> None:
-        self._parameter = parameter
-        self._beta2 = beta2
-        *stack, rows, columns = parameter.shape
+    def __init__(self, buffer: _Buffer, given: Hyperparameters) -> None:
+        self.buffer = buffer
+        self._given = given
+        rows, columns = shape = buffer.matrix
+        self._values, self._gradients = (own.view(-1, *shape) for own in (buffer.own_values, buffer.own_gradients))
+        turned = min((span.start for name, span in buffer.spans.items() if name in TURNED), default=len(buffer.values))
+        self._upright = min(max(turned - buffer.own.start, 0) // shape.numel(), len(self._values))
         self._axis = -1 if rows >= columns else -2
-        self._rate_scale = max(1.0, rows / columns) ** 0.5
-        self._momentum = torch.zeros_like(parameter)
-        factored = (*stack, rows, 1) if rows >= columns else (*stack, 1, columns)
-        self._second = torch.zeros(factored, dtype=torch.float32, device=parameter.device)
+        momentum = torch.zeros_like(self._values)
+        self.state = {"momentum": momentum, "second": momentum.sum(self._axis, keepdim=True)}
+        self._rates = momentum.new_ones(len(momentum), 1, 1)
+        self._rates[: self._upright] = max(1.0, rows / columns) ** 0.5
+        self._rates[self._upright :] = max(1.0, columns / rows) ** 0.5
 
-    def state(self) -> list[tuple[str, Tensor]]:
-        return [("momentum", self._momentum), ("second", self._second)]
+    def begin(self, step: int) -> None:
+        """Nothing counts steps here."""
 
-    def step(self, lr: float, momentum: float, decay: float) -> None:
+    def update(self, multiplier: float, momentum: float, decay: float, sums: Tensor | None) -> None:
         """Nesterov momentum, orthogonalisation, variance reduction, cautious decay; rate times √max(1, m/n)."""
-        assert self._parameter.grad is not None
-        self._momentum.lerp_(self._parameter.grad, 1 - momentum)
-        update = self._parameter.grad.lerp(self._momentum, momentum)
-        update = self._variance_reduced(orthogonalised(update))
-        rate = lr * self._rate_scale
+        self.state["momentum"].lerp_(self._gradients, 1 - momentum)
+        update = self._gradients.lerp(self.state["momentum"], momentum)
+        update = self._variance_reduced(orthogonalised(update, self._upright))
         if decay:
-            agrees = update * self._parameter >= 0
-            update = update + decay * self._parameter * agrees
-        self._parameter.sub_(update, alpha=rate)
+            update.add_(self._values * (update * self._values >= 0), alpha=decay)
+        update.mul_(self._rates)
+        rate = self._given.matrix_lr * multiplier
+        if sums is not None:
+            sums += self.buffer.weighed(self._gradients, rate * update, self._values)
+        self._values.sub_(update, alpha=rate)
 
     def _variance_reduced(self, update: Tensor) -> Tensor:
         """NorMuon (arXiv 2510.05491): divided by the running root mean square of rows (or columns), norm kept."""
         mean_square = update.square().mean(dim=self._axis, keepdim=True)
-        self._second.lerp_(mean_square, 1 - self._beta2)
-        scale = self._second.clamp_min(1e-10).rsqrt()
-        before = mean_square.sum(dim=(-2, -1), keepdim=True).sqrt()
-        after = (mean_square * scale.square()).sum(dim=(-2, -1), keepdim=True).sqrt()
-        return update * (scale * (before / after.clamp_min(1e-10)))
+        second = self.state["second"].lerp_(mean_square, 1 - self._given.matrix_beta2)
+        scale = second.clamp_min(1e-10).rsqrt_()
+        before = mean_square.sum(dim=(-2, -1), keepdim=True).sqrt_()
+        after = mean_square.mul_(scale).mul_(scale).sum(dim=(-2, -1), keepdim=True).sqrt_()
+        return update.mul_(scale.mul_(before / after.clamp_min_(1e-10)))
 
 
-def orthogonalised(update: Tensor) -> Tensor:
-    """The nearest (semi-)orthogonal matrices to a stack (..., m, n).
+def orthogonalised(update: Tensor, upright: int) -> Tensor:
+    """The nearest (semi-)orthogonal matrices to a stack (k, m, n), of which those after the first `upright` are stored
+    transposed.
 
     Rows rescaled to their root mean square norm (MuonEq, arXiv 2603.28254), five Polar Express steps
     (arXiv 2505.16932), Frobenius norm set to √min(m, n) (Muon+, arXiv 2602.21545). In bfloat16 on GPUs.
     """
-    x = update.bfloat16() if update.is_cuda else update
+    x = update.bfloat16() if update.is_cuda else update.clone()
+    for part, axis in ((x[:upright], -1), (x[upright:], -2)):
+        if len(part):
+            row_norms = torch.linalg.vector_norm(part, dim=axis, keepdim=True, dtype=update.dtype)
+            mean = row_norms.square().mean(dim=(-2, -1), keepdim=True).sqrt_()
+            part.mul_((mean / row_norms.clamp_min_(1e-6)).to(x.dtype))
+    x.div_(1.01 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
     rows, columns = x.shape[-2:]
-    norm = x.float().norm(dim=(-2, -1), keepdim=True) / rows**0.5
-    x = x * (norm / x.float().norm(dim=-1, keepdim=True).clamp_min(1e-6)).to(x.dtype)
-    x = x / (1.01 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
-    tall = rows > columns
-    if tall:
+    if rows > columns:
         x = x.mT
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    if tall:
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    if rows > columns:
         x = x.mT
     x = x.to(update.dtype)
-    return x * (min(rows, columns) ** 0.5 / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-6))
+    return x * (min(rows, columns) ** 0.5 / x.norm(dim=(-2, -1), keepdim=True).clamp_min_(1e-6))
+
+
+class _AdamW:
+    """AdamW over a buffer of anything."""
+
+    def __init__(self, buffer: _Buffer, given: Hyperparameters) -> None:
+        self.buffer = buffer
+        self.settings = {name: getattr(given, SCALARS.get(name, name)) for name in buffer.spans}
+        self.state = {"first": torch.zeros_like(buffer.own_values), "second": torch.zeros_like(buffer.own_values)}
+        kept = (buffer.own_values, buffer.own_gradients, self.state["first"], self.state["second"])
+        pieces: dict[AdamW, list[tuple[Tensor, ...]]] = {}
+        for name, span in buffer.spans.items():
+            begin, end = (
+                min(max(end - buffer.own.start, 0), len(buffer.own_values)) for end in (span.start, span.stop)
+            )
+            if begin < end:
+                step = torch.zeros((), device=buffer.values.device)
+                pieces.setdefault(self.settings[name], []).append((*(flat[begin:end] for flat in kept), step))
+        self._groups = {settings: list(map(list, zip(*own))) for settings, own in pieces.items()}
+
+    def begin(self, step: int) -> None:
+        """The steps that the corrections of bias count."""
+        for *_, steps in self._groups.values():
+            for own in steps:
+                own.fill_(step)
+
+    def update(self, multiplier: float, momentum: float, decay: float, sums: Tensor | None) -> None:
+        """One step of every piece; momentum and decay are those of its group."""
+        if sums is not None:
+            sums += self.buffer.weighed(self.buffer.own_gradients)
+        for settings, (values, gradients, first, second, steps) in self._groups.items():
+            # What torch.optim.AdamW(fused=True) runs, without its import of the compiler, which takes a second.
+            torch._foreach_add_(steps, 1)
+            torch._fused_adamw_(
+                values,
+                gradients,
+                first,
+                second,
+                [],
+                steps,
+                amsgrad=False,
+                maximize=False,
+                lr=settings.lr * multiplier,
+                beta1=settings.beta1,
+                beta2=settings.beta2,
+                weight_decay=settings.decay,
+                eps=ADAM_EPS,
+            )

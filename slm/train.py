@@ -6,26 +6,27 @@ checkpoint of the run, appends `events.jsonl`, and ends with `model.safetensors`
 
 from __future__ import annotations
 
-import hashlib
+import gc
 import json
 import math
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from slm import events, locks
-from slm.data.loader import Order, Rows, share
+from slm import attention, checkpoints, events, locks
+from slm.data.loader import Order, Pair, Rows, share
 from slm.data.prepare import Prepared
 from slm.evaluate.bpb import validation_loss
 from slm.model import GPT
@@ -36,10 +37,10 @@ TRAIN_EVENTS = 1000
 """A run logs at most about this many steps, evenly spaced."""
 TAIL_SHARE = 0.1
 """train_loss is the mean over this share of the steps, the last ones."""
-STATUS = 3
-"""Numbers that travel with the gradients: loss, stop asked, checkpoint due."""
 EVALUATION_TOKENS = 2**14
 """Tokens of one forward pass of an evaluation, at most (at least one row)."""
+COMPILED_FLOPS = {"cpu": 1e14, "cuda": 1e16}
+"""FLOPs of a run from which compiling pays: it takes half a minute, and saves a CPU at most a fifth of the time."""
 
 
 @dataclass
@@ -65,6 +66,18 @@ class Stopped(Exception):
         self.reason = reason
 
 
+@dataclass
+class Told:
+    """What the ranks told each other at a step, on its way to the host."""
+
+    step: int
+    """Steps done with it."""
+    numbers: torch.Tensor
+    """Loss, ranks that were asked to stop, whether a checkpoint is due, gradient norm and update size."""
+    ready: torch.cuda.Event | None
+    """When the numbers have arrived; None where they are already here."""
+
+
 class Trainer:
     """One rank of one attempt."""
 
@@ -73,21 +86,13 @@ class Trainer:
         self.attempt = events.read_json(attempt_folder / "attempt.json")
         self.plan = Plan.read(self.run_folder / "plan.json")
         self.rank, self.ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.device = self._device()
         self.writer = events.Writer(attempt_folder / "events.jsonl") if self.rank == 0 else None
         self.progress = Progress()
         self.stop_asked = False
         self.parent = os.getppid()
-        self.last_checkpoint = self.clock = time.monotonic()
+        self.last_checkpoint = self.clock = self.step_clock = time.monotonic()
         self.checkpoint_cost = 0.0
-
-    def _device(self) -> torch.device:
-        if self.attempt["device"] == "cuda":
-            local = int(os.environ["LOCAL_RANK"])
-            torch.cuda.set_device(local)
-            return torch.device("cuda", local)
-        torch.set_num_threads(self.attempt["threads"])
-        return torch.device(self.attempt["device"])
+        self.told: Told | None = None
 
     def event(self, event: str, **fields: Any) -> None:
         """Write an event, on rank 0."""
@@ -97,15 +102,13 @@ class Trainer:
     def run(self) -> None:
         """Train to the plan's last step, evaluate, and write what is final."""
         signal.signal(signal.SIGTERM, self._ask_stop)
-        if self.ranks > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self._meet()
+        self.device = self._device()
         if code_fingerprint() != self.plan.code:
             raise Stopped("data", "the trainer's sources changed after this run was planned: sweep again to plan anew")
         self._load_data()
         self._load_model()
-        given = self.plan.hyperparameters
-        while self.progress.step < given.steps:
-            self._train_step()
+        self._train()
         val_bpb, val_loss = self._evaluate()
         if not math.isfinite(val_bpb):
             raise Stopped("diverged", f"val_bpb is {val_bpb} after step {self.progress.step}")
@@ -114,6 +117,28 @@ class Trainer:
 
     def _ask_stop(self, number: int, frame: FrameType | None) -> None:
         self.stop_asked = True
+
+    def _meet(self) -> None:
+        """Join the other ranks before anything may be refused: a rank that ends early has the others killed."""
+        if self.ranks > 1:
+            on_gpus = self.attempt["device"] == "cuda" and torch.cuda.is_available()
+            dist.init_process_group("nccl" if on_gpus else "gloo")
+        if self.ranks > (rows := self.plan.hyperparameters.batch_rows):
+            raise Stopped("error", f"{self.ranks} ranks for a batch of {rows} rows: start {rows} at most")
+
+    def _device(self) -> torch.device:
+        name = self.attempt["device"]
+        here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        if not here.get(name):
+            found = " or ".join(kind for kind, there in here.items() if there)
+            raise Stopped("error", f"device {name!r} is not here: choose {found}")
+        if name == "cpu":
+            torch.set_num_threads(self.attempt["threads"])
+        if name != "cuda":
+            return torch.device(name)
+        local = int(os.environ["LOCAL_RANK"])
+        torch.cuda.set_device(local)
+        return torch.device("cuda", local)
 
     def _load_data(self) -> None:
         """Map the rows; refuse any that are not the plan's."""
@@ -126,7 +151,7 @@ class Trainer:
             sizes = prepared.tokenizer.token_bytes
         except (OSError, ValueError) as error:
             raise Stopped("data", f"the plan's data are gone or changed: {error}") from error
-        if prepared.identity(given) != self.plan.data:
+        if replace(self.plan, data=prepared.identity(given)).run_id != self.plan.run_id:
             raise Stopped("data", f"{folder} holds other rows than the plan was made for")
         self.rows, self.validation = (
             Rows(folder / f"{name}.bin", prepared.manifest[name]["row_tokens"], prepared.manifest[name]["dtype"])
@@ -140,13 +165,18 @@ class Trainer:
         self.model = GPT(self.plan.hyperparameters)
         self.model.initialise(self.plan.seed)
         self.model.to(self.device)
-        if self.device.type == "cuda":
-            self.model.set_compute_dtype(torch.bfloat16)
-        self.buffers = gradient_buffers(self.model)
-        self.optimizer = Optimizer(self.model)
-        checkpoints = sorted((self.run_folder / "checkpoints").glob("step-*.safetensors"))
-        if checkpoints:
-            self._resume(checkpoints[-1])
+        self.model.set_compute_dtype(compute_dtype(self.device))
+        self.optimizer = Optimizer(self.model, self.rank, self.ranks)
+        # In float16 the gradients of the mean would vanish: those of the sum are taken, and scaled as float32.
+        self.share = 1 / self.plan.hyperparameters.batch_tokens
+        narrow = self.model.dtype == torch.float16
+        self.loss_share, self.gradient_share = (1.0, self.share) if narrow else (self.share, 1.0)
+        self.last_good, damaged = self._newest_checkpoint()
+        if self.last_good:
+            self._resume(self.last_good)
+        kernel, compiled = attention.kernel(self.device, self.model.dtype), compiles(self.plan, self.device)
+        self.loss = torch.compile(self.model.loss, fullgraph=True, dynamic=False) if compiled else self.model.loss
+        gc.freeze()
         self.event(
             "started",
             step=self.progress.step,
@@ -155,38 +185,92 @@ class Trainer:
             ranks=self.ranks,
             threads=torch.get_num_threads(),
             micro_batch=self.attempt["micro_batch"],
+            attention=kernel,
+            compiled=compiled,
         )
+        for message in damaged:
+            self.event("warning", step=self.progress.step, message=message)
 
-    def _train_step(self) -> None:
-        """One optimiser step, its event, and a checkpoint when one is due."""
-        if os.getppid() != self.parent:
-            sys.exit("torchrun is gone")
-        given, step = self.plan.hyperparameters, self.progress.step
-        began = time.perf_counter()
-        loss, stop, checkpoint = self._gradients(step)
-        if not math.isfinite(loss):
-            self._log_step(step + 1, loss, 0.0)
-            raise Stopped("diverged", f"loss is {loss} at step {step + 1}")
-        self.optimizer.step(step)
-        seconds = time.perf_counter() - began
-        self.progress.step = step + 1
+    def _train(self) -> None:
+        """Every step that is left. What one told is read from a GPU while the next one runs, so that it never waits."""
+        self.step_clock = time.monotonic()
+        while self.progress.step < self.plan.hyperparameters.steps:
+            if os.getppid() != self.parent:
+                sys.exit("torchrun is gone")
+            before, self.told = self.told, self._step(self.progress.step)
+            self.progress.step += 1
+            if self.device.type != "cuda":
+                before, self.told = self.told, None
+            if before:
+                self._settle(before)
+        self._settle_last()
+
+    def _step(self, step: int) -> Told:
+        """Gradients of the mean loss over the step's rows, and one update from them."""
+        given = self.plan.hyperparameters
+        mine = share(self.order.step(step, given.batch_rows), self.rank, self.ranks)
+        self.optimizer.zero_grad()
+        status = self.optimizer.status
+        for start in range(0, len(mine), self.attempt["micro_batch"]):
+            ids, targets = self._on_device(self.rows.pair(mine[start : start + self.attempt["micro_batch"]]))
+            loss = self.loss(ids, targets)
+            loss.backward(torch.full_like(loss, self.loss_share))
+            status[0] += loss.detach() * self.share
+        status[1] = self.stop_asked
+        status[2] = self.rank == 0 and self._checkpoint_due()
+        measures = self.optimizer.step(step, self.gradient_share, measured=self._logged(step + 1))
+        numbers = status.clone() if measures is None else torch.cat([status, measures])
+        if self.device.type != "cuda":
+            return Told(step + 1, numbers, None)
+        there, ready = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True), torch.cuda.Event()
+        ready.record()
+        return Told(step + 1, there, ready)
+
+    def _on_device(self, pair: Pair) -> Pair:
+        """Inputs and targets where the model is, without waiting for what it does."""
+        if self.device.type == "cuda":
+            pair = (pair[0].pin_memory(), pair[1].pin_memory())
+        return pair[0].to(self.device, non_blocking=True), pair[1].to(self.device, non_blocking=True)
+
+    def _logged(self, step: int) -> bool:
+        steps = self.plan.hyperparameters.steps
+        return step % max(1, steps // TRAIN_EVENTS) == 0 or step == steps
+
+    def _settle(self, told: Told) -> None:
+        """Read what a step told, log it, and checkpoint or stop where the ranks agreed to."""
+        if told.ready:
+            told.ready.synchronize()
+        given, now = self.plan.hyperparameters, time.monotonic()
+        loss, stop, checkpoint, *measures = told.numbers.tolist()
+        seconds, self.step_clock = now - self.step_clock, now
         self.progress.train_seconds += seconds
-        if step >= given.steps - self._tail_steps():
+        if told.step > given.steps - self._tail_steps():
             self.progress.tail_loss += loss
-        if (step + 1) % max(1, given.steps // TRAIN_EVENTS) == 0 or step + 1 == given.steps:
-            self._log_step(step + 1, loss, seconds)
-        if (stop or checkpoint) and step + 1 < given.steps:
+        if measures or not math.isfinite(loss):
+            self._log_step(told.step, loss, seconds, measures)
+        if not math.isfinite(loss):
+            raise Stopped("diverged", f"loss is {loss} at step {told.step}")
+        if (stop or checkpoint) and self.progress.step < given.steps:
+            self._settle_last()
             self._checkpoint()
-        if stop and step + 1 < given.steps:
-            if self.ranks > 1:
-                dist.barrier()
-            raise Stopped("interrupted", f"stopped at step {step + 1} of {given.steps}, as asked")
+            self.step_clock = time.monotonic()
+            if stop:
+                if self.ranks > 1:
+                    dist.barrier()
+                raise Stopped("interrupted", f"stopped at step {self.progress.step} of {given.steps}, as asked")
+
+    def _settle_last(self) -> None:
+        """Read what the last step told, if that is not done yet."""
+        if last := self.told:
+            self.told = None
+            self._settle(last)
 
     def _tail_steps(self) -> int:
         return max(1, round(TAIL_SHARE * self.plan.hyperparameters.steps))
 
-    def _log_step(self, step: int, loss: float, seconds: float) -> None:
+    def _log_step(self, step: int, loss: float, seconds: float, measures: list[float]) -> None:
         given = self.plan.hyperparameters
+        gradient_norm, update_size = measures or (None, None)
         self.event(
             "train",
             step=step,
@@ -194,31 +278,11 @@ class Trainer:
             flops=step * given.batch_tokens * given.flops_per_token,
             loss=loss,
             lr=lr_multiplier(given, step - 1),
-            tokens_per_second=given.batch_tokens / seconds if seconds else None,
+            gradient_norm=gradient_norm,
+            update_size=update_size,
+            tokens_per_second=given.batch_tokens / seconds,
             train_seconds=self.progress.train_seconds,
         )
-
-    def _gradients(self, step: int) -> tuple[float, bool, bool]:
-        """Gradients of the mean loss over the step's rows on every rank; that loss; whether any rank was asked to stop;
-        whether rank 0 wants a checkpoint."""
-        given = self.plan.hyperparameters
-        mine = share(self.order.step(step, given.batch_rows), self.rank, self.ranks)
-        for buffer in self.buffers:
-            buffer.zero_()
-        status = self.buffers[0][:STATUS]
-        for start in range(0, len(mine), self.attempt["micro_batch"]):
-            pair = self.rows.pair(mine[start : start + self.attempt["micro_batch"]])
-            ids, targets = (tensor.to(self.device, non_blocking=True) for tensor in pair)
-            loss = self.model.loss(ids, targets).sum() / given.batch_tokens
-            loss.backward()
-            status[0] += loss.detach()
-        status[1] = self.stop_asked
-        status[2] = self.rank == 0 and self._checkpoint_due()
-        if self.ranks > 1:
-            for buffer in self.buffers:
-                dist.all_reduce(buffer)
-        total, stop, checkpoint = status.tolist()
-        return total, stop > 0, checkpoint > 0
 
     def _checkpoint_due(self) -> bool:
         """Checkpoints come no oftener than asked, each step if 0, and cost a twentieth of the time at most."""
@@ -226,42 +290,42 @@ class Trainer:
         return time.monotonic() - self.last_checkpoint >= (max(pause, 20 * self.checkpoint_cost) if pause else 0)
 
     def _checkpoint(self) -> None:
-        """Write a checkpoint under a temporary name, rename it, and drop the one before; on rank 0."""
+        """Write a checkpoint, on rank 0; training goes on when it cannot be written."""
+        began, step, state = self._count_wall_seconds(), self.progress.step, self.optimizer.state()
         if self.rank:
             return
-        began = self._count_wall_seconds()
-        folder = self.run_folder / "checkpoints"
-        folder.mkdir(exist_ok=True)
-        path = folder / f"step-{self.progress.step:09d}.safetensors"
         weights = {f"model.{name}": tensor.detach() for name, tensor in self.model.named_parameters()}
         metadata = {name: repr(value) for name, value in vars(self.progress).items()} | {"run_id": self.plan.run_id}
-        _save(weights | self.optimizer.state(), path, metadata)
-        for old in folder.glob("step-*.safetensors"):
-            if old != path:
-                old.unlink()
-        self.checkpoint_cost = time.monotonic() - began
-        self.last_checkpoint = time.monotonic()
-        self.event(
-            "checkpoint",
-            step=self.progress.step,
-            file=path.name,
-            bytes=path.stat().st_size,
-            seconds=self.checkpoint_cost,
-        )
+        try:
+            path = checkpoints.write(self.run_folder / "checkpoints", step, weights | state, metadata, self.last_good)
+        except OSError as error:
+            last = f"the last good one is {self.last_good.name}" if self.last_good else "there is none yet"
+            why = f"checkpoint at step {step} could not be written ({error.strerror}): {last}; free some space"
+            self.event("warning", step=step, message=why)
+            return
+        finally:
+            self.last_checkpoint = time.monotonic()
+            self.checkpoint_cost = self.last_checkpoint - began
+        self.last_good = path
+        self.event("checkpoint", step=step, file=path.name, bytes=path.stat().st_size, seconds=self.checkpoint_cost)
+
+    def _newest_checkpoint(self) -> tuple[Path | None, list[str]]:
+        """The newest good checkpoint and lines about damaged ones: rank 0 looks, every rank takes what it found."""
+        found: list[Any] = [checkpoints.newest(self.run_folder / "checkpoints") if self.rank == 0 else None]
+        if self.ranks > 1:
+            dist.broadcast_object_list(found, device=self.device)
+        return found[0]
 
     def _resume(self, path: Path) -> None:
         """Model, optimiser and progress from a checkpoint of this run."""
-        with safe_open(path, framework="pt", device=str(self.device)) as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors, metadata = checkpoints.read(path, self.device)
         if metadata["run_id"] != self.plan.run_id:
             raise Stopped("data", f"{path} belongs to run {metadata['run_id']}")
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(tensors.pop(f"model.{name}"))
-        self.optimizer.load(tensors)
-        values = {name: json.loads(metadata[name]) for name in vars(self.progress)}
-        self.progress = Progress(**values)
+        self.progress = Progress(**{name: json.loads(metadata[name]) for name in vars(self.progress)})
+        self.optimizer.load(tensors, self.progress.step)
 
     def _evaluate(self) -> tuple[float, float]:
         """val_bpb and loss over the plan's validation rows, recorded."""
@@ -283,12 +347,13 @@ class Trainer:
         return val_bpb, val_loss
 
     def _finish(self, val_bpb: float, val_loss: float) -> None:
-        """Final weights, done.json, the finished event; then the checkpoints go."""
+        """Final weights and done.json; then the checkpoints go, and the finished event has their space."""
         self._count_wall_seconds()
         given, progress = self.plan.hyperparameters, self.progress
         weights = self.run_folder / "model.safetensors"
         parameters = {name: tensor.detach() for name, tensor in self.model.named_parameters()}
-        _save(parameters, weights, {"run_id": self.plan.run_id})
+        with _needed(weights):
+            digest = checkpoints.save(weights, parameters, {"run_id": self.plan.run_id})
         spent = {
             "tokens": given.tokens,
             "flops": given.flops,
@@ -310,12 +375,13 @@ class Trainer:
             "peak_memory_bytes": self._peak_memory(),
             "parameters_total": given.parameters.total,
             "weights": weights.name,
-            "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+            "weights_sha256": digest,
         }
-        events.write_json(self.run_folder / "done.json", done)
-        self.event("finished", step=progress.step, **spent, val_bpb=val_bpb)
+        with _needed(self.run_folder / "done.json"):
+            events.write_json(self.run_folder / "done.json", done)
         for checkpoint in (self.run_folder / "checkpoints").glob("*"):
             checkpoint.unlink()
+        self.event("finished", step=progress.step, **spent, val_bpb=val_bpb)
 
     def _count_wall_seconds(self) -> float:
         """Add the time since the last count; now."""
@@ -332,34 +398,28 @@ class Trainer:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def gradient_buffers(model: GPT) -> list[torch.Tensor]:
-    """One flat buffer a dtype, float32 first and led by STATUS numbers, into which every `.grad` is a view: ranks
-    exchange a step's gradients in one call each."""
-    buffers = []
-    for dtype in sorted(
-        {parameter.dtype for parameter in model.parameters()}, key=lambda dtype: dtype != torch.float32
-    ):
-        parameters = [parameter for parameter in model.parameters() if parameter.dtype == dtype]
-        place = STATUS if dtype == torch.float32 else 0
-        size = place + sum(parameter.numel() for parameter in parameters)
-        buffer = torch.zeros(size, dtype=dtype, device=model.wte.device)
-        for parameter in parameters:
-            parameter.grad = buffer[place : place + parameter.numel()].view_as(parameter)
-            place += parameter.numel()
-        buffers.append(buffer)
-    return buffers
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What the model computes in: bfloat16 on GPUs that have it, float16 on older ones, float32 elsewhere."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write tensors whole or not at all."""
-    temporary = path.with_name(f".{path.name}")
+def compiles(plan: Plan, device: torch.device) -> bool:
+    """Whether a run is compiled: where it is long enough to gain by it, and there is a compiler."""
+    if plan.hyperparameters.flops < COMPILED_FLOPS.get(device.type, math.inf):
+        return False
+    return device.type == "cuda" or any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+
+
+@contextmanager
+def _needed(path: Path) -> Iterator[None]:
+    """Write a file without which the run is not finished."""
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        why = f"{path} could not be written ({error.strerror}): free some space and sweep again"
+        raise Stopped("error", f"{why}, to go on from the last checkpoint") from error
 
 
 def main() -> int:

@@ -160,7 +160,7 @@ class Optimiser:
         across = 1 if rows >= columns else 0
         square = (update**2).mean(across, keepdim=True)
         self.second[name] = self.given.matrix_beta2 * self.second[name] + (1 - self.given.matrix_beta2) * square
-        reduced = update / torch.sqrt(self.second[name])
+        reduced = torch.where(update == 0, 0, update / torch.sqrt(self.second[name]))
         reduced = reduced * update.norm() / reduced.norm()
 
         rate = self.given.matrix_lr * lr_share(self.given, step) * math.sqrt(max(1, rows / columns))
@@ -171,7 +171,7 @@ class Optimiser:
 def orthogonal(matrix: Tensor) -> Tensor:
     """Rows at their mean norm, over 1.01 times the Frobenius norm, five steps, then the norm of an orthogonal one."""
     norms = matrix.norm(dim=1, keepdim=True)
-    x = matrix / norms * norms.mean()
+    x = torch.where(norms == 0, 0, matrix / norms) * norms.mean()
     x = x / (1.01 * x.norm())
     for a, b, c in POLAR_EXPRESS:
         x = a * x + b * (x @ x.T @ x) + c * (x @ x.T @ x @ x.T @ x)

@@ -20,7 +20,16 @@ LEAVES = {
     "slm.experiment": {"slm.recipe"},
 }
 """Modules of the standard library alone, and what of ours they may use."""
-TORCH = {"slm.model", "slm.optim", "slm.train", "slm.data.loader", "slm.evaluate.bpb"}
+TORCH = {
+    "slm.attention",
+    "slm.layers",
+    "slm.model",
+    "slm.optim",
+    "slm.checkpoints",
+    "slm.train",
+    "slm.data.loader",
+    "slm.evaluate.bpb",
+}
 
 
 def modules(root: Path = ROOT) -> dict[str, Path]:

@@ -26,7 +26,7 @@ def validation_loss(
     mine = share(np.arange(len(rows)), rank, ranks)
     for start in range(0, len(mine), batch_rows):
         ids, targets = (tensor.to(device) for tensor in rows.pair(mine[start : start + batch_rows]))
-        loss = model.loss(ids, targets).double()
+        loss = model.losses(ids, targets).double()
         sizes = token_bytes[targets]
         sums += torch.stack([(loss * (sizes > 0)).sum(), sizes.sum().double(), loss.sum()])
     if ranks > 1:

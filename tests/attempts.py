@@ -1,0 +1,47 @@
+"""Attempts made as the launcher makes them, for worlds that it would not choose, and torchrun on them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from slm import events, launch
+from slm.data import Prepared
+from slm.launch import Slot
+from slm.plan import Plan, code_fingerprint
+from slm.recipe import Hyperparameters
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+
+
+def plan_of(given: Hyperparameters, prepared: Prepared, seed: int = 0) -> Plan:
+    """The plan of one run."""
+    return Plan("test", f"steps={given.steps}", seed, given, prepared.identity(given), code_fingerprint())
+
+
+def make_attempt(home: Path, plan: Plan, prepared: Prepared, **changes: Any) -> Path:
+    """The folder of a run's first attempt, its attempt.json for one CPU rank but for the changes."""
+    folder = launch._make_attempt(plan, home, prepared.folder, Slot("cpu", 1, 1), 1e9)
+    events.write_json(folder / "attempt.json", events.read_json(folder / "attempt.json") | changes)
+    events.write_json(folder.parent.parent / "plan.json", plan.document())
+    return folder
+
+
+def torchrun(folder: Path, *options: str) -> list[str]:
+    """The command that trains an attempt."""
+    logs = f"--log-dir={folder / 'torchrun'}"
+    return [sys.executable, "-m", "torch.distributed.run", *options, logs, "--module", "slm.train", str(folder)]
+
+
+def train(folder: Path, ranks: int) -> subprocess.CompletedProcess[str]:
+    """Train an attempt on so many ranks of this machine."""
+    command = torchrun(folder, "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}")
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def log(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The events of one kind that an attempt wrote."""
+    return [event for event in events.Reader(folder / "events.jsonl").new() if event["event"] == kind]
