@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from slm import events, launch
 from slm.data import Prepared
@@ -38,8 +41,22 @@ def torchrun(folder: Path, *options: str) -> list[str]:
 
 def train(folder: Path, ranks: int) -> subprocess.CompletedProcess[str]:
     """Train an attempt on so many ranks of this machine."""
-    command = torchrun(folder, "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}")
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        _here(folder, ranks), env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def train_until(folder: Path, ranks: int, event: str) -> None:
+    """Train an attempt until it writes an event of a kind, then ask every rank to stop, and wait until it has."""
+    with subprocess.Popen(_here(folder, ranks), env=ENVIRONMENT, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not log(folder, event):
+            time.sleep(0.01)
+        for worker in psutil.Process(process.pid).children():
+            worker.terminate()
+
+
+def _here(folder: Path, ranks: int) -> list[str]:
+    return torchrun(folder, "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}")
 
 
 def log(folder: Path, kind: str) -> list[dict[str, Any]]:
