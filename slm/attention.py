@@ -8,8 +8,8 @@ most, are kept for the backward pass. What needs a GPU is chosen by what is impo
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -22,8 +22,6 @@ FLEX_HEAD_DIM = 16
 """The smallest head that FlexAttention takes."""
 
 _chosen: dict[tuple[str, torch.dtype], str] = {}
-_flash: dict[str, Any] = {}
-"""The modules of FlashAttention 3 and 4 that were asked for and found."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
@@ -33,8 +31,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
     """
     kind, length = kernel(query.device, query.dtype), query.size(2)
     whole = window >= length - 1
-    if kind in ("flash3", "flash4"):
-        return _flash_attend(kind, query, key, value, None if whole else window)
+    if kind == "flash3":
+        return _flash(query, key, value, (-1, -1) if whole else (window, 0))
     if whole:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
     if kind == "banded":
@@ -47,34 +45,22 @@ def attend(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
 
 
 def kernel(device: torch.device, dtype: torch.dtype) -> str:
-    """What computes attention there, settled once per process: "flash3", "flash4", "flex", "banded" or "sdpa"."""
+    """What computes attention there, settled once per process: "flash3", "flex", "banded" or "sdpa"."""
     if (device.type, dtype) not in _chosen:
         _chosen[device.type, dtype] = _choose(device, dtype)
     return _chosen[device.type, dtype]
 
 
 def _choose(device: torch.device, dtype: torch.dtype) -> str:
-    """FlashAttention 3 is for sm_90; 4 for sm_100, as its backward pass on sm_90 knows no window; both for 16 bits."""
+    """FlashAttention 3 is for sm_90 and 16 bits; FlexAttention for what Triton compiles for."""
     if device.type == "cpu":
         return "banded"
     if device.type != "cuda" or torch.version.hip or dtype == torch.float64:
         return "sdpa"
     major, _ = torch.cuda.get_device_capability(device)
-    if dtype in (torch.bfloat16, torch.float16):
-        if major == 9 and _found("flash3", "flash_attn_interface"):
-            return "flash3"
-        if major == 10 and _found("flash4", "flash_attn.cute.interface"):
-            return "flash4"
-    return "flex" if major >= 8 and _found("triton", "triton") else "sdpa"
-
-
-def _found(kind: str, name: str) -> bool:
-    """Whether the module loads; it is kept."""
-    try:
-        _flash[kind] = importlib.import_module(name)
-    except (ImportError, OSError):
-        return False
-    return True
+    if major == 9 and dtype.itemsize == 2 and find_spec("flash_attn_interface"):
+        return "flash3"
+    return "flex" if major >= 8 and find_spec("triton") else "sdpa"
 
 
 def _sees(query: Tensor, key: Tensor, window: int) -> Tensor:
@@ -82,15 +68,12 @@ def _sees(query: Tensor, key: Tensor, window: int) -> Tensor:
     return (query >= key) & (query - key <= window)
 
 
-def _flash_attend(kind: str, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
-    """FlashAttention, which takes (B, T, h, q); no window is plain causal attention."""
+def _flash(query: Tensor, key: Tensor, value: Tensor, window: tuple[int, int]) -> Tensor:
+    """FlashAttention 3, which takes (B, T, h, q)."""
+    from flash_attn_interface import flash_attn_func
+
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    if kind == "flash4":
-        attended, _ = torch.ops.slm.flash4(query, key, value, window)
-    else:
-        seen = (-1, -1) if window is None else (window, 0)
-        attended = _flash["flash3"].flash_attn_func(query, key, value, causal=True, window_size=seen)
-    return attended.transpose(1, 2)
+    return flash_attn_func(query, key, value, causal=True, window_size=window).transpose(1, 2)
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
@@ -121,19 +104,13 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-# The band and FlashAttention 4 are operators of their own, so that compiling neither unrolls nor breaks them. Their
-# forward passes return what their backward passes read.
+# The band is an operator of its own, so that compiling does not unroll it. Its forward pass returns what its backward
+# pass reads.
 
 torch.library.define("slm::banded", "(Tensor query, Tensor key, Tensor value, int window) -> (Tensor, Tensor)")
 torch.library.define(
     "slm::banded_backward",
     "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor kept, int window) -> (Tensor, Tensor, Tensor)",
-)
-torch.library.define("slm::flash4", "(Tensor query, Tensor key, Tensor value, int? window) -> (Tensor, Tensor)")
-torch.library.define(
-    "slm::flash4_backward",
-    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor attended, Tensor sums, int? window)"
-    " -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -213,25 +190,6 @@ def _tokens_first(query: Tensor) -> Tensor:
     return query.new_empty(rows, length, heads, head_dim).transpose(1, 2)
 
 
-@torch.library.impl("slm::flash4", "CUDA")
-def _flash4(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-    """Attention (B, T, h, q) and the log-sum-exp (B, h, T) of the scores."""
-    seen = (window, None if window is None else 0)
-    attended, sums = _flash["flash4"].flash_attn_func(query, key, value, causal=True, window_size=seen, return_lse=True)
-    return attended, sums
-
-
-@torch.library.impl("slm::flash4_backward", "CUDA")
-def _flash4_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Tensor, sums: Tensor, window: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    right = None if window is None else 0
-    for_query, for_key, for_value, *_ = _flash["flash4"]._flash_attn_bwd(
-        query, key, value, attended, grad, sums, causal=True, window_size_left=window, window_size_right=right
-    )
-    return for_query, for_key, for_value
-
-
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """The second output, weights or sums, is for the backward pass alone."""
     *tensors, ctx.window = inputs
@@ -245,17 +203,8 @@ def _from_banded(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     return *torch.ops.slm.banded_backward(grad, query, key, value, kept, ctx.window), None
 
 
-def _from_flash4(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    return *torch.ops.slm.flash4_backward(grad, *ctx.saved_tensors, ctx.window), None
-
-
 def _empty_banded(query: Tensor, key: Tensor, value: Tensor, window: int) -> tuple[Tensor, Tensor]:
     return _tokens_first(query), _kept(query, window)
-
-
-def _empty_flash4(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-    rows, length, heads, _ = query.shape
-    return query.new_empty(query.shape), query.new_empty(rows, heads, length, dtype=torch.float32)
 
 
 def _empty_gradients(grad: Tensor, query: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -264,7 +213,4 @@ def _empty_gradients(grad: Tensor, query: Tensor, *others: Any) -> tuple[Tensor,
 
 torch.library.register_fake("slm::banded", _empty_banded)
 torch.library.register_fake("slm::banded_backward", _empty_gradients)
-torch.library.register_fake("slm::flash4", _empty_flash4)
-torch.library.register_fake("slm::flash4_backward", _empty_gradients)
 torch.library.register_autograd("slm::banded", _from_banded, setup_context=_keep)
-torch.library.register_autograd("slm::flash4", _from_flash4, setup_context=_keep)

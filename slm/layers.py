@@ -203,7 +203,7 @@ class _MLP(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         y, factor, active, up, down = ctx.saved_tensors
         grad_down = (active * active).flatten(0, 1).mT @ grad.flatten(0, 1)
-        grad_up = F.linear(grad, down).mul_(active).mul_(2)
+        grad_up = F.linear(grad, 2 * down).mul_(active)
         grad_x = _norm_gradient(grad_up @ up, y, factor).add_(grad)
         return grad_x, grad_up.flatten(0, 1).mT @ y.flatten(0, 1), grad_down
 

@@ -286,7 +286,7 @@ def orthogonalised(update: Tensor, upright: int) -> Tensor:
     x.div_(1.01 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
     rows, columns = x.shape[-2:]
     if rows > columns:
-        x = x.mT
+        x = x.mT.contiguous()
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -195,6 +195,21 @@ def test_a_later_token_changes_nothing_before_it(depth: int, pattern: str) -> No
     assert (before[:, 200:] != after[:, 200:]).any(-1).all()
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiling_breaks_no_graph_and_changes_no_gradient() -> None:
+    """As the trainer compiles it, but for the code generator, which takes half a minute."""
+    given = hyperparameters(5, "SSSL")
+    model, (ids, targets) = random_model(given), rows(given, 512)
+    loss = model.loss(ids, targets)
+    loss.backward()
+    expected = gradients_of(model)
+    model.zero_grad()
+    compiled = torch.compile(model.loss, fullgraph=True, dynamic=False, backend="aot_eager")(ids, targets)
+    compiled.backward()
+    assert compiled.item() == pytest.approx(loss.item(), rel=1e-12)
+    assert farthest(given, gradients_of(model), expected) < 1e-10
+
+
 NORMAL, UNIFORM = (3.0, 24.0), (1.8, 2.2)
 """Kurtosis of a distribution, and the variance of a sample's kurtosis times its size (rounded up)."""
 

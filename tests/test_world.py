@@ -129,8 +129,8 @@ def test_tokens_that_never_occur_only_decay(world: Trained, prepared: Prepared) 
 
 
 def test_ranks_share_out_a_large_model_and_others_go_on_with_it(tmp_path: Path, prepared: Prepared) -> None:
-    """Three ranks begin, two go on from their checkpoint; 16 and 8 matrices do not divide by three. Rounding grows: after
-    ten steps another micro-batch on one rank is as far off.
+    """Three ranks begin, two go on from their checkpoint; 16 and 8 matrices do not divide by three. Rounding grows:
+    after ten steps another micro-batch on one rank is as far off.
     """
     given = replace(WIDE(4, steps=20), batch_tokens=8 * WIDE.sequence_length, resid=OFF, x0=OFF, smear=OFF)
     shared = [given.parameters.transformer_matrices // 3, 3 * given.parameters.wte]

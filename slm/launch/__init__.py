@@ -22,8 +22,8 @@ CHECKPOINT_SECONDS = 20.0
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36), "MALLOC_TOP_PAD_": str(2**28)}
 """What keeps freed memory with a trainer (glibc): given back, its pages are fetched anew at every step, which takes as
 long as the step itself."""
-CPU_TOKENS = 2**11
-"""Tokens of a forward pass on a CPU: what they leave behind then stays near the core."""
+CPU_TOKENS = 2**13
+"""Tokens of a forward pass on a CPU, about: more gain nothing, and take memory."""
 
 
 @dataclass(frozen=True)

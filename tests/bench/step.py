@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slm.launch import CPU_TOKENS
 from slm.model import GPT
 from slm.optim import Optimizer
 from slm.recipe import Hyperparameters
@@ -23,8 +24,8 @@ from tests.bench.trainer import shapes
 
 SECONDS, STEPS = 3.0, 5
 """Steps are timed for so long, and at least so many."""
-GPU_ROWS, CPU_TOKENS = 32, 2**14
-"""Rows of a micro-batch on a GPU, halved until they fit; its tokens on a CPU, as the launcher's."""
+GPU_ROWS = 32
+"""Rows of a micro-batch on a GPU, halved until they fit."""
 
 Step = Callable[[int, list[tuple[Tensor, Tensor]]], None]
 
