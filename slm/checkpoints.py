@@ -12,7 +12,6 @@ import os
 import re
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -60,9 +59,9 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     return good, [f"{line}: {instead}" for line in damaged]
 
 
-def read(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, on a device (on the CPU private maps of the file), and metadata of a file that was written here."""
-    with safe_open(path, framework="pt", device=str(device)) as file:
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors, on the CPU as private maps of the file, and metadata of a file that was written here."""
+    with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
 
 

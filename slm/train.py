@@ -318,7 +318,7 @@ class Trainer:
 
     def _resume(self, path: Path) -> None:
         """Model, optimiser and progress from a checkpoint of this run."""
-        tensors, metadata = checkpoints.read(path, self.device)
+        tensors, metadata = checkpoints.read(path)
         if metadata["run_id"] != self.plan.run_id:
             raise Stopped("data", f"{path} belongs to run {metadata['run_id']}")
         with torch.no_grad():

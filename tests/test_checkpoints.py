@@ -30,7 +30,6 @@ from tests.homes import home_of
 from tests.test_train import ONE, TWO, Watcher, of, train
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits of another process and tmpfs are Linux's")
-CPU = torch.device("cpu")
 SAME = ("run_id", "val_bpb", "val_loss", "train_loss", "tokens", "flops", "weights_sha256")
 
 
@@ -97,7 +96,7 @@ def test_what_is_read_is_to_the_bit_what_was_written(tmp_path: Path) -> None:
         "i": torch.tensor(7, dtype=torch.int64),
     }
     path = checkpoints.write(tmp_path / "new", 1, given, {"run_id": "r", "step": "1"})
-    found, metadata = checkpoints.read(path, CPU)
+    found, metadata = checkpoints.read(path)
     assert metadata == {"run_id": "r", "step": "1"}
     assert {name: (tensor.dtype, tensor.shape) for name, tensor in found.items()} == {
         name: (tensor.dtype, tensor.shape) for name, tensor in given.items()

@@ -5,18 +5,45 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from slm import launch
+from slm.model import GPT
+from slm.optim import Optimizer
+from slm.recipe import pocket
 from tests.test_train import TWO, Watcher, train
 
 pytestmark = pytest.mark.soak
 KILLS = 12
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
+def test_compiled_gradients_are_those_of_the_plain_ones() -> None:
+    """With the code generator, as a long run is trained."""
+    if not any(map(shutil.which, ("g++", "clang++"))):
+        pytest.skip("no C++ compiler")
+    given = replace(pocket, sequence_length=512)(4, steps=10)
+    model = GPT(given)
+    model.initialise(0)
+    optimizer = Optimizer(model)
+    ids = torch.randint(given.vocab_size, (4, 513), generator=torch.Generator().manual_seed(0))
+    model.loss(ids[:, :-1], ids[:, 1:]).backward()
+    optimizer.step(0)  # before it blocks add nothing, and the gradient of some scalars is rounding error
+    found = []
+    for loss in (model.loss, torch.compile(model.loss, fullgraph=True, dynamic=False)):
+        optimizer.zero_grad()
+        loss(ids[:, :-1], ids[:, 1:]).backward()
+        found.append([part.buffer.gradients.clone() for part in optimizer._parts])
+    for plain, compiled in zip(*found, strict=True):
+        assert (compiled - plain).norm() <= 1e-5 * plain.norm()
 
 
 def homes(tmp_path: Path, home: Path, *names: str) -> list[Path]:
