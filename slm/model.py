@@ -23,7 +23,7 @@ class GPT(nn.Module):
         self.given = given
         self.dtype = torch.float32
         depth, width, vocab = given.depth, given.width, given.vocab_size
-        tables = len(self._value_layers())
+        tables = len(self.value_layers())
         gate_channels = min(GATE_CHANNELS, width)
 
         def matrix(*shape: int) -> nn.Parameter:
@@ -48,7 +48,7 @@ class GPT(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def _value_layers(self) -> list[int]:
+    def value_layers(self) -> list[int]:
         """Layers with a value embedding: every other one, the last included."""
         return [layer for layer in range(self.given.depth) if layer % 2 == (self.given.depth - 1) % 2]
 
@@ -106,7 +106,7 @@ class GPT(nn.Module):
             layers.norm(F.embedding(ids, self.wte).to(dtype)), self.smear_gate.to(dtype), self.smear.to(dtype)
         )
         x = x0.view_as(x0)  # torch.compile takes no function of one tensor given twice
-        tables = dict(zip(self._value_layers(), zip(self.value_embeds, self.value_gates.to(dtype)), strict=True))
+        tables = dict(zip(self.value_layers(), zip(self.value_embeds, self.value_gates.to(dtype)), strict=True))
         attention_in, attention_out = self.attention_in.to(dtype).unbind(), self.attention_out.to(dtype).unbind()
         mlp_up, mlp_down = self.mlp_up.to(dtype).unbind(), self.mlp_down.to(dtype).unbind()
         resid, x0_scale = self.resid.to(dtype).unbind(), self.x0.to(dtype).unbind()
@@ -130,6 +130,13 @@ class GPT(nn.Module):
         query, key = query_key.transpose(1, 2).chunk(2, dim=1)
         attended = attend(query, key, values.transpose(1, 2), window)
         return attended.transpose(1, 2).flatten(2)
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What the model computes in: bfloat16 on GPUs that have it, float16 on older ones, float32 elsewhere."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def _rotation(length: int, head_dim: int) -> tuple[Tensor, Tensor]:

@@ -91,8 +91,8 @@ class Display:
 
     def _show(self, plan: Plan, event: dict[str, Any]) -> None:
         rate = self._flops_per_second
-        run_left = f"{_duration(self._left[plan.run_id] / rate)} left" if rate else ""
-        sweep_left = f"{_duration(sum(self._left.values()) / rate)} left" if rate else ""
+        run_left = f"{duration(self._left[plan.run_id] / rate)} left" if rate else ""
+        sweep_left = f"{duration(sum(self._left.values()) / rate)} left" if rate else ""
         speed = f"{rate / plan.hyperparameters.flops_per_token:,.0f} tok/s" if rate else ""
         note = "  ".join((f"step {event['step']:,}", f"loss {event['loss']:.3f}", speed, run_left))
         if self._bars:
@@ -114,7 +114,7 @@ def _label(plan: Plan) -> str:
     return f"{plan.run_id} {plan.recipe} d{plan.hyperparameters.depth}{horizon} seed {plan.seed}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Hours, minutes and seconds, the two largest."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -28,8 +28,8 @@ import torch.distributed as dist
 from slm import attention, checkpoints, events, locks
 from slm.data.loader import Order, Pair, Rows, share
 from slm.data.prepare import Prepared
-from slm.evaluate.bpb import validation_loss
-from slm.model import GPT
+from slm.evaluate.bpb import TOKENS, validation_loss
+from slm.model import GPT, compute_dtype
 from slm.optim import Optimizer, lr_multiplier
 from slm.plan import Plan, code_fingerprint
 
@@ -37,8 +37,6 @@ TRAIN_EVENTS = 1000
 """A run logs at most about this many steps, evenly spaced."""
 TAIL_SHARE = 0.1
 """train_loss is the mean over this share of the steps, the last ones."""
-EVALUATION_TOKENS = 2**14
-"""Tokens of one forward pass of an evaluation, at most (at least one row)."""
 COMPILED_FLOPS = {"cpu": 1e14, "cuda": 1e16}
 """FLOPs of a run from which compiling pays: it takes half a minute, and saves a CPU at most a fifth of the time."""
 
@@ -330,7 +328,7 @@ class Trainer:
     def _evaluate(self) -> tuple[float, float]:
         """val_bpb and loss over the plan's validation rows, recorded."""
         given, began = self.plan.hyperparameters, time.perf_counter()
-        batch_rows = max(1, EVALUATION_TOKENS // given.sequence_length)
+        batch_rows = max(1, TOKENS // given.sequence_length)
         val_bpb, val_loss = validation_loss(
             self.model, self.validation, self.token_bytes, batch_rows, self.rank, self.ranks
         )
@@ -396,13 +394,6 @@ class Trainer:
             return torch.cuda.max_memory_allocated()
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """What the model computes in: bfloat16 on GPUs that have it, float16 on older ones, float32 elsewhere."""
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def compiles(plan: Plan, device: torch.device) -> bool:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from slm import __version__
-from slm.cli import compare, curves, data, next, query, runs, size, sweep
+from slm.cli import compare, curves, data, eval, next, query, runs, sample, size, sweep
 
 app = typer.Typer(
     name="slm",
@@ -29,6 +29,8 @@ app.command("show")(runs.show)
 app.command("fit-curves")(curves.fit_curves)
 app.command("compare")(compare.compare)
 app.command("next")(next.next_runs)
+app.command("eval")(eval.evaluate)
+app.command("sample")(sample.sample)
 app.command("query")(query.query)
 app.add_typer(data_app, name="data")
 data_app.command("prepare")(data.prepare)

@@ -45,7 +45,7 @@ def show(run: Annotated[str, typer.Argument(help="A run_id, or its first digits.
     from slm import events, launch
     from store import home
 
-    folder = _folder(home(), run)
+    folder = run_folder(home(), run)
     attempt = launch.last_attempt(folder)
     document = {name: events.read_json(folder / f"{name}.json") for name in ("plan", "done") if _there(folder, name)}
     document["attempts"] = [_attempt(path) for path in sorted((folder / "attempts").glob("[0-9]*"))]
@@ -73,7 +73,8 @@ def show(run: Annotated[str, typer.Argument(help="A run_id, or its first digits.
         print("\n".join([f"  end of {attempt / 'log'}:", *(f"    {line}" for line in lines)]))
 
 
-def _folder(home: Path, run: str) -> Path:
+def run_folder(home: Path, run: str) -> Path:
+    """Folder of the run whose run_id starts with these digits. Raises ValueError unless there is exactly one."""
     found = [path.parent for path in home.glob(f"{run}*/plan.json")] if run.isalnum() else []
     if len(found) != 1:
         raise ValueError(f"run {run!r}: {'none' if not found else len(found)} in {home}; `slm status` lists them")

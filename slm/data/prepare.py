@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -91,10 +91,11 @@ class Prepared:
         blocks: list[str] = self.manifest["train"]["blocks"]
         return blocks[: -(-min(given.train_rows, self.train_rows) // BLOCK_ROWS)]
 
-    def verify_content(self, given: Hyperparameters) -> None:
+    def verify_content(self, given: Hyperparameters, parts: Sequence[str] = ("validation", "train")) -> None:
         """Raise ValueError unless validation rows and the blocks that a run reads hash to what the manifest says."""
         read = {"validation": self.manifest["validation"]["blocks"], "train": self._blocks_read(given)}
-        for name, blocks in read.items():
+        for name in parts:
+            blocks = read[name]
             part = self.manifest[name]
             size = BLOCK_ROWS * part["row_tokens"] * np.dtype(part["dtype"]).itemsize
             with (self.folder / f"{name}.bin").open("rb") as file:

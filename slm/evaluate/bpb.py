@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -11,15 +12,25 @@ import torch.distributed as dist
 from slm.data.loader import Rows, share
 from slm.model import GPT
 
+TOKENS = 2**14
+"""Tokens of one forward pass, at most (at least one row)."""
+
 
 @torch.no_grad()
 def validation_loss(
-    model: GPT, rows: Rows, token_bytes: torch.Tensor, batch_rows: int, rank: int, ranks: int
+    model: GPT,
+    rows: Rows,
+    token_bytes: torch.Tensor,
+    batch_rows: int,
+    rank: int,
+    ranks: int,
+    report: Callable[[int], None] = lambda read: None,
 ) -> tuple[float, float]:
     """val_bpb and the loss in nats a token over every row.
 
     Bits per byte: summed nats over the summed bytes of the targets, special tokens left out, over ln 2.
-    `token_bytes` (V,) holds the bytes of each token, 0 for special ones. Sums are in float64, over all ranks.
+    `token_bytes` (V,) holds the bytes of each token, 0 for special ones. Sums are in float64, over all ranks. `report`
+    is told how many rows of this rank are read.
     """
     device = model.wte.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)
@@ -29,6 +40,7 @@ def validation_loss(
         loss = model.losses(ids, targets).double()
         sizes = token_bytes[targets]
         sums += torch.stack([(loss * (sizes > 0)).sum(), sizes.sum().double(), loss.sum()])
+        report(start + len(ids))
     if ranks > 1:
         dist.all_reduce(sums)
     nats, size, total = sums.tolist()

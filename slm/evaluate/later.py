@@ -1,0 +1,73 @@
+"""Evaluations of weights after training, kept as files `<run_id>/evals/<metric>-<step>-<key>.json`.
+
+The key hashes what decides the value, so that the same evaluation of the same weights is found and not made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slm import events
+from slm.data.loader import Rows
+from slm.evaluate.bpb import TOKENS, validation_loss
+from slm.plan import canonical, code_fingerprint
+from slm.weights import Weights, prepared_of
+
+Report = Callable[[int, int], None]
+"""Told how many of how many parts are done."""
+
+
+def val_bpb(weights: Weights, home: Path, device: torch.device, report: Report = lambda done, of: None) -> Path:
+    """val_bpb of some weights on the validation rows of their plan: the file that holds it, made if it is not there.
+
+    On the ranks and threads of the training it is to the bit what the trainer would find. Raises ValueError where
+    weights or rows are gone or changed, RuntimeError where the loss is no number.
+    """
+    data = weights.plan.data
+    decides = {"weights_sha256": _sha256(weights), "code": code_fingerprint(), "device": device.type}
+    decides |= {"tokenizer": data.tokenizer, "validation": data.validation}
+    return _kept(weights, "val_bpb", decides, lambda: _measure_val_bpb(weights, home, device, report))
+
+
+def _kept(weights: Weights, metric: str, decides: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> Path:
+    """The file of an evaluation, made if there is none: what it is of, what decides it, and what was measured."""
+    key = hashlib.sha256(canonical(decides).encode()).hexdigest()[:12]
+    path = weights.run_folder / "evals" / f"{metric}-{weights.step:09d}-{key}.json"
+    if not path.exists():
+        head = {"run_id": weights.plan.run_id, "step": weights.step, "metric": metric, "weights": weights.path.name}
+        document = head | decides | measure() | {"time": time.time()}
+        path.parent.mkdir(exist_ok=True)
+        events.write_json(path, document)
+    return path
+
+
+def _sha256(weights: Weights) -> str:
+    """Of the file. Raises ValueError when the final weights of a run are not those that it wrote."""
+    with weights.path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    done = weights.run_folder / "done.json"
+    if weights.path.parent == done.parent and done.exists() and events.read_json(done)["weights_sha256"] != digest:
+        raise ValueError(f"{weights.path} was changed after run {weights.plan.run_id} wrote it")
+    return digest
+
+
+def _measure_val_bpb(weights: Weights, home: Path, device: torch.device, report: Report) -> dict[str, Any]:
+    given = weights.plan.hyperparameters
+    prepared = prepared_of(weights.plan, home)
+    prepared.verify_content(given, ["validation"])
+    part, sizes = prepared.manifest["validation"], prepared.tokenizer.token_bytes
+    rows = Rows(prepared.folder / "validation.bin", part["row_tokens"], part["dtype"])
+    token_bytes = torch.tensor(sizes + [0] * (given.vocab_size - len(sizes)), device=device)
+    model, began = weights.model(device), time.perf_counter()
+    batch_rows = max(1, TOKENS // given.sequence_length)
+    bpb, loss = validation_loss(model, rows, token_bytes, batch_rows, 0, 1, lambda done: report(done, len(rows)))
+    if not math.isfinite(bpb):
+        raise RuntimeError(f"run {weights.plan.run_id} diverged: val_bpb is {bpb} at step {weights.step}")
+    return {"val_bpb": bpb, "val_loss": loss, "rows": len(rows), "seconds": time.perf_counter() - began}
