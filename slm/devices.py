@@ -27,23 +27,54 @@ def peak_flops(name: str) -> float | None:
 
 
 @functools.cache
-def gpu_names() -> tuple[str, ...]:
-    """Names of the NVIDIA GPUs that this process may use; () when there is none."""
+def _gpus(field: str) -> tuple[str, ...]:
+    """What nvidia-smi says in a field of each NVIDIA GPU that this process may use; () when there is none."""
     if shutil.which("nvidia-smi") is None:
         return ()
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    names = tuple(line.strip() for line in result.stdout.splitlines() if line.strip()) if not result.returncode else ()
+    found = tuple(line.strip() for line in result.stdout.splitlines() if line.strip()) if not result.returncode else ()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return names
+        return found
     entries = takewhile(lambda entry: entry.strip() and not entry.strip().startswith("-"), visible.split(","))
-    return names[: len(list(entries))]
+    return found[: len(list(entries))]
+
+
+def gpu_names() -> tuple[str, ...]:
+    """Names of the NVIDIA GPUs that this process may use; () when there is none."""
+    return _gpus("name")
 
 
 def gpu_count() -> int:
     """NVIDIA GPUs that this process may use."""
     return len(gpu_names())
+
+
+def apple_gpu() -> bool:
+    """Whether there is a GPU of Apple's, which shares the machine's memory."""
+    return (platform.system(), platform.machine()) == ("Darwin", "arm64")
+
+
+def gpu_memory() -> int | None:
+    """Bytes of the smallest NVIDIA GPU that this process may use; None where that is not known."""
+    sizes = [int(size) for size in _gpus("memory.total") if size.isdigit()]
+    return min(sizes) * 2**20 if sizes else None
+
+
+def memory() -> int:
+    """Bytes of the machine's memory that this process may use: all of it, or what its control groups allow."""
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_group_limits(Path("/"))])
+
+
+def _group_limits(root: Path) -> list[int]:
+    """The limits, in bytes, of the control group (version 2) of this process and of those that it lies in."""
+    table, groups = root / "proc/self/cgroup", root / "sys/fs/cgroup"
+    lines = table.read_text().splitlines() if table.exists() else []
+    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    files = [folder / "memory.max" for folder in ((groups / own), *(groups / own).parents)]
+    limits = [file.read_text().strip() for file in files if file.is_file()]
+    return [int(limit) for limit in limits if limit.isdigit()]
 
 
 def cores() -> int:
@@ -52,7 +83,7 @@ def cores() -> int:
 
 
 def name(device: str) -> str:
-    """What "cpu" or "cuda" is here, for people."""
+    """What "cpu", "cuda" or "mps" is here, for people."""
     return gpu_names()[0] if device == "cuda" else _cpu_name()
 
 

@@ -142,8 +142,9 @@ class _AttentionInputs(Function):
         mixed = (x * resid).addcmul_(x0, x0_scale)
         y, factor = _normed(mixed)
         heads = weight.size(0) // (6 * cos.size(-1))
-        query_key, values = F.linear(y, weight).unflatten(-1, (3 * heads, -1)).split([2 * heads, heads], dim=2)
-        normed, head_factor = _normed(query_key, QK_SCALE)
+        of_heads, of_values = weight.split([2 * x.size(-1), x.size(-1)])
+        values = F.linear(y, of_values).unflatten(-1, (heads, -1))
+        normed, head_factor = _normed(F.linear(y, of_heads).unflatten(-1, (2 * heads, -1)), QK_SCALE)
         rotated = _rotated(normed, cos, sin)
         ctx.save_for_backward(x, x0, resid, x0_scale, weight, cos, sin, y, factor, rotated, head_factor)
         return mixed, y, rotated, values
@@ -223,6 +224,7 @@ class _CrossEntropy(Function):
             share = total.reciprocal_().to(x.dtype)
             grads.append((grad @ weight).mul_(share))
             _accumulate(grad_head, grad.mT, part * share)
+            del capped, exponents, grad  # before the next ones are made
         ctx.save_for_backward(torch.cat(grads).view_as(x), grad_head)
         return nats
 
@@ -230,7 +232,7 @@ class _CrossEntropy(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_x, grad_head = ctx.saved_tensors
-        return grad_x * grad.to(grad_x.dtype), grad_head * grad.to(grad_head.dtype), None
+        return grad_x.mul_(grad.to(grad_x.dtype)), grad_head.mul_(grad.to(grad_head.dtype)), None
 
 
 def _parts(x: Tensor, head: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -100,8 +100,8 @@ class Optimizer:
         sums = torch.zeros(3, device=self.status.device) if measured else None
         sending = []
         for part in self._parts:
-            if work := arriving.get(part.buffer):
-                work.wait()
+            if part.buffer in arriving:
+                arriving.pop(part.buffer).wait()
             if scale != 1:
                 part.buffer.own_gradients.mul_(scale)
             part.update(*schedule, sums)
@@ -278,11 +278,8 @@ def orthogonalised(update: Tensor, upright: int) -> Tensor:
     (arXiv 2505.16932), Frobenius norm set to √min(m, n) (Muon+, arXiv 2602.21545). In bfloat16 on GPUs.
     """
     x = update.bfloat16() if update.is_cuda else update.clone()
-    for part, axis in ((x[:upright], -1), (x[upright:], -2)):
-        if len(part):
-            row_norms = torch.linalg.vector_norm(part, dim=axis, keepdim=True, dtype=update.dtype)
-            mean = row_norms.square().mean(dim=(-2, -1), keepdim=True).sqrt_()
-            part.mul_((mean / row_norms.clamp_min_(1e-6)).to(x.dtype))
+    _equalise_rows(x[:upright], -1)
+    _equalise_rows(x[upright:], -2)
     x.div_(1.01 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
     rows, columns = x.shape[-2:]
     if rows > columns:
@@ -294,6 +291,14 @@ def orthogonalised(update: Tensor, upright: int) -> Tensor:
         x = x.mT
     x = x.to(update.dtype)
     return x * (min(rows, columns) ** 0.5 / x.norm(dim=(-2, -1), keepdim=True).clamp_min_(1e-6))
+
+
+def _equalise_rows(x: Tensor, axis: int) -> None:
+    """Rescale the rows, which lie along `axis`, of every matrix of a stack to their root mean square norm, in place."""
+    if len(x):
+        norms = torch.linalg.vector_norm(x, dim=axis, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        mean = norms.square().mean(dim=(-2, -1), keepdim=True).sqrt_()
+        x.mul_((mean / norms.clamp_min_(1e-6)).to(x.dtype))
 
 
 class _AdamW:

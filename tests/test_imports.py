@@ -16,6 +16,7 @@ LEAVES = {
     "slm.recipe": set(),
     "slm.events": set(),
     "slm.devices": set(),
+    "slm.estimate": {"slm.recipe"},
     "slm.plan": {"slm.recipe"},
     "slm.experiment": {"slm.recipe"},
 }

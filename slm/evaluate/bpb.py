@@ -12,7 +12,7 @@ import torch.distributed as dist
 from slm.data.loader import Rows, share
 from slm.model import GPT
 
-TOKENS = 2**14
+TOKENS = 2**13
 """Tokens of one forward pass, at most (at least one row)."""
 
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from slm import devices, events, locks
+from slm.estimate import largest_micro_batch
 from slm.plan import Plan
+from slm.recipe import Hyperparameters
 
 CHECKPOINT_SECONDS = 20.0
 """Shortest time between two checkpoints."""
@@ -31,7 +33,7 @@ class Slot:
     """What one run trains on; not identity."""
 
     device: str
-    """"cpu" or "cuda"."""
+    """"cpu", "cuda" or "mps"."""
     ranks: int
     """Processes, at most: one a GPU, or one a core."""
     threads: int
@@ -46,6 +48,8 @@ def slot(gpus: int | None = None, cores: int | None = None) -> Slot:
     found = devices.gpu_count()
     if gpus is not None and cores is not None:
         raise ValueError(f"--gpus {gpus} and --cores {cores}: choose one")
+    if gpus == 1 and not found and devices.apple_gpu():
+        return Slot("mps", 1, 1)
     if gpus is not None and gpus > found:
         raise ValueError(f"--gpus {gpus}: {found} found here")
     if cores is None and (found if gpus is None else gpus):
@@ -90,7 +94,7 @@ def _make_attempt(plan: Plan, home: Path, data_folder: Path, where: Slot, checkp
         "created": time.time(),
         "device_name": devices.name(where.device),
         "ranks": ranks,
-        "micro_batch": _micro_batch(plan, ranks),
+        "micro_batch": micro_batch(plan.hyperparameters, where),
         "checkpoint_seconds": checkpoint_seconds,
         "host": socket.gethostname(),
         "platform": platform.platform(),
@@ -105,10 +109,13 @@ def _make_attempt(plan: Plan, home: Path, data_folder: Path, where: Slot, checkp
     return unfinished.rename(attempts / f"{number:03d}")
 
 
-def _micro_batch(plan: Plan, ranks: int) -> int:
-    """Rows of one forward pass of one rank."""
-    rows = -(-plan.hyperparameters.batch_rows // ranks)
-    return min(rows, max(1, CPU_TOKENS // plan.hyperparameters.sequence_length))
+def micro_batch(given: Hyperparameters, where: Slot) -> int:
+    """Rows of one forward pass of one rank. Raises ValueError when its memory does not hold one."""
+    ranks, few = min(where.ranks, given.batch_rows), max(1, CPU_TOKENS // given.sequence_length)
+    if where.device == "cpu":
+        return min(few, largest_micro_batch(given, devices.memory() // ranks, "cpu", ranks))
+    memory = devices.gpu_memory() if where.device == "cuda" else devices.memory()
+    return largest_micro_batch(given, memory, where.device, ranks) if memory else few
 
 
 def provenance() -> dict[str, Any]:
