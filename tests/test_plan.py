@@ -62,16 +62,16 @@ def sources(tmp_path: Path) -> Path:
 
 
 def test_comments_and_docstrings_do_not_change_the_code_fingerprint(sources: Path) -> None:
-    model = sources / "model.py"
-    text = model.read_text().replace('"""RMSNorm without parameters."""', '"""Another text."""  # a comment')
-    assert text != model.read_text()
-    model.write_text(text)
+    layers = sources / "layers.py"
+    text = layers.read_text().replace('"""RMSNorm without parameters, over the last dimension."""', '"""Another text."""  # a comment')
+    assert text != layers.read_text()
+    layers.write_text(text)
     assert code_fingerprint(sources) == code_fingerprint()
 
 
 def test_a_changed_constant_changes_the_code_fingerprint(sources: Path) -> None:
-    model = sources / "model.py"
-    model.write_text(model.read_text().replace("SOFTCAP = 15.0", "SOFTCAP = 30.0"))
+    layers = sources / "layers.py"
+    layers.write_text(layers.read_text().replace("SOFTCAP = 15.0", "SOFTCAP = 30.0"))
     assert code_fingerprint(sources) != code_fingerprint()
 
 
