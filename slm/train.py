@@ -80,9 +80,7 @@ class Trainer:
     """One rank of one attempt."""
 
     def __init__(self, attempt_folder: Path) -> None:
-        self.run_folder = attempt_folder.parent.parent
-        self.attempt = events.read_json(attempt_folder / "attempt.json")
-        self.plan = Plan.read(self.run_folder / "plan.json")
+        self.folder, self.run_folder = attempt_folder, attempt_folder.parent.parent
         self.rank, self.ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.writer = events.Writer(attempt_folder / "events.jsonl") if self.rank == 0 else None
         self.progress = Progress()
@@ -100,6 +98,7 @@ class Trainer:
     def run(self) -> None:
         """Train to the plan's last step, evaluate, and write what is final."""
         signal.signal(signal.SIGTERM, self._ask_stop)
+        self._read_plan()
         self._meet()
         self.device = self._device()
         if code_fingerprint() != self.plan.code:
@@ -115,6 +114,13 @@ class Trainer:
 
     def _ask_stop(self, number: int, frame: FrameType | None) -> None:
         self.stop_asked = True
+
+    def _read_plan(self) -> None:
+        try:
+            self.attempt = events.read_json(self.folder / "attempt.json")
+            self.plan = Plan.read(self.run_folder / "plan.json")
+        except (OSError, ValueError) as error:
+            raise Stopped("data", f"the plan cannot be read: {error}") from error
 
     def _meet(self) -> None:
         """Join the other ranks before anything may be refused: a rank that ends early has the others killed."""
@@ -201,7 +207,8 @@ class Trainer:
                 before, self.told = self.told, None
             if before:
                 self._settle(before)
-        self._settle_last()
+        if self.told:
+            self._note(self.told)
 
     def _step(self, step: int) -> Told:
         """Gradients of the mean loss over the step's rows, and one update from them."""
@@ -235,7 +242,23 @@ class Trainer:
         return step % max(1, steps // TRAIN_EVENTS) == 0 or step == steps
 
     def _settle(self, told: Told) -> None:
-        """Read what a step told, log it, and checkpoint or stop where the ranks agreed to."""
+        """Take note of a step, and checkpoint or stop where the ranks agreed to."""
+        steps = self.plan.hyperparameters.steps
+        stop, checkpoint = self._note(told)
+        if not (stop or checkpoint) or self.progress.step == steps:
+            return
+        if self.told:
+            later, self.told = self.told, None
+            stop |= self._note(later)[0]
+        self._checkpoint()
+        self.step_clock = time.monotonic()
+        if stop:
+            if self.ranks > 1:
+                dist.barrier()
+            raise Stopped("interrupted", f"stopped at step {self.progress.step} of {steps}, as asked")
+
+    def _note(self, told: Told) -> tuple[bool, bool]:
+        """Count and log a step; whether any rank was asked to stop, and whether a checkpoint is due."""
         if told.ready:
             told.ready.synchronize()
         given, now = self.plan.hyperparameters, time.monotonic()
@@ -248,20 +271,7 @@ class Trainer:
             self._log_step(told.step, loss, seconds, measures)
         if not math.isfinite(loss):
             raise Stopped("diverged", f"loss is {loss} at step {told.step}")
-        if (stop or checkpoint) and self.progress.step < given.steps:
-            self._settle_last()
-            self._checkpoint()
-            self.step_clock = time.monotonic()
-            if stop:
-                if self.ranks > 1:
-                    dist.barrier()
-                raise Stopped("interrupted", f"stopped at step {self.progress.step} of {given.steps}, as asked")
-
-    def _settle_last(self) -> None:
-        """Read what the last step told, if that is not done yet."""
-        if last := self.told:
-            self.told = None
-            self._settle(last)
+        return stop > 0, checkpoint > 0
 
     def _tail_steps(self) -> int:
         return max(1, round(TAIL_SHARE * self.plan.hyperparameters.steps))

@@ -63,7 +63,9 @@ def sources(tmp_path: Path) -> Path:
 
 def test_comments_and_docstrings_do_not_change_the_code_fingerprint(sources: Path) -> None:
     layers = sources / "layers.py"
-    text = layers.read_text().replace('"""RMSNorm without parameters, over the last dimension."""', '"""Another text."""  # a comment')
+    text = layers.read_text().replace(
+        '"""RMSNorm without parameters, over the last dimension."""', '"""Another text."""  # a comment'
+    )
     assert text != layers.read_text()
     layers.write_text(text)
     assert code_fingerprint(sources) == code_fingerprint()
