@@ -73,7 +73,8 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, window: tuple[int, int]) -
     from flash_attn_interface import flash_attn_func
 
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    return flash_attn_func(query, key, value, causal=True, window_size=window).transpose(1, 2)
+    attended = flash_attn_func(query, key, value, causal=True, window_size=window)
+    return (attended[0] if isinstance(attended, tuple) else attended).transpose(1, 2)
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:

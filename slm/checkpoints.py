@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -35,7 +36,8 @@ def write(
     path = folder / f"step-{step:09d}.{digest[:HASH_DIGITS]}.safetensors"
     _rename(temporary, path)
     for old in {*folder.iterdir()} - {path, before}:
-        old.unlink()
+        with suppress(OSError):  # what cannot be removed takes space, and no more
+            old.unlink()
     return path
 
 

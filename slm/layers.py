@@ -220,8 +220,12 @@ class _CrossEntropy(Function):
             nats += loss.sum()
             # The gradient of a token's logits is (exponents − total·[target])·(1 − capped²) / total.
             grad = exponents.scatter_add_(1, wanted, -total)
-            grad = grad.addcmul_(grad, capped.square_(), value=-1).to(x.dtype)
-            share = total.reciprocal_().to(x.dtype)
+            grad.addcmul_(grad, capped.square_(), value=-1)
+            share = total.reciprocal_()
+            if x.dtype == torch.float16:  # whose range the sums of exponentials leave
+                grad.mul_(share)
+                share = torch.ones_like(share)
+            grad, share = grad.to(x.dtype), share.to(x.dtype)
             grads.append((grad @ weight).mul_(share))
             _accumulate(grad_head, grad.mT, part * share)
             del capped, exponents, grad  # before the next ones are made

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from slm.model import GPT
+from slm.model import GPT, compute_dtype
 from slm.recipe import AdamW, Hyperparameters
 
 POLAR_EXPRESS = (
@@ -65,19 +65,18 @@ class Optimizer:
     """
 
     def __init__(self, model: GPT, rank: int = 0, ranks: int = 1) -> None:
-        self._given = given = model.given
-        parameters = dict(model.named_parameters())
+        given, parameters = model.given, dict(model.named_parameters())
         groups = [*MUON, *_of_one_type(TABLES, parameters), tuple(SCALARS)]
         buffers = [_Buffer({name: parameters[name] for name in names}, names in MUON, rank, ranks) for names in groups]
-        small = [buffer for buffer in buffers if not buffer.shared]
-        self._ranks = ranks
+        small = [buffer for buffer in buffers if not buffer.large]
+        self._rank, self._ranks = rank, ranks
         self._exchanged = model.resid.new_zeros(STATUS + sum(len(own.values) for own in small))
         self.status = self._exchanged[:STATUS]
         """What the trainer adds to the gradients' exchange: zeroed with them, summed over ranks with them."""
         place = STATUS
         for buffer in buffers:
-            place = buffer.hold_gradients(None if buffer.shared else self._exchanged, place)
-        self._large = [buffer for buffer in buffers if buffer.shared]
+            place = buffer.hold_gradients(None if buffer.large else self._exchanged, place)
+        self._large = [buffer for buffer in buffers if buffer.large]
         self._parts: list[_Muon | _AdamW] = [_Muon(own, given) for own in buffers[: len(MUON)]]
         self._parts += [_AdamW(own, given) for own in buffers[len(MUON) :]]
         self._parts.sort(key=lambda part: part.buffer.shared)
@@ -94,8 +93,6 @@ class Optimizer:
 
         Where `measured`, it gives [the gradient's norm, the size of the matrices' update as a share of theirs].
         """
-        given, multiplier = self._given, lr_multiplier(self._given, step)
-        schedule = (multiplier, muon_momentum(given, step), muon_decay(given, step))
         arriving = self._reduce()
         sums = torch.zeros(3, device=self.status.device) if measured else None
         sending = []
@@ -104,7 +101,7 @@ class Optimizer:
                 arriving.pop(part.buffer).wait()
             if scale != 1:
                 part.buffer.own_gradients.mul_(scale)
-            part.update(*schedule, sums)
+            part.update(step, sums)
             if part.buffer.shared:
                 sending.append(part.buffer.gather())
         for work in sending:
@@ -127,19 +124,20 @@ class Optimizer:
         return torch.stack([gradient, update / values]).sqrt()
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor of the state by name, flat, on the CPU. Every rank must call it."""
-        return {
-            f"{name}.{key}": tensor.cpu()
-            for part in self._parts
-            for key, own in part.state.items()
-            for name, tensor in part.buffer.named(part.buffer.whole(own)).items()
-        }
+        """Every tensor of the state by name, flat, on the CPU of rank 0; the others must call it too, and get none."""
+        tensors: dict[str, Tensor] = {}
+        for part in self._parts:
+            for key, own in part.state.items():
+                whole = part.buffer.whole(own)
+                if self._rank == 0:
+                    named = part.buffer.named(whole.cpu())
+                    tensors |= {f"{name}.{key}": tensor for name, tensor in named.items()}
+        return tensors
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor], step: int) -> None:
-        """Continue from a state that `state` gave after `step` steps, on whatever number of ranks."""
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Continue from a state that `state` gave, on whatever number of ranks."""
         for part in self._parts:
-            part.begin(step)
             for key, own in part.state.items():
                 part.buffer.take(own, [tensors[f"{name}.{key}"] for name in part.buffer.spans])
 
@@ -156,7 +154,9 @@ class _Buffer:
     def __init__(self, parameters: dict[str, nn.Parameter], of_matrices: bool, rank: int, ranks: int) -> None:
         self._parameters = parameters
         first, total = next(iter(parameters.values())), sum(own.numel() for own in parameters.values())
-        self.shared = ranks > 1 and (total >= SHARED or first.dtype.itemsize < 4)
+        self.wide = torch.promote_types(first.dtype, torch.float32)
+        self.large = total >= SHARED or first.dtype.itemsize < 4
+        self.shared = ranks > 1 and self.large
         self._world, self._ranks = ranks, ranks if self.shared else 1
         self.matrix = first.shape[-2:]
         unit = self.matrix.numel() if of_matrices else 1
@@ -202,8 +202,8 @@ class _Buffer:
 
     def weighed(self, *tensors: Tensor) -> Tensor:
         """Sums of squares of up to three tensors, (3,), which over all ranks count each parameter once."""
-        squares = [torch.linalg.vector_norm(own).square() for own in tensors]
-        sums = torch.stack(squares + [torch.zeros_like(squares[0])] * (3 - len(squares))).float()
+        squares = [torch.linalg.vector_norm(own, dtype=self.wide).square() for own in tensors]
+        sums = torch.stack(squares + [torch.zeros_like(squares[0])] * (3 - len(squares)))
         return sums / (1 if self.shared else self._world)
 
     def whole(self, own: Tensor) -> Tensor:
@@ -222,7 +222,7 @@ class _Buffer:
 
     def take(self, own: Tensor, tensors: list[Tensor]) -> None:
         """Fill this rank's part of something from what belongs to each parameter."""
-        whole = torch.cat([*(tensor.to(own) for tensor in tensors), own.new_zeros(own.numel())])
+        whole = torch.cat([*(tensor.to(own) for tensor in tensors), own.new_zeros(self._ranks * own.numel())])
         begin = own.numel() * (self.own.start // len(self.own_values))
         own.copy_(whole[begin : begin + own.numel()].view_as(own))
 
@@ -244,18 +244,17 @@ class _Muon:
         self._rates[: self._upright] = max(1.0, rows / columns) ** 0.5
         self._rates[self._upright :] = max(1.0, columns / rows) ** 0.5
 
-    def begin(self, step: int) -> None:
-        """Nothing counts steps here."""
-
-    def update(self, multiplier: float, momentum: float, decay: float, sums: Tensor | None) -> None:
+    def update(self, step: int, sums: Tensor | None) -> None:
         """Nesterov momentum, orthogonalisation, variance reduction, cautious decay; rate times √max(1, m/n)."""
+        given = self._given
+        momentum, decay = muon_momentum(given, step), muon_decay(given, step)
         self.state["momentum"].lerp_(self._gradients, 1 - momentum)
         update = self._gradients.lerp(self.state["momentum"], momentum)
         update = self._variance_reduced(orthogonalised(update, self._upright))
         if decay:
             update.add_(self._values * (update * self._values >= 0), alpha=decay)
         update.mul_(self._rates)
-        rate = self._given.matrix_lr * multiplier
+        rate = given.matrix_lr * lr_multiplier(given, step)
         if sums is not None:
             sums += self.buffer.weighed(self._gradients, rate * update, self._values)
         self._values.sub_(update, alpha=rate)
@@ -275,9 +274,10 @@ def orthogonalised(update: Tensor, upright: int) -> Tensor:
     transposed.
 
     Rows rescaled to their root mean square norm (MuonEq, arXiv 2603.28254), five Polar Express steps
-    (arXiv 2505.16932), Frobenius norm set to √min(m, n) (Muon+, arXiv 2602.21545). In bfloat16 on GPUs.
+    (arXiv 2505.16932), Frobenius norm set to √min(m, n) (Muon+, arXiv 2602.21545). In bfloat16 on GPUs that have it.
     """
-    x = update.bfloat16() if update.is_cuda else update.clone()
+    narrow = update.is_cuda and compute_dtype(update.device) == torch.bfloat16
+    x = update.bfloat16() if narrow else update.clone()
     _equalise_rows(x[:upright], -1)
     _equalise_rows(x[upright:], -2)
     x.div_(1.01 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
@@ -306,6 +306,7 @@ class _AdamW:
 
     def __init__(self, buffer: _Buffer, given: Hyperparameters) -> None:
         self.buffer = buffer
+        self._given = given
         self.settings = {name: getattr(given, SCALARS.get(name, name)) for name in buffer.spans}
         self.state = {"first": torch.zeros_like(buffer.own_values), "second": torch.zeros_like(buffer.own_values)}
         kept = (buffer.own_values, buffer.own_gradients, self.state["first"], self.state["second"])
@@ -319,19 +320,14 @@ class _AdamW:
                 pieces.setdefault(self.settings[name], []).append((*(flat[begin:end] for flat in kept), step))
         self._groups = {settings: list(map(list, zip(*own))) for settings, own in pieces.items()}
 
-    def begin(self, step: int) -> None:
-        """The steps that the corrections of bias count."""
-        for *_, steps in self._groups.values():
-            for own in steps:
-                own.fill_(step)
-
-    def update(self, multiplier: float, momentum: float, decay: float, sums: Tensor | None) -> None:
-        """One step of every piece; momentum and decay are those of its group."""
+    def update(self, step: int, sums: Tensor | None) -> None:
+        """One step of every piece by the settings of its group."""
         if sums is not None:
             sums += self.buffer.weighed(self.buffer.own_gradients)
         for settings, (values, gradients, first, second, steps) in self._groups.items():
             # What torch.optim.AdamW(fused=True) runs, without its import of the compiler, which takes a second.
-            torch._foreach_add_(steps, 1)
+            for own in steps:
+                own.fill_(step + 1)
             torch._fused_adamw_(
                 values,
                 gradients,
@@ -341,7 +337,7 @@ class _AdamW:
                 steps,
                 amsgrad=False,
                 maximize=False,
-                lr=settings.lr * multiplier,
+                lr=settings.lr * lr_multiplier(self._given, step),
                 beta1=settings.beta1,
                 beta2=settings.beta2,
                 weight_decay=settings.decay,

@@ -157,7 +157,7 @@ def record(experiment: Experiment, plans: list[Plan], home: Path) -> None:
     for plan in plans:
         folder = home / plan.run_id
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "plan.json").exists():
+        if _recorded(folder) is None:
             events.write_json(folder / "plan.json", plan.document())
     path = home / "experiments" / f"{experiment.name}.json"
     path.parent.mkdir(exist_ok=True)
@@ -188,12 +188,19 @@ def record(experiment: Experiment, plans: list[Plan], home: Path) -> None:
 
 def _comparable(run_folder: Path, plan: Plan, edited: set[str]) -> bool:
     """Whether a recorded run was planned for the same trainer, tokeniser and validation rows, by a recipe still so."""
-    path = run_folder / "plan.json"
-    if not path.exists():
+    before = _recorded(run_folder)
+    if before is None or before.recipe in edited:
         return False
-    before, data = events.read_json(path), plan.data
-    keys = (before["code"], before["data"]["tokenizer"], before["data"]["validation"])
-    return before["recipe"] not in edited and keys == (plan.code, data.tokenizer, data.validation)
+    keys = [(own.code, own.data.tokenizer, own.data.validation) for own in (before, plan)]
+    return keys[0] == keys[1]
+
+
+def _recorded(run_folder: Path) -> Plan | None:
+    """The plan of a run's folder, None when there is none that this version reads."""
+    try:
+        return Plan.read(run_folder / "plan.json")
+    except (OSError, ValueError):
+        return None
 
 
 @contextmanager

@@ -89,6 +89,8 @@ class Trainer:
         self.last_checkpoint = self.clock = self.step_clock = time.monotonic()
         self.checkpoint_cost = 0.0
         self.told: Told | None = None
+        self.lags = False
+        """Whether what a step told is read while the next one runs."""
 
     def event(self, event: str, **fields: Any) -> None:
         """Write an event, on rank 0."""
@@ -101,6 +103,7 @@ class Trainer:
         self._read_plan()
         self._meet()
         self.device = self._device()
+        self.lags |= self.device.type == "cuda"
         if code_fingerprint() != self.plan.code:
             raise Stopped("data", "the trainer's sources changed after this run was planned: sweep again to plan anew")
         self._load_data()
@@ -180,7 +183,7 @@ class Trainer:
             self._resume(self.last_good)
         kernel, compiled = attention.kernel(self.device, self.model.dtype), compiles(self.plan, self.device)
         self.loss = torch.compile(self.model.loss, fullgraph=True, dynamic=False) if compiled else self.model.loss
-        gc.freeze()
+        gc.freeze()  # what is loaded stays: collections need not look at it
         self.event(
             "started",
             step=self.progress.step,
@@ -203,7 +206,7 @@ class Trainer:
                 sys.exit("torchrun is gone")
             before, self.told = self.told, self._step(self.progress.step)
             self.progress.step += 1
-            if self.device.type != "cuda":
+            if not self.lags:
                 before, self.told = self.told, None
             if before:
                 self._settle(before)
@@ -221,8 +224,8 @@ class Trainer:
             loss = self.loss(ids, targets)
             loss.backward(torch.full_like(loss, self.loss_share))
             status[0] += loss.detach() * self.share
-        status[1] = self.stop_asked
-        status[2] = self.rank == 0 and self._checkpoint_due()
+        status[1].fill_(self.stop_asked)
+        status[2].fill_(self.rank == 0 and self._checkpoint_due())
         measures = self.optimizer.step(step, self.gradient_share, measured=self._logged(step + 1))
         numbers = status.clone() if measures is None else torch.cat([status, measures])
         if self.device.type != "cuda":
@@ -234,7 +237,7 @@ class Trainer:
     def _on_device(self, pair: Pair) -> Pair:
         """Inputs and targets where the model is, without waiting for what it does."""
         if self.device.type == "cuda":
-            pair = (pair[0].pin_memory(), pair[1].pin_memory())
+            pair = (pair[0].contiguous().pin_memory(), pair[1].contiguous().pin_memory())
         return pair[0].to(self.device, non_blocking=True), pair[1].to(self.device, non_blocking=True)
 
     def _logged(self, step: int) -> bool:
@@ -333,7 +336,7 @@ class Trainer:
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(tensors.pop(f"model.{name}"))
         self.progress = Progress(**{name: json.loads(metadata[name]) for name in vars(self.progress)})
-        self.optimizer.load(tensors, self.progress.step)
+        self.optimizer.load(tensors)
 
     def _evaluate(self) -> tuple[float, float]:
         """val_bpb and loss over the plan's validation rows, recorded."""
@@ -436,6 +439,8 @@ def main() -> int:
     except Stopped as stopped:
         trainer.event("failed", reason=stopped.reason, message=str(stopped))
         return 1
+    except OSError as error:
+        sys.exit(f"OSError: {error}")  # events cannot be written either
     except torch.OutOfMemoryError as error:
         if trainer.writer is None:
             raise

@@ -100,3 +100,11 @@ def stopped_at_a_checkpoint(folder: Path) -> Path:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_plan_that_cannot_be_read_is_refused(tmp_path: Path, prepared: Prepared) -> None:
+    folder = make_attempt(tmp_path, plan(prepared), prepared)
+    (folder.parent.parent / "plan.json").write_text("{}")
+    reason, message = refused(folder)
+    assert reason == "data"
+    assert "plan.json" in message

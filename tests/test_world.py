@@ -28,7 +28,7 @@ WIDE = replace(pocket, aspect_ratio=32)
 """At depth 4 large enough for ranks to share the optimiser's work."""
 OFF = AdamW(0.0, 0.8, 0.95, 0.0)
 SCALARS = ("resid", "x0", "smear_gate", "smear", "backout")
-WORLDS = [(1, 1), (2, 2), (3, 2), (4, 8)]
+WORLDS = [(2, 1), (3, 2)]
 """Ranks and micro-batch. Of eight rows, three ranks take 3, 3 and 2, in micro-batches of 2, 1; 2, 1; and 2."""
 
 Weights = Mapping[str, npt.NDArray[np.float32]]
@@ -128,22 +128,22 @@ def test_tokens_that_never_occur_only_decay(world: Trained, prepared: Prepared) 
         np.testing.assert_allclose(world.weights[name][..., unseen, :], kept * begun[name][..., unseen, :], rtol=1e-6)
 
 
-def test_ranks_share_out_a_large_model_and_others_go_on_with_it(tmp_path: Path, prepared: Prepared) -> None:
-    """Three ranks begin, two go on from their checkpoint; 16 and 8 matrices do not divide by three. Rounding grows:
+def test_ranks_share_out_a_large_model_and_one_goes_on_with_it(tmp_path: Path, prepared: Prepared) -> None:
+    """Three ranks begin, one goes on from their checkpoint; 16 and 8 matrices do not divide by three. Rounding grows:
     after ten steps another micro-batch on one rank is as far off.
     """
-    given = replace(WIDE(4, steps=20), batch_tokens=8 * WIDE.sequence_length, resid=OFF, x0=OFF, smear=OFF)
+    given = replace(WIDE(4, steps=15), batch_tokens=8 * WIDE.sequence_length, resid=OFF, x0=OFF, smear=OFF)
     shared = [given.parameters.transformer_matrices // 3, 3 * given.parameters.wte]
     assert min(shared) >= SHARED > given.depth * given.heads
     alone = trained(tmp_path / "alone", prepared, given, 1, 8)
     plan, home = plan_of(given, prepared), tmp_path / "others"
     first = make_attempt(home, plan, prepared, ranks=3, micro_batch=8, checkpoint_seconds=0)
     train_until(first, 3, "checkpoint")
-    second = trained(home, prepared, given, 2, 8)
+    second = trained(home, prepared, given, 1, 8)
     stopped = len(log(first, "train"))
     assert log(first, "failed")[0]["reason"] == "interrupted"
-    assert 1 <= stopped < 20
-    assert len(second.losses) == 20 - stopped
+    assert 1 <= stopped < 15
+    assert len(second.losses) == 15 - stopped
     losses = [*(event["loss"] for event in log(first, "train")), *second.losses]
     assert losses[:10] == pytest.approx(alone.losses[:10], rel=1e-5)
     assert losses == pytest.approx(alone.losses, rel=1e-3)

@@ -33,13 +33,14 @@ def validation_loss(
     is told how many rows of this rank are read.
     """
     device = model.wte.device
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    wide = torch.float32 if device.type == "mps" else torch.float64  # which that device lacks
+    sums = torch.zeros(3, dtype=wide, device=device)
     mine = share(np.arange(len(rows)), rank, ranks)
     for start in range(0, len(mine), batch_rows):
         ids, targets = (tensor.to(device) for tensor in rows.pair(mine[start : start + batch_rows]))
-        loss = model.losses(ids, targets).double()
+        loss = model.losses(ids, targets).to(wide)
         sizes = token_bytes[targets]
-        sums += torch.stack([(loss * (sizes > 0)).sum(), sizes.sum().double(), loss.sum()])
+        sums += torch.stack([(loss * (sizes > 0)).sum(), sizes.sum().to(wide), loss.sum()])
         report(start + len(ids))
     if ranks > 1:
         dist.all_reduce(sums)

@@ -99,7 +99,8 @@ def _why(folder: Path, code: int, stop_asked: bool) -> tuple[str, str]:
 def _last_error(log: str) -> str:
     """The line that names the error in the end of a log."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    named = [line for line in lines if "Error" in line and "ChildFailedError" not in line]
+    others = ("ChildFailedError", "reset by peer", "closed by peer")  # what the first error did to the rest
+    named = [line for line in lines if "Error" in line and not any(words in line for words in others)]
     return (named or lines or ["no output"])[-1]
 
 
