@@ -16,7 +16,7 @@ from tests.memory import SHAPES, shape, tensor_peak
 DEVICES = ["cpu", "cuda", "mps"]
 
 
-@pytest.mark.parametrize(("given", "rows"), [SHAPES[place] for place in (0, 5, 9, 14)])
+@pytest.mark.parametrize(("given", "rows"), [SHAPES[place] for place in (0, 9)])
 def test_the_estimate_is_the_peak_of_the_allocator_within_15_percent(given: Hyperparameters, rows: int) -> None:
     found = tensor_peak(given, rows)
     assert found > 500e6

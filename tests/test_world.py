@@ -149,6 +149,7 @@ def test_ranks_share_out_a_large_model_and_one_goes_on_with_it(tmp_path: Path, p
     assert losses == pytest.approx(alone.losses, rel=1e-3)
 
 
+@pytest.mark.soak
 def test_scalars_train_alike_on_one_rank_and_on_four(tmp_path: Path, prepared: Prepared) -> None:
     """Four ranks for tensors of one and three elements. The first step, 1/55 of the way in ten steps of the warm-up,
     may go either way: see `steady`.
