@@ -192,16 +192,15 @@ def _tokens_first(query: Tensor) -> Tensor:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """The second output, weights or sums, is for the backward pass alone."""
+    """The weights are for the backward pass alone."""
     *tensors, ctx.window = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*tensors, output[1])
 
 
 def _from_banded(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    query, key, value, _, kept = ctx.saved_tensors
-    return *torch.ops.slm.banded_backward(grad, query, key, value, kept, ctx.window), None
+    return *torch.ops.slm.banded_backward(grad, *ctx.saved_tensors, ctx.window), None
 
 
 def _empty_banded(query: Tensor, key: Tensor, value: Tensor, window: int) -> tuple[Tensor, Tensor]:

@@ -67,13 +67,19 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
 
 
+def sha256(path: Path) -> str:
+    """Of a file's content, in hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     """Write a file through to the disk, or remove what there is of it; its SHA-256."""
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
+        digest = sha256(path)
     except (OSError, SafetensorError) as error:
         path.unlink(missing_ok=True)
         raise _system_error(error, path) from error
@@ -103,8 +109,7 @@ def _rename(temporary: Path, path: Path) -> None:
 def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, None when its content is what its name says."""
     try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()[:HASH_DIGITS]
+        digest = sha256(path)[:HASH_DIGITS]
     except OSError as error:
         return error.strerror
     return None if digest == path.name.split(".")[1] else f"the hash of its content is {digest}"

@@ -114,14 +114,9 @@ def _stream(given: Hyperparameters, rows: int, device: str) -> int:
     return rows * given.sequence_length * given.width * COMPUTED[device]
 
 
-def _embeds(given: Hyperparameters, layer: int) -> bool:
-    """Whether a layer has a value embedding."""
-    return layer % 2 == (given.depth - 1) % 2
-
-
 def _kept(given: Hyperparameters, rows: int, device: str, layer: int) -> int:
     """What a layer keeps for the backward pass."""
-    tokens, heads, embeds = rows * given.sequence_length, given.heads, _embeds(given, layer)
+    tokens, heads, embeds = rows * given.sequence_length, given.heads, layer in given.value_layers
     streams = 11 + embeds - (layer == 0)
     factors = 4 * tokens * (2 + 2 * heads + embeds * heads)
     return streams * _stream(given, rows, device) + factors + _weights(given, rows, device, given.windows[layer])
@@ -156,7 +151,7 @@ def _backward(given: Hyperparameters, rows: int, device: str) -> int:
     kept, passed, worst = 0, _gradients(given, device), 0
     for layer in range(given.depth):
         kept += _kept(given, rows, device, layer)
-        passed -= 12 * square + _embeds(given, layer) * given.vocab_size * given.width * COMPUTED[device]
+        passed -= 12 * square + (layer in given.value_layers) * given.vocab_size * given.width * COMPUTED[device]
         worst = max(worst, kept + passed)
     return _under(given, rows, device) + worst + 8 * stream + 4 * square
 

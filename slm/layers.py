@@ -70,20 +70,24 @@ def losses(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 def softcapped(x: Tensor, head: Tensor) -> Tensor:
     """The soft-capped logits (..., V) of x (..., d), in float32 or better."""
-    logits = F.linear(x, head)
-    return SOFTCAP * torch.tanh(logits.to(_wide(logits)) / SOFTCAP)
+    return SOFTCAP * _capped(x, head)
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def _capped(x: Tensor, head: Tensor) -> Tensor:
+    """The soft-capped logits over SOFTCAP."""
+    logits = (x / SOFTCAP) @ head.mT
+    return logits.to(wide(logits)).tanh_()
+
+
+def wide(x: Tensor) -> torch.dtype:
     """float32, or x's own type where that is wider."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def _normed(x: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """x times scale over its root mean square, and the factor that makes it so (..., 1)."""
-    wide = _wide(x)
-    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_()
-    factor = square.div_(x.size(-1)).add_(torch.finfo(wide).eps).rsqrt_()
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x)).square_()
+    factor = square.div_(x.size(-1)).add_(torch.finfo(square.dtype).eps).rsqrt_()
     factor = factor if scale == 1 else factor.mul_(scale)
     return (x * factor).to(x.dtype), factor
 
@@ -213,7 +217,7 @@ class _CrossEntropy(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         weight = head.to(x.dtype)
-        nats = x.new_zeros((), dtype=_wide(x))
+        nats = x.new_zeros((), dtype=wide(x))
         grads, grad_head = [], torch.zeros_like(head)
         for part, wanted in _parts(x, weight, targets):
             loss, capped, exponents, total = _nats(part, weight, wanted)
@@ -250,8 +254,7 @@ def _nats(x: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Ten
 
     A capped logit is at most SOFTCAP, whose exponential float32 holds: no maximum needs to be taken out.
     """
-    logits = (x / SOFTCAP) @ head.mT
-    capped = logits.to(_wide(logits)).tanh_()
+    capped = _capped(x, head)
     exponents = (capped * SOFTCAP).exp_()
     total = exponents.sum(-1, keepdim=True)
     return total.log() - SOFTCAP * capped.gather(1, targets), capped, exponents, total

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,8 @@ from slm.recipe import Hyperparameters
 ROPE_BASE = 100_000
 GATE_CHANNELS = 12
 SMEAR_CHANNELS = 24
+Attended = Callable[[int, Tensor, Tensor], Tensor]
+"""Of a layer, queries and keys (B, T, 2h, q), and values (B, T, h, q): attention (B, T, d)."""
 
 
 class GPT(nn.Module):
@@ -23,7 +27,7 @@ class GPT(nn.Module):
         self.given = given
         self.dtype = torch.float32
         depth, width, vocab = given.depth, given.width, given.vocab_size
-        tables = len(self.value_layers())
+        tables = len(given.value_layers)
         gate_channels = min(GATE_CHANNELS, width)
 
         def matrix(*shape: int) -> nn.Parameter:
@@ -47,10 +51,6 @@ class GPT(nn.Module):
         self.sin: Tensor
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-
-    def value_layers(self) -> list[int]:
-        """Layers with a value embedding: every other one, the last included."""
-        return [layer for layer in range(self.given.depth) if layer % 2 == (self.given.depth - 1) % 2]
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -88,7 +88,11 @@ class GPT(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits (B, T, V), float32, soft-capped, of token ids (B, T)."""
-        return layers.softcapped(self.features(ids), self.lm_head.to(self.dtype))
+        return self.capped(self.features(ids))
+
+    def capped(self, stream: Tensor) -> Tensor:
+        """Logits (..., V), float32, soft-capped, of the stream (..., d)."""
+        return layers.softcapped(stream, self.lm_head.to(self.dtype))
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Summed cross-entropy in nats of the targets (B, T)."""
@@ -100,35 +104,44 @@ class GPT(nn.Module):
 
     def features(self, ids: Tensor) -> Tensor:
         """The stream (B, T, d) that the head reads."""
-        dtype, length = self.dtype, ids.size(1)
-        cos, sin = self.cos[:length], self.sin[:length]
-        x0 = layers.smear(
-            layers.norm(F.embedding(ids, self.wte).to(dtype)), self.smear_gate.to(dtype), self.smear.to(dtype)
-        )
+        return self.stream(ids, self.smeared(self.embedded(ids)), 0, self._attended)
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """The normed embeddings (B, T, d) of token ids (B, T)."""
+        return layers.norm(F.embedding(ids, self.wte).to(self.dtype))
+
+    def smeared(self, embedded: Tensor) -> Tensor:
+        """The stream x0 (B, T, d) that enters the first block."""
+        return layers.smear(embedded, self.smear_gate.to(self.dtype), self.smear.to(self.dtype))
+
+    def stream(self, ids: Tensor, x0: Tensor, start: int, attended: Attended) -> Tensor:
+        """The stream (B, T, d) that the head reads, of tokens at the places from `start` on; attention is given."""
+        dtype, places = self.dtype, slice(start, start + ids.size(1))
+        cos, sin = self.cos[places], self.sin[places]
         x = x0.view_as(x0)  # torch.compile takes no function of one tensor given twice
-        tables = dict(zip(self.value_layers(), zip(self.value_embeds, self.value_gates.to(dtype)), strict=True))
+        tables = dict(zip(self.given.value_layers, zip(self.value_embeds, self.value_gates.to(dtype)), strict=True))
         attention_in, attention_out = self.attention_in.to(dtype).unbind(), self.attention_out.to(dtype).unbind()
         mlp_up, mlp_down = self.mlp_up.to(dtype).unbind(), self.mlp_down.to(dtype).unbind()
         resid, x0_scale = self.resid.to(dtype).unbind(), self.x0.to(dtype).unbind()
         backout = x
-        for layer, window in enumerate(self.given.windows):
+        for layer in range(self.given.depth):
             x, normed, query_key, values = layers.attention_inputs(
                 x, x0, resid[layer], x0_scale[layer], attention_in[layer].flatten(0, 1), cos, sin
             )
             if layer in tables:
                 table, gate = tables[layer]
                 values = layers.gated(values, F.embedding(ids, table).to(dtype).view_as(values), normed, gate)
-            attended = self._attend(query_key, values, window).flatten(0, 1)
-            x = torch.addmm(x.flatten(0, 1), attended, attention_out[layer].mT).view_as(x0)
+            mixed = attended(layer, query_key, values).flatten(0, 1)
+            x = torch.addmm(x.flatten(0, 1), mixed, attention_out[layer].mT).view_as(x0)
             x = layers.mlp(x, mlp_up[layer], mlp_down[layer])
             if layer == self.given.depth // 2:
                 backout = x
         return layers.norm(x - self.backout.to(dtype) * backout)
 
-    def _attend(self, query_key: Tensor, values: Tensor, window: int) -> Tensor:
-        """Causal attention within the window, (B, T, d)."""
+    def _attended(self, layer: int, query_key: Tensor, values: Tensor) -> Tensor:
+        """Causal attention (B, T, d) within the layer's window."""
         query, key = query_key.transpose(1, 2).chunk(2, dim=1)
-        attended = attend(query, key, values.transpose(1, 2), window)
+        attended = attend(query, key, values.transpose(1, 2), self.given.windows[layer])
         return attended.transpose(1, 2).flatten(2)
 
 

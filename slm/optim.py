@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from slm.layers import wide
 from slm.model import GPT, compute_dtype
 from slm.recipe import AdamW, Hyperparameters
 
@@ -68,15 +69,15 @@ class Optimizer:
         given, parameters = model.given, dict(model.named_parameters())
         groups = [*MUON, *_of_one_type(TABLES, parameters), tuple(SCALARS)]
         buffers = [_Buffer({name: parameters[name] for name in names}, names in MUON, rank, ranks) for names in groups]
-        small = [buffer for buffer in buffers if not buffer.large]
+        small, self._large = ([own for own in buffers if own.large == large] for large in (False, True))
         self._rank, self._ranks = rank, ranks
-        self._exchanged = model.resid.new_zeros(STATUS + sum(len(own.values) for own in small))
-        self.status = self._exchanged[:STATUS]
+        sizes = [STATUS, *(len(own.values) for own in small)]
+        self._exchanged = model.resid.new_zeros(sum(sizes))
+        self.status, *rooms = self._exchanged.split(sizes)
         """What the trainer adds to the gradients' exchange: zeroed with them, summed over ranks with them."""
-        place = STATUS
-        for buffer in buffers:
-            place = buffer.hold_gradients(None if buffer.large else self._exchanged, place)
-        self._large = [buffer for buffer in buffers if buffer.large]
+        rooms += [torch.zeros_like(own.values) for own in self._large]
+        for buffer, room in zip([*small, *self._large], rooms, strict=True):
+            buffer.hold_gradients(room)
         self._parts: list[_Muon | _AdamW] = [_Muon(own, given) for own in buffers[: len(MUON)]]
         self._parts += [_AdamW(own, given) for own in buffers[len(MUON) :]]
         self._parts.sort(key=lambda part: part.buffer.shared)
@@ -154,7 +155,6 @@ class _Buffer:
     def __init__(self, parameters: dict[str, nn.Parameter], of_matrices: bool, rank: int, ranks: int) -> None:
         self._parameters = parameters
         first, total = next(iter(parameters.values())), sum(own.numel() for own in parameters.values())
-        self.wide = torch.promote_types(first.dtype, torch.float32)
         self.large = total >= SHARED or first.dtype.itemsize < 4
         self.shared = ranks > 1 and self.large
         self._world, self._ranks = ranks, ranks if self.shared else 1
@@ -164,7 +164,6 @@ class _Buffer:
         self.own = slice(rank * size, (rank + 1) * size) if self.shared else slice(0, size)
         """This rank's part, of whole matrices; the last parts may hold zeros that belong to no parameter."""
         self.values = first.new_zeros(self._ranks * size)
-        self.gradients = self.values
         self.spans: dict[str, slice] = {}
         place = 0
         for name, parameter in parameters.items():
@@ -173,16 +172,11 @@ class _Buffer:
             parameter.data = self.values[span].view_as(parameter)
             place = span.stop
 
-    def hold_gradients(self, room: Tensor | None, place: int) -> int:
-        """Lay the gradients out in a place of `room`, or in memory of their own; the next place."""
-        if room is None:
-            self.gradients = torch.zeros_like(self.values)
-        else:
-            self.gradients = room[place : place + len(self.values)]
-            place += len(self.values)
+    def hold_gradients(self, room: Tensor) -> None:
+        """Lay the gradients out in some memory of the values' size."""
+        self.gradients = room
         for name, parameter in self._parameters.items():
-            parameter.grad = self.gradients[self.spans[name]].view_as(parameter)
-        return place
+            parameter.grad = room[self.spans[name]].view_as(parameter)
 
     @property
     def own_values(self) -> Tensor:
@@ -202,7 +196,7 @@ class _Buffer:
 
     def weighed(self, *tensors: Tensor) -> Tensor:
         """Sums of squares of up to three tensors, (3,), which over all ranks count each parameter once."""
-        squares = [torch.linalg.vector_norm(own, dtype=self.wide).square() for own in tensors]
+        squares = [torch.linalg.vector_norm(own, dtype=wide(own)).square() for own in tensors]
         sums = torch.stack(squares + [torch.zeros_like(squares[0])] * (3 - len(squares)))
         return sums / (1 if self.shared else self._world)
 
@@ -296,7 +290,7 @@ def orthogonalised(update: Tensor, upright: int) -> Tensor:
 def _equalise_rows(x: Tensor, axis: int) -> None:
     """Rescale the rows, which lie along `axis`, of every matrix of a stack to their root mean square norm, in place."""
     if len(x):
-        norms = torch.linalg.vector_norm(x, dim=axis, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        norms = torch.linalg.vector_norm(x, dim=axis, keepdim=True, dtype=wide(x))
         mean = norms.square().mean(dim=(-2, -1), keepdim=True).sqrt_()
         x.mul_((mean / norms.clamp_min_(1e-6)).to(x.dtype))
 

@@ -137,6 +137,11 @@ class Hyperparameters:
     """Whether documents longer than a row are split into rows (else cropped)."""
 
     @property
+    def value_layers(self) -> tuple[int, ...]:
+        """Layers with a value embedding: every other one, the last included."""
+        return tuple(range((self.depth - 1) % 2, self.depth, 2))
+
+    @property
     def tokens(self) -> int:
         """Tokens trained: steps·batch_tokens."""
         return self.steps * self.batch_tokens

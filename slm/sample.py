@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slm import layers
 from slm.data.tokenizer import Tokenizer
 from slm.model import GPT
 
@@ -17,17 +16,14 @@ from slm.model import GPT
 class Context:
     """Rows of tokens that a model has read so far, of one length for all, as far as later tokens look back on them.
 
-    Every layer keeps all T places, and short windows look at their share of them. Weights are taken as they are now.
+    Every layer keeps all T places, and short windows look at their share of them.
     """
 
     def __init__(self, model: GPT, rows: int) -> None:
         given, dtype = model.given, model.dtype
         self.length = 0
         """Tokens that each row holds."""
-        self._given = given
-        self._weights = {name: parameter.to(dtype) for name, parameter in model.named_parameters()}
-        self._tables = {layer: table for table, layer in enumerate(model.value_layers())}
-        self._cos, self._sin = model.cos, model.sin
+        self._model = model
         places = (given.depth, rows, given.heads, given.sequence_length, given.head_dim)
         self._keys, self._values = (model.wte.new_zeros(places, dtype=dtype) for _ in range(2))
         self._last = model.wte.new_zeros((rows, 1, given.width), dtype=dtype)
@@ -35,35 +31,22 @@ class Context:
     @torch.inference_mode()
     def logits(self, ids: Tensor) -> Tensor:
         """Logits (B, V), soft-capped, of what follows the token ids (B, n), which are read first."""
-        return layers.softcapped(self.read(ids)[:, -1], self._weights["lm_head"])
+        return self._model.capped(self.read(ids)[:, -1])
 
     @torch.inference_mode()
     def read(self, ids: Tensor) -> Tensor:
         """The stream (B, n, d) that the head reads, of token ids (B, n) after those that were read before."""
-        given, w = self._given, self._weights
-        assert self.length + ids.size(1) <= given.sequence_length
-        embedded = torch.cat([self._last, layers.norm(F.embedding(ids, w["wte"]))], dim=1)
-        x = x0 = backout = layers.smear(embedded, w["smear_gate"], w["smear"])[:, 1:]
-        rotation = [table[self.length : self.length + ids.size(1)] for table in (self._cos, self._sin)]
-        for layer in range(given.depth):
-            weight = w["attention_in"][layer].flatten(0, 1)
-            x, normed, query_key, values = layers.attention_inputs(
-                x, x0, w["resid"][layer], w["x0"][layer], weight, *rotation
-            )
-            if (table := self._tables.get(layer)) is not None:
-                own = F.embedding(ids, w["value_embeds"][table]).view_as(values)
-                values = layers.gated(values, own, normed, w["value_gates"][table])
-            x = x + self._attended(layer, query_key, values) @ w["attention_out"][layer].mT
-            x = layers.mlp(x, w["mlp_up"][layer], w["mlp_down"][layer])
-            if layer == given.depth // 2:
-                backout = x
+        model = self._model
+        assert self.length + ids.size(1) <= model.given.sequence_length
+        embedded = torch.cat([self._last, model.embedded(ids)], dim=1)
+        stream = model.stream(ids, model.smeared(embedded)[:, 1:], self.length, self._attended)
         self._last = embedded[:, -1:]
         self.length += ids.size(1)
-        return layers.norm(x - w["backout"] * backout)
+        return stream
 
     def _attended(self, layer: int, query_key: Tensor, values: Tensor) -> Tensor:
         """Attention (B, n, d) of new tokens over themselves and those before, within the layer's window."""
-        window, start, stop = self._given.windows[layer], self.length, self.length + query_key.size(1)
+        window, start, stop = self._model.given.windows[layer], self.length, self.length + query_key.size(1)
         query, key = query_key.transpose(1, 2).chunk(2, dim=1)
         self._keys[layer, :, :, start:stop] = key
         self._values[layer, :, :, start:stop] = values.transpose(1, 2)

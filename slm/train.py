@@ -28,7 +28,7 @@ import torch.distributed as dist
 from slm import attention, checkpoints, events, locks
 from slm.data.loader import Order, Pair, Rows, share
 from slm.data.prepare import Prepared
-from slm.evaluate.bpb import TOKENS, validation_loss
+from slm.evaluate.bpb import bytes_of, validation_loss
 from slm.model import GPT, compute_dtype
 from slm.optim import Optimizer, lr_multiplier
 from slm.plan import Plan, code_fingerprint
@@ -155,17 +155,13 @@ class Trainer:
             prepared.verify()
             if self.rank == 0:
                 prepared.verify_content(given)
-            sizes = prepared.tokenizer.token_bytes
+            self.token_bytes = bytes_of(prepared.tokenizer, given.vocab_size, self.device)
         except (OSError, ValueError) as error:
             raise Stopped("data", f"the plan's data are gone or changed: {error}") from error
         if replace(self.plan, data=prepared.identity(given)).run_id != self.plan.run_id:
             raise Stopped("data", f"{folder} holds other rows than the plan was made for")
-        self.rows, self.validation = (
-            Rows(folder / f"{name}.bin", prepared.manifest[name]["row_tokens"], prepared.manifest[name]["dtype"])
-            for name in ("train", "validation")
-        )
+        self.rows, self.validation = Rows.of(prepared, "train"), Rows.of(prepared, "validation")
         self.order = Order(len(self.rows), prepared.manifest["train"]["block_rows"], self.plan.seed)
-        self.token_bytes = torch.tensor(sizes + [0] * (given.vocab_size - len(sizes)), device=self.device)
 
     def _load_model(self) -> None:
         """Fresh from the seed, or as the newest checkpoint left it."""
@@ -341,10 +337,7 @@ class Trainer:
     def _evaluate(self) -> tuple[float, float]:
         """val_bpb and loss over the plan's validation rows, recorded."""
         given, began = self.plan.hyperparameters, time.perf_counter()
-        batch_rows = max(1, TOKENS // given.sequence_length)
-        val_bpb, val_loss = validation_loss(
-            self.model, self.validation, self.token_bytes, batch_rows, self.rank, self.ranks
-        )
+        val_bpb, val_loss = validation_loss(self.model, self.validation, self.token_bytes, self.rank, self.ranks)
         self.event(
             "eval",
             step=self.progress.step,

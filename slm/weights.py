@@ -50,7 +50,7 @@ class Weights:
             ) from error
         model.to(device)
         model.set_compute_dtype(compute_dtype(device))
-        return model
+        return model.to(model.dtype)  # once, not at every pass
 
     def remarks(self) -> list[str]:
         """Lines on what sets these weights apart from a finished run of this trainer."""

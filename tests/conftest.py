@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,17 @@ def home(tmp_path: Path, prepared: Prepared) -> Path:
     home.mkdir()
     (home / "data").symlink_to(prepared.folder.parent)
     return home
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The process's torch on one thread, as equal bits ask for."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def slm(*arguments: str, home: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -46,7 +46,7 @@ def test_final_weights_have_the_val_bpb_that_their_trainer_found(finished: Run) 
 
 
 def test_other_batches_give_the_same_value_within_rounding(finished: Run) -> None:
-    assert evaluated(finished)["val_bpb"] == pytest.approx(finished.losses(batch_rows=5)[0], rel=1e-6)
+    assert evaluated(finished)["val_bpb"] == pytest.approx(finished.losses(tokens=5 * 128)[0], rel=1e-6)
 
 
 def test_a_checkpoint_has_the_value_of_the_model_in_it(run: Run) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,13 +25,7 @@ CASES = [(1, "SSSL"), (2, "SSSL"), (3, "L"), (3, "SL"), (5, "SSSL"), (5, "LS")]
 TINY = replace(pocket, sequence_length=512, vocab_size=100, warmup_steps=3, momentum_warmup_steps=4)
 """Short windows of 128 in a context of 512; a vocabulary that needs padding; ten steps hold every phase."""
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -324,7 +317,9 @@ def test_val_bpb_is_nats_over_bytes_of_targets_that_have_bytes(tmp_path: Path) -
     tokens = np.random.default_rng(5).integers(given.vocab_size, size=(5, given.sequence_length + 1), dtype=np.uint16)
     tokens.tofile(tmp_path / "rows.bin")
     sizes = torch.arange(given.vocab_size) % 7  # 0, as of special tokens, for one in seven
-    val_bpb, val_loss = validation_loss(model, Rows(tmp_path / "rows.bin", tokens.shape[1], "uint16"), sizes, 2, 0, 1)
+    val_bpb, val_loss = validation_loss(
+        model, Rows(tmp_path / "rows.bin", tokens.shape[1], "uint16"), sizes, tokens=2 * given.sequence_length
+    )
     nats = size = total = 0.0
     parameters = parameters_of(model)
     for row in torch.from_numpy(tokens.astype(np.int64)):

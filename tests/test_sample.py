@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -27,13 +26,7 @@ END = 99
 """The last id of TINY's vocabulary, which is padded to 128."""
 BYTES = Tokenizer(tuple(bytes([value]) for value in range(256)))
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def greedy(model: GPT, prompt: list[int], tokens: int) -> list[int]:

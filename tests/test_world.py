@@ -117,7 +117,7 @@ def test_the_same_validation_rows_are_read(alone: Trained, world: Trained) -> No
 def test_tokens_that_never_occur_only_decay(world: Trained, prepared: Prepared) -> None:
     """Their embeddings' gradient is zero: AdamW leaves the product of 1 - rate·decay of the initial values."""
     given, begun = steady(), start()
-    rows = Rows(prepared.folder / "train.bin", given.sequence_length + 1, prepared.manifest["train"]["dtype"])
+    rows = Rows.of(prepared, "train")
     order = Order(len(rows), prepared.manifest["train"]["block_rows"], seed=0)
     ids, _ = rows.pair(np.concatenate([order.step(step, given.batch_rows) for step in range(given.steps)]))
     unseen = np.setdiff1d(np.arange(given.vocab_size), ids)

@@ -37,11 +37,10 @@ class Run:
         """Its folder."""
         return self.home / self.plan.run_id
 
-    def losses(self, batch_rows: int = TOKENS // FAMILY.sequence_length) -> tuple[float, float]:
+    def losses(self, tokens: int = TOKENS) -> tuple[float, float]:
         """val_bpb and val_loss as the trainer computes them, on one rank."""
-        part, sizes = self.prepared.manifest["validation"], torch.tensor(self.prepared.tokenizer.token_bytes)
-        rows = Rows(self.prepared.folder / "validation.bin", part["row_tokens"], part["dtype"])
-        return validation_loss(self.model, rows, sizes, batch_rows, 0, 1)
+        sizes = torch.tensor(self.prepared.tokenizer.token_bytes)
+        return validation_loss(self.model, Rows.of(self.prepared, "validation"), sizes, tokens=tokens)
 
     def finish(self) -> None:
         """Write its final weights and done.json."""

@@ -143,10 +143,11 @@ def _run(experiment: Experiment, corpora: Corpora, gpus: int | None, cores: int 
     where, home = launch.slot(gpus, cores), store.home()
     with sweep.conducting(home):
         plans = sweep.make_plans(experiment, lambda asked: corpora.prepare(asked, report_line))
-        for plan in plans:
-            launch.micro_batch(plan.hyperparameters, where)
-        sweep.record(experiment, plans, home)
         done = {plan.run_id for plan in plans if sweep.is_done(home, plan.run_id)}
+        for plan in plans:
+            if plan.run_id not in done:
+                launch.micro_batch(plan.hyperparameters, where)  # refuses what memory does not hold
+        sweep.record(experiment, plans, home)
         report_line(_opening(experiment, plans, done, where))
         with Display(plans, done) as display:
             outcome = sweep.run_all(plans, corpora, home, where, display, lambda: _ingest(home))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+if TYPE_CHECKING:
+    from slm.data.prepare import Prepared
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -16,6 +20,12 @@ class Rows:
 
     def __init__(self, path: Path, row_tokens: int, dtype: str) -> None:
         self._rows = np.memmap(path, dtype=dtype, mode="r").reshape(-1, row_tokens)
+
+    @classmethod
+    def of(cls, prepared: Prepared, name: str) -> Rows:
+        """The "train" or "validation" rows of a prepared corpus."""
+        part = prepared.manifest[name]
+        return cls(prepared.folder / f"{name}.bin", part["row_tokens"], part["dtype"])
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 
 from slm.data.loader import Rows, share
+from slm.data.tokenizer import Tokenizer
 from slm.model import GPT
 
 TOKENS = 2**13
-"""Tokens of one forward pass, at most (at least one row)."""
+"""Tokens of one forward pass."""
 
 
 @torch.no_grad()
@@ -21,17 +22,18 @@ def validation_loss(
     model: GPT,
     rows: Rows,
     token_bytes: torch.Tensor,
-    batch_rows: int,
-    rank: int,
-    ranks: int,
+    rank: int = 0,
+    ranks: int = 1,
+    tokens: int = TOKENS,
     report: Callable[[int], None] = lambda read: None,
 ) -> tuple[float, float]:
     """val_bpb and the loss in nats a token over every row.
 
     Bits per byte: summed nats over the summed bytes of the targets, special tokens left out, over ln 2.
-    `token_bytes` (V,) holds the bytes of each token, 0 for special ones. Sums are in float64, over all ranks. `report`
-    is told how many rows of this rank are read.
+    `token_bytes` (V,) holds the bytes of each token, 0 for special ones. Sums are in float64, over all ranks. A forward
+    pass reads so many `tokens` at most, but a row at least; `report` is told how many rows of this rank are read.
     """
+    batch_rows = max(1, tokens // model.given.sequence_length)
     device = model.wte.device
     wide = torch.float32 if device.type == "mps" else torch.float64  # which that device lacks
     sums = torch.zeros(3, dtype=wide, device=device)
@@ -45,5 +47,10 @@ def validation_loss(
     if ranks > 1:
         dist.all_reduce(sums)
     nats, size, total = sums.tolist()
-    tokens = len(rows) * model.given.sequence_length
-    return nats / size / math.log(2), total / tokens
+    return nats / size / math.log(2), total / (len(rows) * model.given.sequence_length)
+
+
+def bytes_of(tokenizer: Tokenizer, vocab_size: int, device: torch.device) -> torch.Tensor:
+    """Bytes of each token (V,), 0 for special ones and for the padding of the vocabulary."""
+    sizes = tokenizer.token_bytes
+    return torch.tensor(sizes + [0] * (vocab_size - len(sizes)), device=device)

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from slm import events
+from slm import checkpoints, events
 from slm.data.loader import Rows
-from slm.evaluate.bpb import TOKENS, validation_loss
+from slm.evaluate.bpb import bytes_of, validation_loss
 from slm.plan import canonical, code_fingerprint
 from slm.weights import Weights, prepared_of
 
@@ -50,8 +50,7 @@ def _kept(weights: Weights, metric: str, decides: dict[str, Any], measure: Calla
 
 def _sha256(weights: Weights) -> str:
     """Of the file. Raises ValueError when the final weights of a run are not those that it wrote."""
-    with weights.path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = checkpoints.sha256(weights.path)
     done = weights.run_folder / "done.json"
     if weights.path.parent == done.parent and done.exists() and events.read_json(done)["weights_sha256"] != digest:
         raise ValueError(f"{weights.path} was changed after run {weights.plan.run_id} wrote it")
@@ -62,12 +61,9 @@ def _measure_val_bpb(weights: Weights, home: Path, device: torch.device, report:
     given = weights.plan.hyperparameters
     prepared = prepared_of(weights.plan, home)
     prepared.verify_content(given, ["validation"])
-    part, sizes = prepared.manifest["validation"], prepared.tokenizer.token_bytes
-    rows = Rows(prepared.folder / "validation.bin", part["row_tokens"], part["dtype"])
-    token_bytes = torch.tensor(sizes + [0] * (given.vocab_size - len(sizes)), device=device)
+    rows, token_bytes = Rows.of(prepared, "validation"), bytes_of(prepared.tokenizer, given.vocab_size, device)
     model, began = weights.model(device), time.perf_counter()
-    batch_rows = max(1, TOKENS // given.sequence_length)
-    bpb, loss = validation_loss(model, rows, token_bytes, batch_rows, 0, 1, lambda done: report(done, len(rows)))
+    bpb, loss = validation_loss(model, rows, token_bytes, report=lambda done: report(done, len(rows)))
     if not math.isfinite(bpb):
         raise RuntimeError(f"run {weights.plan.run_id} diverged: val_bpb is {bpb} at step {weights.step}")
     return {"val_bpb": bpb, "val_loss": loss, "rows": len(rows), "seconds": time.perf_counter() - began}
