@@ -21,6 +21,10 @@ PEAKS = {
 """Dense bfloat16 FLOPs a second by what a device's name holds, from NVIDIA's data sheets; the first that fits."""
 
 
+MEMORIES = {"H100 NVL": 94e9, "H100": 80e9, "H200": 141e9, "B200": 180e9, "A100": 40e9}
+"""Bytes, the fewest sold, by what a device's name holds, for planning where there is none to ask."""
+
+
 def peak_flops(name: str) -> float | None:
     """FLOPs a second that MFU is measured against; None for a device whose peak is not known."""
     return next((peak for part, peak in PEAKS.items() if part in name), None)
@@ -34,11 +38,21 @@ def _gpus(field: str) -> tuple[str, ...]:
     command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     found = tuple(line.strip() for line in result.stdout.splitlines() if line.strip()) if not result.returncode else ()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return found
-    entries = takewhile(lambda entry: entry.strip() and not entry.strip().startswith("-"), visible.split(","))
-    return found[: len(list(entries))]
+    visible = _visible()
+    return found if visible is None else found[: len(visible)]
+
+
+def _visible() -> tuple[str, ...] | None:
+    """Entries of CUDA_VISIBLE_DEVICES up to the first that names no device; None where it is not set."""
+    entries = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if entries is None:
+        return None
+    return tuple(takewhile(lambda entry: entry and not entry.startswith("-"), map(str.strip, entries.split(","))))
+
+
+def gpus() -> tuple[str, ...]:
+    """NVIDIA GPUs that this process may use, each as CUDA_VISIBLE_DEVICES names it."""
+    return (_visible() or tuple(map(str, range(gpu_count()))))[: gpu_count()]
 
 
 def gpu_names() -> tuple[str, ...]:
@@ -84,7 +98,7 @@ def cores() -> int:
 
 def name(device: str) -> str:
     """What "cpu", "cuda" or "mps" is here, for people."""
-    return gpu_names()[0] if device == "cuda" else _cpu_name()
+    return gpu_names()[0] if device == "cuda" else _cpu_name() + (" GPU" if device == "mps" else "")
 
 
 def _cpu_name() -> str:

@@ -21,17 +21,23 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "update_size",
         "tokens_per_second",
         "train_seconds",
+        "memory_bytes",
     ),
     "eval": ("step", "tokens", "flops", "val_bpb", "val_loss", "rows", "seconds"),
     "checkpoint": ("step", "file", "bytes", "seconds"),
+    "working": ("step", "what"),
     "warning": ("step", "message"),
     "finished": ("step", "tokens", "flops", "val_bpb", "train_seconds", "wall_seconds"),
     "failed": ("reason", "message"),
 }
 """Fields of each event, beside `event` and `time` (unix seconds): tokens and flops are totals since step 0, loss in
 nats a token, lr the schedule's multiplier, gradient_norm that of the mean loss over all parameters, update_size the
-matrices' change as a share of their size, train_seconds the time in steps since step 0 over all attempts. After a
-`warning` training goes on: its message says what went wrong, and the way out."""
+matrices' change as a share of their size, train_seconds the time in steps since step 0 over all attempts,
+memory_bytes the peak of this attempt so far. `working` announces what takes longer than a step, and is one of WORKS.
+After a `warning` training goes on: its message says what went wrong, and the way out."""
+
+WORKS = ("compilation", "checkpoint", "evaluation")
+"""What takes longer than a step; an evaluation says so again now and then."""
 
 REASONS = ("oom", "error", "timeout", "node", "data", "interrupted", "diverged", "cancelled")
 """Why an attempt ended without finishing. `diverged` is a result; `interrupted` will go on."""

@@ -21,10 +21,20 @@ def hold(path: Path) -> TextIO | None:
             file.close()
             return None
         time.sleep(0.01)
-    file.seek(0)
-    file.truncate()
-    file.write(str(os.getpid()))
-    file.flush()
+    _sign(file, os.getpid())
+    return file
+
+
+def pass_on(file: TextIO, process: int) -> None:
+    """Note that a lock is held by a process that inherited its open file, and close it here: the lock stays held."""
+    _sign(file, process)
+    file.close()
+
+
+def taken_over(descriptor: int) -> TextIO:
+    """A lock that came with an open file from the process that took it."""
+    file = os.fdopen(descriptor, "a+", encoding="utf-8")
+    _sign(file, os.getpid())
     return file
 
 
@@ -38,6 +48,13 @@ def holder(path: Path) -> int | None:
                 return int(number)
             time.sleep(0.001)
     return None
+
+
+def _sign(file: TextIO, process: int) -> None:
+    file.seek(0)
+    file.truncate()
+    file.write(str(process))
+    file.flush()
 
 
 def _try(file: TextIO, mode: int) -> bool:

@@ -50,10 +50,10 @@ class Display:
         if self._bars:
             self._bars.stop()
 
-    def run_started(self, plan: Plan, attempt: Path | None) -> None:
-        """A run goes on, in an attempt of ours or (None) in one that lives already."""
+    def run_started(self, plan: Plan, attempt: Path, adopted: bool) -> None:
+        """A run goes on in an attempt: a new one, or one that lived already."""
         self._recent.clear()
-        how = "goes on in a trainer that is alive already" if attempt is None else f"attempt {int(attempt.name)}"
+        how = "goes on in a trainer that is alive already" if adopted else f"attempt {int(attempt.name)}"
         if self._bars:
             given = plan.hyperparameters
             label = f"d{given.depth} seed {plan.seed}"
@@ -82,6 +82,13 @@ class Display:
             self._bars.update(self._run_bar, visible=False)
             self._bars.update(self._sweep_bar, completed=self._total - sum(self._left.values()))
         self._say(f"{_label(plan)}: {outcome}" + (f" ({message})" if message else ""))
+
+    def note(self, line: str) -> None:
+        """Something about the sweep as a whole."""
+        self._say(line)
+
+    def refresh(self) -> None:
+        """A moment passed."""
 
     def _measure(self) -> None:
         first, last = self._recent[0], self._recent[-1]

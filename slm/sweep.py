@@ -1,57 +1,18 @@
-"""The conductor: experiment + data -> plans -> attempts, one after another, until every run is done or says why not."""
+"""Experiment + data -> plans, recorded."""
 
 from __future__ import annotations
 
-import os
 import platform
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from subprocess import Popen
-from typing import Any, Protocol
+from typing import Any
 
-from slm import events, launch, locks
+from slm import events
 from slm.data import Prepared, prepare, prepared_for, row_shape
 from slm.experiment import Asked, Experiment
 from slm.plan import Plan, code_fingerprint
 from slm.recipe import Hyperparameters
-
-FRUITLESS_ATTEMPTS = 2
-"""Attempts in a row without a new checkpoint after which a run has failed."""
-RESULTS = ("diverged", "cancelled")
-"""Ends that no sweep tries again."""
-FINAL_REASONS = (*RESULTS, "data")
-"""Ends that another attempt of this sweep would only repeat."""
-POLL_SECONDS = 0.2
-INGEST_SECONDS = 30.0
-
-
-class View(Protocol):
-    """Who is shown what happens."""
-
-    def run_started(self, plan: Plan, attempt: Path | None) -> None:
-        """A run goes on, in an attempt of ours or (None) in one that lives already."""
-
-    def event(self, plan: Plan, event: dict[str, Any]) -> None:
-        """A trainer wrote an event."""
-
-    def run_ended(self, plan: Plan, outcome: str, message: str | None) -> None:
-        """A run ended: finished, failed, diverged or interrupted."""
-
-
-@dataclass
-class Outcome:
-    """What became of each run, by run_id."""
-
-    already_done: list[str] = field(default_factory=list)
-    """Finished before this sweep."""
-    trained: list[str] = field(default_factory=list)
-    """Finished by this sweep."""
-    not_finished: dict[str, str] = field(default_factory=dict)
-    """The others, with the reason."""
 
 
 class Corpora:
@@ -201,147 +162,3 @@ def _recorded(run_folder: Path) -> Plan | None:
         return Plan.read(run_folder / "plan.json")
     except (OSError, ValueError):
         return None
-
-
-@contextmanager
-def conducting(home: Path) -> Iterator[None]:
-    """Hold the home's sweep.lock. Raises RuntimeError naming the process that has it."""
-    home.mkdir(parents=True, exist_ok=True)
-    lock = locks.hold(home / "sweep.lock")
-    if lock is None:
-        raise RuntimeError(
-            f"{home} is being swept by process {locks.holder(home / 'sweep.lock')}: wait for it, or stop it"
-        )
-    with lock:
-        yield
-
-
-def run_all(
-    plans: list[Plan],
-    corpora: Corpora,
-    home: Path,
-    where: launch.Slot,
-    view: View,
-    ingest: Callable[[], None],
-    checkpoint_seconds: float = launch.CHECKPOINT_SECONDS,
-) -> Outcome:
-    """Train what is not done, one run after another; a run that fails does not stop the next.
-
-    Interrupted (KeyboardInterrupt), the trainer at work checkpoints and stops first.
-    """
-    outcome = Outcome()
-    for plan in plans:
-        if is_done(home, plan.run_id):
-            _drop_checkpoints(home / plan.run_id)
-            outcome.already_done.append(plan.run_id)
-            continue
-        run = _Run(plan, home, corpora.of(plan), where, view, ingest, checkpoint_seconds)
-        try:
-            reason, message = run.to_its_end()
-        except KeyboardInterrupt:
-            run.stop()
-            if not is_done(home, plan.run_id):
-                view.run_ended(plan, "interrupted", "stopped; type the sweep again to go on")
-            raise
-        finally:
-            ingest()
-        if reason:
-            outcome.not_finished[plan.run_id] = f"{reason}: {message}"
-        else:
-            outcome.trained.append(plan.run_id)
-        view.run_ended(plan, _state(reason), message)
-    return outcome
-
-
-def is_done(home: Path, run_id: str) -> bool:
-    """Whether a run is finished: done.json alone says so."""
-    return (home / run_id / "done.json").exists()
-
-
-def _drop_checkpoints(run_folder: Path) -> None:
-    """Remove what a trainer killed just after done.json left behind."""
-    for path in (run_folder / "checkpoints").glob("*"):
-        path.unlink()
-
-
-def _state(reason: str | None) -> str:
-    return {None: "finished", "diverged": "diverged", "interrupted": "interrupted"}.get(reason, "failed")
-
-
-class _Run:
-    """One plan on its way to done.json."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        home: Path,
-        data_folder: Path,
-        where: launch.Slot,
-        view: View,
-        ingest: Callable[[], None],
-        checkpoint_seconds: float,
-    ) -> None:
-        self._plan = plan
-        self._home = home
-        self._folder = home / plan.run_id
-        self._data_folder = data_folder
-        self._where = where
-        self._view = view
-        self._ingest = ingest
-        self._checkpoint_seconds = checkpoint_seconds
-        self._process: Popen[bytes] | None = None
-
-    def to_its_end(self) -> tuple[str | None, str | None]:
-        """Attempts until the run is finished or has failed; reason and message of a failure, None when finished."""
-        if launch.holder(self._folder) and (living := launch.last_attempt(self._folder)):
-            self._follow(living, ours=False)
-        last = launch.last_attempt(self._folder)
-        ended = launch.exit_of(last) if last else None
-        if ended and ended["reason"] in RESULTS and not is_done(self._home, self._plan.run_id):
-            return ended["reason"], ended["message"]
-        fruitless = 0
-        while not is_done(self._home, self._plan.run_id):
-            attempt, self._process = launch.start(
-                self._plan, self._home, self._data_folder, self._where, self._checkpoint_seconds
-            )
-            advanced = self._follow(attempt, ours=True)
-            if is_done(self._home, self._plan.run_id):
-                break
-            ended = launch.exit_of(attempt) or launch.reap(attempt)
-            fruitless = 0 if advanced else fruitless + 1
-            if ended["reason"] in FINAL_REASONS or fruitless >= FRUITLESS_ATTEMPTS:
-                return ended["reason"], ended["message"]
-        return None, None
-
-    def _follow(self, attempt: Path, ours: bool) -> bool:
-        """Show an attempt's events until it has ended; whether it wrote a checkpoint."""
-        self._view.run_started(self._plan, attempt if ours else None)
-        reader = events.Reader(attempt / "events.jsonl")
-        advanced, ingested = False, time.monotonic()
-        alive = True
-        while alive:
-            alive = self._alive()
-            for event in reader.new():
-                self._view.event(self._plan, event)
-                advanced |= event["event"] == "checkpoint"
-            if time.monotonic() - ingested > INGEST_SECONDS:
-                self._ingest()
-                ingested = time.monotonic()
-            if alive:
-                time.sleep(POLL_SECONDS)
-        return advanced
-
-    def _alive(self) -> bool:
-        started_by_us = self._process is not None and self._process.poll() is None
-        return started_by_us or launch.holder(self._folder) is not None
-
-    def stop(self) -> None:
-        """Ask whoever holds the run, supervisor or orphaned trainer, to checkpoint and end; wait until it has."""
-        told: set[int] = set()
-        while self._alive():
-            holder = launch.holder(self._folder)
-            if holder is not None and holder not in told:
-                told.add(holder)
-                with suppress(ProcessLookupError):
-                    os.kill(holder, signal.SIGTERM)
-            time.sleep(POLL_SECONDS)

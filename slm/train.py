@@ -37,6 +37,8 @@ TRAIN_EVENTS = 1000
 """A run logs at most about this many steps, evenly spaced."""
 TAIL_SHARE = 0.1
 """train_loss is the mean over this share of the steps, the last ones."""
+TALK_SECONDS = 10.0
+"""Pause between two words of an evaluation."""
 COMPILED_FLOPS = {"cpu": 1e14, "cuda": 1e16}
 """FLOPs of a run from which compiling pays: it takes half a minute, and saves a CPU at most a fifth of the time."""
 
@@ -87,7 +89,7 @@ class Trainer:
         self.stop_asked = False
         self.parent = os.getppid()
         self.last_checkpoint = self.clock = self.step_clock = time.monotonic()
-        self.checkpoint_cost = 0.0
+        self.checkpoint_cost = self.talked = 0.0
         self.told: Told | None = None
         self.lags = False
         """Whether what a step told is read while the next one runs."""
@@ -193,6 +195,8 @@ class Trainer:
         )
         for message in damaged:
             self.event("warning", step=self.progress.step, message=message)
+        if compiled:
+            self.event("working", step=self.progress.step, what="compilation")
 
     def _train(self) -> None:
         """Every step that is left. What one told is read from a GPU while the next one runs, so that it never waits."""
@@ -289,6 +293,7 @@ class Trainer:
             update_size=update_size,
             tokens_per_second=given.batch_tokens / seconds,
             train_seconds=self.progress.train_seconds,
+            memory_bytes=self._peak_memory(),
         )
 
     def _checkpoint_due(self) -> bool:
@@ -303,6 +308,7 @@ class Trainer:
             return
         weights = {f"model.{name}": tensor.detach() for name, tensor in self.model.named_parameters()}
         metadata = {name: repr(value) for name, value in vars(self.progress).items()} | {"run_id": self.plan.run_id}
+        self.event("working", step=step, what="checkpoint")
         try:
             path = checkpoints.write(self.run_folder / "checkpoints", step, weights | state, metadata, self.last_good)
         except OSError as error:
@@ -337,7 +343,11 @@ class Trainer:
     def _evaluate(self) -> tuple[float, float]:
         """val_bpb and loss over the plan's validation rows, recorded."""
         given, began = self.plan.hyperparameters, time.perf_counter()
-        val_bpb, val_loss = validation_loss(self.model, self.validation, self.token_bytes, self.rank, self.ranks)
+        self._talk()
+        tokens = self.attempt["evaluation_tokens"]
+        val_bpb, val_loss = validation_loss(
+            self.model, self.validation, self.token_bytes, self.rank, self.ranks, tokens, lambda read: self._talk()
+        )
         self.event(
             "eval",
             step=self.progress.step,
@@ -349,6 +359,12 @@ class Trainer:
             seconds=time.perf_counter() - began,
         )
         return val_bpb, val_loss
+
+    def _talk(self) -> None:
+        """Say now and then that the evaluation goes on."""
+        if time.monotonic() - self.talked > TALK_SECONDS:
+            self.event("working", step=self.progress.step, what="evaluation")
+            self.talked = time.monotonic()
 
     def _finish(self, val_bpb: float, val_loss: float) -> None:
         """Final weights and done.json; then the checkpoints go, and the finished event has their space."""
@@ -409,6 +425,11 @@ def compiles(plan: Plan, device: torch.device) -> bool:
     return device.type == "cuda" or any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
 
 
+def _out_of_memory(error: Exception) -> bool:
+    """Whether a device had no memory left; torch's allocator of the CPU says it in words alone."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 @contextmanager
 def _needed(path: Path) -> Iterator[None]:
     """Write a file without which the run is not finished."""
@@ -434,8 +455,8 @@ def main() -> int:
         return 1
     except OSError as error:
         sys.exit(f"OSError: {error}")  # events cannot be written either
-    except torch.OutOfMemoryError as error:
-        if trainer.writer is None:
+    except (MemoryError, RuntimeError) as error:
+        if trainer.writer is None or not _out_of_memory(error):
             raise
         trainer.event("failed", reason="oom", message=str(error).splitlines()[0])
         return 1

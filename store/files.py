@@ -103,8 +103,9 @@ def _plan(file: File, plan: Row) -> Rows:
 
 
 def _attempt(file: File, document: Row) -> Rows:
-    names = "created launcher host platform device device_name ranks threads micro_batch python versions commit"
-    fields = {name: document.get(name) for name in (*names.split(), "diff")}
+    names = "created launcher host platform device device_name ranks threads nodes micro_batch evaluation_tokens"
+    more = "estimated_seconds python versions commit diff"
+    fields = {name: document.get(name) for name in (*names.split(), *more.split())}
     return [("attempts", {"run_id": file.owner, "attempt": file.attempt, **fields})]
 
 

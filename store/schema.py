@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import JSON, BigInteger, CheckConstraint, Double, Integer, String
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-VERSION = 1
+VERSION = 2
 VIEWS = Path(__file__).parent / "views.sql"
 
 
@@ -114,7 +114,10 @@ class Attempt(Base):
     device_name: Mapped[str | None]
     ranks: Mapped[int | None]
     threads: Mapped[int | None]
+    nodes: Mapped[int | None]
     micro_batch: Mapped[int | None]
+    evaluation_tokens: Mapped[int | None]
+    estimated_seconds: Mapped[float | None]
     ended: Mapped[float | None]
     exit_code: Mapped[int | None]
     exit_signal: Mapped[int | None]

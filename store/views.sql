@@ -55,3 +55,32 @@ from metrics_latest m
 join runs r on r.run_id = m.run_id
 where m.event in ('train', 'eval')
 group by m.run_id, r.depth, m.step
+---
+create view micro_batches as
+with tried as (
+  select a.device_name, a.ranks, r.depth, r.width, r.sequence_length, r.vocab_size, a.micro_batch, a.evaluation_tokens,
+         coalesce(a.reason = 'oom', false) as failed, coalesce(m.step, 0) as step, r.steps
+  from attempts a
+  join runs r on r.run_id = a.run_id
+  left join (select run_id, attempt, max(step) as step from metrics where event = 'train' group by run_id, attempt) m
+    on m.run_id = a.run_id and m.attempt = a.attempt
+),
+limits as (
+  select device_name, ranks, depth, width, sequence_length, vocab_size,
+         min(case when failed and step < steps then micro_batch end) as too_many,
+         min(case when failed and step >= steps then evaluation_tokens end) as too_long
+  from tried
+  group by device_name, ranks, depth, width, sequence_length, vocab_size
+)
+select
+  l.device_name, l.ranks, l.depth, l.width, l.sequence_length, l.vocab_size,
+  coalesce(max(case when not t.failed and t.step > 0 and t.micro_batch < l.too_many then t.micro_batch end),
+           cast(floor(l.too_many / 2.0) as bigint)) as training,
+  coalesce(max(case when not t.failed and t.step >= t.steps and t.evaluation_tokens < l.too_long
+                    then t.evaluation_tokens end),
+           cast(floor(l.too_long / 2.0) as bigint)) as evaluation_tokens
+from limits l
+join tried t on t.device_name = l.device_name and t.ranks = l.ranks and t.depth = l.depth and t.width = l.width
+  and t.sequence_length = l.sequence_length and t.vocab_size = l.vocab_size
+where l.too_many is not null or l.too_long is not null
+group by l.device_name, l.ranks, l.depth, l.width, l.sequence_length, l.vocab_size, l.too_many, l.too_long

@@ -14,6 +14,7 @@ import psutil
 from slm import events, launch
 from slm.data import Prepared
 from slm.launch import Slot
+from slm.launch.memory import Memory
 from slm.plan import Plan, code_fingerprint
 from slm.recipe import Hyperparameters
 
@@ -27,7 +28,9 @@ def plan_of(given: Hyperparameters, prepared: Prepared, seed: int = 0) -> Plan:
 
 def make_attempt(home: Path, plan: Plan, prepared: Prepared, **changes: Any) -> Path:
     """The folder of a run's first attempt, its attempt.json for one CPU rank but for the changes."""
-    folder = launch._make_attempt(plan, home, prepared.folder, Slot("cpu", 1, 1), 1e9)
+    slot = Slot("cpu", 1, 1)
+    rows = Memory().rows(plan.hyperparameters, slot)
+    folder = launch.make_attempt(plan, home, prepared.folder, slot, rows, checkpoint_seconds=1e9)
     events.write_json(folder / "attempt.json", events.read_json(folder / "attempt.json") | changes)
     events.write_json(folder.parent.parent / "plan.json", plan.document())
     return folder

@@ -18,7 +18,7 @@ import torch
 from torch.autograd.profiler import profile
 
 from slm.estimate import EVALUATION_TOKENS, peak_memory
-from slm.launch import ALLOCATOR
+from slm.launch.supervisor import ALLOCATOR
 from slm.model import GPT
 from slm.optim import Optimizer
 from slm.recipe import Hyperparameters, nanochat

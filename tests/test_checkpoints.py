@@ -263,8 +263,7 @@ def test_a_checkpoint_of_another_run_is_refused(home: Path) -> None:
         checkpoints.write(attempt.parent.parent / "checkpoints", 5, tensors(5), {"run_id": "0123456789ab"})
 
     class Mixer(Watcher):
-        def run_started(self, plan, attempt: Path | None) -> None:
-            assert attempt is not None
+        def run_started(self, plan, attempt: Path, adopted: bool) -> None:
             put_another(attempt)
 
     folder, outcome = train(home, TWO, Mixer())

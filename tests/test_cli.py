@@ -122,7 +122,7 @@ def test_a_dry_run_needs_no_torch_and_trains_nothing(home: Path) -> None:
     assert result.returncode == 0, result.stderr
     runs = json.loads(result.stdout)["runs"]
     assert [run["depth"] for run in runs] == [2, 3, 4]
-    assert {run["state"] for run in runs} == {"to do"}
+    assert {run["state"] for run in runs} == {"planned"}
     assert sorted(path.name for path in home.iterdir()) == ["data"]
 
 
@@ -219,20 +219,29 @@ def test_an_unreadable_store_says_how_to_mend_it(swept, tmp_path: Path) -> None:
     assert slm("query", "select 1", home=home).returncode == 0
 
 
-def test_a_second_sweep_of_a_home_says_who_holds_it(home: Path) -> None:
+def test_a_second_sweep_of_a_home_names_the_first_and_goes_on_when_it_ends(home: Path) -> None:
     holding = (
-        "import sys, time; from pathlib import Path; from slm.sweep import conducting\n"
+        "import sys; from pathlib import Path; from slm.conduct import conducting\n"
         f"with conducting(Path({str(home)!r})):\n    print('held', flush=True); sys.stdin.read()"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", holding], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        result = slm("sweep", "--recipe", "pocket", "--depths", "1", "--steps", "2", home=home)
-        process.communicate()
-    assert result.returncode == 1
-    assert f"process {process.pid}" in result.stderr
+    command = [sys.executable, "-m", "slm", "sweep", "--recipe", "pocket", "--depths", "1", "--steps", "2", "--json"]
+    with subprocess.Popen([sys.executable, "-c", holding], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == b"held\n"
+        with subprocess.Popen(
+            command,
+            env={**os.environ, "SLM_HOME": str(home)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as second:
+            assert second.stderr is not None
+            assert any(f"being swept by process {first.pid}" in line for line in second.stderr)
+            assert not list(home.glob("*/attempts"))
+            first.communicate()
+            output, _ = second.communicate(timeout=120)
+    assert second.returncode == 0
+    assert len(json.loads(output)["trained"]) == 1
 
 
 def test_version_help_and_completion() -> None:

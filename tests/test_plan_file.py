@@ -89,7 +89,7 @@ def test_a_run_is_repeated_to_the_bit_from_its_plan_and_the_same_texts(tmp_path:
 
 def test_a_dry_run_names_the_run_before_its_data_are_prepared(home: Path, tmp_path: Path, plan: Plan) -> None:
     file = write(tmp_path / "plan.json", plan)
-    for where, state in ((home, "to do"), (tmp_path / "bare", "data not prepared")):
+    for where, state in ((home, "planned"), (tmp_path / "bare", "data not prepared")):
         planned = document(where, "sweep", "--plan", file, "--dry-run")
         assert planned["experiment"] == plan.run_id
         assert [(run["run_id"], run["state"]) for run in planned["runs"]] == [(plan.run_id, state)]
@@ -120,7 +120,7 @@ def test_texts_are_known_by_content_wherever_they_lie(tmp_path: Path) -> None:
     plan = Plan("pocket", "steps=4", 0, given, there.identity(given), code_fingerprint())
     arguments = ("sweep", "--plan", write(tmp_path / "plan.json", plan), "--dry-run")
     [run] = document(home, *arguments, "--data", str(same))["runs"]
-    assert (run["run_id"], run["state"]) == (plan.run_id, "to do")
+    assert (run["run_id"], run["state"]) == (plan.run_id, "planned")
     assert "corpus other gives another tokeniser, other training rows" in refusal(
         home, *arguments, "--data", str(other)
     )

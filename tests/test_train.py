@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +17,19 @@ import psutil
 import pytest
 from safetensors import safe_open
 
-from slm import events, launch
+from slm import events, launch, locks
+from slm.conduct import Conductor, Outcome
 from slm.data import Prepared
 from slm.experiment import Experiment
-from slm.launch import Slot, locks
+from slm.launch.local import Local, Machine
+from slm.launch.memory import Memory, Rows
+from slm.plan import Plan
 from slm.recipe import Recipe, pocket
-from slm.sweep import Corpora, Outcome, make_plans, record, run_all
+from slm.sweep import Corpora, make_plans, record
+from slm.throughput import Estimates
 
-ONE = Slot("cpu", 1, 1)
-TWO = Slot("cpu", 2, 1)
+ONE = Machine("cpu", "test", ("0",), None)
+TWO = Machine("cpu", "test", ("0", "1"), None)
 Listener = Callable[[Path, dict[str, Any]], None]
 
 
@@ -33,11 +39,12 @@ class Watcher:
     def __init__(self, act: Listener = lambda folder, event: None) -> None:
         self.events: list[dict[str, Any]] = []
         self.outcomes: list[tuple[str, str | None]] = []
+        self.notes: list[str] = []
         self._act = act
         self._attempt = Path()
 
-    def run_started(self, plan, attempt: Path | None) -> None:
-        self._attempt = attempt or self._attempt
+    def run_started(self, plan, attempt: Path, adopted: bool) -> None:
+        self._attempt = attempt
 
     def event(self, plan, event: dict[str, Any]) -> None:
         self.events.append(event)
@@ -46,10 +53,16 @@ class Watcher:
     def run_ended(self, plan, outcome: str, message: str | None) -> None:
         self.outcomes.append((outcome, message))
 
+    def note(self, line: str) -> None:
+        self.notes.append(line)
+
+    def refresh(self) -> None:
+        pass
+
 
 def train(
     home: Path,
-    where: Slot,
+    where: Machine,
     watcher: Watcher,
     recipe: Recipe = pocket,
     depth: int = 2,
@@ -61,8 +74,25 @@ def train(
     corpora = Corpora(experiment, home)
     plans = make_plans(experiment, lambda asked: corpora.prepare(asked, lambda line: None))
     record(experiment, plans, home)
-    outcome = run_all(plans, corpora, home, where, watcher, lambda: None, checkpoint_seconds)
-    return home / plans[0].run_id, outcome
+    return home / plans[0].run_id, conduct(plans, corpora, home, where, watcher, checkpoint_seconds)
+
+
+def conduct(
+    plans: list[Plan],
+    corpora: Corpora,
+    home: Path,
+    where: Machine,
+    watcher: Watcher,
+    checkpoint_seconds: float = 1e9,
+    size: int | None = None,
+) -> Outcome:
+    """Train plans on a machine, each on all of it or on so many of its cores."""
+    seconds = Estimates(home)
+    launcher = Local(where, (size or len(where.ids),), seconds)
+    memory, nothing = Memory(), lambda: None
+    return Conductor(
+        plans, corpora.of, home, launcher, watcher, nothing, seconds, memory, checkpoint_seconds, poll_seconds=0.05
+    ).run()
 
 
 def of(watcher: Watcher, kind: str) -> list[dict[str, Any]]:
@@ -148,7 +178,7 @@ def test_a_killed_torchrun_leaves_no_worker_and_frees_the_run(home: Path) -> Non
 def test_a_stop_checkpoints_and_the_next_sweep_goes_on(home: Path) -> None:
     def interrupt(attempt: Path, event: dict[str, Any]) -> None:
         if event["event"] == "train" and event["step"] == 5:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
     first = Watcher(interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -168,8 +198,8 @@ def test_a_stop_checkpoints_and_the_next_sweep_goes_on(home: Path) -> None:
 
 def test_a_stop_before_the_first_step_is_heard(home: Path) -> None:
     class Impatient(Watcher):
-        def run_started(self, plan, attempt: Path | None) -> None:
-            raise KeyboardInterrupt
+        def run_started(self, plan, attempt: Path, adopted: bool) -> None:
+            signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         train(home, ONE, Impatient(), steps=5000, depth=1)
@@ -181,7 +211,7 @@ def test_a_stop_before_the_first_step_is_heard(home: Path) -> None:
 def interrupt_at(step: int) -> Listener:
     def interrupt(attempt: Path, event: dict[str, Any]) -> None:
         if event["event"] == "train" and event["step"] > step:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
     return interrupt
 
@@ -206,7 +236,7 @@ def test_data_that_changed_after_planning_are_refused(tmp_path: Path, home: Path
     other = replace(plan, data=replace(plan.data, validation="0123456789abcdef"))
     record(experiment, [other], home)
     watcher = Watcher()
-    outcome = run_all([other], corpora, home, ONE, watcher, lambda: None)
+    outcome = conduct([other], corpora, home, ONE, watcher)
     assert "holds other rows than the plan was made for" in outcome.not_finished[other.run_id]
 
 
@@ -224,7 +254,7 @@ def test_a_plan_of_another_trainer_is_refused(tmp_path: Path, home: Path) -> Non
     [plan] = make_plans(experiment, lambda asked: corpora.prepare(asked, lambda line: None))
     other = replace(plan, code="0123456789abcdef")
     record(experiment, [other], home)
-    outcome = run_all([other], corpora, home, ONE, Watcher(), lambda: None)
+    outcome = conduct([other], corpora, home, ONE, Watcher())
     assert "sources changed" in outcome.not_finished[other.run_id]
 
 
@@ -234,9 +264,11 @@ def test_a_run_that_is_held_is_not_started_twice(home: Path) -> None:
     def start_again(attempt: Path, event: dict[str, Any]) -> None:
         if event["event"] == "started" and not seen:
             plan = make_plan(home)
-            second, process = launch.start(plan, home, data_folder(home), ONE, 1e9)
-            seen.append(process.wait(60))
-            assert "is held by process" in (second / "log").read_text()
+            second = launch.make_attempt(plan, home, data_folder(home), ONE.slot([0]), Rows(1))
+            command = [sys.executable, "-m", "slm.launch.supervisor", str(second)]
+            found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+            seen.append(found.returncode)
+            assert "is held by process" in found.stderr
 
     watcher = Watcher(start_again)
     folder, outcome = train(home, ONE, watcher, steps=60)

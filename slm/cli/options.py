@@ -96,9 +96,14 @@ def records(frame: pandas.DataFrame) -> list[dict[str, Any]]:
 
 def print_table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> None:
     """A table on standard output, None as a dash."""
+    print(table(rows, headers))
+
+
+def table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
+    """A table as text, None as a dash."""
     from tabulate import tabulate
 
-    print(tabulate(rows, headers=headers, missingval="-", disable_numparse=True, stralign="right"))
+    return tabulate(rows, headers=headers, missingval="-", disable_numparse=True, stralign="right")
 
 
 def quantity(value: float) -> str:

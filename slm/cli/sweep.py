@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,16 +19,19 @@ from slm.cli.options import (
     depths_of,
     numbers_of,
     print_json,
-    print_table,
-    quantity,
     recipe_of,
+    records,
     report_problems,
 )
 
 if TYPE_CHECKING:
-    from slm.experiment import Asked, Experiment
+    from slm.conduct import Outcome, View
+    from slm.experiment import Experiment
+    from slm.launch.local import Local
+    from slm.launch.memory import Memory
     from slm.plan import Plan
-    from slm.sweep import Corpora, Outcome
+    from slm.sweep import Corpora
+    from slm.throughput import Estimates, Price
 
 
 def sweep(
@@ -38,14 +45,21 @@ def sweep(
     data: Data = None,
     plan: Annotated[list[Path] | None, typer.Option(help="A plan.json: repeat its run. May be given again.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the experiment; else the recipe's or the run's.")] = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs of a run; else all.")] = None,
-    cores: Annotated[int | None, typer.Option(min=1, help="CPU cores of a run; else all.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs to use; else all.")] = None,
+    gpus_per_run: Annotated[str, typer.Option(help="GPUs of a run: auto (soonest end), all, or a number.")] = "auto",
+    cores: Annotated[int | None, typer.Option(min=1, help="CPU cores to use; else all.")] = None,
+    cores_per_run: Annotated[str, typer.Option(help="Cores of a run: auto (soonest end), all, or a number.")] = "auto",
+    gpu: Annotated[str, typer.Option(help="GPU that --dry-run plans for where there is none.")] = "H100",
+    price: Annotated[str | None, typer.Option(help="24/h for the machine, or 3/gpu/h: the plan has costs.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Start without asking, however long it takes.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Go on in the background; `slm status` shows it.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train a family as recorded runs. Typed again, it trains nothing twice and finishes what is unfinished."""
     from slm.experiment import Experiment, load
     from slm.sweep import Corpora, repetition
+    from slm.throughput import Estimates, price_of
     from store import home
 
     if plan:
@@ -54,7 +68,7 @@ def sweep(
         experiment = repetition(plan, name, data)
     elif declaration is not None:
         if depths or recipe or flops or ratios or steps or seeds != 1 or name:
-            raise ValueError(f"{declaration} declares the runs: only --data, --gpus, --cores and --dry-run go with it")
+            raise ValueError(f"{declaration} declares the runs: only --data, --dry-run and where they run go with it")
         experiment = load(declaration)
     else:
         if depths is None:
@@ -70,99 +84,133 @@ def sweep(
             seeds=tuple(range(seeds)),
         )
     if data:
-        from dataclasses import replace
-
         experiment = replace(experiment, data=data)
-    corpora = Corpora(experiment, home())
+    corpora, estimates = Corpora(experiment, home()), Estimates(home())
+    asked_price = price_of(price) if price else None
+    launcher = _local(gpus, gpus_per_run, cores, cores_per_run, gpu if dry_run else None, estimates)
     if dry_run:
-        _print_plan(experiment, corpora, as_json)
+        _dry_run(experiment, corpora, launcher, estimates, asked_price, as_json)
     else:
-        _run(experiment, corpora, gpus, cores, as_json)
+        _run(experiment, corpora, launcher, estimates, asked_price, yes, detach, as_json)
 
 
 def _refuse_beside_plan(options: dict[str, Any]) -> None:
     """Refuse what says how a run is to be: its plan does."""
     for option, value in options.items():
         if value is not None:
-            others = "only --data, --name, --gpus, --cores, --dry-run and --json go with it"
+            others = "only --data, --name, --dry-run, --json and where it runs go with it"
             raise ValueError(f"{option} {value}: --plan holds the whole run, {others}")
 
 
-def _print_plan(experiment: Experiment, corpora: Corpora, as_json: bool) -> None:
-    """The runs of an experiment, without touching anything."""
-    rows = [_planned(asked, corpora) for asked in experiment.asked()]
-    if as_json:
-        print_json({"experiment": experiment.name, "data": experiment.data, "runs": rows})
-        return
-    print(f"experiment {experiment.name}: {len(rows)} runs, {sum(row['flops'] for row in rows):.3g} FLOPs in all")
-    headers = ["run", "recipe", "d", "horizon", "seed", "N", "tokens", "batch", "steps", "FLOPs", "epochs", "state"]
-    print_table([_plan_cells(row) for row in rows], headers)
+def _local(
+    gpus: int | None, gpus_per_run: str, cores: int | None, cores_per_run: str, gpu: str | None, estimates: Estimates
+) -> Local:
+    """This machine's devices; GPUs of a name where a plan alone is asked and there are none."""
+    from slm import devices
+    from slm.launch import local
+
+    if gpu and gpus and not devices.gpu_count() and not devices.apple_gpu():
+        machine = local.imagined(gpus, gpu)
+    else:
+        machine = local.machine(gpus, cores)
+    per_run = cores_per_run if machine.device == "cpu" else gpus_per_run
+    return local.Local(machine, local.sizes(per_run, machine), estimates)
 
 
-def _planned(asked: Asked, corpora: Corpora) -> dict[str, Any]:
-    from slm.sweep import is_done, plan_of
+def _dry_run(
+    experiment: Experiment,
+    corpora: Corpora,
+    launcher: Local,
+    estimates: Estimates,
+    price: Price | None,
+    as_json: bool,
+) -> None:
+    """Print the plan, and touch nothing."""
+    from slm import forecast
+    from slm.cli import plan
     from store import home
 
-    given = asked.hyperparameters
-    row: dict[str, Any] = {"run_id": None, "recipe": asked.recipe, "depth": given.depth, "horizon": asked.horizon}
-    row |= {"seed": asked.seed, "parameters_scaling": given.parameters.scaling, "tokens": given.tokens}
-    row |= {"batch_tokens": given.batch_tokens, "steps": given.steps, "flops": given.flops, "epochs": None}
-    prepared = corpora.find(asked)
-    plan = plan_of(asked, prepared) if prepared else asked.plan
-    state = "to do" if prepared else "data not prepared"
-    if plan is None:
-        return row | {"state": state}
-    done = is_done(home(), plan.run_id)
-    return row | {"run_id": plan.run_id, "epochs": plan.data.epochs, "state": "done" if done else state}
+    rows = plan.rows_of(experiment, corpora, home())
+    expected = forecast.of(plan.waiting(rows), plan.labels(rows), launcher, _memory(home()), price, plan.columns())
+    if as_json:
+        print_json({"experiment": experiment.name, "data": experiment.data} | plan.document(rows, expected, estimates))
+    else:
+        plan.show(experiment, rows, expected, estimates, launcher.where, print)
 
 
-def _plan_cells(row: dict[str, Any]) -> list[str | None]:
-    epochs = None if row["epochs"] is None else f"{row['epochs']:.2f}"
-    return [
-        row["run_id"],
-        row["recipe"],
-        str(row["depth"]),
-        row["horizon"],
-        str(row["seed"]),
-        quantity(row["parameters_scaling"]),
-        quantity(row["tokens"]),
-        f"{row['batch_tokens']:,}",
-        f"{row['steps']:,}",
-        f"{row['flops']:.3g}",
-        epochs,
-        row["state"],
-    ]
-
-
-def _run(experiment: Experiment, corpora: Corpora, gpus: int | None, cores: int | None, as_json: bool) -> None:
+def _run(
+    experiment: Experiment,
+    corpora: Corpora,
+    launcher: Local,
+    estimates: Estimates,
+    price: Price | None,
+    yes: bool,
+    detach: bool,
+    as_json: bool,
+) -> None:
     """Prepare, plan, record and train; exit code 1 unless every run is done."""
-    import store
-    from slm import launch, sweep
+    from slm import forecast, sweep
+    from slm.cli import plan
     from slm.progress import Display
+    from store import home
 
-    where, home = launch.slot(gpus, cores), store.home()
-    with sweep.conducting(home):
-        plans = sweep.make_plans(experiment, lambda asked: corpora.prepare(asked, report_line))
-        done = {plan.run_id for plan in plans if sweep.is_done(home, plan.run_id)}
-        for plan in plans:
-            if plan.run_id not in done:
-                launch.micro_batch(plan.hyperparameters, where)  # refuses what memory does not hold
-        sweep.record(experiment, plans, home)
-        report_line(_opening(experiment, plans, done, where))
-        with Display(plans, done) as display:
-            outcome = sweep.run_all(plans, corpora, home, where, display, lambda: _ingest(home))
-        _ingest(home)
-    _print_outcome(experiment, outcome, home, as_json)
+    plans = sweep.make_plans(experiment, lambda asked: corpora.prepare(asked, report_line))
+    rows, memory = plan.rows_of(experiment, corpora, home()), _memory(home())
+    expected = forecast.of(plan.waiting(rows), plan.labels(rows), launcher, memory, price, plan.columns())
+    plan.show(experiment, rows, expected, estimates, launcher.where, report_line)
+    plan.ask(expected, yes)
+    sweep.record(experiment, plans, home())
+    if detach:
+        _detach(home())
+        return
+    with Display(plans, {row.name for row in rows if not row.waiting}) as display:
+        outcome = _conduct(plans, corpora, launcher, display, estimates, memory)
+    _print_outcome(experiment, outcome, home(), as_json)
     if outcome.not_finished:
         raise typer.Exit(1)
 
 
-def _opening(experiment: Experiment, plans: list[Plan], done: set[str], where: Any) -> str:
-    left = sum(plan.hyperparameters.flops for plan in plans if plan.run_id not in done)
-    recipes = ", ".join(experiment.families)
-    runs = f"{len(plans)} runs, {len(done)} done already, {left:.3g} FLOPs to go"
-    what = f"experiment {experiment.name} (recipe {recipes}, data {experiment.data})"
-    return f"{what}: {runs}, on {where.ranks} x {where.device}"
+def _conduct(
+    plans: list[Plan], corpora: Corpora, launcher: Local, view: View, estimates: Estimates, memory: Memory
+) -> Outcome:
+    """Train, when nobody else sweeps this home; until then show what they do."""
+    from slm import conduct
+    from store import home
+
+    while True:
+        with conduct.conducting(home()) as ours:
+            if ours:
+                ingest = partial(_ingest, home())
+                return conduct.Conductor(plans, corpora.of, home(), launcher, view, ingest, estimates, memory).run()
+        view.note(f"{home()} is being swept by process {conduct.conductor(home())}: shown until it ends, then mine")
+        others = conduct.unfinished(home())
+        conduct.watch(others, home(), view, until=lambda: conduct.conductor(home()) is None)
+
+
+def _detach(home: Path) -> None:
+    """The same command again, in a session of its own."""
+    command = [argument for argument in sys.argv[1:] if argument != "--detach"]
+    log = home / "sweep.log"
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "slm", *command, *([] if "--yes" in command else ["--yes"])],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+    report_line(f"goes on as process {process.pid}, which writes {log}; `slm status --watch` shows it")
+
+
+def _memory(home: Path) -> Memory:
+    """What was found too much for devices before."""
+    import store
+    from slm.launch.memory import Memory
+
+    try:
+        return Memory(records(store.sql("select * from micro_batches", home=home)))
+    except store.StoreError:  # there is no database yet, or the next ingest says what is wrong with it
+        return Memory()
 
 
 def _ingest(home: Path) -> None:

@@ -1,31 +1,31 @@
-"""Plans -> attempts: folders, devices and one supervisor each."""
+"""Plans -> attempts: their folders, where they run, how they are and how they ended.
+
+`local.py` and `slurm.py` start them, `supervisor.py` sees each to its end.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
+import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from slm import devices, events, locks
-from slm.estimate import largest_micro_batch
+from slm import events, locks
+from slm.launch.memory import Rows
 from slm.plan import Plan
-from slm.recipe import Hyperparameters
 
 CHECKPOINT_SECONDS = 20.0
 """Shortest time between two checkpoints."""
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36), "MALLOC_TOP_PAD_": str(2**28)}
-"""What keeps freed memory with a trainer (glibc): given back, its pages are fetched anew at every step, which takes as
-long as the step itself."""
-CPU_TOKENS = 2**13
-"""Tokens of a forward pass on a CPU, about: more gain nothing, and take memory."""
+STATES = ("planned", "queued", "running", "finished", "failed", "interrupted", "diverged", "cancelled")
+"""What a run can be. `interrupted` will go on; `diverged` is a result; `cancelled` waits for `slm retry`."""
 
 
 @dataclass(frozen=True)
@@ -35,87 +35,70 @@ class Slot:
     device: str
     """"cpu", "cuda" or "mps"."""
     ranks: int
-    """Processes, at most: one a GPU, or one a core."""
+    """Processes over all nodes, at most: one a GPU, or one a core."""
     threads: int
     """Threads a process."""
+    device_name: str = ""
+    """The device, for people and for estimates."""
+    ids: tuple[str, ...] = ()
+    """Its own GPUs, as CUDA_VISIBLE_DEVICES names them, or cores of this machine; () where Slurm gives them."""
+    nodes: int = 1
+    """Machines, each with an equal share of the ranks."""
+    memory: int | None = None
+    """Bytes of a rank; None where that is not known."""
 
 
-def slot(gpus: int | None = None, cores: int | None = None) -> Slot:
-    """All GPUs found (or so many), else the CPU: a rank a core up to eight, the rest as threads.
+@dataclass(frozen=True)
+class State:
+    """How a run is."""
 
-    Raises ValueError for more GPUs or cores than there are.
-    """
-    found = devices.gpu_count()
-    if gpus is not None and cores is not None:
-        raise ValueError(f"--gpus {gpus} and --cores {cores}: choose one")
-    if gpus == 1 and not found and devices.apple_gpu():
-        return Slot("mps", 1, 1)
-    if gpus is not None and gpus > found:
-        raise ValueError(f"--gpus {gpus}: {found} found here")
-    if cores is None and (found if gpus is None else gpus):
-        return Slot("cuda", gpus or found, 1)
-    here = devices.cores()
-    if cores is not None and not 1 <= cores <= here:
-        raise ValueError(f"--cores {cores}: {here} found here")
-    cores = cores or here
-    ranks = min(cores, 8)
-    return Slot("cpu", ranks, cores // ranks)
+    status: str
+    """One of STATES."""
+    reason: str | None = None
+    """Why its newest attempt ended without finishing: one of events.REASONS."""
+    message: str | None = None
+    """The reason in words."""
 
 
-def start(
-    plan: Plan, home: Path, data_folder: Path, where: Slot, checkpoint_seconds: float
-) -> tuple[Path, subprocess.Popen[bytes]]:
-    """Make the next attempt of a run and start its supervisor in a session of its own; attempt folder and process."""
-    folder = _make_attempt(plan, home, data_folder, where, checkpoint_seconds)
-    # The safe path keeps modules of the user's folder from standing in for those of the trainer.
-    compiled = {"TORCHINDUCTOR_CACHE_DIR": str((home / "compiled").resolve())}
-    environment = {**ALLOCATOR, **os.environ, **compiled, "OMP_NUM_THREADS": str(where.threads), "PYTHONSAFEPATH": "1"}
-    with (folder / "log").open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "slm.launch.supervisor", str(folder.resolve())],
-            stdout=log,
-            stderr=log,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-            env=environment,
-        )
-    return folder, process
-
-
-def _make_attempt(plan: Plan, home: Path, data_folder: Path, where: Slot, checkpoint_seconds: float) -> Path:
+def make_attempt(
+    plan: Plan,
+    home: Path,
+    data_folder: Path,
+    where: Slot,
+    rows: Rows,
+    launcher: str = "local",
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    estimated_seconds: float | None = None,
+) -> Path:
     """The next attempt's folder with its attempt.json, made under another name and renamed."""
-    attempts = home / plan.run_id / "attempts"
-    attempts.mkdir(parents=True, exist_ok=True)
-    last = last_attempt(home / plan.run_id)
-    number = 1 + (int(last.name) if last else 0)
-    ranks = min(where.ranks, plan.hyperparameters.batch_rows)
     document = asdict(where) | {
-        "attempt": number,
         "created": time.time(),
-        "device_name": devices.name(where.device),
-        "ranks": ranks,
-        "micro_batch": micro_batch(plan.hyperparameters, where),
+        "ranks": min(where.ranks, plan.hyperparameters.batch_rows),
+        "micro_batch": rows.training,
+        "evaluation_tokens": rows.evaluation_tokens,
         "checkpoint_seconds": checkpoint_seconds,
+        "estimated_seconds": estimated_seconds,
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("slm", "torch", "numpy")},
         **provenance(),
         "data_folder": str(data_folder.resolve()),
-        "launcher": "local",
+        "compiled_folder": str((home / "compiled").resolve()),
+        "launcher": launcher,
     }
+    return add_attempt(home / plan.run_id, document)
+
+
+def add_attempt(run_folder: Path, document: dict[str, Any]) -> Path:
+    """A new attempt of a run with this attempt.json, under the next number."""
+    attempts = run_folder / "attempts"
+    attempts.mkdir(parents=True, exist_ok=True)
+    last = last_attempt(run_folder)
+    number = 1 + (int(last.name) if last else 0)
     unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=attempts))
-    events.write_json(unfinished / "attempt.json", document)
+    events.write_json(unfinished / "attempt.json", {"attempt": number, **document})
     return unfinished.rename(attempts / f"{number:03d}")
-
-
-def micro_batch(given: Hyperparameters, where: Slot) -> int:
-    """Rows of one forward pass of one rank. Raises ValueError when its memory does not hold one."""
-    ranks, few = min(where.ranks, given.batch_rows), max(1, CPU_TOKENS // given.sequence_length)
-    if where.device == "cpu":
-        return min(few, largest_micro_batch(given, devices.memory() // ranks, "cpu", ranks))
-    memory = devices.gpu_memory() if where.device == "cuda" else devices.memory()
-    return largest_micro_batch(given, memory, where.device, ranks) if memory else few
 
 
 def provenance() -> dict[str, Any]:
@@ -167,6 +150,70 @@ def record_exit(attempt: Path, code: int, reason: str | None, message: str | Non
     return document
 
 
-def reap(attempt: Path) -> dict[str, Any]:
-    """Record the end of an attempt whose supervisor did not: killed before it could, or without space to write to."""
-    return record_exit(attempt, 1, "interrupted", "supervisor and trainer ended without a word: killed, or a full disk")
+def is_done(run_folder: Path) -> bool:
+    """Whether a run is finished: done.json alone says so."""
+    return (run_folder / "done.json").exists()
+
+
+def is_cancelled(run_folder: Path) -> bool:
+    """Whether `slm stop` was said of a run, and `slm retry` not since."""
+    return (run_folder / "cancelled").exists()
+
+
+def cancel(run_folder: Path) -> None:
+    """Let no sweep train a run until `retry`. Whoever holds it is asked to checkpoint and end."""
+    (run_folder / "cancelled").touch()
+    stop(run_folder)
+
+
+def retry(run_folder: Path) -> None:
+    """Forgive a run its ends so far: a sweep trains it again."""
+    (run_folder / "cancelled").unlink(missing_ok=True)
+    last = last_attempt(run_folder)
+    events.write_json(run_folder / "retry.json", {"attempt": int(last.name) if last else 0})
+
+
+def forgiven(run_folder: Path) -> int:
+    """Number of the newest attempt whose end is forgiven; 0 for none."""
+    path = run_folder / "retry.json"
+    return int(events.read_json(path)["attempt"]) if path.exists() else 0
+
+
+def state(run_folder: Path, queued: bool = False) -> State:
+    """How a run is, by its files and locks; `queued` is the word of a cluster that its job waits."""
+    if is_done(run_folder):
+        return State("finished")
+    attempt = last_attempt(run_folder)
+    ended = exit_of(attempt) if attempt else None
+    if attempt and not ended and holder(run_folder):
+        return State("running")
+    if queued:
+        return State("queued")
+    if is_cancelled(run_folder):
+        return State("cancelled", "cancelled", "stopped as asked; `slm retry` lets a sweep train it again")
+    if attempt is None:
+        return State("planned")
+    if ended is None or int(attempt.name) <= forgiven(run_folder):
+        return State("interrupted")
+    status = ended["reason"] if ended["reason"] in ("interrupted", "diverged", "cancelled") else "failed"
+    return State(status, ended["reason"], ended["message"])
+
+
+def stop(run_folder: Path, at_once: bool = False) -> None:
+    """Ask whoever holds a run on this machine to checkpoint and end, or to end at once; nothing where nobody does."""
+    process = holder(run_folder)
+    if process is not None:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGINT if at_once else signal.SIGTERM)
+
+
+def steps_kept(run_folder: Path) -> int:
+    """Steps done at a run's newest checkpoint, by its name; 0 without one."""
+    names = [path.name for path in (run_folder / "checkpoints").glob("step-*.safetensors")]
+    return max((int(name[5:14]) for name in names), default=0)
+
+
+def attempt_document(attempt: Path) -> dict[str, Any]:
+    """What attempt.json says."""
+    document: dict[str, Any] = events.read_json(attempt / "attempt.json")
+    return document

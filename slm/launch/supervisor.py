@@ -1,77 +1,177 @@
-"""One supervisor per attempt: `python -m slm.launch.supervisor ATTEMPT_FOLDER`, in a session of its own.
+"""One supervisor per attempt: `python -m slm.launch.supervisor ATTEMPT_FOLDER [LOCK]`, in a session of its own.
 
-It holds the run's `lock`, starts torchrun, passes SIGTERM on, reaps whatever torchrun leaves behind, and writes
-`exit.json`. The one who started it may die: training goes on.
+It holds the run's `lock` (an open file of this number, or it takes it), starts torchrun, passes SIGTERM on as a request
+to checkpoint and end, ends everything at once on SIGINT or when the trainer falls silent, leaves no process behind, and
+writes `exit.json`. The one who started it may die: training goes on. Under Slurm there is one on every node; the first
+node's alone holds the lock and writes.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import re
+import select
 import signal
+import socket
+import statistics
 import subprocess
 import sys
-import threading
+import time
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import psutil
 
 from slm import events, launch, locks
+from slm.launch import slurm
 
 PR_SET_CHILD_SUBREAPER = 36
-POLL_SECONDS = 0.1
-LOG_TAIL = 4000
+LOOK_SECONDS = 1.0
+"""Pause between two looks at the trainer's events and the machine's memory."""
+LOG_TAIL = 20_000
 """Bytes of the log that are searched for an error."""
+SILENT_SECONDS = 120.0
+"""Shortest silence of a trainer in its steps that is taken for a hang."""
+SILENT_STEPS = 10
+"""Median pauses between two events of steps that a silence must last, too."""
+WORKING_SECONDS = {"start": 1800.0, "compilation": 3600.0, "checkpoint": 3600.0, "evaluation": 600.0}
+"""Silence after which what takes longer than a step is taken for a hang: a start ends with the second logged step, an
+evaluation speaks now and then."""
+SHORT_OF_MEMORY = 0.05
+"""Share of the machine's memory that was left when a kill is taken for one by the kernel, for want of memory."""
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36), "MALLOC_TOP_PAD_": str(2**28)}
+"""What keeps freed memory with a trainer (glibc): given back, its pages are fetched anew at every step, which takes as
+long as the step itself."""
+OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|can't allocate memory|MemoryError|bad_alloc")
+KILLED = re.compile(r"exitcode\s*: -9\b|Signal 9 \(SIGKILL\)")
 
 
-def supervise(folder: Path) -> int:
-    """Run one attempt to its end and record how it ended; its exit code."""
-    run_folder = folder.parent.parent
-    lock = locks.hold(run_folder / "lock")
-    if lock is None:
-        sys.exit(f"{run_folder.name} is held by process {locks.holder(run_folder / 'lock')}")
+def supervise(folder: Path, lock: int | None) -> int:
+    """Run one attempt to its end and record how it ended; its exit code. An open file given as lock is the run's."""
+    run_folder, attempt = folder.parent.parent, launch.attempt_document(folder)
+    first = int(os.environ.get("SLURM_NODEID", "0")) == 0 or attempt["nodes"] == 1
+    held = _hold(run_folder, lock) if first else None
     _adopt_orphans()
-    attempt = events.read_json(folder / "attempt.json")
-    stop_asked = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop_asked.set())
+    asked = _Asked()
     with (folder / "log").open("ab") as log:
-        child = subprocess.Popen(_command(folder, attempt), stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-    code = _wait(child, stop_asked)
-    _kill_descendants()
-    finished = (run_folder / "done.json").exists()
-    reason, message = (None, None) if finished else _why(folder, code, stop_asked.is_set())
-    launch.record_exit(folder, code, reason, message)
+        child = subprocess.Popen(
+            _command(folder, attempt),
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | _environment(attempt),
+        )
+    watch = _Watch(folder)
+    code = _wait(child, asked, watch)
+    psutil.wait_procs(_kill_descendants())
+    finished = launch.is_done(run_folder)
+    if held is not None:
+        reason, message = (None, None) if finished else _why(folder, code, asked, watch)
+        launch.record_exit(folder, code, reason, message)
     return 0 if finished else 1
 
 
-def _wait(child: subprocess.Popen[bytes], stop_asked: threading.Event) -> int:
-    """Exit code of torchrun. A stop goes to its workers, which checkpoint in their own time."""
-    told = False
-    while True:
-        try:
-            return child.wait(timeout=POLL_SECONDS)
-        except subprocess.TimeoutExpired:
-            if stop_asked.is_set() and not told:
-                told = True
-                workers = _family(child.pid)[1:]
-                if not workers:
-                    child.terminate()
-                for process in workers:
-                    with suppress(psutil.NoSuchProcess):
-                        process.terminate()
+def _hold(run_folder: Path, lock: int | None) -> Any:
+    """The run's lock, with this process's number in it."""
+    if lock is not None:
+        return locks.taken_over(lock)
+    held = locks.hold(run_folder / "lock")
+    if held is None:
+        sys.exit(f"{run_folder.name} is held by process {locks.holder(run_folder / 'lock')}")
+    return held
+
+
+class _Asked:
+    """What signals ask for: TERM to checkpoint and end, INT to end at once. They and a child's end wake a wait."""
+
+    def __init__(self) -> None:
+        self.stop = self.at_once = False
+        self._wakes, wakened = socket.socketpair()
+        for end in (self._wakes, wakened):
+            end.setblocking(False)
+        signal.set_wakeup_fd(wakened.fileno(), warn_on_full_buffer=False)
+        self._wakened = wakened
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.stop |= number in (signal.SIGTERM, signal.SIGINT)
+        self.at_once |= number == signal.SIGINT
+
+    def wait(self, seconds: float) -> None:
+        """Until a signal comes, or so long."""
+        if select.select([self._wakes], [], [], seconds)[0]:
+            self._wakes.recv(4096)
+
+
+class _Watch:
+    """Whether a trainer shows signs of life, and whether the machine ran short of memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self._reader = events.Reader(folder / "events.jsonl")
+        self._allowed = WORKING_SECONDS["start"]
+        self._last = time.monotonic()
+        self._train_time: float | None = None
+        self._pauses: list[float] = []
+        self._kills = _memory_kills()
+        self._least = 1.0
+        self.silence: float | None = None
+        """Seconds without a sign of life that were taken for a hang."""
+
+    def hung(self) -> bool:
+        """Whether the trainer is taken for hung. To be asked now and then."""
+        for event in self._reader.new():
+            self._last = time.monotonic()
+            self._allow(event)
+        memory = psutil.virtual_memory()
+        self._least = min(self._least, memory.available / memory.total)
+        if (silent := time.monotonic() - self._last) > self._allowed:
+            self.silence = silent
+        return self.silence is not None
+
+    def _allow(self, event: dict[str, Any]) -> None:
+        """How long the trainer may be silent after an event."""
+        if event["event"] == "working":
+            self._allowed = WORKING_SECONDS[event["what"]]
+        elif event["event"] == "train":
+            if self._train_time is not None:
+                self._pauses.append(event["time"] - self._train_time)
+                self._allowed = max(SILENT_SECONDS, SILENT_STEPS * statistics.median(self._pauses))
+            self._train_time = event["time"]
+
+    def short_of_memory(self) -> bool:
+        """Whether a kill by the kernel is explained by the machine's memory."""
+        return self._least < SHORT_OF_MEMORY or _memory_kills() > self._kills
+
+
+def _memory_kills() -> int:
+    """Processes of this control group (version 2) that the kernel killed for want of memory."""
+    path = Path("/sys/fs/cgroup/memory.events")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+
+
+def _environment(attempt: dict[str, Any]) -> dict[str, str]:
+    """What the trainer finds. The safe path keeps modules of the user's folder from standing in for those of torch."""
+    own = {"OMP_NUM_THREADS": str(attempt["threads"]), "PYTHONSAFEPATH": "1"}
+    own |= {"TORCHINDUCTOR_CACHE_DIR": attempt["compiled_folder"]}
+    if attempt["device"] == "cuda" and attempt["ids"]:
+        own["CUDA_VISIBLE_DEVICES"] = ",".join(attempt["ids"])
+    return {name: value for name, value in ALLOCATOR.items() if name not in os.environ} | own
 
 
 def _command(folder: Path, attempt: dict[str, Any]) -> list[str]:
-    """torchrun on a port that the system picks, one process a rank."""
+    """torchrun, one process a rank: on one node on a port that the system picks, on several as Slurm numbers them."""
+    nodes = attempt["nodes"]
     return [
         sys.executable,
         "-m",
         "torch.distributed.run",
-        "--standalone",
-        "--local-addr=127.0.0.1",
-        f"--nproc-per-node={attempt['ranks']}",
+        *(slurm.meeting(nodes) if nodes > 1 else ("--standalone", "--local-addr=127.0.0.1")),
+        f"--nproc-per-node={attempt['ranks'] // nodes}",
         f"--log-dir={folder / 'torchrun'}",
         "--module",
         "slm.train",
@@ -79,29 +179,57 @@ def _command(folder: Path, attempt: dict[str, Any]) -> list[str]:
     ]
 
 
-def _why(folder: Path, code: int, stop_asked: bool) -> tuple[str, str]:
+def _wait(child: subprocess.Popen[bytes], asked: _Asked, watch: _Watch) -> int:
+    """Exit code of torchrun. A request to stop goes to its workers, which checkpoint in their own time."""
+    told = False
+    while (code := child.poll()) is None:
+        if asked.stop and not told:
+            told = True
+            _ask_to_stop(child)
+        if asked.at_once or watch.hung():
+            _kill_descendants()
+        asked.wait(LOOK_SECONDS)
+    return code
+
+
+def _ask_to_stop(child: subprocess.Popen[bytes]) -> None:
+    """Ask the workers of torchrun; itself while it has none."""
+    workers = _family(child.pid)[1:]
+    for process in workers or _family(child.pid):
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+
+
+def _why(folder: Path, code: int, asked: _Asked, watch: _Watch) -> tuple[str, str]:
     """Reason and message of an attempt that did not finish: its own word, else the end of its log."""
+    if launch.is_cancelled(folder.parent.parent):
+        return "cancelled", "stopped as asked; `slm retry` lets a sweep train it again"
+    if watch.silence is not None:
+        return "timeout", f"no event for {watch.silence:.0f} s: taken for a hang, and ended"
     try:
         failed = [event for event in events.Reader(folder / "events.jsonl").new() if event["event"] == "failed"]
     except ValueError as error:
         return "error", f"events.jsonl is damaged: {error}"
     if failed:
         return failed[-1]["reason"], failed[-1]["message"]
-    if stop_asked:
-        return "interrupted", "stopped before the first step, as asked"
+    if asked.stop:
+        return "interrupted", "ended at once, as asked" if asked.at_once else "stopped before the first step, as asked"
     if code < 0:
         return "error", f"torchrun was killed by {signal.Signals(-code).name}"
-    tail = (folder / "log").read_bytes()[-LOG_TAIL:].decode(errors="replace")
-    message = _last_error(tail)
-    return "oom" if "OutOfMemoryError" in message else "error", message
+    log = (folder / "log").read_bytes()[-LOG_TAIL:].decode(errors="replace")
+    if KILLED.search(log) and watch.short_of_memory():
+        return "oom", "killed by the kernel while the machine was short of memory"
+    message = last_error(log)
+    return "oom" if OUT_OF_MEMORY.search(message) else "error", message
 
 
-def _last_error(log: str) -> str:
-    """The line that names the error in the end of a log."""
+def last_error(log: str) -> str:
+    """The line that names the error in the end of a log; one about memory before all others."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     others = ("ChildFailedError", "reset by peer", "closed by peer")  # what the first error did to the rest
     named = [line for line in lines if "Error" in line and not any(words in line for words in others)]
-    return (named or lines or ["no output"])[-1]
+    memory = [line for line in named if OUT_OF_MEMORY.search(line)]
+    return (memory or named or lines or ["no output"])[-1]
 
 
 def _adopt_orphans() -> None:
@@ -110,13 +238,13 @@ def _adopt_orphans() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def _kill_descendants() -> None:
-    """Leave no worker behind."""
+def _kill_descendants() -> list[psutil.Process]:
+    """Leave no worker behind; those that were left."""
     left = _family(os.getpid())[1:]
     for process in left:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(left)
+    return left
 
 
 def _family(pid: int) -> list[psutil.Process]:
@@ -129,4 +257,4 @@ def _family(pid: int) -> list[psutil.Process]:
 
 
 if __name__ == "__main__":
-    sys.exit(supervise(Path(sys.argv[1])))
+    sys.exit(supervise(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slm import devices
-from slm.launch import ALLOCATOR
+from slm.launch.supervisor import ALLOCATOR
 from slm.recipe import Hyperparameters, nanochat, pocket
 
 HEADERS = (

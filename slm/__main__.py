@@ -1,0 +1,5 @@
+"""`python -m slm`: the command line."""
+
+from slm.cli import main
+
+main()

@@ -1,0 +1,200 @@
+"""The plan of a sweep in words: one row a run, totals, the schedule drawn, and what estimates rest on."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from slm.cli.options import quantity, table
+
+if TYPE_CHECKING:
+    from slm.conduct import Waiting
+    from slm.experiment import Asked, Experiment
+    from slm.forecast import Forecast
+    from slm.plan import Plan
+    from slm.sweep import Corpora
+    from slm.throughput import Estimates
+
+DAY = 86400.0
+FINISHED = ("finished", "diverged", "cancelled")
+"""States of runs that a sweep does not train."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run of a sweep that is planned."""
+
+    asked: Asked
+    """What is asked."""
+    plan: Plan | None
+    """Its plan; None while its data are not prepared."""
+    state: str
+    """How it is: one of launch.STATES, or that its data are not prepared."""
+    name: str
+    """Its run_id, else its place in the sweep."""
+    waiting: Waiting | None
+    """What is left of it; None where nothing is."""
+
+
+def rows_of(experiment: Experiment, corpora: Corpora, home: Path) -> list[Row]:
+    """The runs of an experiment, cheapest first, each once. Raises ValueError for a horizon beyond the data."""
+    from slm.sweep import plan_of
+
+    rows: dict[str, Row] = {}
+    for place, asked in enumerate(experiment.asked()):
+        prepared = corpora.find(asked)
+        plan = plan_of(asked, prepared) if prepared else asked.plan
+        name = plan.run_id if plan else str(place)
+        rows.setdefault(name, _row(asked, plan, name, prepared is not None, home))
+    return list(rows.values())
+
+
+def _row(asked: Asked, plan: Plan | None, name: str, prepared: bool, home: Path) -> Row:
+    from slm import launch
+    from slm.conduct import Waiting, slot_of
+
+    given, left, devices, state = asked.hyperparameters, 1.0, None, "planned"
+    if plan:
+        folder = home / plan.run_id
+        state = launch.state(folder).status
+        left -= launch.steps_kept(folder) / given.steps
+        last = launch.last_attempt(folder)
+        devices = len(slot_of(last).ids) or None if last else None
+    waiting = None if state in FINISHED else Waiting(name, given, devices, left)
+    return Row(asked, plan, state if prepared or state in FINISHED else "data not prepared", name, waiting)
+
+
+def labels(rows: list[Row]) -> dict[str, str]:
+    """What a chart calls the runs: the depth, and what else differs."""
+    seeds = len({row.asked.seed for row in rows}) > 1
+    recipes = len({row.asked.recipe for row in rows}) > 1
+    horizons = len({row.asked.horizon for row in rows}) > 1
+
+    def label(asked: Asked) -> str:
+        parts = [asked.recipe] if recipes else []
+        parts += [f"d{asked.hyperparameters.depth}"]
+        parts += [asked.horizon.partition("=")[2] or asked.horizon] if horizons else []
+        parts += [f"s{asked.seed}"] if seeds else []
+        return " ".join(parts)
+
+    return {row.name: label(row.asked) for row in rows}
+
+
+def document(rows: list[Row], forecast: Forecast, estimates: Estimates) -> dict[str, Any]:
+    """The plan for --json."""
+    from slm.throughput import past_error
+
+    return {
+        "runs": [_document(row, forecast) for row in rows],
+        "seconds": forecast.seconds,
+        "cost": forecast.cost,
+        "estimates": {"past_runs": len(estimates.past), "median_error": past_error(estimates.past)},
+    }
+
+
+def _document(row: Row, forecast: Forecast) -> dict[str, Any]:
+    given, share = row.asked.hyperparameters, forecast.shares.get(row.name)
+    found: dict[str, Any] = {"run_id": row.plan.run_id if row.plan else None, "recipe": row.asked.recipe}
+    found |= {"depth": given.depth, "horizon": row.asked.horizon, "seed": row.asked.seed}
+    found |= {"parameters_scaling": given.parameters.scaling, "parameters_total": given.parameters.total}
+    found |= {"tokens": given.tokens, "batch_tokens": given.batch_tokens, "steps": given.steps, "flops": given.flops}
+    found |= {"epochs": row.plan.data.epochs if row.plan else None, "state": row.state}
+    found |= dict.fromkeys(("device", "devices", "memory_bytes", "start", "seconds", "cost"))
+    if share:
+        found |= {"device": share.slot.device_name, "devices": list(share.slot.ids) or share.slot.ranks}
+        found |= {"memory_bytes": share.memory_bytes, "start": share.start, "seconds": share.seconds}
+        found |= {"cost": share.cost}
+    return found
+
+
+def show(
+    experiment: Experiment,
+    rows: list[Row],
+    forecast: Forecast,
+    estimates: Estimates,
+    where: str,
+    say: Callable[[str], None],
+) -> None:
+    """The plan as a table, totals and a chart."""
+    headers = ["run", "recipe", "d", "horizon", "seed", "params", "tokens", "batch", "steps", "FLOPs", "epochs"]
+    headers += ["GB", "on", "time", *(["cost"] if forecast.cost is not None else []), "state"]
+    cells = [_cells(row, forecast) for row in rows]
+    same = [name for name in ("recipe", "horizon", "seed") if len({own[headers.index(name)] for own in cells}) == 1]
+    kept = [place for place, name in enumerate(headers) if name not in same]
+    say(table([[own[place] for place in kept] for own in cells], [headers[place] for place in kept]))
+    alike = ", ".join(f"{name} {cells[0][headers.index(name)]}" for name in same)
+    what = f"experiment {experiment.name}{f' ({alike})' if alike else ''}, data {experiment.data}"
+    say(f"{what}: {len(rows)} runs on {where}: {_totals(rows, forecast)}")
+    say(basis(estimates, forecast))
+    for line in forecast.chart if len(forecast.shares) > 1 else []:
+        say(line)
+
+
+def _totals(rows: list[Row], forecast: Forecast) -> str:
+    from slm.progress import duration
+
+    left = [row for row in rows if row.waiting]
+    flops = sum(row.waiting.left * row.asked.hyperparameters.flops for row in left if row.waiting)
+    parts = [f"{len(rows) - len(left)} done, {len(left)} to train"] if left else ["all done"]
+    if left:
+        parts += [f"{flops:.3g} FLOPs", f"about {duration(forecast.seconds)}"]
+    if forecast.cost is not None:
+        parts += [f"cost {forecast.cost:,.2f}"]
+    if any(row.state == "data not prepared" for row in rows):
+        most = max(rows, key=lambda row: row.asked.hyperparameters.tokens).asked.hyperparameters.tokens
+        parts += [f"data not prepared yet: {quantity(most)} tokens for the longest"]
+    return ", ".join(parts)
+
+
+def basis(estimates: Estimates, forecast: Forecast) -> str:
+    """What the estimates rest on, and how far past ones were off."""
+    from slm.throughput import past_error
+
+    slots = {(own.slot.device, own.slot.device_name) for own in forecast.shares.values()}
+    rest = ", ".join(sorted({estimates.throughput.basis(*slot) for slot in slots})) or "nothing to train"
+    error = past_error(estimates.past)
+    off = "none was checked yet" if error is None else f"past ones were off by {error:.0%} (median)"
+    return f"times rest on {rest}; {off}"
+
+
+def _cells(row: Row, forecast: Forecast) -> list[str | None]:
+    from slm.progress import duration
+
+    asked, share = row.asked, forecast.shares.get(row.name)
+    given = asked.hyperparameters
+    cells = [row.plan.run_id if row.plan else None, asked.recipe, str(given.depth), asked.horizon, str(asked.seed)]
+    cells += [quantity(given.parameters.total), quantity(given.tokens), f"{given.batch_tokens:,}", f"{given.steps:,}"]
+    cells += [f"{given.flops:.3g}", f"{row.plan.data.epochs:.2f}" if row.plan else None]
+    if share is None:
+        return [*cells, None, None, None, *([None] if forecast.cost is not None else []), row.state]
+    cost = [f"{share.cost:,.2f}"] if share.cost is not None else []
+    device = "cpu" if share.slot.device == "cpu" else share.slot.device_name
+    on = f"{share.slot.ranks * share.slot.threads} x {device}"
+    return [*cells, f"{share.memory_bytes / 1e9:.3g}", on, duration(share.seconds), *cost, row.state]
+
+
+def waiting(rows: list[Row]) -> list[Waiting]:
+    """The runs that something is left of."""
+    return [row.waiting for row in rows if row.waiting]
+
+
+def columns() -> int:
+    """Columns of the terminal."""
+    return shutil.get_terminal_size((100, 24)).columns
+
+
+def ask(forecast: Forecast, yes: bool) -> None:
+    """Ask before a sweep of more than a day. Raises ValueError where nobody can be asked, Abort for a no."""
+    from slm.progress import duration
+
+    if yes or forecast.seconds <= DAY:
+        return
+    if not sys.stdin.isatty():
+        raise ValueError(f"the plan takes about {duration(forecast.seconds)}: --yes starts it without asking")
+    typer.confirm(f"about {duration(forecast.seconds)}: start?", abort=True, err=True)

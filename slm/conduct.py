@@ -1,0 +1,489 @@
+"""The conductor: plans -> attempts, several at once, until every run is done or says why not; and those who watch."""
+
+from __future__ import annotations
+
+import errno
+import re
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from slm import events, launch, locks
+from slm.launch import Slot
+from slm.launch.memory import Memory, Rows
+from slm.plan import Plan
+from slm.recipe import Hyperparameters
+from slm.throughput import Estimates
+
+FRUITLESS_ATTEMPTS = 3
+"""Attempts in a row without a new checkpoint after which a run has failed."""
+RESULTS = ("diverged", "cancelled")
+"""Ends that no sweep tries again."""
+KNOWN = (*RESULTS, "interrupted")
+"""Ends that are no failures."""
+FINAL_REASONS = (*RESULTS, "data")
+"""Ends that another attempt of this sweep would only repeat."""
+ALIKE = 3
+"""Runs that fail in the same words, none having advanced, after which a sweep starts no more."""
+NUMBER = re.compile(r"[0-9a-f]{12}|\d+")
+"""What differs between the words of failures that are alike."""
+HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP)
+POLL_SECONDS = 1.0
+WATCH_SECONDS = 2.0
+TELL_SECONDS = 10.0
+"""Pause between two requests to the same process."""
+COMPLAINT_SECONDS = 300.0
+"""Pause between two complaints about a full disk."""
+INGEST_SECONDS = 10.0
+INGEST_SHARE = 0.004
+"""Share of the time that ingests may take; INGEST_SECONDS lie between two at least."""
+
+
+class View(Protocol):
+    """Who is shown what happens."""
+
+    def run_started(self, plan: Plan, attempt: Path, adopted: bool) -> None:
+        """A run goes on in an attempt: a new one, or one that lived already."""
+
+    def event(self, plan: Plan, event: dict[str, Any]) -> None:
+        """A trainer wrote an event."""
+
+    def run_ended(self, plan: Plan, outcome: str, message: str | None) -> None:
+        """A run is finished, failed, diverged, cancelled or interrupted; or (retried) will be tried again."""
+
+    def note(self, line: str) -> None:
+        """Something about the sweep as a whole."""
+
+    def refresh(self) -> None:
+        """A moment passed: time to draw anew what changed."""
+
+
+class Launcher(Protocol):
+    """What starts attempts somewhere and knows how they are."""
+
+    name: str
+
+    def places(self, waiting: Sequence[Waiting], working: Sequence[Working]) -> list[tuple[str, Slot]]:
+        """The runs to start now, by run_id, each with its slot, given those that wait and those at work."""
+
+    def start(self, attempt: Path) -> None:
+        """Start an attempt whose folder is made."""
+
+    def living(self, attempts: Iterable[Path]) -> set[Path]:
+        """Those attempts that wait in a queue or work, or whose run another attempt works at."""
+
+    def stop(self, attempt: Path, at_once: bool = False) -> None:
+        """Ask an attempt to checkpoint and end, or to end at once."""
+
+    def reap(self, attempt: Path) -> dict[str, Any]:
+        """Record the end of an attempt that ended without a word; its exit.json."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A run that waits for a place."""
+
+    name: str
+    """Its run_id."""
+    given: Hyperparameters
+    """What it is."""
+    devices: int | None
+    """Devices that it began on, which equal bits ask for again; None while it has not begun."""
+    left: float
+    """Share of its steps that is left, by its newest checkpoint."""
+
+
+@dataclass(frozen=True)
+class Working:
+    """A run at work."""
+
+    ids: tuple[str, ...]
+    """The devices that are its own."""
+    seconds_left: float
+    """Estimated."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of each run, by run_id, cheapest first."""
+
+    already_done: list[str]
+    """Finished before this sweep."""
+    trained: list[str]
+    """Finished by this sweep."""
+    not_finished: dict[str, str]
+    """The others, with the reason."""
+
+
+class Follower:
+    """Tells a view what the attempts of one run write, each from its beginning."""
+
+    def __init__(self, plan: Plan, run_folder: Path, view: View) -> None:
+        self.plan, self.folder = plan, run_folder
+        self._view = view
+        self.attempt = Path()
+        """The newest attempt that was seen."""
+        self.step = 0
+        """Steps done, as far as events tell."""
+        self.advanced = False
+        """Whether the attempt wrote a checkpoint."""
+        self.evaluating = False
+        """Whether its last word was that it evaluates."""
+
+    def look(self, adopted: bool = True) -> None:
+        """What is new."""
+        newest = launch.last_attempt(self.folder)
+        if newest is None:
+            return
+        if newest != self.attempt:
+            self.attempt, self._reader = newest, events.Reader(newest / "events.jsonl")
+            self.advanced = self.evaluating = False
+            self._view.run_started(self.plan, newest, adopted)
+        for event in self._reader.new():
+            self.step = max(self.step, event.get("step", 0))
+            self.advanced |= event["event"] == "checkpoint"
+            self.evaluating = event["event"] == "working" and event["what"] == "evaluation"
+            self._view.event(self.plan, event)
+
+
+@dataclass
+class _Run:
+    """One plan on its way to done.json."""
+
+    plan: Plan
+    follower: Follower
+    at_work: bool = False
+    slot: Slot | None = None
+    """Where its newest attempt is."""
+    fruitless: int = 0
+    """Attempts in a row without a new checkpoint."""
+    finished: bool = False
+    already: bool = False
+    """Whether it was finished before this sweep."""
+    left: tuple[str, str] | None = None
+    """Reason and message of a run that this sweep leaves unfinished."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is to be started."""
+        return not (self.at_work or self.finished or self.left)
+
+
+class Conductor:
+    """Trains what is not done; a run that fails does not stop the others."""
+
+    def __init__(
+        self,
+        plans: Sequence[Plan],
+        data_folder: Callable[[Plan], Path],
+        home: Path,
+        launcher: Launcher,
+        view: View,
+        ingest: Callable[[], None],
+        seconds: Estimates,
+        memory: Memory,
+        checkpoint_seconds: float = launch.CHECKPOINT_SECONDS,
+        poll_seconds: float = POLL_SECONDS,
+    ) -> None:
+        self._data_folder, self._home, self._launcher, self._view = data_folder, home, launcher, view
+        self._ingest_now, self._seconds, self._memory = ingest, seconds, memory
+        self._checkpoint_seconds, self._poll_seconds = checkpoint_seconds, poll_seconds
+        self._runs = {plan.run_id: _Run(plan, Follower(plan, home / plan.run_id, view)) for plan in plans}
+        self._signals = Signals()
+        self._told, self._tell_again, self._complain_again = 0, 0.0, 0.0
+        self._ingested, self._pause = time.monotonic(), INGEST_SECONDS
+
+    def run(self) -> Outcome:
+        """Train until every run is done or left.
+
+        A first SIGINT or SIGTERM has what is at work checkpoint and end, a second one end at once: KeyboardInterrupt
+        is raised when it has.
+        """
+        with self._signals.heard():
+            self._take_in()
+            while any(run.at_work for run in self._runs.values()) or self._to_start():
+                self._unless_full(self._start)
+                self._signals.wait(self._poll_seconds)
+                self._obey()
+                self._unless_full(self._look)
+                self._view.refresh()
+                self._ingest()
+        self._ingest(now=True)
+        if self._signals.stops:
+            raise KeyboardInterrupt
+        return self._outcome()
+
+    def _outcome(self) -> Outcome:
+        finished = {run_id: run.already for run_id, run in self._runs.items() if run.finished}
+        return Outcome(
+            [run_id for run_id, already in finished.items() if already],
+            [run_id for run_id, already in finished.items() if not already],
+            {run_id: f"{run.left[0]}: {run.left[1]}" for run_id, run in self._runs.items() if run.left},
+        )
+
+    def submit(self) -> None:
+        """Start what has a place, and see to nothing more."""
+        self._take_in()
+        self._start()
+
+    def _take_in(self) -> None:
+        """How every run stands before this sweep does anything."""
+        last = {run_id: launch.last_attempt(run.follower.folder) for run_id, run in self._runs.items()}
+        living = self._launcher.living(filter(None, last.values()))
+        for run_id, run in self._runs.items():
+            attempt = last[run_id]
+            self._take_in_run(run, attempt, attempt in living)
+
+    def _take_in_run(self, run: _Run, attempt: Path | None, lives: bool) -> None:
+        folder = run.follower.folder
+        if launch.is_done(folder):
+            for left in (folder / "checkpoints").glob("*"):  # by a trainer killed just after done.json
+                left.unlink()
+            run.finished = run.already = True
+            return
+        if attempt is None:
+            return
+        run.slot = slot_of(attempt)
+        if lives:
+            run.at_work = True
+            run.follower.look()
+        elif not launch.exit_of(attempt):
+            self._launcher.reap(attempt)
+        ended = launch.exit_of(attempt)
+        if not run.at_work and ended and ended["reason"] in RESULTS and int(attempt.name) > launch.forgiven(folder):
+            self._leave(run, ended["reason"], ended["message"])
+
+    def _unless_full(self, step: Callable[[], None]) -> None:
+        """Do a step that writes; where the disk is full, say so and leave it for the next time."""
+        try:
+            step()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            if time.monotonic() > self._complain_again:
+                self._view.note(f"the disk is full at {self._home}: nothing starts until there is space")
+                self._complain_again = time.monotonic() + COMPLAINT_SECONDS
+
+    def _to_start(self) -> list[_Run]:
+        return [] if self._signals.stops else [run for run in self._runs.values() if run.waits]
+
+    def _start(self) -> None:
+        """Start the runs that have a place now."""
+        for run in self._to_start():
+            if launch.is_cancelled(run.follower.folder):
+                self._leave(run, "cancelled", "stopped as asked; `slm retry` lets a sweep train it again")
+        if not (waiting := self._to_start()):
+            return
+        at_work = [self._working(run) for run in self._runs.values() if run.at_work]
+        for run_id, slot in self._launcher.places([self._waiting(run) for run in waiting], at_work):
+            self._attempt(self._runs[run_id], slot)
+
+    def _waiting(self, run: _Run) -> Waiting:
+        left = 1 - launch.steps_kept(run.follower.folder) / run.plan.hyperparameters.steps
+        devices = len(run.slot.ids) if run.slot and run.slot.ids else None
+        return Waiting(run.plan.run_id, run.plan.hyperparameters, devices, left)
+
+    def _working(self, run: _Run) -> Working:
+        assert run.slot is not None
+        left = 1 - run.follower.step / run.plan.hyperparameters.steps
+        return Working(run.slot.ids, left * self._seconds(run.plan.hyperparameters, run.slot))
+
+    def _attempt(self, run: _Run, slot: Slot) -> None:
+        given = run.plan.hyperparameters
+        attempt = launch.make_attempt(
+            run.plan,
+            self._home,
+            self._data_folder(run.plan),
+            slot,
+            self._memory.rows(given, slot),
+            self._launcher.name,
+            self._checkpoint_seconds,
+            self._seconds(given, slot),
+        )
+        self._launcher.start(attempt)
+        run.at_work, run.slot = True, slot
+        run.follower.look(adopted=False)
+
+    def _look(self) -> None:
+        """What those at work wrote, and which of them ended. Who is alive is asked first: last words are heard."""
+        at_work = [run for run in self._runs.values() if run.at_work]
+        living = self._launcher.living([run.follower.attempt for run in at_work])
+        for run in at_work:
+            lives = run.follower.attempt in living
+            run.follower.look()
+            if not lives:
+                self._ended(run)
+        for run in self._runs.values():
+            if run.left and launch.forgiven(run.follower.folder) >= _number(run.follower.folder):
+                run.left, run.fruitless = None, 0
+
+    def _ended(self, run: _Run) -> None:
+        """Finished, to be tried again, or left."""
+        if launch.is_done(run.follower.folder):
+            run.at_work, run.finished = False, True
+            self._seconds.learn()
+            self._view.run_ended(run.plan, "finished", None)
+            self._ingest(now=True)
+            return
+        ended = launch.exit_of(run.follower.attempt) or self._launcher.reap(run.follower.attempt)
+        run.at_work = False
+        reason, message = ended["reason"] or "error", ended["message"] or "no word"
+        run.fruitless = 0 if run.follower.advanced else run.fruitless + 1
+        if reason == "oom":
+            message = self._after_oom(run, message)
+        if reason in FINAL_REASONS or self._signals.stops or run.fruitless >= FRUITLESS_ATTEMPTS:
+            self._leave(run, reason, message)
+        else:
+            self._view.run_ended(run.plan, "retried", f"{reason}: {message}")
+
+    def _after_oom(self, run: _Run, message: str) -> str:
+        """Let the next attempt compute less at once, if it can; what is to be said of it."""
+        assert run.slot is not None
+        document = launch.attempt_document(run.follower.attempt)
+        rows = Rows(document["micro_batch"], document["evaluation_tokens"])
+        smaller = self._memory.halve(run.plan.hyperparameters, run.slot, rows, run.follower.evaluating)
+        if smaller is None:
+            run.fruitless = FRUITLESS_ATTEMPTS
+            return f"{message}; a pass of one row is the smallest: take more memory a run, or a smaller depth"
+        run.fruitless = 0
+        return (
+            f"{message}; next with {smaller.training} rows and in evaluation {smaller.evaluation_tokens} tokens a pass"
+        )
+
+    def _leave(self, run: _Run, reason: str, message: str) -> None:
+        """Leave a run unfinished."""
+        run.left = (reason, message)
+        self._view.run_ended(run.plan, reason if reason in KNOWN else "failed", message)
+        self._give_up_if_all_fail_alike()
+        self._ingest(now=True)
+
+    def _give_up_if_all_fail_alike(self) -> None:
+        """Start no more when the first runs of this sweep all failed in the same words, and none got anywhere."""
+        failures = [run.left for run in self._runs.values() if run.left and run.left[0] not in KNOWN]
+        words = {NUMBER.sub("#", f"{reason}: {message}") for reason, message in failures}
+        waiting = [run for run in self._runs.values() if run.waits]
+        hopeful = any(run.follower.step or (run.finished and not run.already) for run in self._runs.values())
+        if len(failures) < ALIKE or len(words) > 1 or hopeful or not waiting:
+            return
+        why = f"the first {len(failures)} runs all failed alike: {': '.join(failures[0])}"
+        self._view.note(f"{why}; {len(waiting)} more are not started")
+        for run in waiting:
+            run.left = (failures[0][0], f"not started, for {why}")
+
+    def _obey(self) -> None:
+        """Pass on what the user asks for: those at work are told until they have ended."""
+        stops = self._signals.stops
+        if stops > self._told:
+            self._view.note("ending at once" if stops > 1 else "stopping after a checkpoint; asked again, at once")
+        if stops > self._told or (stops and time.monotonic() > self._tell_again):
+            self._told, self._tell_again = stops, time.monotonic() + TELL_SECONDS
+            for run in self._runs.values():
+                if run.at_work:
+                    self._launcher.stop(run.follower.attempt, at_once=stops > 1)
+
+    def _ingest(self, now: bool = False) -> None:
+        """Bring the database up to date now and then."""
+        if now or time.monotonic() - self._ingested > self._pause:
+            began = time.monotonic()
+            self._ingest_now()
+            self._ingested = time.monotonic()
+            self._pause = max(INGEST_SECONDS, (self._ingested - began) / INGEST_SHARE)
+
+
+def slot_of(attempt: Path) -> Slot:
+    """The slot of an attempt."""
+    document = launch.attempt_document(attempt)
+    return Slot(**{name: document[name] for name in Slot.__dataclass_fields__} | {"ids": tuple(document["ids"])})
+
+
+def _number(run_folder: Path) -> int:
+    """Of a run's newest attempt."""
+    last = launch.last_attempt(run_folder)
+    return int(last.name) if last else 0
+
+
+class Signals:
+    """SIGINT and SIGTERM, counted instead of obeyed; any signal, a child's end too, ends a wait.
+
+    SIGHUP changes nothing: a sweep goes on when its terminal is closed.
+    """
+
+    def __init__(self) -> None:
+        self.stops = 0
+        """Times that the user asked to stop."""
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Signals are heard here, and then again by those who heard them before."""
+        self._wakes, wakened = socket.socketpair()
+        with self._wakes, wakened:
+            for end in (self._wakes, wakened):
+                end.setblocking(False)
+            wakeup = signal.set_wakeup_fd(wakened.fileno(), warn_on_full_buffer=False)
+            before = {number: signal.signal(number, self._note) for number in HEARD}
+            try:
+                yield
+            finally:
+                signal.set_wakeup_fd(wakeup)
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.stops += number in (signal.SIGINT, signal.SIGTERM)
+
+    def wait(self, seconds: float) -> None:
+        """So long, or until a signal comes."""
+        if select.select([self._wakes], [], [], seconds)[0]:
+            self._wakes.recv(4096)
+
+
+@contextmanager
+def conducting(home: Path) -> Iterator[bool]:
+    """Hold the home's sweep.lock if nobody does; whether it is held here."""
+    home.mkdir(parents=True, exist_ok=True)
+    lock = locks.hold(home / "sweep.lock")
+    if lock is None:
+        yield False
+        return
+    with lock:
+        yield True
+
+
+def conductor(home: Path) -> int | None:
+    """Process that conducts the sweeps of a home."""
+    return locks.holder(home / "sweep.lock")
+
+
+def unfinished(home: Path) -> list[Plan]:
+    """The plans of a home's runs that are not finished, as far as they can be read."""
+    plans = []
+    for path in sorted(home.glob("*/plan.json")):
+        if not launch.is_done(path.parent):
+            with suppress(OSError, ValueError):
+                plans.append(Plan.read(path))
+    return plans
+
+
+def watch(plans: Sequence[Plan], home: Path, view: View, until: Callable[[], bool]) -> None:
+    """Show what others train, until something is so."""
+    followers = [Follower(plan, home / plan.run_id, view) for plan in plans]
+    running: set[str] = set()
+    while not until():
+        for follower in followers:
+            run_id, state = follower.folder.name, launch.state(follower.folder)
+            if state.status == "running" or run_id in running:
+                follower.look()
+            if state.status == "running":
+                running.add(run_id)
+            elif run_id in running:
+                running.remove(run_id)
+                view.run_ended(follower.plan, state.status, state.message)
+        view.refresh()
+        time.sleep(WATCH_SECONDS)

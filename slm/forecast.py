@@ -1,0 +1,73 @@
+"""What a sweep will take before anything is spent: time, memory and cost of each run, and which is when on what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from slm.conduct import Waiting
+from slm.estimate import peak_memory
+from slm.launch import Slot
+from slm.launch.local import Local
+from slm.launch.memory import Memory
+from slm.recipe import Hyperparameters
+from slm.schedule import Job, Placement, chart, makespan
+from slm.throughput import Price
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one run will take."""
+
+    slot: Slot
+    """Where."""
+    start: float | None
+    """Seconds from now; None where a queue decides."""
+    seconds: float
+    """How long."""
+    memory_bytes: int
+    """Peak of tensors on one rank."""
+    cost: float | None
+    """None without a price."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What the runs that are left will take."""
+
+    shares: dict[str, Share]
+    """By name of the run."""
+    seconds: float
+    """Until the last one ends; of the longest where a queue decides."""
+    cost: float | None
+    """Of all; None without a price."""
+    chart: list[str]
+    """The schedule drawn; nothing where a queue decides."""
+
+
+def of(
+    waiting: Sequence[Waiting],
+    labels: dict[str, str],
+    launcher: Local,
+    memory: Memory,
+    price: Price | None,
+    columns: int,
+) -> Forecast:
+    """The forecast of runs that share one machine; the chart calls them by their labels.
+
+    Raises ValueError where the machine's memory does not hold a run.
+    """
+    placed = launcher.timetable(waiting, [])
+    given, devices, total = {run.name: run.given for run in waiting}, len(launcher.machine.ids), makespan(placed)
+    shares, labelled = {}, []
+    for own in placed:
+        name, slot, seconds = own.job.name, launcher.slot(own), own.end - own.start
+        cost = price.of(seconds, len(slot.ids), devices) if price else None
+        shares[name] = Share(slot, own.start, seconds, _peak(given[name], slot, memory), cost)
+        labelled.append(Placement(Job(labels[name], own.job.seconds), own.devices, own.start, own.end))
+    cost = price.of(total, devices, devices) if price else None
+    return Forecast(shares, total, cost, chart(labelled, devices // launcher.unit, columns))
+
+
+def _peak(given: Hyperparameters, slot: Slot, memory: Memory) -> int:
+    return peak_memory(given, memory.rows(given, slot).training, slot.device, min(slot.ranks, given.batch_rows))

@@ -1,0 +1,73 @@
+"""How much a rank computes at once: what closed forms promise, less where that was found too much before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from slm.estimate import EVALUATION_TOKENS, largest_micro_batch
+from slm.recipe import Hyperparameters
+
+if TYPE_CHECKING:
+    from slm.launch import Slot
+
+CPU_TOKENS = 2**13
+"""Tokens of a forward pass on a CPU, about: more gain nothing, and take memory."""
+Key = tuple[str, int, int, int, int, int]
+KEY = ("device_name", "ranks", "depth", "width", "sequence_length", "vocab_size")
+"""What decides whether a micro-batch fits."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How much one rank computes at once."""
+
+    training: int
+    """Rows of one forward pass."""
+    evaluation_tokens: int = EVALUATION_TOKENS
+    """Tokens of one forward pass of an evaluation, at most (at least one row)."""
+
+
+class Memory:
+    """What fits on which device at which depth."""
+
+    def __init__(self, found: Iterable[Mapping[str, Any]] = ()) -> None:
+        """`found` are the rows of the store's view `micro_batches`."""
+        self._training: dict[Key, int] = {}
+        self._evaluation: dict[Key, int] = {}
+        for row in found:
+            key: Any = tuple(row[name] for name in KEY)
+            if row["training"]:
+                self._training[key] = row["training"]
+            if row["evaluation_tokens"]:
+                self._evaluation[key] = row["evaluation_tokens"]
+
+    def rows(self, given: Hyperparameters, where: Slot) -> Rows:
+        """Rows a pass on a slot. Raises ValueError when its memory does not hold one."""
+        key, computed = _key(given, where), _closed_form(given, where)
+        return Rows(min(computed, self._training.get(key, computed)), self._evaluation.get(key, EVALUATION_TOKENS))
+
+    def halve(self, given: Hyperparameters, where: Slot, rows: Rows, evaluating: bool) -> Rows | None:
+        """What to try after these were too much, remembered; None when there is nothing smaller."""
+        key = _key(given, where)
+        if evaluating and rows.evaluation_tokens > given.sequence_length:
+            self._evaluation[key] = rows.evaluation_tokens // 2
+        elif not evaluating and rows.training > 1:
+            self._training[key] = rows.training // 2
+        else:
+            return None
+        return self.rows(given, where)
+
+
+def _key(given: Hyperparameters, where: Slot) -> Key:
+    ranks = min(where.ranks, given.batch_rows)
+    return (where.device_name, ranks, given.depth, given.width, given.sequence_length, given.vocab_size)
+
+
+def _closed_form(given: Hyperparameters, where: Slot) -> int:
+    ranks, few = min(where.ranks, given.batch_rows), max(1, CPU_TOKENS // given.sequence_length)
+    if where.memory is None:
+        return few
+    fits = largest_micro_batch(given, where.memory, where.device, ranks)
+    return min(few, fits) if where.device == "cpu" else fits
