@@ -39,6 +39,8 @@ POLL_SECONDS = 1.0
 WATCH_SECONDS = 2.0
 TELL_SECONDS = 10.0
 """Pause between two requests to the same process."""
+PLACE_SECONDS = 30.0
+"""Pause between two schedules while nothing changes but what is left to do."""
 COMPLAINT_SECONDS = 300.0
 """Pause between two complaints about a full disk."""
 INGEST_SECONDS = 10.0
@@ -69,6 +71,10 @@ class Launcher(Protocol):
     """What starts attempts somewhere and knows how they are."""
 
     name: str
+    seconds: Estimates
+    """Of a run on a slot."""
+    memory: Memory
+    """What fits on a slot."""
 
     def places(self, waiting: Sequence[Waiting], working: Sequence[Working]) -> list[tuple[str, Slot]]:
         """The runs to start now, by run_id, each with its slot, given those that wait and those at work."""
@@ -146,6 +152,10 @@ class Follower:
             self.attempt, self._reader = newest, events.Reader(newest / "events.jsonl")
             self.advanced = self.evaluating = False
             self._view.run_started(self.plan, newest, adopted)
+        with suppress(ValueError):  # a damaged line: `slm show` names it, and done.json and exit.json say the rest
+            self._tell()
+
+    def _tell(self) -> None:
         for event in self._reader.new():
             self.step = max(self.step, event.get("step", 0))
             self.advanced |= event["event"] == "checkpoint"
@@ -187,18 +197,18 @@ class Conductor:
         launcher: Launcher,
         view: View,
         ingest: Callable[[], None],
-        seconds: Estimates,
-        memory: Memory,
         checkpoint_seconds: float = launch.CHECKPOINT_SECONDS,
         poll_seconds: float = POLL_SECONDS,
     ) -> None:
         self._data_folder, self._home, self._launcher, self._view = data_folder, home, launcher, view
-        self._ingest_now, self._seconds, self._memory = ingest, seconds, memory
+        self._ingest_now = ingest
         self._checkpoint_seconds, self._poll_seconds = checkpoint_seconds, poll_seconds
         self._runs = {plan.run_id: _Run(plan, Follower(plan, home / plan.run_id, view)) for plan in plans}
         self._signals = Signals()
         self._told, self._tell_again, self._complain_again = 0, 0.0, 0.0
         self._ingested, self._pause = time.monotonic(), INGEST_SECONDS
+        self._changed, self._placed = True, 0.0
+        """Whether a run started or ended since places were given and the database was brought up to date, and when."""
 
     def run(self) -> Outcome:
         """Train until every run is done or left.
@@ -210,12 +220,13 @@ class Conductor:
             self._take_in()
             while any(run.at_work for run in self._runs.values()) or self._to_start():
                 self._unless_full(self._start)
+                self._changed = False
                 self._signals.wait(self._poll_seconds)
                 self._obey()
                 self._unless_full(self._look)
                 self._view.refresh()
                 self._ingest()
-        self._ingest(now=True)
+        self._ingest_now()
         if self._signals.stops:
             raise KeyboardInterrupt
         return self._outcome()
@@ -279,8 +290,10 @@ class Conductor:
         for run in self._to_start():
             if launch.is_cancelled(run.follower.folder):
                 self._leave(run, "cancelled", "stopped as asked; `slm retry` lets a sweep train it again")
-        if not (waiting := self._to_start()):
+        waiting, soon = self._to_start(), time.monotonic() < self._placed + PLACE_SECONDS
+        if not waiting or (soon and not self._changed):
             return
+        self._placed = time.monotonic()
         at_work = [self._working(run) for run in self._runs.values() if run.at_work]
         for run_id, slot in self._launcher.places([self._waiting(run) for run in waiting], at_work):
             self._attempt(self._runs[run_id], slot)
@@ -293,7 +306,7 @@ class Conductor:
     def _working(self, run: _Run) -> Working:
         assert run.slot is not None
         left = 1 - run.follower.step / run.plan.hyperparameters.steps
-        return Working(run.slot.ids, left * self._seconds(run.plan.hyperparameters, run.slot))
+        return Working(run.slot.ids, left * self._launcher.seconds(run.plan.hyperparameters, run.slot))
 
     def _attempt(self, run: _Run, slot: Slot) -> None:
         given = run.plan.hyperparameters
@@ -302,10 +315,10 @@ class Conductor:
             self._home,
             self._data_folder(run.plan),
             slot,
-            self._memory.rows(given, slot),
+            self._launcher.memory.rows(given, slot),
             self._launcher.name,
             self._checkpoint_seconds,
-            self._seconds(given, slot),
+            self._launcher.seconds(given, slot),
         )
         self._launcher.start(attempt)
         run.at_work, run.slot = True, slot
@@ -322,18 +335,17 @@ class Conductor:
                 self._ended(run)
         for run in self._runs.values():
             if run.left and launch.forgiven(run.follower.folder) >= _number(run.follower.folder):
-                run.left, run.fruitless = None, 0
+                run.left, run.fruitless, self._changed = None, 0, True
 
     def _ended(self, run: _Run) -> None:
         """Finished, to be tried again, or left."""
         if launch.is_done(run.follower.folder):
-            run.at_work, run.finished = False, True
-            self._seconds.learn()
+            run.at_work, run.finished, self._changed = False, True, True
+            self._launcher.seconds.learn()
             self._view.run_ended(run.plan, "finished", None)
-            self._ingest(now=True)
             return
         ended = launch.exit_of(run.follower.attempt) or self._launcher.reap(run.follower.attempt)
-        run.at_work = False
+        run.at_work, self._changed = False, True
         reason, message = ended["reason"] or "error", ended["message"] or "no word"
         run.fruitless = 0 if run.follower.advanced else run.fruitless + 1
         if reason == "oom":
@@ -348,7 +360,7 @@ class Conductor:
         assert run.slot is not None
         document = launch.attempt_document(run.follower.attempt)
         rows = Rows(document["micro_batch"], document["evaluation_tokens"])
-        smaller = self._memory.halve(run.plan.hyperparameters, run.slot, rows, run.follower.evaluating)
+        smaller = self._launcher.memory.halve(run.plan.hyperparameters, run.slot, rows, run.follower.evaluating)
         if smaller is None:
             run.fruitless = FRUITLESS_ATTEMPTS
             return f"{message}; a pass of one row is the smallest: take more memory a run, or a smaller depth"
@@ -362,7 +374,6 @@ class Conductor:
         run.left = (reason, message)
         self._view.run_ended(run.plan, reason if reason in KNOWN else "failed", message)
         self._give_up_if_all_fail_alike()
-        self._ingest(now=True)
 
     def _give_up_if_all_fail_alike(self) -> None:
         """Start no more when the first runs of this sweep all failed in the same words, and none got anywhere."""
@@ -388,9 +399,9 @@ class Conductor:
                 if run.at_work:
                     self._launcher.stop(run.follower.attempt, at_once=stops > 1)
 
-    def _ingest(self, now: bool = False) -> None:
-        """Bring the database up to date now and then."""
-        if now or time.monotonic() - self._ingested > self._pause:
+    def _ingest(self) -> None:
+        """Bring the database up to date now and then, and when a run ended."""
+        if self._changed or time.monotonic() - self._ingested > self._pause:
             began = time.monotonic()
             self._ingest_now()
             self._ingested = time.monotonic()
@@ -400,7 +411,8 @@ class Conductor:
 def slot_of(attempt: Path) -> Slot:
     """The slot of an attempt."""
     document = launch.attempt_document(attempt)
-    return Slot(**{name: document[name] for name in Slot.__dataclass_fields__} | {"ids": tuple(document["ids"])})
+    known = {name: document[name] for name in Slot.__dataclass_fields__ if name in document}
+    return Slot(**known | {"ids": tuple(document.get("ids", ()))})
 
 
 def _number(run_folder: Path) -> int:

@@ -49,7 +49,6 @@ def of(
     waiting: Sequence[Waiting],
     labels: dict[str, str],
     launcher: Local,
-    memory: Memory,
     price: Price | None,
     columns: int,
 ) -> Forecast:
@@ -63,7 +62,7 @@ def of(
     for own in placed:
         name, slot, seconds = own.job.name, launcher.slot(own), own.end - own.start
         cost = price.of(seconds, len(slot.ids), devices) if price else None
-        shares[name] = Share(slot, own.start, seconds, _peak(given[name], slot, memory), cost)
+        shares[name] = Share(slot, own.start, seconds, _peak(given[name], slot, launcher.memory), cost)
         labelled.append(Placement(Job(labels[name], own.job.seconds), own.devices, own.start, own.end))
     cost = price.of(total, devices, devices) if price else None
     return Forecast(shares, total, cost, chart(labelled, devices // launcher.unit, columns))

@@ -87,11 +87,9 @@ def conduct(
     size: int | None = None,
 ) -> Outcome:
     """Train plans on a machine, each on all of it or on so many of its cores."""
-    seconds = Estimates(home)
-    launcher = Local(where, (size or len(where.ids),), seconds)
-    memory, nothing = Memory(), lambda: None
+    launcher = Local(where, (size or len(where.ids),), Estimates(home), Memory())
     return Conductor(
-        plans, corpora.of, home, launcher, watcher, nothing, seconds, memory, checkpoint_seconds, poll_seconds=0.05
+        plans, corpora.of, home, launcher, watcher, lambda: None, checkpoint_seconds, poll_seconds=0.05
     ).run()
 
 

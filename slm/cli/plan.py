@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from slm.conduct import Waiting
     from slm.experiment import Asked, Experiment
     from slm.forecast import Forecast
+    from slm.launch.local import Local
     from slm.plan import Plan
     from slm.sweep import Corpora
-    from slm.throughput import Estimates
+    from slm.throughput import Estimates, Price
 
 DAY = 86400.0
 FINISHED = ("finished", "diverged", "cancelled")
@@ -42,8 +43,35 @@ class Row:
     """What is left of it; None where nothing is."""
 
 
-def rows_of(experiment: Experiment, corpora: Corpora, home: Path) -> list[Row]:
-    """The runs of an experiment, cheapest first, each once. Raises ValueError for a horizon beyond the data."""
+@dataclass(frozen=True)
+class Planned:
+    """An experiment's runs, and what they will take."""
+
+    experiment: Experiment
+    """What is asked."""
+    rows: list[Row]
+    """Its runs, cheapest first."""
+    forecast: Forecast
+    """Of those that are left."""
+    estimates: Estimates
+    """Where its times come from."""
+    where: str
+    """The devices, for people."""
+
+
+def planned(experiment: Experiment, corpora: Corpora, launcher: Local, price: Price | None, home: Path) -> Planned:
+    """What a sweep will do. Raises ValueError for a horizon beyond the data, and for a run that no memory holds."""
+    from slm import forecast
+
+    rows = _rows(experiment, corpora, home)
+    waiting = [row.waiting for row in rows if row.waiting]
+    columns = shutil.get_terminal_size((100, 24)).columns
+    expected = forecast.of(waiting, _labels(rows), launcher, price, columns)
+    return Planned(experiment, rows, expected, launcher.seconds, launcher.where)
+
+
+def _rows(experiment: Experiment, corpora: Corpora, home: Path) -> list[Row]:
+    """Every run once."""
     from slm.sweep import plan_of
 
     rows: dict[str, Row] = {}
@@ -70,7 +98,7 @@ def _row(asked: Asked, plan: Plan | None, name: str, prepared: bool, home: Path)
     return Row(asked, plan, state if prepared or state in FINISHED else "data not prepared", name, waiting)
 
 
-def labels(rows: list[Row]) -> dict[str, str]:
+def _labels(rows: list[Row]) -> dict[str, str]:
     """What a chart calls the runs: the depth, and what else differs."""
     seeds = len({row.asked.seed for row in rows}) > 1
     recipes = len({row.asked.recipe for row in rows}) > 1
@@ -86,15 +114,17 @@ def labels(rows: list[Row]) -> dict[str, str]:
     return {row.name: label(row.asked) for row in rows}
 
 
-def document(rows: list[Row], forecast: Forecast, estimates: Estimates) -> dict[str, Any]:
+def document(own: Planned) -> dict[str, Any]:
     """The plan for --json."""
     from slm.throughput import past_error
 
     return {
-        "runs": [_document(row, forecast) for row in rows],
-        "seconds": forecast.seconds,
-        "cost": forecast.cost,
-        "estimates": {"past_runs": len(estimates.past), "median_error": past_error(estimates.past)},
+        "experiment": own.experiment.name,
+        "data": own.experiment.data,
+        "runs": [_document(row, own.forecast) for row in own.rows],
+        "seconds": own.forecast.seconds,
+        "cost": own.forecast.cost,
+        "estimates": {"past_runs": len(own.estimates.past), "median_error": past_error(own.estimates.past)},
     }
 
 
@@ -113,15 +143,9 @@ def _document(row: Row, forecast: Forecast) -> dict[str, Any]:
     return found
 
 
-def show(
-    experiment: Experiment,
-    rows: list[Row],
-    forecast: Forecast,
-    estimates: Estimates,
-    where: str,
-    say: Callable[[str], None],
-) -> None:
+def show(own: Planned, say: Callable[[str], None]) -> None:
     """The plan as a table, totals and a chart."""
+    rows, forecast = own.rows, own.forecast
     headers = ["run", "recipe", "d", "horizon", "seed", "params", "tokens", "batch", "steps", "FLOPs", "epochs"]
     headers += ["GB", "on", "time", *(["cost"] if forecast.cost is not None else []), "state"]
     cells = [_cells(row, forecast) for row in rows]
@@ -129,9 +153,10 @@ def show(
     kept = [place for place, name in enumerate(headers) if name not in same]
     say(table([[own[place] for place in kept] for own in cells], [headers[place] for place in kept]))
     alike = ", ".join(f"{name} {cells[0][headers.index(name)]}" for name in same)
-    what = f"experiment {experiment.name}{f' ({alike})' if alike else ''}, data {experiment.data}"
-    say(f"{what}: {len(rows)} runs on {where}: {_totals(rows, forecast)}")
-    say(basis(estimates, forecast))
+    what = f"experiment {own.experiment.name}{f' ({alike})' if alike else ''}, data {own.experiment.data}"
+    say(f"{what}: {len(rows)} runs on {own.where}: {_totals(rows, forecast)}")
+    if forecast.shares:
+        say(_basis(own.estimates, forecast))
     for line in forecast.chart if len(forecast.shares) > 1 else []:
         say(line)
 
@@ -152,12 +177,12 @@ def _totals(rows: list[Row], forecast: Forecast) -> str:
     return ", ".join(parts)
 
 
-def basis(estimates: Estimates, forecast: Forecast) -> str:
+def _basis(estimates: Estimates, forecast: Forecast) -> str:
     """What the estimates rest on, and how far past ones were off."""
     from slm.throughput import past_error
 
     slots = {(own.slot.device, own.slot.device_name) for own in forecast.shares.values()}
-    rest = ", ".join(sorted({estimates.throughput.basis(*slot) for slot in slots})) or "nothing to train"
+    rest = ", ".join(sorted({estimates.throughput.basis(*slot) for slot in slots}))
     error = past_error(estimates.past)
     off = "none was checked yet" if error is None else f"past ones were off by {error:.0%} (median)"
     return f"times rest on {rest}; {off}"
@@ -177,16 +202,6 @@ def _cells(row: Row, forecast: Forecast) -> list[str | None]:
     device = "cpu" if share.slot.device == "cpu" else share.slot.device_name
     on = f"{share.slot.ranks * share.slot.threads} x {device}"
     return [*cells, f"{share.memory_bytes / 1e9:.3g}", on, duration(share.seconds), *cost, row.state]
-
-
-def waiting(rows: list[Row]) -> list[Waiting]:
-    """The runs that something is left of."""
-    return [row.waiting for row in rows if row.waiting]
-
-
-def columns() -> int:
-    """Columns of the terminal."""
-    return shutil.get_terminal_size((100, 24)).columns
 
 
 def ask(forecast: Forecast, yes: bool) -> None:

@@ -57,6 +57,7 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Train a family as recorded runs. Typed again, it trains nothing twice and finishes what is unfinished."""
+    from slm.cli import plan as planning
     from slm.experiment import Experiment, load
     from slm.sweep import Corpora, repetition
     from slm.throughput import Estimates, price_of
@@ -87,11 +88,15 @@ def sweep(
         experiment = replace(experiment, data=data)
     corpora, estimates = Corpora(experiment, home()), Estimates(home())
     asked_price = price_of(price) if price else None
-    launcher = _local(gpus, gpus_per_run, cores, cores_per_run, gpu if dry_run else None, estimates)
+    launcher = _local(gpus, gpus_per_run, cores, cores_per_run, gpu if dry_run else None, estimates, _memory(home()))
     if dry_run:
-        _dry_run(experiment, corpora, launcher, estimates, asked_price, as_json)
+        planned = planning.planned(experiment, corpora, launcher, asked_price, home())
+        if as_json:
+            print_json(planning.document(planned))
+        else:
+            planning.show(planned, print)
     else:
-        _run(experiment, corpora, launcher, estimates, asked_price, yes, detach, as_json)
+        _run(experiment, corpora, launcher, asked_price, yes, detach, as_json)
 
 
 def _refuse_beside_plan(options: dict[str, Any]) -> None:
@@ -103,7 +108,13 @@ def _refuse_beside_plan(options: dict[str, Any]) -> None:
 
 
 def _local(
-    gpus: int | None, gpus_per_run: str, cores: int | None, cores_per_run: str, gpu: str | None, estimates: Estimates
+    gpus: int | None,
+    gpus_per_run: str,
+    cores: int | None,
+    cores_per_run: str,
+    gpu: str | None,
+    estimates: Estimates,
+    memory: Memory,
 ) -> Local:
     """This machine's devices; GPUs of a name where a plan alone is asked and there are none."""
     from slm import devices
@@ -114,65 +125,40 @@ def _local(
     else:
         machine = local.machine(gpus, cores)
     per_run = cores_per_run if machine.device == "cpu" else gpus_per_run
-    return local.Local(machine, local.sizes(per_run, machine), estimates)
-
-
-def _dry_run(
-    experiment: Experiment,
-    corpora: Corpora,
-    launcher: Local,
-    estimates: Estimates,
-    price: Price | None,
-    as_json: bool,
-) -> None:
-    """Print the plan, and touch nothing."""
-    from slm import forecast
-    from slm.cli import plan
-    from store import home
-
-    rows = plan.rows_of(experiment, corpora, home())
-    expected = forecast.of(plan.waiting(rows), plan.labels(rows), launcher, _memory(home()), price, plan.columns())
-    if as_json:
-        print_json({"experiment": experiment.name, "data": experiment.data} | plan.document(rows, expected, estimates))
-    else:
-        plan.show(experiment, rows, expected, estimates, launcher.where, print)
+    return local.Local(machine, local.sizes(per_run, machine), estimates, memory)
 
 
 def _run(
     experiment: Experiment,
     corpora: Corpora,
     launcher: Local,
-    estimates: Estimates,
     price: Price | None,
     yes: bool,
     detach: bool,
     as_json: bool,
 ) -> None:
     """Prepare, plan, record and train; exit code 1 unless every run is done."""
-    from slm import forecast, sweep
+    from slm import sweep
     from slm.cli import plan
     from slm.progress import Display
     from store import home
 
     plans = sweep.make_plans(experiment, lambda asked: corpora.prepare(asked, report_line))
-    rows, memory = plan.rows_of(experiment, corpora, home()), _memory(home())
-    expected = forecast.of(plan.waiting(rows), plan.labels(rows), launcher, memory, price, plan.columns())
-    plan.show(experiment, rows, expected, estimates, launcher.where, report_line)
-    plan.ask(expected, yes)
+    planned = plan.planned(experiment, corpora, launcher, price, home())
+    plan.show(planned, report_line)
+    plan.ask(planned.forecast, yes)
     sweep.record(experiment, plans, home())
     if detach:
         _detach(home())
         return
-    with Display(plans, {row.name for row in rows if not row.waiting}) as display:
-        outcome = _conduct(plans, corpora, launcher, display, estimates, memory)
+    with Display(plans, {row.name for row in planned.rows if not row.waiting}) as display:
+        outcome = _conduct(plans, corpora, launcher, display)
     _print_outcome(experiment, outcome, home(), as_json)
     if outcome.not_finished:
         raise typer.Exit(1)
 
 
-def _conduct(
-    plans: list[Plan], corpora: Corpora, launcher: Local, view: View, estimates: Estimates, memory: Memory
-) -> Outcome:
+def _conduct(plans: list[Plan], corpora: Corpora, launcher: Local, view: View) -> Outcome:
     """Train, when nobody else sweeps this home; until then show what they do."""
     from slm import conduct
     from store import home
@@ -181,8 +167,9 @@ def _conduct(
         with conduct.conducting(home()) as ours:
             if ours:
                 ingest = partial(_ingest, home())
-                return conduct.Conductor(plans, corpora.of, home(), launcher, view, ingest, estimates, memory).run()
-        view.note(f"{home()} is being swept by process {conduct.conductor(home())}: shown until it ends, then mine")
+                return conduct.Conductor(plans, corpora.of, home(), launcher, view, ingest).run()
+        mine = "shown until it ends, then this sweep goes on"
+        view.note(f"{home()} is being swept by process {conduct.conductor(home())}: {mine}")
         others = conduct.unfinished(home())
         conduct.watch(others, home(), view, until=lambda: conduct.conductor(home()) is None)
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from slm import devices, launch, locks
 from slm.launch import Slot
+from slm.launch.memory import Memory
+from slm.recipe import Hyperparameters
 from slm.schedule import Job, Placement, schedule
 from slm.throughput import START, Estimates
 
@@ -86,9 +88,9 @@ class Local:
 
     name = "local"
 
-    def __init__(self, machine: Machine, sizes: Sequence[int], seconds: Estimates) -> None:
+    def __init__(self, machine: Machine, sizes: Sequence[int], seconds: Estimates, memory: Memory) -> None:
         """Runs may take so many devices each, powers of two where there is a choice."""
-        self.machine, self._sizes, self._seconds = machine, sizes, seconds
+        self.machine, self._sizes, self.seconds, self.memory = machine, sizes, seconds, memory
         self.unit = sizes[0] if len(sizes) == 1 else 1
         """Devices that are shared out together."""
         self._supervisors: dict[Path, subprocess.Popen[bytes]] = {}
@@ -121,9 +123,19 @@ class Local:
     def _job(self, run: Waiting) -> Job:
         useful = [size for size in self._sizes if size <= run.given.batch_rows] or self._sizes[:1]
         sizes = [size for size in useful if size == run.devices] or useful
-        seconds = {size: self._seconds(run.given, self.machine.slot(range(size))) for size in sizes}
+        slots = {size: self.machine.slot(range(size)) for size in sizes}
+        seconds = {size: self.seconds(run.given, slot) for size, slot in slots.items() if self._fits(run.given, slot)}
+        if not seconds:
+            self.memory.rows(run.given, slots[max(sizes)])  # says what is missing
         left = {size // self.unit: START + run.left * (whole - START) for size, whole in seconds.items()}
         return Job(run.name, left)
+
+    def _fits(self, given: Hyperparameters, slot: Slot) -> bool:
+        try:
+            self.memory.rows(given, slot)
+        except ValueError:
+            return False
+        return True
 
     def start(self, attempt: Path) -> None:
         """Start the supervisor of an attempt in a session of its own; it holds the run's lock from its first moment.

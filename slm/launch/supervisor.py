@@ -123,9 +123,10 @@ class _Watch:
 
     def hung(self) -> bool:
         """Whether the trainer is taken for hung. To be asked now and then."""
-        for event in self._reader.new():
-            self._last = time.monotonic()
-            self._allow(event)
+        with suppress(ValueError):  # a damaged line is silence, and named in the end
+            for event in self._reader.new():
+                self._last = time.monotonic()
+                self._allow(event)
         memory = psutil.virtual_memory()
         self._least = min(self._least, memory.available / memory.total)
         if (silent := time.monotonic() - self._last) > self._allowed:
