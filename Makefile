@@ -53,10 +53,12 @@ notebooks: install  ## Run the notebooks against a store made by a real sweep
 wheel-check: install  ## Build a wheel, install it elsewhere, and run it outside the checkout
 	bash tests/wheel_check.sh $(BIN)/python
 
-lock:  ## Recompute requirements.lock (needs uv): hashes for all but torch, whose builds differ and bring their own CUDA
+lock:  ## Bring requirements.lock up to date (needs uv; what fits stays): hashes for all but torch, whose builds bring their own CUDA
+	cp requirements.lock requirements.lock.new
 	uv pip compile pyproject.toml --quiet --all-extras --universal --python-version 3.11 --generate-hashes --no-header \
-	  --no-annotate --no-emit-index-url | awk -f tests/lock.awk > requirements.lock.new
-	mv requirements.lock.new requirements.lock
+	  --no-annotate --no-emit-index-url --output-file requirements.lock.new
+	awk -f tests/lock.awk requirements.lock.new > requirements.lock
+	rm requirements.lock.new
 
 clean:  ## Remove .venv and caches; runs stay
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache dist

@@ -12,8 +12,8 @@ matters of a partial one is its loads.
 
 They are found by beam search (Ow & Morton 1988): runs of most work first, each on every block. Of loads that differ by
 halves of a block that changed places one is kept; of all of them those that promise the shortest sweep, by
-max(largest load, mean of the loads with the least work left). A narrow beam finds a makespan; a wide one keeps what
-does not exceed it, and is exact where it drops nothing: up to some seven runs on eight devices, ten on four.
+max(largest load, mean of the loads with the least work left). A narrow beam finds a makespan, a wide one what is
+shorter; where it drops nothing, as with seven runs on four devices, the answer is exact.
 
 Where speed-ups are sub-linear, more devices are more work, and a run has them only where that shortens the whole.
 Where they are linear, every run on all devices is the shortest sweep there is.
@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
 from math import inf
-from operator import itemgetter
+from operator import attrgetter
 from typing import NamedTuple
 
 NARROW = 10
@@ -33,11 +33,14 @@ NARROW = 10
 WIDE = 2**14
 """Those of the second, times runs and devices: this bounds its time."""
 UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
-"""Units of a time axis, in seconds."""
-SPACINGS = (1, 2, 5, 10, 20, 30)
-"""Units from one tick of it to the next."""
+"""Seconds of the units of a time axis."""
 TICK_COLUMNS = 10
 """Columns from one tick to the next, at least."""
+
+Choices = dict[int, float]
+"""Seconds of a run by the numbers of devices that the machine has, fewest first."""
+Loads = tuple[float, ...]
+"""Seconds on each device."""
 
 
 @dataclass(frozen=True)
@@ -64,21 +67,15 @@ class Placement:
     """Seconds from now."""
 
 
-Choices = dict[int, float]
-"""Seconds of a run by the numbers of devices that the machine has, fewest first."""
-
-
 class _Partial(NamedTuple):
     """A schedule of the first runs."""
 
     bound: float
     """Seconds that all runs will take, at least."""
-    width: int
-    """Devices of its runs, added up."""
-    loads: tuple[float, ...]
-    """Seconds on each device."""
-    last: tuple[_Partial, range] | None
-    """The schedule without its last run, and the block of that."""
+    loads: Loads
+    """What the first runs come to."""
+    blocks: tuple[range, ...]
+    """Where they are."""
 
 
 def schedule(jobs: Sequence[Job], devices: int, busy: Mapping[int, float] = {}) -> list[Placement]:
@@ -94,7 +91,7 @@ def schedule(jobs: Sequence[Job], devices: int, busy: Mapping[int, float] = {}) 
     choices = [_choices(job, devices) for job in runs]
     idle = tuple(max(0.0, busy.get(device, 0.0)) for device in range(devices))
     best = _beam(choices, idle, NARROW, inf)[0]
-    best = min([best, *_beam(choices, idle, WIDE // (len(runs) * devices), best.bound)], key=_rank)
+    best = next(iter(_beam(choices, idle, WIDE // (len(runs) * devices), best.bound)), best)
     return _started(list(zip(runs, _settled(choices, best))), idle)
 
 
@@ -104,9 +101,9 @@ def makespan(placements: Sequence[Placement]) -> float:
 
 
 def lower_bound(jobs: Sequence[Job], devices: int) -> float:
-    """Seconds that every schedule takes on devices that are free, on any blocks.
+    """Seconds that every schedule takes on devices that are free, whatever the blocks.
 
-    In a schedule of T seconds each run is on a number of devices with which it ends within T, so T is at least the
+    In a schedule of T seconds each run has a number of devices with which it ends within T. So T is at least the
     longest of the runs at their fastest, and at least the least work so possible, in device-seconds, over the devices:
     the smallest T for which both hold (Turek, Wolf & Yu 1992; Ludwig & Tiwari 1994).
     """
@@ -126,7 +123,7 @@ def _choices(job: Job, devices: int) -> Choices:
 
 
 def _least_work(choices: Choices, end: float = inf) -> float:
-    """Device-seconds of a run, at least, if it may take so long."""
+    """Device-seconds of a run that may take so long, at least."""
     return min(size * seconds for size, seconds in choices.items() if seconds <= end)
 
 
@@ -134,39 +131,38 @@ def _blocks(size: int, devices: int) -> Iterator[range]:
     return (range(first, first + size) for first in range(0, devices - size + 1, size))
 
 
-_rank = itemgetter(0, 1)
-
-
-def _beam(runs: list[Choices], idle: tuple[float, ...], width: int, limit: float) -> list[_Partial]:
-    """Schedules of all runs that end within a limit, the shortest first; none if the beam lost them."""
-    beam = [_Partial(0.0, 0, idle, None)]
+def _beam(runs: list[Choices], idle: Loads, width: int, limit: float) -> list[_Partial]:
+    """Schedules of all runs that end before a limit, the shortest first; none if the beam met none."""
+    beam = [_Partial(0.0, idle, ())]
     left = sum(map(_least_work, runs))
     for choices in runs:
         left -= _least_work(choices)
-        reached: dict[tuple[float, ...], _Partial] = {}
+        reached: dict[Loads, _Partial] = {}
         for partial in beam:
             for longer in _longer(partial, choices, left, limit):
-                same = reached.setdefault(_canonical(longer.loads), longer)
-                if longer.width < same.width:
-                    reached[_canonical(longer.loads)] = longer
-        beam = nsmallest(width, reached.values(), key=_rank)
+                reached.setdefault(_canonical(longer.loads), longer)
+        beam = nsmallest(width, reached.values(), key=attrgetter("bound"))
     return beam
 
 
 def _longer(partial: _Partial, choices: Choices, left: float, limit: float) -> Iterator[_Partial]:
-    """A partial schedule with one more run, on each block where all may still end within the limit."""
+    """A partial schedule with one more run, on each block where all may still end before the limit."""
     loads = partial.loads
     for size, seconds in choices.items():
         mean = (sum(loads) + size * seconds + left) / len(loads)
         for block in _blocks(size, len(loads)):
             loaded = _loaded(loads, block, seconds)
             bound = _rounded(max(mean, *loaded))
-            if bound <= limit:
-                yield _Partial(bound, partial.width + size, loaded, (partial, block))
+            if bound < limit:
+                yield _Partial(bound, loaded, (*partial.blocks, block))
 
 
-def _loaded(loads: tuple[float, ...], block: range, seconds: float) -> tuple[float, ...]:
+def _loaded(loads: Loads, block: range, seconds: float) -> Loads:
     return (*loads[: block.start], *[load + seconds for load in loads[block.start : block.stop]], *loads[block.stop :])
+
+
+def _free(loads: Loads, block: range) -> float:
+    return max(loads[block.start : block.stop])
 
 
 def _rounded(seconds: float) -> float:
@@ -174,7 +170,7 @@ def _rounded(seconds: float) -> float:
     return float(f"{seconds:.9g}")
 
 
-def _canonical(loads: tuple[float, ...]) -> tuple[float, ...]:
+def _canonical(loads: Loads) -> Loads:
     """The same for loads that differ by halves of a block that changed places."""
     half = 1
     while 2 * half <= len(loads):
@@ -189,86 +185,72 @@ def _canonical(loads: tuple[float, ...]) -> tuple[float, ...]:
 def _settled(runs: list[Choices], best: _Partial) -> list[range]:
     """Blocks of the runs, each moved to fewer devices, or to as many that are free sooner, while the end stays.
 
-    That is over some time: of the loads which a move to as many devices changes, the largest falls.
+    It comes to rest: of the loads that a move to as many devices changes, the largest falls.
     """
-    loads, limit = best.loads, best.bound
-    blocks: list[range] = []
-    while best.last:
-        best, block = best.last
-        blocks.insert(0, block)
-    moved = True
+    loads, blocks, moved = best.loads, list(best.blocks), True
     while moved:
         moved = False
         for number, choices in enumerate(runs):
             own = blocks[number]
             others = _loaded(loads, own, -choices[len(own)])
             now = len(own), _rounded(_free(others, own)), own.start
-            size, free, first = min(_seats(choices, others, limit), default=now)
+            size, free, first = min(_seats(choices, others, best.bound), default=now)
             if (size, free) < now[:2]:
                 blocks[number], moved = range(first, first + size), True
                 loads = _loaded(others, blocks[number], choices[size])
     return blocks
 
 
-def _seats(choices: Choices, others: tuple[float, ...], limit: float) -> Iterator[tuple[int, float, int]]:
-    """Blocks on which a run ends within a limit: their devices, when they are free, and the first of them."""
+def _seats(choices: Choices, others: Loads, end: float) -> Iterator[tuple[int, float, int]]:
+    """Blocks on which a run can end in time: how many devices, when they are free, the first of them."""
     for size, seconds in choices.items():
         for block in _blocks(size, len(others)):
-            free = _free(others, block)
-            if _rounded(free + seconds) <= limit:
-                yield size, _rounded(free), block.start
+            if _rounded(_free(others, block) + seconds) <= end:
+                yield size, _rounded(_free(others, block)), block.start
 
 
-def _free(loads: tuple[float, ...], block: range) -> float:
-    return max(loads[block.start : block.stop])
-
-
-def _started(runs: list[tuple[Job, range]], idle: tuple[float, ...]) -> list[Placement]:
+def _started(runs: list[tuple[Job, range]], idle: Loads) -> list[Placement]:
     """The runs on their blocks, whichever can start first."""
     waiting = sorted(runs, key=lambda run: (-len(run[1]), -run[0].seconds[len(run[1])]))
-    loads, placements = list(idle), []
+    loads, placements = idle, []
     while waiting:
-        starts = [max(loads[block.start : block.stop]) for _, block in waiting]
+        starts = [_free(loads, block) for _, block in waiting]
         start = min(starts)
         job, block = waiting.pop(starts.index(start))
         end = start + job.seconds[len(block)]
-        loads[block.start : block.stop] = [end] * len(block)
+        loads = (*loads[: block.start], *[end] * len(block), *loads[block.stop :])
         placements.append(Placement(job, tuple(block), start, end))
     return placements
 
 
 def chart(placements: Sequence[Placement], devices: int, width: int) -> list[str]:
-    """The schedule as text of so many columns: a line for each device, its runs as bars, and an axis of time."""
+    """The schedule as text, `width` columns at most: a line of bars for each device, and an axis of time."""
     margin = len(str(devices - 1)) + 1
-    columns_per_second = (width - margin - 1) / (makespan(placements) or 1.0)
-    lines = [[" "] * (width - margin) for _ in range(devices)]
+    columns = width - margin
+    scale = (columns - 1) / (makespan(placements) or 1.0)
+    lines = [[" "] * columns for _ in range(devices)]
     for placement in placements:
-        first, last = (round(time * columns_per_second) for time in (placement.start, placement.end))
-        bar = _bar(placement.job.name, last - first)
+        first, last = round(placement.start * scale), round(placement.end * scale)
         for device in placement.devices:
-            lines[device][first : last + 1] = bar
-    drawn = [f"{device:>{margin - 1}} {''.join(line).rstrip()}" for device, line in enumerate(lines)]
-    return [*drawn, " " * margin + _axis(width - margin, columns_per_second)]
+            lines[device][first : last + 1] = _bar(placement.job.name, last - first)
+    bars = [f"{device:>{margin - 1}} {''.join(line).rstrip()}" for device, line in enumerate(lines)]
+    return [*bars, " " * margin + _axis(columns, scale)]
 
 
 def _bar(name: str, columns: int) -> str:
-    """`|d20 ------|`, whose last column is the first of the next bar; without the name where it does not fit."""
-    if columns == 0:
-        return "|"
-    label = f"{name} " if len(name) < columns - 1 else name if len(name) < columns else ""
-    return f"|{label:-<{columns - 1}}|"
+    """`|d20 ------|`, whose last column is the first of the next bar; without a name that does not fit."""
+    label = f"{name} "[: columns - 1] if len(name) < columns else ""
+    return f"|{label:-<{columns - 1}}|" if columns else "|"
 
 
-def _axis(columns: int, columns_per_second: float) -> str:
-    """Times at round distances, each from the column that it is the time of."""
-    ticks = [(count * seconds, count, unit) for unit, seconds in UNITS.items() for count in SPACINGS]
-    step, count, unit = next(
-        (tick for tick in sorted(ticks) if tick[0] * columns_per_second >= TICK_COLUMNS), max(ticks)
-    )
+def _axis(columns: int, scale: float) -> str:
+    """Times at even distances, each behind the mark of its column; `scale` = columns a second."""
+    apart = TICK_COLUMNS / scale
+    unit = next((unit for unit, seconds in UNITS.items() if apart <= 20 * seconds), "d")
+    counts = (digit * 10**power for power in range(9) for digit in (1, 2, 5))
+    step = next(count for count in counts if count * UNITS[unit] >= apart)
+    ticks = [(round(number * UNITS[unit] * scale), f"|{number} {unit}") for number in range(0, columns * step, step)]
     line = ""
-    for number in range(columns):
-        column = round(number * step * columns_per_second)
-        if column + TICK_COLUMNS > columns:
-            break
-        line = f"{line:<{column}}|{number * count} {unit}"
+    for column, text in ticks:
+        line = f"{line:<{column}}{text}" if column + len(text) <= columns else line
     return line

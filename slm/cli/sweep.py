@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from slm.launch.local import Local
     from slm.launch.memory import Memory
     from slm.plan import Plan
+    from slm.progress import Display
     from slm.sweep import Corpora
     from slm.throughput import Estimates, Price
 
@@ -53,6 +55,7 @@ def sweep(
     price: Annotated[str | None, typer.Option(help="24/h for the machine, or 3/gpu/h: the plan has costs.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Start without asking, however long it takes.")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Go on in the background; `slm status` shows it.")] = False,
+    wandb: Annotated[bool, typer.Option("--wandb", help="Mirror the runs on Weights & Biases, offline too.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -96,7 +99,7 @@ def sweep(
         else:
             planning.show(planned, print)
     else:
-        _run(experiment, corpora, launcher, asked_price, yes, detach, as_json)
+        _run(experiment, corpora, launcher, asked_price, yes, detach, wandb, as_json)
 
 
 def _refuse_beside_plan(options: dict[str, Any]) -> None:
@@ -135,14 +138,18 @@ def _run(
     price: Price | None,
     yes: bool,
     detach: bool,
+    wandb: bool,
     as_json: bool,
 ) -> None:
     """Prepare, plan, record and train; exit code 1 unless every run is done."""
     from slm import sweep
     from slm.cli import plan
+    from slm.mirror import check_installed
     from slm.progress import Display
     from store import home
 
+    if wandb:
+        check_installed()
     plans = sweep.make_plans(experiment, lambda asked: corpora.prepare(asked, report_line))
     planned = plan.planned(experiment, corpora, launcher, price, home())
     plan.show(planned, report_line)
@@ -151,11 +158,20 @@ def _run(
     if detach:
         _detach(home())
         return
-    with Display(plans, {row.name for row in planned.rows if not row.waiting}) as display:
-        outcome = _conduct(plans, corpora, launcher, display)
+    done = {row.name for row in planned.rows if not row.waiting}
+    with Display(plans, done) as display, _mirrored(display, experiment, wandb) as view:
+        outcome = _conduct(plans, corpora, launcher, view)
     _print_outcome(experiment, outcome, home(), as_json)
     if outcome.not_finished:
         raise typer.Exit(1)
+
+
+def _mirrored(display: Display, experiment: Experiment, wandb: bool) -> AbstractContextManager[View]:
+    """What the conductor tells: the display, and through a mirror Weights & Biases."""
+    from slm.mirror import Mirror
+    from store import home
+
+    return Mirror(display, experiment.name, home()) if wandb else nullcontext(display)
 
 
 def _conduct(plans: list[Plan], corpora: Corpora, launcher: Local, view: View) -> Outcome:
