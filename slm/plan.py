@@ -6,7 +6,7 @@ import ast
 import hashlib
 import json
 from dataclasses import asdict, dataclass, is_dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -53,7 +53,7 @@ class Plan:
     code: str
     """Fingerprint of the trainer's sources."""
 
-    @property
+    @cached_property
     def run_id(self) -> str:
         """First 12 hex digits of the SHA-256 of the canonical identity."""
         data = self.data

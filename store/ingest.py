@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import random
 import shutil
@@ -48,7 +49,13 @@ def ingest(home: Path, patience: float = PATIENCE) -> Counts:
     when another process writes for longer than `patience` seconds, the disk is full, or the database needs a rebuild.
     """
     with _alone(home, patience) as deadline:
-        return _ingest(home, deadline)
+        files = _files(home)
+        return Counts(0, 0, 0, 0, []) if _are_read(home, files) else _ingest(home, files, deadline)
+
+
+def is_current(home: Path) -> bool:
+    """Whether the database of a home holds its files as they are, and an ingest would do nothing."""
+    return _are_read(home, _files(home))
 
 
 def rebuild(home: Path, patience: float = PATIENCE) -> Counts:
@@ -57,7 +64,7 @@ def rebuild(home: Path, patience: float = PATIENCE) -> Counts:
         live = places.live(home)
         for path in (live, live.with_name(f"{live.name}.wal")):
             path.unlink(missing_ok=True)
-        return _ingest(home, deadline)
+        return _ingest(home, _files(home), deadline)
 
 
 @contextmanager
@@ -90,15 +97,39 @@ def _wait(deadline: float, complaint: str) -> None:
     time.sleep(random.uniform(0.05, 0.25))
 
 
-def _ingest(home: Path, deadline: float) -> Counts:
+def _files(home: Path) -> dict[str, File]:
+    return {file.name: file for file in scan(home)}
+
+
+def _are_read(home: Path, files: dict[str, File]) -> bool:
+    """Whether an ingest without a problem saw just these files, and its databases are there as it left them.
+
+    It saves opening the database, whose libraries take longer to load than a thousand files to look at.
+    """
+    seen = places.seen(home)
+    return seen.exists() and seen.read_text() == _fingerprint(home, files)
+
+
+def _fingerprint(home: Path, files: dict[str, File]) -> str:
+    """Of the files as they were when looked at, of the databases, and of the schema's source."""
+    schema = Path(__file__).with_name("schema.py")
+    paths = [path for path in (places.live(home), places.snapshot(home), schema) if path.exists()]
+    found = [f"{path.name} {path.stat().st_size}:{path.stat().st_mtime_ns}" for path in paths]
+    lines = [*found, *(f"{file.name} {file.state}" for file in files.values())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _ingest(home: Path, files: dict[str, File], deadline: float) -> Counts:
     """Open, write what is new, close, publish. A database that someone opened by hand is waited for."""
     import duckdb
     from sqlalchemy.exc import DBAPIError
 
     while True:
         try:
-            counts = _write(home)
+            counts = _write(home, files)
             _publish(home)
+            if not counts.problems:
+                places.seen(home).write_text(_fingerprint(home, files))
         except BlockingIOError as error:
             _wait(deadline, f"{error}: close it there")
         except (DBAPIError, duckdb.Error, OSError) as error:
@@ -108,11 +139,10 @@ def _ingest(home: Path, deadline: float) -> Counts:
             return counts
 
 
-def _write(home: Path) -> Counts:
+def _write(home: Path, files: dict[str, File]) -> Counts:
     from store import writer
 
     with writer.opened(places.live(home)) as connection:
-        files = {file.name: file for file in scan(home)}
         known = writer.cursors(connection)
         lost = {name for name, (size, _) in known.items() if _is_lost(files.get(name), size)}
         if lost:

@@ -29,6 +29,11 @@ def snapshot(home: Path) -> Path:
     return home / "results.duckdb"
 
 
+def seen(home: Path) -> Path:
+    """What the last ingest saw, as a hash."""
+    return home / "slm.duckdb.seen"
+
+
 def damaged(path: Path, why: object) -> StoreError:
     """The error for a database that can only be made anew."""
     return StoreError(f"{path}: {first_line(why)}; `slm store rebuild` makes it anew from the run folders")

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from slm import __version__
-from slm.cli import compare, curves, data, eval, next, query, runs, sample, size, sweep
+from slm.cli import compare, control, curves, data, eval, logs, next, query, runs, sample, size, sweep
 
 app = typer.Typer(
     name="slm",
@@ -26,6 +26,10 @@ app.command("size")(size.size)
 app.command("sweep")(sweep.sweep)
 app.command("status")(runs.status)
 app.command("show")(runs.show)
+app.command("logs")(logs.logs)
+app.command("stop")(control.stop)
+app.command("retry")(control.retry)
+app.command("rm")(control.rm)
 app.command("fit-curves")(curves.fit_curves)
 app.command("compare")(compare.compare)
 app.command("next")(next.next_runs)

@@ -1,76 +1,235 @@
-"""`slm status` and `slm show`: what became of the runs."""
+"""`slm status` and `slm show`: what became of the runs, read from their files."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Set
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slm.cli.options import Json, print_json, print_table, records, report_problems
+from slm.cli.options import Json, print_json, print_table, report_problems
+
+if TYPE_CHECKING:
+    from slm.track import Track
 
 LOG_LINES = 15
+WHY = 60
+"""Characters of a reason in the table."""
+Row = dict[str, Any]
+ORDER = ("flops_planned", "recipe", "depth", "seed", "run_id")
+UNTOLD = ("finished", "planned", "running", "queued")
+"""States that need no reason."""
 
 
 def status(
-    experiment: Annotated[str | None, typer.Argument(help="Only this experiment's runs.")] = None, as_json: Json = False
+    experiment: Annotated[str | None, typer.Argument(help="Only this experiment's runs.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Live, until nothing is at work; Ctrl-C ends it.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Show every run: planned, running, finished, or why not."""
-    import store
-    from slm import launch
+    """Show every run: how far it is, its result, or why it has none."""
+    from slm import conduct
+    from store import home
 
-    home = store.home()
-    report_problems(store.ingest(home).problems)
-    frame = store.results(experiment, home=home)
-    columns = ["run_id", "recipe", "depth", "horizon", "seed", "status", "val_bpb", "flops", "train_seconds"]
-    rows = records(frame[columns])
-    for row in rows:
-        if row["status"] in ("running", "interrupted"):
-            row["status"] = "running" if launch.holder(home / row["run_id"]) else "interrupted"
-    if as_json:
-        print_json({"home": str(home), "runs": rows})
+    if watch and as_json:
+        raise ValueError("--watch --json: choose one; `slm status --json` says how the runs are now")
+    if watch:
+        _watch(home(), experiment)
         return
-    print_table(
-        [_cells(row) for row in rows], ["run", "recipe", "d", "horizon", "seed", "status", "val_bpb", "FLOPs", "s"]
-    )
+    rows, problems = rows_of(home(), experiment)
+    conductor = conduct.conductor(home())
+    report_problems(problems)
+    if as_json:
+        print_json({"home": str(home()), "conductor": conductor, "runs": rows})
+    else:
+        _print_status(rows, conductor)
+    if conductor is None:
+        _ingest_behind(home())
 
 
-def _cells(row: dict[str, Any]) -> list[str | None]:
+def _ingest_behind(home: Path) -> None:
+    """Bring the database up to date for runs that nobody conducts, without waiting for it."""
+    import store
+
+    if not store.is_current(home):
+        program = "import sys, pathlib, store; store.ingest(pathlib.Path(sys.argv[1]))"
+        nothing = subprocess.DEVNULL
+        command = [sys.executable, "-P", "-c", program, str(home)]
+        subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
+
+
+def rows_of(home: Path, experiment: str | None = None, queued: Set[str] = frozenset()) -> tuple[list[Row], list[str]]:
+    """The runs of a home, or of an experiment, cheapest first, and a line for each that cannot be read.
+
+    `queued` are those whose job waits in a cluster. Raises ValueError where there is no such home or experiment.
+    """
+    rows, problems = [], []
+    for run_id in _run_ids(home, experiment):
+        try:
+            rows.append(_row(home / run_id, run_id in queued))
+        except (KeyError, TypeError) as error:
+            problems.append(f"{home / run_id}: its documents lack {error}")
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
+    return sorted(rows, key=lambda row: tuple(row[name] for name in ORDER)), problems
+
+
+def _run_ids(home: Path, experiment: str | None) -> list[str]:
+    from slm import events
+
+    if not home.is_dir():
+        raise ValueError(f"{home}: there is no such folder; `slm sweep` makes it, SLM_HOME names another")
+    if experiment is None:
+        return [path.parent.name for path in home.glob("*/plan.json")]
+    declared = {path.stem: path for path in sorted(home.glob("experiments/*.json"))}
+    if experiment not in declared:
+        raise ValueError(f"no experiment {experiment!r}; there are {', '.join(declared) or 'none'}")
+    listed: list[str] = events.read_json(declared[experiment])["runs"]
+    return [run_id for run_id in listed if (home / run_id / "plan.json").exists()]
+
+
+def _row(folder: Path, queued: bool) -> Row:
+    from slm import events, launch
+
+    row = _planned(events.read_json(folder / "plan.json"))
+    state = launch.state(folder, queued)
+    done = events.read_json(folder / "done.json") if state.status == "finished" else {}
+    row |= {"run_id": folder.name, "status": state.status, "reason": state.reason, "message": state.message}
+    row |= {name: done.get(name) for name in ("val_bpb", "flops", "train_seconds")}
+    row |= {"step": row["steps"], "seconds_left": None}
+    if not done:
+        track = track_of(folder, row["steps"])
+        row |= {"step": track.step, "seconds_left": track.seconds_left if state.status == "running" else None}
+    return row
+
+
+def _planned(plan: Row) -> Row:
+    """What a row says of the document of a plan; one of another version of slm too."""
+    given = plan["hyperparameters"]
+    row = {name: plan[name] for name in ("run_id", "recipe", "horizon", "seed")}
+    flops = given["flops_per_token"] * given["batch_tokens"] * given["steps"]
+    return row | {"depth": given["depth"], "steps": given["steps"], "flops_planned": flops}
+
+
+def track_of(folder: Path, steps: int) -> Track:
+    """How far a run is, from the last events of its attempts; those of a damaged file are left out."""
+    from slm.track import Track, last_events
+
+    track = Track(steps)
+    for attempt in attempts_of(folder):
+        for event in last_events(attempt / "events.jsonl"):
+            track.take(event)
+    return track
+
+
+def _print_status(rows: list[Row], conductor: int | None) -> None:
+    columns = {"run_id": "run", "recipe": "recipe", "depth": "d", "horizon": "horizon", "seed": "seed"}
+    columns |= {"status": "status", "progress": "step", "left": "left", "val_bpb": "val_bpb", "flops": "FLOPs"}
+    columns |= {"train_seconds": "s", "why": "why"}
+    cells = [_cells(row) for row in rows]
+    shown = [name for name in columns if name not in ("left", "why") or any(row[name] for row in cells)]
+    print_table([[row[name] for name in shown] for row in cells], [columns[name] for name in shown])
+    counts = ", ".join(f"{count} {state}" for state, count in Counter(row["status"] for row in rows).most_common())
+    sweep = f"; process {conductor} conducts a sweep" if conductor else ""
+    print(f"\n{len(rows)} runs{': ' if counts else ''}{counts}{sweep}")
+
+
+def _cells(row: Row) -> dict[str, str | None]:
+    from slm.progress import duration
+    from slm.screen import one_line
+
+    left, why = row["seconds_left"], one_line(row["message"] or "")
     formats = {"val_bpb": ".4f", "flops": ".3g", "train_seconds": ".1f"}
-    return [None if value is None else format(value, formats.get(name, "")) for name, value in row.items()]
+    cells = {name: None if value is None else format(value, formats.get(name, "")) for name, value in row.items()}
+    return cells | {
+        "progress": f"{row['step']:,}/{row['steps']:,}",
+        "left": None if left is None else duration(left),
+        "why": None if row["status"] in UNTOLD else f"{why[:WHY]}…" if len(why) > WHY else why or None,
+    }
+
+
+def _watch(home: Path, experiment: str | None) -> None:
+    """Show what is at work until nothing is and nobody conducts; what goes on does so when the watching ends."""
+    from slm import conduct, launch
+    from slm.plan import Plan
+    from slm.progress import Display
+
+    plans = []
+    for run_id in _run_ids(home, experiment):
+        try:
+            plans.append(Plan.read(home / run_id / "plan.json"))
+        except ValueError as error:
+            report_problems([str(error)])
+    plans.sort(key=lambda plan: plan.hyperparameters.flops)
+    done = {plan.run_id for plan in plans if launch.is_done(home / plan.run_id)}
+    others = [plan for plan in plans if plan.run_id not in done]
+    with Display(plans, done) as display:
+
+        def over() -> bool:
+            held = display.at_work or any(launch.holder(home / plan.run_id) for plan in others)
+            return not held and conduct.conductor(home) is None
+
+        try:
+            conduct.watch(others, home, display, over)
+            display.note("nothing is at work")
+        except KeyboardInterrupt:
+            display.note("watched no more; what is at work goes on")
 
 
 def show(run: Annotated[str, typer.Argument(help="A run_id, or its first digits.")], as_json: Json = False) -> None:
-    """Show one run: plan, attempts and their warnings, result, and the end of its log when it failed."""
+    """Show one run: plan, attempts and how each ended, result, and the end of its log when it failed."""
     from slm import events, launch
     from store import home
 
     folder = run_folder(home(), run)
-    attempt = launch.last_attempt(folder)
+    state = launch.state(folder)
     document = {name: events.read_json(folder / f"{name}.json") for name in ("plan", "done") if _there(folder, name)}
-    document["attempts"] = [_attempt(path) for path in sorted((folder / "attempts").glob("[0-9]*"))]
+    document |= {"status": state.status, "attempts": [_attempt(path) for path in attempts_of(folder)]}
     if as_json:
         print_json(document)
         return
-    plan = document["plan"]
-    given = plan["hyperparameters"]
-    print(f"run {folder.name}: {plan['recipe']} d{given['depth']} {plan['horizon']} seed {plan['seed']}")
-    print(f"  {given['steps']:,} steps of {given['batch_tokens']:,} tokens, width {given['width']}")
-    for entry in document["attempts"]:
-        ended = entry["exit"]
-        state = "no word yet" if ended is None else "finished" if ended["reason"] is None else ended["reason"]
-        print(f"  attempt {entry['attempt']} on {entry['ranks']} x {entry['device_name']}: {state}")
-        for warning in entry["warnings"][-LOG_LINES:]:
-            print(f"    warning: {warning}")
-        if ended and ended["message"]:
-            print(f"    {ended['message']}")
-    if "done" in document:
-        done = document["done"]
-        print(f"  val_bpb {done['val_bpb']:.4f} after {done['tokens']:,} tokens, {done['flops']:.3g} FLOPs")
-        print(f"  {done['train_seconds']:.1f} s of training, {done['tokens_per_second']:,.0f} tokens/s")
-    elif attempt and (attempt / "log").exists():
-        lines = (attempt / "log").read_text(errors="replace").splitlines()[-LOG_LINES:]
-        print("\n".join([f"  end of {attempt / 'log'}:", *(f"    {line}" for line in lines)]))
+    try:
+        lines = [f"run {folder.name}: {label_of(document['plan'])}, {state.status}", *_facts(document)]
+    except (KeyError, TypeError) as error:
+        anew = "`slm sweep` typed again writes a plan anew"
+        raise ValueError(f"{folder}: its documents lack {error}; {anew}, `slm show {run} --json` shows all") from None
+    if state.status not in UNTOLD and (attempt := launch.last_attempt(folder)):
+        lines += [f"  end of {attempt / 'log'}:", *(f"    {line}" for line in log_lines(attempt)[-LOG_LINES:])]
+    print("\n".join(lines))
+
+
+def _facts(document: Row) -> list[str]:
+    """Shape, attempts and result of a run, in words."""
+    from slm.progress import duration
+
+    given = document["plan"]["hyperparameters"]
+    lines = [f"{given['steps']:,} steps of {given['batch_tokens']:,} tokens, width {given['width']}"]
+    for attempt in document["attempts"]:
+        lines += _attempt_lines(attempt)
+    if done := document.get("done"):
+        lines.append(f"val_bpb {done['val_bpb']:.4f} after {done['tokens']:,} tokens, {done['flops']:.3g} FLOPs")
+        lines.append(f"{duration(done['train_seconds'])} of training, {done['tokens_per_second']:,.0f} tokens/s")
+    return [f"  {line}" for line in lines]
+
+
+def _attempt_lines(attempt: Row) -> list[str]:
+    """Where an attempt was, how it ended, and how long that took beside the estimate for the whole run."""
+    from slm.progress import duration
+    from slm.screen import one_line
+
+    ended, own = attempt["exit"], ", ".join(attempt.get("ids") or ())
+    state = "no word yet" if ended is None else ended["reason"] or "finished"
+    where = f"{attempt['ranks']} x {attempt['device_name'] or attempt['device']}{f' ({own})' if own else ''}"
+    where += f", {attempt['threads']} threads, {attempt['micro_batch']} rows a pass, on {attempt['host']}"
+    took = f" after {duration(ended['time'] - attempt['created'])}" if ended else ""
+    estimate = attempt.get("estimated_seconds")
+    foretold = f" (the whole run was estimated at {duration(estimate)})" if estimate else ""
+    lines = [f"attempt {attempt['attempt']}: {state}{took}{foretold}", f"  {where}"]
+    lines += [f"  warning: {message}" for message in attempt["warnings"][-LOG_LINES:]]
+    return lines + ([f"  {one_line(ended['message'])}"] if ended and ended["message"] else [])
 
 
 def run_folder(home: Path, run: str) -> Path:
@@ -81,11 +240,27 @@ def run_folder(home: Path, run: str) -> Path:
     return found[0]
 
 
+def label_of(plan: Row) -> str:
+    """A run's name for people, from the document of its plan. Raises KeyError or TypeError where it is none."""
+    return f"{plan['recipe']} d{plan['hyperparameters']['depth']} {plan['horizon']} seed {plan['seed']}"
+
+
+def attempts_of(run_folder: Path) -> list[Path]:
+    """Folders of a run's attempts, oldest first."""
+    return sorted((run_folder / "attempts").glob("[0-9]*"), key=lambda path: int(path.name))
+
+
+def log_lines(attempt: Path) -> list[str]:
+    """What torchrun and the trainers said."""
+    path = attempt / "log"
+    return path.read_text(errors="replace").splitlines() if path.exists() else []
+
+
 def _there(folder: Path, name: str) -> bool:
     return (folder / f"{name}.json").exists()
 
 
-def _attempt(folder: Path) -> dict[str, Any]:
+def _attempt(folder: Path) -> Row:
     from slm import events, launch
 
     document = events.read_json(folder / "attempt.json")
