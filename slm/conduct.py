@@ -8,7 +8,7 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -483,13 +483,21 @@ def unfinished(home: Path) -> list[Plan]:
     return plans
 
 
-def watch(plans: Sequence[Plan], home: Path, view: View, until: Callable[[], bool]) -> None:
-    """Show what others train, until something is so."""
+def watch(
+    plans: Sequence[Plan],
+    home: Path,
+    view: View,
+    until: Callable[[], bool],
+    jobs: Callable[[], Mapping[str, str | None]] = dict,
+) -> None:
+    """Show what others train, until something is so; `jobs` is what a cluster says of runs, by run_id."""
     followers = [Follower(plan, home / plan.run_id, view) for plan in plans]
     running: set[str] = set()
     while not until():
+        told = jobs()
         for follower in followers:
-            run_id, state = follower.folder.name, launch.state(follower.folder)
+            run_id = follower.folder.name
+            state = launch.state(follower.folder, told.get(run_id))
             if state.status == "running" or run_id in running:
                 follower.look()
             if state.status == "running":

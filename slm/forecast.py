@@ -10,9 +10,10 @@ from slm.estimate import peak_memory
 from slm.launch import Slot
 from slm.launch.local import Local
 from slm.launch.memory import Memory
+from slm.launch.slurm import Slurm
 from slm.recipe import Hyperparameters
 from slm.schedule import Job, Placement, chart, makespan
-from slm.throughput import Price
+from slm.throughput import START, Price
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,18 @@ def of(
         labelled.append(Placement(Job(labels[name], own.job.seconds), own.devices, own.start, own.end))
     cost = price.of(total, devices, devices) if price else None
     return Forecast(shares, total, cost, chart(labelled, devices // launcher.unit, columns))
+
+
+def in_queue(waiting: Sequence[Waiting], launcher: Slurm, price: Price | None) -> Forecast:
+    """The forecast of runs that a cluster starts when it can; `price` is of a node, or of a device."""
+    shares = {}
+    for run in waiting:
+        slot = launcher.cluster.slot(run.given)
+        seconds = START + run.left * (launcher.seconds(run.given, slot) - START)
+        cost = price.of(seconds, slot.ranks, slot.ranks // slot.nodes) if price else None
+        shares[run.name] = Share(slot, None, seconds, _peak(run.given, slot, launcher.memory), cost)
+    total = sum(own.cost or 0.0 for own in shares.values()) if price else None
+    return Forecast(shares, max((own.seconds for own in shares.values()), default=0.0), total, [])
 
 
 def _peak(given: Hyperparameters, slot: Slot, memory: Memory) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -52,10 +51,13 @@ def stop(
 
 
 def _at_work(home: Path) -> list[Path]:
-    """Runs that somebody holds."""
+    """Runs that somebody holds, or whose job a cluster has."""
     from slm import launch
+    from slm.launch import slurm
 
-    return [path.parent for path in home.glob("*/plan.json") if launch.holder(path.parent)]
+    folders = [path.parent for path in home.glob("*/plan.json")]
+    jobs = slurm.jobs_of(folders)
+    return [folder for folder in folders if folder in jobs or launch.holder(folder)]
 
 
 def _elsewhere(folder: Path) -> str | None:
@@ -63,17 +65,19 @@ def _elsewhere(folder: Path) -> str | None:
     from slm import launch
 
     attempt = launch.last_attempt(folder)
-    if attempt is None or launch.exit_of(attempt) or launch.is_done(folder):
+    if attempt is None or launch.exit_of(attempt) or launch.is_done(folder) or launch.is_here(folder):
         return None
-    host: str = launch.attempt_document(attempt).get("host", "")
-    return host if host != socket.gethostname() and launch.holder(folder) else None
+    document = launch.attempt_document(attempt)
+    return document["host"] if document["launcher"] == "local" and launch.holder(folder) else None
 
 
 def _ask(folders: Sequence[Path], given: bool, conductor: int | None) -> list[Path]:
     """Ask the conductor, or whoever holds these runs; those that were at work."""
     from slm import launch
+    from slm.launch import slurm
 
-    at_work = [folder for folder in folders if launch.holder(folder)]
+    jobs = slurm.jobs_of(folders)
+    at_work = [folder for folder in folders if folder in jobs or launch.holder(folder)]
     if conductor is not None:
         with suppress(ProcessLookupError):
             os.kill(conductor, signal.SIGTERM)
@@ -82,6 +86,8 @@ def _ask(folders: Sequence[Path], given: bool, conductor: int | None) -> list[Pa
             launch.stop(folder)
         elif not launch.is_done(folder):
             launch.cancel(folder)
+        if folder in jobs and (attempt := launch.last_attempt(folder)):
+            slurm.stop(jobs[folder], attempt)
     return at_work
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from slm.experiment import Asked, Experiment
     from slm.forecast import Forecast
     from slm.launch.local import Local
+    from slm.launch.slurm import Slurm
     from slm.plan import Plan
     from slm.sweep import Corpora
     from slm.throughput import Estimates, Price
@@ -59,14 +60,20 @@ class Planned:
     """The devices, for people."""
 
 
-def planned(experiment: Experiment, corpora: Corpora, launcher: Local, price: Price | None, home: Path) -> Planned:
+def planned(
+    experiment: Experiment, corpora: Corpora, launcher: Local | Slurm, price: Price | None, home: Path
+) -> Planned:
     """What a sweep will do. Raises ValueError for a horizon beyond the data, and for a run that no memory holds."""
     from slm import forecast
+    from slm.launch.local import Local
 
     rows = _rows(experiment, corpora, home)
     waiting = [row.waiting for row in rows if row.waiting]
     columns = shutil.get_terminal_size((100, 24)).columns
-    expected = forecast.of(waiting, _labels(rows), launcher, price, columns)
+    if isinstance(launcher, Local):
+        expected = forecast.of(waiting, _labels(rows), launcher, price, columns)
+    else:
+        expected = forecast.in_queue(waiting, launcher, price)
     return Planned(experiment, rows, expected, launcher.seconds, launcher.where)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,15 +62,20 @@ def _ingest_behind(home: Path) -> None:
         subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
 
 
-def rows_of(home: Path, experiment: str | None = None, queued: Set[str] = frozenset()) -> tuple[list[Row], list[str]]:
+def rows_of(home: Path, experiment: str | None = None) -> tuple[list[Row], list[str]]:
     """The runs of a home, or of an experiment, cheapest first, and a line for each that cannot be read.
 
-    `queued` are those whose job waits in a cluster. Raises ValueError where there is no such home or experiment.
+    Raises ValueError where there is no such home or experiment.
     """
+    run_ids = _run_ids(home, experiment)
     rows, problems = [], []
-    for run_id in _run_ids(home, experiment):
+    try:
+        jobs = statuses_of_jobs(home, run_ids)
+    except RuntimeError as error:
+        jobs, problems = {}, [f"Slurm does not answer: {error}"]
+    for run_id in run_ids:
         try:
-            rows.append(_row(home / run_id, run_id in queued))
+            rows.append(_row(home / run_id, jobs.get(run_id)))
         except (KeyError, TypeError) as error:
             problems.append(f"{home / run_id}: its documents lack {error}")
         except (OSError, ValueError) as error:
@@ -91,11 +97,18 @@ def _run_ids(home: Path, experiment: str | None) -> list[str]:
     return [run_id for run_id in listed if (home / run_id / "plan.json").exists()]
 
 
-def _row(folder: Path, queued: bool) -> Row:
+def statuses_of_jobs(home: Path, run_ids: Sequence[str]) -> dict[str, str | None]:
+    """What a cluster says of runs whose jobs it has. Raises RuntimeError when it does not answer."""
+    from slm.launch import slurm
+
+    return {folder.name: job.status for folder, job in slurm.jobs_of(home / run_id for run_id in run_ids).items()}
+
+
+def _row(folder: Path, job: str | None) -> Row:
     from slm import events, launch
 
     row = _planned(events.read_json(folder / "plan.json"))
-    state = launch.state(folder, queued)
+    state = launch.state(folder, job)
     done = events.read_json(folder / "done.json") if state.status == "finished" else {}
     row |= {"run_id": folder.name, "status": state.status, "reason": state.reason, "message": state.message}
     row |= {name: done.get(name) for name in ("val_bpb", "flops", "train_seconds")}
@@ -166,14 +179,23 @@ def _watch(home: Path, experiment: str | None) -> None:
     plans.sort(key=lambda plan: plan.hyperparameters.flops)
     done = {plan.run_id for plan in plans if launch.is_done(home / plan.run_id)}
     others = [plan for plan in plans if plan.run_id not in done]
+    jobs: dict[str, str | None] = {}
     with Display(plans, done) as display:
 
         def over() -> bool:
-            held = display.at_work or any(launch.holder(home / plan.run_id) for plan in others)
+            held = display.at_work or jobs or any(launch.holder(home / plan.run_id) for plan in others)
             return not held and conduct.conductor(home) is None
 
+        def look_at_jobs() -> dict[str, str | None]:
+            with suppress(RuntimeError):  # Slurm does not answer: what it said last holds
+                found = statuses_of_jobs(home, [plan.run_id for plan in others])
+                jobs.clear()
+                jobs.update(found)
+            return jobs
+
+        look_at_jobs()
         try:
-            conduct.watch(others, home, display, over)
+            conduct.watch(others, home, display, over, look_at_jobs)
             display.note("nothing is at work")
         except KeyboardInterrupt:
             display.note("watched no more; what is at work goes on")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from slm.experiment import Experiment
     from slm.launch.local import Local
     from slm.launch.memory import Memory
+    from slm.launch.slurm import Slurm
     from slm.plan import Plan
     from slm.progress import Display
     from slm.sweep import Corpora
@@ -51,7 +53,19 @@ def sweep(
     gpus_per_run: Annotated[str, typer.Option(help="GPUs of a run: auto (soonest end), all, or a number.")] = "auto",
     cores: Annotated[int | None, typer.Option(min=1, help="CPU cores to use; else all.")] = None,
     cores_per_run: Annotated[str, typer.Option(help="Cores of a run: auto (soonest end), all, or a number.")] = "auto",
-    gpu: Annotated[str, typer.Option(help="GPU that --dry-run plans for where there is none.")] = "H100",
+    gpu: Annotated[str, typer.Option(help="GPU to plan for where there is none: H100, A100, …")] = "H100",
+    launcher: Annotated[
+        str, typer.Option(help="local: this machine; slurm: a job of a cluster for each run.")
+    ] = "local",
+    nodes: Annotated[int, typer.Option(help="Slurm: machines of one run.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="Slurm: GPUs of one run on each node; 0 for cores.")] = 0,
+    cores_per_node: Annotated[int | None, typer.Option(help="Slurm: cores on each; else 4 a GPU, or one.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Slurm: as sbatch takes it.")] = None,
+    account: Annotated[str | None, typer.Option(help="Slurm: as sbatch takes it.")] = None,
+    qos: Annotated[str | None, typer.Option(help="Slurm: as sbatch takes it.")] = None,
+    time: Annotated[str | None, typer.Option(help="Slurm: limit of a job, which then goes back to the queue.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Slurm: in the queue at once, at most.")] = None,
+    sbatch: Annotated[str, typer.Option(help='Slurm: more options, "--mem=64G --constraint=a100".')] = "",
     price: Annotated[str | None, typer.Option(help="24/h for the machine, or 3/gpu/h: the plan has costs.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Start without asking, however long it takes.")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Go on in the background; `slm status` shows it.")] = False,
@@ -91,15 +105,24 @@ def sweep(
         experiment = replace(experiment, data=data)
     corpora, estimates = Corpora(experiment, home()), Estimates(home())
     asked_price = price_of(price) if price else None
-    launcher = _local(gpus, gpus_per_run, cores, cores_per_run, gpu if dry_run else None, estimates, _memory(home()))
+    asked_cluster = {"partition": partition, "account": account, "qos": qos, "time": time}
+    if launcher == "slurm":
+        _refuse_beside_slurm({"--gpus": gpus, "--cores": cores})
+        shape = (nodes, gpus_per_node, cores_per_node)
+        where: Local | Slurm = _slurm(shape, gpu, asked_cluster, sbatch, jobs, estimates)
+    elif launcher == "local":
+        per_run = (gpus_per_run, cores_per_run)
+        where = _local(gpus, cores, per_run, gpu if dry_run else None, estimates)
+    else:
+        raise ValueError(f"--launcher {launcher}: choose local or slurm")
     if dry_run:
-        planned = planning.planned(experiment, corpora, launcher, asked_price, home())
+        planned = planning.planned(experiment, corpora, where, asked_price, home())
         if as_json:
             print_json(planning.document(planned))
         else:
             planning.show(planned, print)
     else:
-        _run(experiment, corpora, launcher, asked_price, yes, detach, wandb, as_json)
+        _run(experiment, corpora, where, asked_price, yes, detach, wandb, as_json)
 
 
 def _refuse_beside_plan(options: dict[str, Any]) -> None:
@@ -110,31 +133,52 @@ def _refuse_beside_plan(options: dict[str, Any]) -> None:
             raise ValueError(f"{option} {value}: --plan holds the whole run, {others}")
 
 
+def _refuse_beside_slurm(options: dict[str, Any]) -> None:
+    for option, value in options.items():
+        if value is not None:
+            raise ValueError(f"{option} {value}: is of this machine; --launcher slurm takes --nodes, {option}-per-node")
+
+
 def _local(
-    gpus: int | None,
-    gpus_per_run: str,
-    cores: int | None,
-    cores_per_run: str,
-    gpu: str | None,
-    estimates: Estimates,
-    memory: Memory,
+    gpus: int | None, cores: int | None, per_run: tuple[str, str], gpu: str | None, estimates: Estimates
 ) -> Local:
     """This machine's devices; GPUs of a name where a plan alone is asked and there are none."""
     from slm import devices
     from slm.launch import local
+    from store import home
 
     if gpu and gpus and not devices.gpu_count() and not devices.apple_gpu():
         machine = local.imagined(gpus, gpu)
     else:
         machine = local.machine(gpus, cores)
-    per_run = cores_per_run if machine.device == "cpu" else gpus_per_run
-    return local.Local(machine, local.sizes(per_run, machine), estimates, memory)
+    asked = per_run[1] if machine.device == "cpu" else per_run[0]
+    return local.Local(machine, local.sizes(asked, machine), estimates, _memory(home()))
+
+
+def _slurm(
+    shape: tuple[int, int, int | None],
+    gpu: str,
+    asked: dict[str, Any],
+    options: str,
+    jobs: int | None,
+    estimates: Estimates,
+) -> Slurm:
+    """Nodes of a cluster, GPUs and cores on each."""
+    from slm import devices
+    from slm.launch import local
+    from slm.launch.slurm import Cluster, Slurm
+    from store import home
+
+    memory = local.imagined(1, gpu).memory if shape[1] else None
+    name = gpu if shape[1] else devices.name("cpu")
+    cluster = Cluster(*shape, device_name=name, memory=memory, **asked, options=tuple(shlex.split(options)))
+    return Slurm(cluster, estimates, _memory(home()), report_line, jobs)
 
 
 def _run(
     experiment: Experiment,
     corpora: Corpora,
-    launcher: Local,
+    launcher: Local | Slurm,
     price: Price | None,
     yes: bool,
     detach: bool,
@@ -144,17 +188,23 @@ def _run(
     """Prepare, plan, record and train; exit code 1 unless every run is done."""
     from slm import sweep
     from slm.cli import plan
+    from slm.launch.slurm import Slurm
     from slm.mirror import check_installed
     from slm.progress import Display
     from store import home
 
     if wandb:
         check_installed()
+    if isinstance(launcher, Slurm):
+        launcher.check()
     plans = sweep.make_plans(experiment, lambda asked: corpora.prepare(asked, report_line))
     planned = plan.planned(experiment, corpora, launcher, price, home())
     plan.show(planned, report_line)
     plan.ask(planned.forecast, yes)
     sweep.record(experiment, plans, home())
+    if detach and isinstance(launcher, Slurm):
+        _submit(plans, corpora, launcher)
+        return
     if detach:
         _detach(home())
         return
@@ -174,7 +224,7 @@ def _mirrored(display: Display, experiment: Experiment, wandb: bool) -> Abstract
     return Mirror(display, experiment.name, home()) if wandb else nullcontext(display)
 
 
-def _conduct(plans: list[Plan], corpora: Corpora, launcher: Local, view: View) -> Outcome:
+def _conduct(plans: list[Plan], corpora: Corpora, launcher: Local | Slurm, view: View) -> Outcome:
     """Train, when nobody else sweeps this home; until then show what they do."""
     from slm import conduct
     from store import home
@@ -188,6 +238,21 @@ def _conduct(plans: list[Plan], corpora: Corpora, launcher: Local, view: View) -
         view.note(f"{home()} is being swept by process {conduct.conductor(home())}: {mine}")
         others = conduct.unfinished(home())
         conduct.watch(others, home(), view, until=lambda: conduct.conductor(home()) is None)
+
+
+def _submit(plans: list[Plan], corpora: Corpora, launcher: Slurm) -> None:
+    """Leave every run that is left to the cluster."""
+    from slm import conduct
+    from slm.progress import Display
+    from store import home
+
+    with conduct.conducting(home()) as ours:
+        if not ours:
+            raise RuntimeError(
+                f"{home()} is being swept by process {conduct.conductor(home())}: wait for it, or stop it"
+            )
+        conduct.Conductor(plans, corpora.of, home(), launcher, Display(plans, set()), lambda: None).submit()
+    report_line("submitted: `slm status` shows them, and the same command takes up what failed")
 
 
 def _detach(home: Path) -> None:

@@ -179,15 +179,15 @@ def forgiven(run_folder: Path) -> int:
     return int(events.read_json(path)["attempt"]) if path.exists() else 0
 
 
-def state(run_folder: Path, queued: bool = False) -> State:
-    """How a run is, by its files and locks; `queued` is the word of a cluster that its job waits."""
+def state(run_folder: Path, job: str | None = None) -> State:
+    """How a run is, by its files, its locks, and what a cluster says of its job: "queued", "running" or None."""
     if is_done(run_folder):
         return State("finished")
     attempt = last_attempt(run_folder)
     ended = exit_of(attempt) if attempt else None
-    if attempt and not ended and holder(run_folder):
+    if attempt and not ended and (job == "running" or holder(run_folder)):
         return State("running")
-    if queued:
+    if job:
         return State("queued")
     if is_cancelled(run_folder):
         return State("cancelled", "cancelled", "stopped as asked; `slm retry` lets a sweep train it again")
@@ -202,9 +202,16 @@ def state(run_folder: Path, queued: bool = False) -> State:
 def stop(run_folder: Path, at_once: bool = False) -> None:
     """Ask whoever holds a run on this machine to checkpoint and end, or to end at once; nothing where nobody does."""
     process = holder(run_folder)
-    if process is not None:
+    if process is not None and is_here(run_folder):
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGINT if at_once else signal.SIGTERM)
+
+
+def is_here(run_folder: Path) -> bool:
+    """Whether a run's newest attempt is of this machine, where the number in its lock means its process."""
+    attempt = last_attempt(run_folder)
+    document = attempt_document(attempt) if attempt else {}
+    return (document.get("launcher"), document.get("host")) == ("local", socket.gethostname())
 
 
 def steps_kept(run_folder: Path) -> int:

@@ -40,6 +40,8 @@ SILENT_STEPS = 10
 WORKING_SECONDS = {"start": 1800.0, "compilation": 3600.0, "checkpoint": 3600.0, "evaluation": 600.0}
 """Silence after which what takes longer than a step is taken for a hang: a start ends with the second logged step, an
 evaluation speaks now and then."""
+PARTING_SECONDS = 10.0
+"""Time for the first node to say how an attempt ended before another's failure has Slurm end all."""
 SHORT_OF_MEMORY = 0.05
 """Share of the machine's memory that was left when a kill is taken for one by the kernel, for want of memory."""
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36), "MALLOC_TOP_PAD_": str(2**28)}
@@ -56,7 +58,7 @@ def supervise(folder: Path, lock: int | None) -> int:
     held = _hold(run_folder, lock) if first else None
     _adopt_orphans()
     asked = _Asked()
-    with (folder / "log").open("ab") as log:
+    with (folder / ("log" if first else f"log-{os.environ['SLURM_NODEID']}")).open("ab") as log:
         child = subprocess.Popen(
             _command(folder, attempt),
             stdout=log,
@@ -68,7 +70,11 @@ def supervise(folder: Path, lock: int | None) -> int:
     code = _wait(child, asked, watch)
     psutil.wait_procs(_kill_descendants())
     finished = launch.is_done(run_folder)
-    if held is not None:
+    if held is None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(PARTING_SECONDS if code else 0)
+        return 1 if code else 0
+    if finished or not (asked.terminated and attempt["launcher"] == "slurm"):  # why Slurm ends a job, Slurm knows
         reason, message = (None, None) if finished else _why(folder, code, asked, watch)
         launch.record_exit(folder, code, reason, message)
     return 0 if finished else 1
@@ -85,10 +91,15 @@ def _hold(run_folder: Path, lock: int | None) -> Any:
 
 
 class _Asked:
-    """What signals ask for: TERM to checkpoint and end, INT to end at once. They and a child's end wake a wait."""
+    """What signals ask for: TERM to checkpoint and end, INT to end at once. They and a child's end wake a wait.
+
+    USR2 asks for the same as TERM. Slurm sends a signal to every process of a job: this one stays blocked, in all that
+    descend from here as well, and pending, which is seen here alone.
+    """
 
     def __init__(self) -> None:
-        self.stop = self.at_once = False
+        self.stop = self.at_once = self.terminated = False
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
         self._wakes, wakened = socket.socketpair()
         for end in (self._wakes, wakened):
             end.setblocking(False)
@@ -100,11 +111,13 @@ class _Asked:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.stop |= number in (signal.SIGTERM, signal.SIGINT)
         self.at_once |= number == signal.SIGINT
+        self.terminated |= number == signal.SIGTERM
 
     def wait(self, seconds: float) -> None:
         """Until a signal comes, or so long."""
         if select.select([self._wakes], [], [], seconds)[0]:
             self._wakes.recv(4096)
+        self.stop |= signal.SIGUSR2 in signal.sigpending()
 
 
 class _Watch:
@@ -161,6 +174,8 @@ def _environment(attempt: dict[str, Any]) -> dict[str, str]:
     own |= {"TORCHINDUCTOR_CACHE_DIR": attempt["compiled_folder"]}
     if attempt["device"] == "cuda" and attempt["ids"]:
         own["CUDA_VISIBLE_DEVICES"] = ",".join(attempt["ids"])
+    if attempt["nodes"] > 1:
+        own |= slurm.network()
     return {name: value for name, value in ALLOCATOR.items() if name not in os.environ} | own
 
 
@@ -217,7 +232,7 @@ def _why(folder: Path, code: int, asked: _Asked, watch: _Watch) -> tuple[str, st
         return "interrupted", "ended at once, as asked" if asked.at_once else "stopped before the first step, as asked"
     if code < 0:
         return "error", f"torchrun was killed by {signal.Signals(-code).name}"
-    log = (folder / "log").read_bytes()[-LOG_TAIL:].decode(errors="replace")
+    log = "\n".join(path.read_bytes()[-LOG_TAIL:].decode(errors="replace") for path in sorted(folder.glob("log*")))
     if KILLED.search(log) and watch.short_of_memory():
         return "oom", "killed by the kernel while the machine was short of memory"
     message = last_error(log)
