@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import select
 import signal
@@ -44,8 +45,9 @@ PLACE_SECONDS = 30.0
 COMPLAINT_SECONDS = 300.0
 """Pause between two complaints about a full disk."""
 INGEST_SECONDS = 10.0
-INGEST_SHARE = 0.004
-"""Share of the time that ingests may take; INGEST_SECONDS lie between two at least."""
+INGEST_SHARE = 0.002
+LONGEST_INGEST_SECONDS = 60.0
+"""Ingests take this share of the time, with pauses of INGEST_SECONDS at least and of this at most."""
 
 
 class View(Protocol):
@@ -172,6 +174,8 @@ class _Run:
     at_work: bool = False
     slot: Slot | None = None
     """Where its newest attempt is."""
+    kept: int = 0
+    """Steps at its newest checkpoint when it was last not at work."""
     fruitless: int = 0
     """Attempts in a row without a new checkpoint."""
     finished: bool = False
@@ -204,7 +208,7 @@ class Conductor:
         self._ingest_now = ingest
         self._checkpoint_seconds, self._poll_seconds = checkpoint_seconds, poll_seconds
         self._runs = {plan.run_id: _Run(plan, Follower(plan, home / plan.run_id, view)) for plan in plans}
-        self._signals = Signals()
+        self._signals = Signals(home / "sweep.log")
         self._told, self._tell_again, self._complain_again = 0, 0.0, 0.0
         self._ingested, self._pause = time.monotonic(), INGEST_SECONDS
         self._changed, self._placed = True, 0.0
@@ -255,13 +259,13 @@ class Conductor:
     def _take_in_run(self, run: _Run, attempt: Path | None, lives: bool) -> None:
         folder = run.follower.folder
         if launch.is_done(folder):
-            for left in (folder / "checkpoints").glob("*"):  # by a trainer killed just after done.json
+            for left in () if lives else (folder / "checkpoints").glob("*"):  # by a trainer killed just after done.json
                 left.unlink()
             run.finished = run.already = True
             return
         if attempt is None:
             return
-        run.slot = slot_of(attempt)
+        run.slot, run.kept = slot_of(attempt), launch.steps_kept(folder)
         if lives:
             run.at_work = True
             run.follower.look()
@@ -299,7 +303,7 @@ class Conductor:
             self._attempt(self._runs[run_id], slot)
 
     def _waiting(self, run: _Run) -> Waiting:
-        left = 1 - launch.steps_kept(run.follower.folder) / run.plan.hyperparameters.steps
+        left = 1 - run.kept / run.plan.hyperparameters.steps
         devices = len(run.slot.ids) if run.slot and run.slot.ids else None
         return Waiting(run.plan.run_id, run.plan.hyperparameters, devices, left)
 
@@ -334,7 +338,7 @@ class Conductor:
             if not lives:
                 self._ended(run)
         for run in self._runs.values():
-            if run.left and launch.forgiven(run.follower.folder) >= _number(run.follower.folder):
+            if run.left and _is_forgiven(run.follower.folder):
                 run.left, run.fruitless, self._changed = None, 0, True
 
     def _ended(self, run: _Run) -> None:
@@ -345,7 +349,7 @@ class Conductor:
             self._view.run_ended(run.plan, "finished", None)
             return
         ended = launch.exit_of(run.follower.attempt) or self._launcher.reap(run.follower.attempt)
-        run.at_work, self._changed = False, True
+        run.at_work, self._changed, run.kept = False, True, launch.steps_kept(run.follower.folder)
         reason, message = ended["reason"] or "error", ended["message"] or "no word"
         run.fruitless = 0 if run.follower.advanced else run.fruitless + 1
         if reason == "oom":
@@ -405,35 +409,38 @@ class Conductor:
             began = time.monotonic()
             self._ingest_now()
             self._ingested = time.monotonic()
-            self._pause = max(INGEST_SECONDS, (self._ingested - began) / INGEST_SHARE)
+            took = self._ingested - began
+            self._pause = min(max(INGEST_SECONDS, took / INGEST_SHARE), LONGEST_INGEST_SECONDS)
 
 
 def slot_of(attempt: Path) -> Slot:
     """The slot of an attempt."""
     document = launch.attempt_document(attempt)
     known = {name: document[name] for name in Slot.__dataclass_fields__ if name in document}
-    return Slot(**known | {"ids": tuple(document.get("ids", ()))})
+    return Slot(**known | {"ids": tuple(known.get("ids", ()))})
 
 
-def _number(run_folder: Path) -> int:
-    """Of a run's newest attempt."""
+def _is_forgiven(run_folder: Path) -> bool:
+    """Whether `slm retry` was said of a run since its newest attempt began, and `slm stop` not since."""
     last = launch.last_attempt(run_folder)
-    return int(last.name) if last else 0
+    return launch.forgiven(run_folder) >= (int(last.name) if last else 0) and not launch.is_cancelled(run_folder)
 
 
 class Signals:
     """SIGINT and SIGTERM, counted instead of obeyed; any signal, a child's end too, ends a wait.
 
-    SIGHUP changes nothing: a sweep goes on when its terminal is closed.
+    After SIGHUP a sweep goes on: what it says to a terminal, which is closed then, goes to a log.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, log: Path) -> None:
+        self._log = log
         self.stops = 0
         """Times that the user asked to stop."""
 
     @contextmanager
     def heard(self) -> Iterator[None]:
         """Signals are heard here, and then again by those who heard them before."""
+        self._terminals = [output for output in (1, 2) if os.isatty(output)]  # once closed, they are none
         self._wakes, wakened = socket.socketpair()
         with self._wakes, wakened:
             for end in (self._wakes, wakened):
@@ -449,6 +456,10 @@ class Signals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.stops += number in (signal.SIGINT, signal.SIGTERM)
+        if number == signal.SIGHUP and self._terminals:
+            with self._log.open("ab") as log:
+                for output in self._terminals:
+                    os.dup2(log.fileno(), output)
 
     def wait(self, seconds: float) -> None:
         """So long, or until a signal comes."""

@@ -102,15 +102,17 @@ class Display:
         self._began = min(self._began, document["created"])
         self._ended.pop(plan.run_id, None)
         if not self._screen.live:
-            number = [*self._flops].index(plan.run_id) + 1
             how = f"attempt {int(attempt.name)}{', at work already,' if adopted else ''} on {ranks} x {device}"
-            self._say(plan, f"{how} (run {number} of {len(self._flops)})")
+            if plan.run_id in self._flops:  # not another sweep's, which is watched
+                how += f" (run {[*self._flops].index(plan.run_id) + 1} of {len(self._flops)})"
+            self._say(plan, how)
 
     def event(self, plan: Plan, event: dict[str, Any]) -> None:
         """A trainer wrote an event."""
         if run := self._at_work.get(plan.run_id):
             run.track.take(event)
-            self._left[plan.run_id] = plan.hyperparameters.flops * (1 - run.track.step / run.track.steps)
+            if plan.run_id in self._left:
+                self._left[plan.run_id] = plan.hyperparameters.flops * (1 - run.track.step / run.track.steps)
         if event["event"] == "started" and event["resumed_from"]:
             self._say(plan, f"resumed from step {event['resumed_from']:,}")
         elif event["event"] == "warning":
@@ -118,7 +120,7 @@ class Display:
 
     def run_ended(self, plan: Plan, outcome: str, message: str | None) -> None:
         """A run is finished, failed, diverged, cancelled or interrupted; or (retried) will be tried again."""
-        if outcome not in ("retried", "interrupted"):
+        if outcome not in ("retried", "interrupted") and plan.run_id in self._left:
             self._ended[plan.run_id] = outcome
             self._left[plan.run_id] = 0.0
         self._say(plan, _ending(self._at_work.pop(plan.run_id, None), outcome, message))

@@ -22,8 +22,7 @@ class Screen:
 
     def __init__(self, file: TextIO | None = None) -> None:
         self._file = file or sys.stderr
-        self.live = self._file.isatty() and os.environ.get("TERM") != "dumb"
-        """Whether there is a terminal that can draw anew."""
+        self._draws = os.environ.get("TERM") != "dumb"
         self._painted = self.live and not os.environ.get("NO_COLOR")
         self._block: Sequence[str] = ()
         self._redirected = contextlib.ExitStack()
@@ -36,6 +35,11 @@ class Screen:
     def __exit__(self, *error: object) -> None:
         self._redirected.close()
 
+    @property
+    def live(self) -> bool:
+        """Whether there is a terminal that can draw anew, and still is."""
+        return self._draws and self._file.isatty()
+
     def size(self) -> os.terminal_size:
         """Columns and lines, as they are now."""
         try:
@@ -46,6 +50,8 @@ class Screen:
 
     def say(self, line: str) -> None:
         """A line that stays, above the block."""
+        if not self.live:
+            self._block = ()
         self._write(f"{self._home()}{one_line(line)}\n{_joined(self._block)}")
 
     def draw(self, block: Sequence[str]) -> None:

@@ -15,10 +15,12 @@ import psutil
 import pytest
 import torch
 
+import store
 from slm import launch
 from slm.model import GPT
 from slm.optim import Optimizer
 from slm.recipe import pocket
+from tests import chaos
 from tests.test_train import TWO, Watcher, train
 
 pytestmark = pytest.mark.soak
@@ -81,3 +83,22 @@ def test_a_run_killed_a_dozen_times_ends_as_an_undisturbed_one(tmp_path: Path, h
     assert outcome.trained == [folder.name]
     same = ("val_bpb", "val_loss", "train_loss", "tokens", "flops", "weights_sha256")
     assert {key: done[key] for key in same} == {key: undisturbed[key] for key in same}
+
+
+def test_a_sweep_killed_fifty_times_on_a_disk_that_fills_up_ends_as_a_quiet_one(
+    tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    question, draw = chaos.Question(), random.Random(0)
+    assert len(chaos.conduct_sweep(home, question).trained) == 6
+    kinds = draw.choices(list(chaos.KINDS), list(chaos.KINDS.values()), k=50)
+    with chaos.small_disk(tmp_path / "disk", "48m") as disk:
+        (disturbed,) = homes(disk or tmp_path, home, "disturbed")
+        tally = chaos.disturb(disturbed, question, kinds, draw, disk)
+        chaos.check_nobody_left(disturbed)
+        assert tally.kills.total() == 50
+        assert chaos.results(disturbed) == chaos.results(home)
+        lines, attempts = chaos.check_events(disturbed), chaos.check_attempts(disturbed)
+        assert store.rebuild(disturbed).events == lines == chaos.check_events(disturbed)
+        assert chaos.results(disturbed) == chaos.results(home)
+    with capsys.disabled():
+        print(f"\n{tally}, {attempts} attempts, {lines} lines of events")  # noqa: T201

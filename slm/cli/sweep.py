@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from slm.throughput import Estimates, Price
 
 
+PATIENCE = 2.0
+"""Seconds that an ingest waits for another writer: the sweep has more to do, and comes again."""
+
+
 def sweep(
     declaration: Annotated[Path | None, typer.Argument(help="A declared experiment (experiments/*.py).")] = None,
     depths: Annotated[str | None, typer.Option(help="Depths: 10-20, or 4,8,12.")] = None,
@@ -286,7 +290,7 @@ def _ingest(home: Path) -> None:
     import store
 
     try:
-        problems = store.ingest(home).problems
+        problems = store.ingest(home, patience=PATIENCE).problems
     except (store.StoreError, OSError) as error:
         problems = [str(error)]
     report_problems(problems)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,9 +60,11 @@ def source_state(name: str) -> list[tuple[str, int, int]]:
 
 
 def _library_files() -> list[Path]:
-    root = Path(sysconfig.get_path("stdlib"))
-    paths = (path for path in root.rglob("*.py") if not NOT_LIBRARY.intersection(path.relative_to(root).parts))
-    return sorted(paths)
+    found: list[Path] = []
+    for folder, inner, names in os.walk(sysconfig.get_path("stdlib")):
+        inner[:] = set(inner) - NOT_LIBRARY  # not entered: they hold most files
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(found)
 
 
 def _library_sources() -> Iterator[str]:

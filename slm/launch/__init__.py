@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,13 +15,14 @@ import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slm import events, locks
-from slm.launch.memory import Rows
-from slm.plan import Plan
+
+if TYPE_CHECKING:  # every supervisor loads this file
+    from slm.launch.memory import Rows
+    from slm.plan import Plan
 
 CHECKPOINT_SECONDS = 20.0
 """Shortest time between two checkpoints."""
@@ -71,6 +73,8 @@ def make_attempt(
     estimated_seconds: float | None = None,
 ) -> Path:
     """The next attempt's folder with its attempt.json, made under another name and renamed."""
+    from importlib.metadata import version
+
     document = asdict(where) | {
         "created": time.time(),
         "ranks": min(where.ranks, plan.hyperparameters.batch_rows),
@@ -97,8 +101,12 @@ def add_attempt(run_folder: Path, document: dict[str, Any]) -> Path:
     last = last_attempt(run_folder)
     number = 1 + (int(last.name) if last else 0)
     unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=attempts))
-    events.write_json(unfinished / "attempt.json", {"attempt": number, **document})
-    return unfinished.rename(attempts / f"{number:03d}")
+    try:
+        events.write_json(unfinished / "attempt.json", {"attempt": number, **document})
+        return unfinished.rename(attempts / f"{number:03d}")
+    except OSError:
+        shutil.rmtree(unfinished)
+        raise
 
 
 def provenance() -> dict[str, Any]:
@@ -174,9 +182,9 @@ def retry(run_folder: Path) -> None:
 
 
 def forgiven(run_folder: Path) -> int:
-    """Number of the newest attempt whose end is forgiven; 0 for none."""
+    """Number of the newest attempt whose end is forgiven; 0 before the first, -1 where nothing is."""
     path = run_folder / "retry.json"
-    return int(events.read_json(path)["attempt"]) if path.exists() else 0
+    return int(events.read_json(path)["attempt"]) if path.exists() else -1
 
 
 def state(run_folder: Path, job: str | None = None) -> State:

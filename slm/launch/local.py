@@ -142,7 +142,7 @@ class Local:
 
         Does nothing where another holds the run.
         """
-        lock = locks.hold(attempt.parent.parent / "lock")
+        lock = locks.hold(attempt.parent.parent / "lock", locks.NOBODY)  # a stop is meant for the supervisor
         if lock is None:
             return
         with (attempt / "log").open("ab") as log:

@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -20,8 +19,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import psutil
 
 from slm import events, launch
 from slm.launch import Slot
@@ -43,8 +40,6 @@ SILENT_SECONDS = 30.0
 """Pause after a look that Slurm did not answer; at the second one in a row it is said."""
 ASK_SECONDS = 60.0
 """Time in which a command of Slurm answers."""
-PORTS = range(10_000, 30_000)
-"""Where the nodes of a job meet: below the ports that a system gives away, and another one for each of many jobs."""
 OWN = {
     "nodes": "--nodes",
     "gpus-per-node": "--gpus-per-node",
@@ -383,26 +378,6 @@ def end(attempt: Path) -> int:
 
 def _advanced(attempt: Path) -> bool:
     return any(event["event"] == "checkpoint" for event in events.Reader(attempt / "events.jsonl").new())
-
-
-def meeting(nodes: int) -> tuple[str, ...]:
-    """Options of torchrun on a node of several: all meet at the first, which is the one whose script started srun."""
-    port = PORTS[int(os.environ["SLURM_JOB_ID"]) % len(PORTS)]
-    node, first = os.environ["SLURM_NODEID"], os.environ["SLURM_LAUNCH_NODE_IPADDR"]
-    return (f"--nnodes={nodes}", f"--node-rank={node}", f"--master-addr={first}", f"--master-port={port}")
-
-
-def network() -> dict[str, str]:
-    """Tells gloo the interface that leads to the first node, unless the user does: it would else take the one that the
-    host's own name leads to, on many machines one that no other machine reaches.
-    """
-    first = os.environ["SLURM_LAUNCH_NODE_IPADDR"]
-    family, kind, protocol, _, address = socket.getaddrinfo(first, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.connect(address)
-        own = probe.getsockname()[0]
-    found = [name for name, all_of in psutil.net_if_addrs().items() if own in [one.address for one in all_of]]
-    return {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", found[0])} if found else {}
 
 
 def name_of(attempt: Path) -> str:

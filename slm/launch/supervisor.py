@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 
 from slm import events, launch, locks
-from slm.launch import slurm
+from slm.launch import nodes
 
 PR_SET_CHILD_SUBREAPER = 36
 LOOK_SECONDS = 1.0
@@ -58,6 +58,7 @@ def supervise(folder: Path, lock: int | None) -> int:
     held = _hold(run_folder, lock) if first else None
     _adopt_orphans()
     asked = _Asked()
+    asked.stop |= launch.is_cancelled(run_folder)  # said while nobody held the run yet
     with (folder / ("log" if first else f"log-{os.environ['SLURM_NODEID']}")).open("ab") as log:
         child = subprocess.Popen(
             _command(folder, attempt),
@@ -68,7 +69,8 @@ def supervise(folder: Path, lock: int | None) -> int:
         )
     watch = _Watch(folder)
     code = _wait(child, asked, watch)
-    psutil.wait_procs(_kill_descendants())
+    while left := _kill_descendants():  # one that is killed may have had a child meanwhile
+        psutil.wait_procs(left)
     finished = launch.is_done(run_folder)
     if held is None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -175,19 +177,19 @@ def _environment(attempt: dict[str, Any]) -> dict[str, str]:
     if attempt["device"] == "cuda" and attempt["ids"]:
         own["CUDA_VISIBLE_DEVICES"] = ",".join(attempt["ids"])
     if attempt["nodes"] > 1:
-        own |= slurm.network()
+        own |= nodes.network()
     return {name: value for name, value in ALLOCATOR.items() if name not in os.environ} | own
 
 
 def _command(folder: Path, attempt: dict[str, Any]) -> list[str]:
     """torchrun, one process a rank: on one node on a port that the system picks, on several as Slurm numbers them."""
-    nodes = attempt["nodes"]
+    count = attempt["nodes"]
     return [
         sys.executable,
         "-m",
         "torch.distributed.run",
-        *(slurm.meeting(nodes) if nodes > 1 else ("--standalone", "--local-addr=127.0.0.1")),
-        f"--nproc-per-node={attempt['ranks'] // nodes}",
+        *(nodes.meeting(count) if count > 1 else ("--standalone", "--local-addr=127.0.0.1")),
+        f"--nproc-per-node={attempt['ranks'] // count}",
         f"--log-dir={folder / 'torchrun'}",
         "--module",
         "slm.train",
@@ -236,6 +238,8 @@ def _why(folder: Path, code: int, asked: _Asked, watch: _Watch) -> tuple[str, st
     if KILLED.search(log) and watch.short_of_memory():
         return "oom", "killed by the kernel while the machine was short of memory"
     message = last_error(log)
+    if KILLED.search(log) and "Error" not in message:
+        return "error", "a trainer was killed by SIGKILL"
     return "oom" if OUT_OF_MEMORY.search(message) else "error", message
 
 
