@@ -143,7 +143,7 @@ class Follower:
         self.advanced = False
         """Whether the attempt wrote a checkpoint."""
         self.evaluating = False
-        """Whether its last word was that it evaluates."""
+        """Whether its last word, but for a failure, was that it evaluates."""
 
     def look(self, adopted: bool = True) -> None:
         """What is new."""
@@ -154,14 +154,11 @@ class Follower:
             self.attempt, self._reader = newest, events.Reader(newest / "events.jsonl")
             self.advanced = self.evaluating = False
             self._view.run_started(self.plan, newest, adopted)
-        with suppress(ValueError):  # a damaged line: `slm show` names it, and done.json and exit.json say the rest
-            self._tell()
-
-    def _tell(self) -> None:
         for event in self._reader.new():
             self.step = max(self.step, event.get("step", 0))
             self.advanced |= event["event"] == "checkpoint"
-            self.evaluating = event["event"] == "working" and event["what"] == "evaluation"
+            if event["event"] != "failed":
+                self.evaluating = event["event"] == "working" and event["what"] == "evaluation"
             self._view.event(self.plan, event)
 
 

@@ -81,14 +81,26 @@ def memory() -> int:
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_group_limits(Path("/"))])
 
 
+def memory_kills(root: Path = Path("/")) -> int:
+    """Processes that the kernel killed for want of memory so far: in this one's control group, else on the machine."""
+    files = [*(folder / "memory.events" for folder in _groups(root)), root / "proc/vmstat"]
+    lines = next((file.read_text().splitlines() for file in files if file.is_file()), [])
+    return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+
+
 def _group_limits(root: Path) -> list[int]:
-    """The limits, in bytes, of the control group (version 2) of this process and of those that it lies in."""
-    table, groups = root / "proc/self/cgroup", root / "sys/fs/cgroup"
-    lines = table.read_text().splitlines() if table.exists() else []
-    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
-    files = [folder / "memory.max" for folder in ((groups / own), *(groups / own).parents)]
+    """The limits, in bytes, of the control group of this process and of those that it lies in."""
+    files = [folder / "memory.max" for folder in _groups(root)]
     limits = [file.read_text().strip() for file in files if file.is_file()]
     return [int(limit) for limit in limits if limit.isdigit()]
+
+
+def _groups(root: Path) -> list[Path]:
+    """Folders of the control group (version 2) of this process and of those that it lies in, its own first."""
+    table, groups = root / "proc/self/cgroup", root / "sys/fs/cgroup"
+    lines = table.read_text().splitlines() if table.exists() else []
+    own = groups / next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    return [own, *own.parents]
 
 
 def cores() -> int:

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class Writer:
 
 
 class Reader:
-    """Yields the events of a growing file, each once."""
+    """Yields the events of a growing file, each once; a damaged line is left out, and named by the store's ingest."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -87,7 +88,8 @@ class Reader:
                 if not line.endswith(b"\n"):
                     return
                 self._offset += len(line)
-                yield json.loads(line)
+                with suppress(ValueError):
+                    yield json.loads(line)
 
 
 def write_json(path: Path, document: Any) -> None:

@@ -74,9 +74,9 @@ limits as (
 )
 select
   l.device_name, l.ranks, l.depth, l.width, l.sequence_length, l.vocab_size,
-  coalesce(max(case when not t.failed and t.step > 0 and t.micro_batch < l.too_many then t.micro_batch end),
+  greatest(max(case when not t.failed and t.step > 0 and t.micro_batch < l.too_many then t.micro_batch end),
            cast(floor(l.too_many / 2.0) as bigint)) as training,
-  coalesce(max(case when not t.failed and t.step >= t.steps and t.evaluation_tokens < l.too_long
+  greatest(max(case when not t.failed and t.step >= t.steps and t.evaluation_tokens < l.too_long
                     then t.evaluation_tokens end),
            cast(floor(l.too_long / 2.0) as bigint)) as evaluation_tokens
 from limits l

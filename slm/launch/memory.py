@@ -50,11 +50,11 @@ class Memory:
 
     def halve(self, given: Hyperparameters, where: Slot, rows: Rows, evaluating: bool) -> Rows | None:
         """What to try after these were too much, remembered; None when there is nothing smaller."""
-        key = _key(given, where)
+        key, known = _key(given, where), self.rows(given, where)
         if evaluating and rows.evaluation_tokens > given.sequence_length:
-            self._evaluation[key] = rows.evaluation_tokens // 2
+            self._evaluation[key] = min(known.evaluation_tokens, rows.evaluation_tokens // 2)
         elif not evaluating and rows.training > 1:
-            self._training[key] = rows.training // 2
+            self._training[key] = min(known.training, rows.training // 2)
         else:
             return None
         return self.rows(given, where)

@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from slm import events, launch, locks
+from slm import devices, events, launch, locks
 from slm.launch import nodes
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -47,8 +47,12 @@ SHORT_OF_MEMORY = 0.05
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36), "MALLOC_TOP_PAD_": str(2**28)}
 """What keeps freed memory with a trainer (glibc): given back, its pages are fetched anew at every step, which takes as
 long as the step itself."""
-OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|can't allocate memory|MemoryError|bad_alloc")
-KILLED = re.compile(r"exitcode\s*: -9\b|Signal 9 \(SIGKILL\)")
+OUT_OF_MEMORY = re.compile(
+    r"OutOfMemoryError|out of memory|(can't|[Cc]annot) allocate memory|MemoryError|bad_alloc|_ALLOC_FAILED"
+)
+"""What torch, Python, C++, the C library and cuBLAS say when a memory is full."""
+KILLED = re.compile(r"failed \(exitcode: -9\)")
+"""What torchrun says of the first worker that failed; it kills the others itself, with the same signal."""
 
 
 def supervise(folder: Path, lock: int | None) -> int:
@@ -127,47 +131,45 @@ class _Watch:
 
     def __init__(self, folder: Path) -> None:
         self._reader = events.Reader(folder / "events.jsonl")
-        self._allowed = WORKING_SECONDS["start"]
-        self._last = time.monotonic()
+        self._looked, self._silent = time.monotonic(), 0.0
         self._train_time: float | None = None
         self._pauses: list[float] = []
-        self._kills = _memory_kills()
+        self._kills = devices.memory_kills()
         self._least = 1.0
+        self.allowed = WORKING_SECONDS["start"]
+        """Seconds that the trainer may be silent now."""
         self.silence: float | None = None
         """Seconds without a sign of life that were taken for a hang."""
 
     def hung(self) -> bool:
-        """Whether the trainer is taken for hung. To be asked now and then."""
-        with suppress(ValueError):  # a damaged line is silence, and named in the end
-            for event in self._reader.new():
-                self._last = time.monotonic()
-                self._allow(event)
+        """Whether the trainer is taken for hung. To be asked every LOOK_SECONDS."""
+        now = time.monotonic()
+        self._silent += min(now - self._looked, 2 * LOOK_SECONDS)  # a stopped machine or job stops both
+        self._looked = now
+        for event in self._reader.new():
+            self._silent = 0.0
+            self._allow(event)
         memory = psutil.virtual_memory()
         self._least = min(self._least, memory.available / memory.total)
-        if (silent := time.monotonic() - self._last) > self._allowed:
-            self.silence = silent
+        if self._silent > self.allowed:
+            self.silence = self._silent
         return self.silence is not None
 
     def _allow(self, event: dict[str, Any]) -> None:
         """How long the trainer may be silent after an event."""
-        if event["event"] == "working":
-            self._allowed = WORKING_SECONDS[event["what"]]
-        elif event["event"] == "train":
+        kind = event["event"]
+        if kind == "train":
             if self._train_time is not None:
                 self._pauses.append(event["time"] - self._train_time)
-                self._allowed = max(SILENT_SECONDS, SILENT_STEPS * statistics.median(self._pauses))
             self._train_time = event["time"]
+        if kind == "working":
+            self.allowed = WORKING_SECONDS[event["what"]]
+        elif kind != "eval" and self._pauses:  # after an evaluation the final weights are written
+            self.allowed = max(SILENT_SECONDS, SILENT_STEPS * statistics.median(self._pauses))
 
     def short_of_memory(self) -> bool:
         """Whether a kill by the kernel is explained by the machine's memory."""
-        return self._least < SHORT_OF_MEMORY or _memory_kills() > self._kills
-
-
-def _memory_kills() -> int:
-    """Processes of this control group (version 2) that the kernel killed for want of memory."""
-    path = Path("/sys/fs/cgroup/memory.events")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+        return self._least < SHORT_OF_MEMORY or devices.memory_kills() > self._kills
 
 
 def _environment(attempt: dict[str, Any]) -> dict[str, str]:
@@ -211,9 +213,9 @@ def _wait(child: subprocess.Popen[bytes], asked: _Asked, watch: _Watch) -> int:
 
 
 def _ask_to_stop(child: subprocess.Popen[bytes]) -> None:
-    """Ask the workers of torchrun; itself while it has none."""
-    workers = _family(child.pid)[1:]
-    for process in workers or _family(child.pid):
+    """Ask the workers of torchrun, and not what they started, as a compiler; itself while it has none."""
+    torchrun = psutil.Process(child.pid)
+    for process in torchrun.children() or [torchrun]:
         with suppress(psutil.NoSuchProcess):
             process.terminate()
 
@@ -224,10 +226,7 @@ def _why(folder: Path, code: int, asked: _Asked, watch: _Watch) -> tuple[str, st
         return "cancelled", "stopped as asked; `slm retry` lets a sweep train it again"
     if watch.silence is not None:
         return "timeout", f"no event for {watch.silence:.0f} s: taken for a hang, and ended"
-    try:
-        failed = [event for event in events.Reader(folder / "events.jsonl").new() if event["event"] == "failed"]
-    except ValueError as error:
-        return "error", f"events.jsonl is damaged: {error}"
+    failed = [event for event in events.Reader(folder / "events.jsonl").new() if event["event"] == "failed"]
     if failed:
         return failed[-1]["reason"], failed[-1]["message"]
     if asked.stop:
@@ -248,7 +247,7 @@ def last_error(log: str) -> str:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     others = ("ChildFailedError", "reset by peer", "closed by peer")  # what the first error did to the rest
     named = [line for line in lines if "Error" in line and not any(words in line for words in others)]
-    memory = [line for line in named if OUT_OF_MEMORY.search(line)]
+    memory = [line for line in lines if OUT_OF_MEMORY.search(line)]
     return (memory or named or lines or ["no output"])[-1]
 
 
