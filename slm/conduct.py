@@ -46,7 +46,7 @@ COMPLAINT_SECONDS = 300.0
 """Pause between two complaints about a full disk."""
 INGEST_SECONDS = 10.0
 INGEST_SHARE = 0.002
-LONGEST_INGEST_SECONDS = 60.0
+LONGEST_INGEST_SECONDS = 30.0
 """Ingests take this share of the time, with pauses of INGEST_SECONDS at least and of this at most."""
 
 
@@ -209,7 +209,7 @@ class Conductor:
         self._told, self._tell_again, self._complain_again = 0, 0.0, 0.0
         self._ingested, self._pause = time.monotonic(), INGEST_SECONDS
         self._changed, self._placed = True, 0.0
-        """Whether a run started or ended since places were given and the database was brought up to date, and when."""
+        """Whether a run ended or came back since places were given, and when they were."""
 
     def run(self) -> Outcome:
         """Train until every run is done or left.
@@ -220,8 +220,7 @@ class Conductor:
         with self._signals.heard():
             self._take_in()
             while any(run.at_work for run in self._runs.values()) or self._to_start():
-                self._unless_full(self._start)
-                self._changed = False
+                self._changed &= not self._unless_full(self._start)
                 self._signals.wait(self._poll_seconds)
                 self._obey()
                 self._unless_full(self._look)
@@ -272,16 +271,18 @@ class Conductor:
         if not run.at_work and ended and ended["reason"] in RESULTS and int(attempt.name) > launch.forgiven(folder):
             self._leave(run, ended["reason"], ended["message"])
 
-    def _unless_full(self, step: Callable[[], None]) -> None:
-        """Do a step that writes; where the disk is full, say so and leave it for the next time."""
+    def _unless_full(self, step: Callable[[], None]) -> bool:
+        """Do a step that writes, and whether it was done: where the disk is full, it is said, and left for the next time."""
         try:
             step()
+            return True
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             if time.monotonic() > self._complain_again:
                 self._view.note(f"the disk is full at {self._home}: nothing starts until there is space")
                 self._complain_again = time.monotonic() + COMPLAINT_SECONDS
+            return False
 
     def _to_start(self) -> list[_Run]:
         return [] if self._signals.stops else [run for run in self._runs.values() if run.waits]
@@ -401,8 +402,8 @@ class Conductor:
                     self._launcher.stop(run.follower.attempt, at_once=stops > 1)
 
     def _ingest(self) -> None:
-        """Bring the database up to date now and then, and when a run ended."""
-        if self._changed or time.monotonic() - self._ingested > self._pause:
+        """Bring the database up to date now and then."""
+        if time.monotonic() - self._ingested > self._pause:
             began = time.monotonic()
             self._ingest_now()
             self._ingested = time.monotonic()

@@ -91,6 +91,7 @@ def attempts(home: Path, run_id: str) -> list[tuple[int, int, str | None]]:
     return [tuple(row.values()) for row in records(store.sql(query, [run_id], home=home))]  # type: ignore[misc]
 
 
+@pytest.mark.soak
 def test_a_forced_out_of_memory_ends_in_a_finished_run_and_a_remembered_micro_batch(
     tmp_path: Path, corpus: Path, torch_data: int
 ) -> None:

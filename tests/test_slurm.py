@@ -162,6 +162,7 @@ def test_runs_finish_though_a_node_is_drained_while_one_waits_and_a_trainer_is_k
     assert queue()[hit.resolve()] == Job(job_of(hit / "attempts/002"), f"slm-{hit.name}-002", "COMPLETED", "None")
 
 
+@pytest.mark.soak
 def test_a_run_that_was_cancelled_by_hand_and_one_that_was_requeued_go_on(home: Path, nodes: None) -> None:
     told: list[Path] = []
 
