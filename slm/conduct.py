@@ -272,7 +272,7 @@ class Conductor:
             self._leave(run, ended["reason"], ended["message"])
 
     def _unless_full(self, step: Callable[[], None]) -> bool:
-        """Do a step that writes, and whether it was done: where the disk is full, it is said, and left for the next time."""
+        """Do a step that writes; whether it was done. A full disk is complained of, and tried again the next time."""
         try:
             step()
             return True
