@@ -133,6 +133,17 @@ def test_a_declared_experiment_is_planned_from_its_file(home: Path) -> None:
         assert json.loads(result.stdout)["experiment"] == path.stem
 
 
+def test_a_plan_for_gpus_that_are_elsewhere_has_times_costs_and_a_schedule(tmp_path: Path) -> None:
+    arguments = ("sweep", "--depths", "10-12", "--gpus", "8", "--price", "24/h", "--dry-run")
+    document = json.loads(slm(*arguments, "--json", home=tmp_path).stdout)
+    assert [run["device"] for run in document["runs"]] == ["H100"] * 3
+    assert document["cost"] == pytest.approx(24 * document["seconds"] / 3600)
+    assert document["cost"] >= sum(run["cost"] for run in document["runs"])
+    assert max(run["start"] + run["seconds"] for run in document["runs"]) == pytest.approx(document["seconds"])
+    drawn = slm(*arguments, home=tmp_path).stdout
+    assert all(f"\n{gpu} |" in drawn for gpu in range(8))
+
+
 def test_size_has_the_published_counts_as_json() -> None:
     result = slm("size", "--recipe", "nanochat", "--depths", "12,24", "--json")
     models = json.loads(result.stdout)["models"]
@@ -167,6 +178,11 @@ def test_size_has_the_published_counts_as_json() -> None:
         ),
         (("sweep", "--depths", "2", "--gpus", "999"), "999"),
         (("sweep", "--depths", "2", "--gpus", "1", "--cores", "1"), "choose one"),
+        (("sweep", "--depths", "2", "--cores-per-run", "0"), "--cores-per-run 0"),
+        (("sweep", "--depths", "2", "--price", "much"), "much"),
+        (("sweep", "--depths", "2", "--partition", "day"), "--launcher slurm"),
+        (("sweep", "--depths", "2", "--launcher", "slurm", "--cores", "2"), "--cores-per-node"),
+        (("sweep", "--depths", "2", "--launcher", "moon"), "moon"),
         (("size", "--recipe", "nonesuch"), "nonesuch"),
         (("fit-curves", "--from", "nothing.csv"), "nothing.csv"),
         (("fit-curves", "--map", "loss=x"), "--map"),

@@ -85,8 +85,10 @@ def sweep(
     from store import home
 
     if plan:
-        shaped = {"--depths": depths, "--recipe": recipe, "--flops": flops, "--ratios": ratios, "--steps": steps}
-        _refuse_beside_plan(shaped | {"--seeds": None if seeds == 1 else seeds, "experiment file": declaration})
+        shaped: dict[str, Any] = {"--depths": depths, "--recipe": recipe, "--flops": flops, "--ratios": ratios}
+        shaped |= {"--steps": steps, "--seeds": _given(seeds, 1), "experiment file": declaration}
+        others = "only --data, --name, --dry-run, --json and where it runs go with it"
+        _refuse(shaped, f"--plan holds the whole run, {others}")
         experiment = repetition(plan, name, data)
     elif declaration is not None:
         if depths or recipe or flops or ratios or steps or seeds != 1 or name:
@@ -95,7 +97,7 @@ def sweep(
     else:
         if depths is None:
             raise ValueError("no --depths: write `slm sweep --depths 2-6`, or name a file of experiments/")
-        family = recipe_of(recipe, gpu_asked=gpus is not None)
+        family = recipe_of(recipe, gpu_asked=bool(gpus or gpus_per_node))
         experiment = Experiment(
             name=name or family.name,
             recipes=(family,),
@@ -109,14 +111,18 @@ def sweep(
         experiment = replace(experiment, data=data)
     corpora, estimates = Corpora(experiment, home()), Estimates(home())
     asked_price = price_of(price) if price else None
-    asked_cluster = {"partition": partition, "account": account, "qos": qos, "time": time}
+    own = {"--gpus": gpus, "--cores": cores}
+    own |= {"--gpus-per-run": _given(gpus_per_run, "auto"), "--cores-per-run": _given(cores_per_run, "auto")}
+    named = {"partition": partition, "account": account, "qos": qos, "time": time}
+    clusters = {f"--{option}": value for option, value in named.items()} | {"--nodes": _given(nodes, 1)}
+    clusters |= {"--gpus-per-node": gpus_per_node or None, "--cores-per-node": cores_per_node}
+    clusters |= {"--jobs": jobs, "--sbatch": sbatch or None}
     if launcher == "slurm":
-        _refuse_beside_slurm({"--gpus": gpus, "--cores": cores})
-        shape = (nodes, gpus_per_node, cores_per_node)
-        where: Local | Slurm = _slurm(shape, gpu, asked_cluster, sbatch, jobs, estimates)
+        _refuse(own, "is of this machine: a cluster takes --nodes, --gpus-per-node and --cores-per-node")
+        where: Local | Slurm = _slurm((nodes, gpus_per_node, cores_per_node), gpu, named, sbatch, jobs, estimates)
     elif launcher == "local":
-        per_run = (gpus_per_run, cores_per_run)
-        where = _local(gpus, cores, per_run, gpu if dry_run else None, estimates)
+        _refuse(clusters, "is of a cluster: say --launcher slurm, too")
+        where = _local(gpus, cores, (gpus_per_run, cores_per_run), gpu if dry_run else None, estimates)
     else:
         raise ValueError(f"--launcher {launcher}: choose local or slurm")
     if dry_run:
@@ -129,18 +135,16 @@ def sweep(
         _run(experiment, corpora, where, asked_price, yes, detach, wandb, as_json)
 
 
-def _refuse_beside_plan(options: dict[str, Any]) -> None:
-    """Refuse what says how a run is to be: its plan does."""
+def _refuse(options: dict[str, Any], why: str) -> None:
+    """Refuse options that were given. Raises ValueError naming the first."""
     for option, value in options.items():
         if value is not None:
-            others = "only --data, --name, --dry-run, --json and where it runs go with it"
-            raise ValueError(f"{option} {value}: --plan holds the whole run, {others}")
+            raise ValueError(f"{option} {value}: {why}")
 
 
-def _refuse_beside_slurm(options: dict[str, Any]) -> None:
-    for option, value in options.items():
-        if value is not None:
-            raise ValueError(f"{option} {value}: is of this machine; --launcher slurm takes --nodes, {option}-per-node")
+def _given(value: Any, default: Any) -> Any:
+    """A value, None where it is the default."""
+    return None if value == default else value
 
 
 def _local(
