@@ -46,7 +46,7 @@ COMPLAINT_SECONDS = 300.0
 """Pause between two complaints about a full disk."""
 INGEST_SECONDS = 10.0
 INGEST_SHARE = 0.002
-LONGEST_INGEST_SECONDS = 30.0
+LONGEST_INGEST_SECONDS = 60.0
 """Ingests take this share of the time, with pauses of INGEST_SECONDS at least and of this at most."""
 
 

@@ -14,7 +14,6 @@ import re
 import select
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import time
@@ -165,7 +164,7 @@ class _Watch:
         if kind == "working":
             self.allowed = WORKING_SECONDS[event["what"]]
         elif kind != "eval" and self._pauses:  # after an evaluation the final weights are written
-            self.allowed = max(SILENT_SECONDS, SILENT_STEPS * statistics.median(self._pauses))
+            self.allowed = max(SILENT_SECONDS, SILENT_STEPS * sorted(self._pauses)[len(self._pauses) // 2])
 
     def short_of_memory(self) -> bool:
         """Whether a kill by the kernel is explained by the machine's memory."""
