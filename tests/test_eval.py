@@ -184,7 +184,7 @@ def test_the_command_says_how_far_it_is_prints_the_value_and_that_a_run_is_unfin
 ) -> None:
     path = run.checkpoint(40)
     monkeypatch.setenv("SLM_HOME", str(run.home))
-    monkeypatch.setattr("slm.cli.eval.PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("slm.cli.data.PAUSE_SECONDS", 0.0)
     evaluate(str(path), as_json=True)
     said = capsys.readouterr()
     assert "64 of 64 rows, 0 s left" in said.err

@@ -35,6 +35,7 @@ TORCH = {
     "slm.train",
     "slm.data.loader",
     "slm.evaluate.bpb",
+    "slm.evaluate.core",
 }
 
 
@@ -164,6 +165,7 @@ def test_the_trainer_loads_no_database_and_no_command_line() -> None:
     [
         "import slm.cli",
         "import slm.sweep, slm.conduct, slm.forecast, slm.launch.supervisor, slm.progress, slm.experiment, slm.data",
+        "import slm.evaluate.bundle, slm.evaluate.download, slm.evaluate.scores",
         "import slm.fits, slm.figures",
         "import store",
     ],

@@ -19,7 +19,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     no_args_is_help=True,
 )
-data_app = typer.Typer(help="Corpora, tokenisers and rows.", rich_markup_mode=None, no_args_is_help=True)
+data_app = typer.Typer(
+    help="Corpora, tokenisers and rows, and the bundle of CORE.", rich_markup_mode=None, no_args_is_help=True
+)
 store_app = typer.Typer(help="The results database.", rich_markup_mode=None, no_args_is_help=True)
 
 app.command("size")(size.size)
@@ -38,6 +40,7 @@ app.command("sample")(sample.sample)
 app.command("query")(query.query)
 app.add_typer(data_app, name="data")
 data_app.command("prepare")(data.prepare)
+data_app.command("core")(data.core)
 app.add_typer(store_app, name="store")
 store_app.command("rebuild")(query.rebuild)
 

@@ -63,6 +63,10 @@ class Tokenizer:
             special_tokens={name: self.bos + i for i, name in enumerate(SPECIAL)},
         )
 
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without `<|bos|>`; special tokens written in it are plain text."""
+        return self.encoding.encode_ordinary(text)
+
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[list[int]]:
         """Token ids of each text, without `<|bos|>`; special tokens written in a text are plain text."""
         return self.encoding.encode_ordinary_batch(list(texts), num_threads=threads)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from slm import checkpoints, events
 from slm.data.loader import Rows
 from slm.evaluate.bpb import bytes_of, validation_loss
+from slm.evaluate.core import Asked, evaluate_all, judge_of
 from slm.plan import canonical, code_fingerprint
 from slm.weights import Weights, prepared_of
 
@@ -33,19 +35,48 @@ def val_bpb(weights: Weights, home: Path, device: torch.device, report: Report =
     data = weights.plan.data
     decides = {"weights_sha256": _sha256(weights), "code": code_fingerprint(), "device": device.type}
     decides |= {"tokenizer": data.tokenizer, "validation": data.validation}
-    return _kept(weights, "val_bpb", decides, lambda: _measure_val_bpb(weights, home, device, report))
+    return _kept(weights, "val_bpb", decides, lambda _: _measure_val_bpb(weights, home, device, report))
 
 
-def _kept(weights: Weights, metric: str, decides: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> Path:
+def core(
+    weights: Weights,
+    home: Path,
+    asked: Asked,
+    device: torch.device,
+    report: Report = lambda done, of: None,
+    planning: Report = lambda done, of: None,
+) -> Path:
+    """What some weights reach on a bundle: the file that holds it, made if it is not there.
+
+    What an interrupted evaluation finished is not done again. `planning` is told of tasks, `report` of tokens. Raises
+    ValueError where weights, tokeniser or a task's file are gone or changed, or examples are too few for their shots.
+    """
+    decides = {"weights_sha256": _sha256(weights), "code": code_fingerprint(), "device": device.type}
+    decides |= {"tokenizer": weights.plan.data.tokenizer, **asked.settings()}
+
+    def measure(path: Path) -> dict[str, Any]:
+        tokenizer, judge = prepared_of(weights.plan, home).tokenizer, judge_of(weights.model(device))
+        return evaluate_all(asked, tokenizer, judge, _parts(path), report=report, planning=planning)
+
+    return _kept(weights, "core", decides, measure)
+
+
+def _kept(weights: Weights, metric: str, decides: dict[str, Any], measure: Callable[[Path], dict[str, Any]]) -> Path:
     """The file of an evaluation, made if there is none: what it is of, what decides it, and what was measured."""
     key = hashlib.sha256(canonical(decides).encode()).hexdigest()[:12]
     path = weights.run_folder / "evals" / f"{metric}-{weights.step:09d}-{key}.json"
     if not path.exists():
         head = {"run_id": weights.plan.run_id, "step": weights.step, "metric": metric, "weights": weights.path.name}
-        document = head | decides | measure() | {"time": time.time()}
+        document = head | decides | measure(path) | {"time": time.time()}
         path.parent.mkdir(exist_ok=True)
         events.write_json(path, document)
+        shutil.rmtree(_parts(path), ignore_errors=True)
     return path
+
+
+def _parts(path: Path) -> Path:
+    """Where what an evaluation has finished lies until its file is written."""
+    return path.with_suffix(".parts")
 
 
 def _sha256(weights: Weights) -> str:
