@@ -67,7 +67,7 @@ class Question:
     """Of the runs."""
     seeds: int = 3
     """Runs a depth."""
-    steps: int = 1200
+    steps: int = 3000
     """Of each run."""
 
     def experiment(self) -> Experiment:
@@ -327,7 +327,7 @@ def main() -> None:
     parser.add_argument("--conduct", action="store_true")
     parser.add_argument("--depths", default="1,2")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--disk", type=Path, help="Mount point of a small disk that holds HOME: it is filled half-way.")
