@@ -239,10 +239,12 @@ class Conductor:
             {run_id: f"{run.left[0]}: {run.left[1]}" for run_id, run in self._runs.items() if run.left},
         )
 
-    def submit(self) -> None:
-        """Start what has a place, and see to nothing more."""
+    def submit(self) -> list[str]:
+        """Start what has a place, and see to nothing more; the run_ids of those that still wait to be started."""
         self._take_in()
         self._start()
+        self._look()
+        return [run.plan.run_id for run in self._to_start()]
 
     def _take_in(self) -> None:
         """How every run stands before this sweep does anything."""
@@ -499,20 +501,26 @@ def watch(
     until: Callable[[], bool],
     jobs: Callable[[], Mapping[str, str | None]] = dict,
 ) -> None:
-    """Show what others train, until something is so; `jobs` is what a cluster says of runs, by run_id."""
+    """Show what others train, until something is so, and how it then is; `jobs` is what a cluster says of runs, by
+    run_id.
+    """
     followers = [Follower(plan, home / plan.run_id, view) for plan in plans]
     running: set[str] = set()
-    while not until():
-        told = jobs()
-        for follower in followers:
+    while True:
+        over, told = until(), jobs()
+        for follower in [*followers]:
             run_id = follower.folder.name
             state = launch.state(follower.folder, told.get(run_id))
-            if state.status == "running" or run_id in running:
+            if state.status in ("running", "finished") or run_id in running:
                 follower.look()
             if state.status == "running":
                 running.add(run_id)
-            elif run_id in running:
-                running.remove(run_id)
+            elif state.status == "finished" or run_id in running:
+                running.discard(run_id)
                 view.run_ended(follower.plan, state.status, state.message)
+            if state.status == "finished":
+                followers.remove(follower)
         view.refresh()
+        if over:
+            return
         time.sleep(WATCH_SECONDS)

@@ -17,6 +17,7 @@ from typing import Any
 from slm import devices, events, launch
 from slm.conduct import View
 from slm.plan import Plan
+from slm.progress import label
 
 NAMES = {"loss": "train/loss", "lr": "train/lrm", "tokens_per_second": "train/tok_per_sec", "val_bpb": "val/bpb"}
 NAMES |= {"gradient_norm": "train/gradient_norm", "update_size": "train/update_size", "core": "core_metric"}
@@ -115,12 +116,10 @@ class Mirror:
 
         wandb.setup(wandb.Settings(**SETTINGS, init_timeout=self._timeout, finish_timeout=self._timeout))
         project, folder = os.environ.get("WANDB_PROJECT", "slm"), os.environ.get("WANDB_DIR", str(self._home))
-        horizon = "" if plan.horizon == "compute-optimal" else f" {plan.horizon}"
-        name = f"{plan.recipe} d{plan.hyperparameters.depth}{horizon} seed {plan.seed}"
         config = plan.document()
         config |= config.pop("hyperparameters")
         self._runs[plan] = wandb.init(
-            id=plan.run_id, name=name, group=self._experiment, project=project, dir=folder, config=config
+            id=plan.run_id, name=label(plan), group=self._experiment, project=project, dir=folder, config=config
         )
 
     def _log(self, plan: Plan, event: dict[str, Any]) -> None:

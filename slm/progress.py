@@ -99,11 +99,12 @@ class Display:
         track.doing = "starting"
         peak = devices.peak_flops(device)
         self._at_work[plan.run_id] = _AtWork(plan, track, document["created"], peak and peak * ranks)
-        self._began = min(self._began, document["created"])
+        if plan.run_id in self._flops:  # not another sweep's, which is watched
+            self._began = min(self._began, document["created"])
         self._ended.pop(plan.run_id, None)
         if not self._screen.live:
             how = f"attempt {int(attempt.name)}{', at work already,' if adopted else ''} on {ranks} x {device}"
-            if plan.run_id in self._flops:  # not another sweep's, which is watched
+            if plan.run_id in self._flops:
                 how += f" (run {[*self._flops].index(plan.run_id) + 1} of {len(self._flops)})"
             self._say(plan, how)
 
@@ -191,10 +192,12 @@ class Display:
         """The FLOPs left over the sum of the present rates; None where they are not known.
 
         A run at work without a rate yet counts with the mean of the others; while none has one, the last sum holds.
+        Another sweep's runs, which are watched, say nothing about this one's.
         """
-        rates = [rate for run in self._at_work.values() if (rate := run.flops_per_second)]
+        own = [run for run in self._at_work.values() if run.plan.run_id in self._flops]
+        rates = [rate for run in own if (rate := run.flops_per_second)]
         if rates:
-            self._flops_per_second = sum(rates) * len(self._at_work) / len(rates)
+            self._flops_per_second = sum(rates) * len(own) / len(rates)
         left = sum(self._left.values())
         return left / self._flops_per_second if self._flops_per_second and left else None
 

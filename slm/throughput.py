@@ -55,7 +55,7 @@ class Guess:
 
 
 GUESSES = {
-    "cpu": Guess(peak=80e9, share=1.0, half_width=80, efficiency=0.7, layer_seconds=2.5e-3, warm_up=0.5),
+    "cpu": Guess(peak=80e9, share=1.0, half_width=80, efficiency=0.6, layer_seconds=2.5e-3, warm_up=0.5),
     "mps": Guess(peak=5e12, share=0.7, half_width=384, efficiency=1.0, layer_seconds=1e-3, warm_up=1.0),
     "cuda": Guess(peak=1e14, share=0.7, half_width=384, efficiency=0.92, layer_seconds=5e-4, warm_up=30.0),
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +17,11 @@ from typing import Any
 import pytest
 
 import store
-from slm import events, launch, locks
+from slm import conduct, events, launch, locks
 from slm.conduct import conducting
 from slm.experiment import Experiment
+from slm.plan import Plan, code_fingerprint
+from slm.progress import Display
 from slm.recipe import pocket
 from tests.conftest import slm
 from tests.homes import home_of
@@ -225,6 +229,7 @@ def test_retry_forgives_what_failed_and_says_what_to_type(recorded) -> None:
         (("rm", "none"), "none"),
         (("status", "nonesuch"), "nonesuch"),
         (("status", "--watch", "--json"), "--watch --json"),
+        (("sweep", "--depths", "2", "--detach", "--json"), "--detach --json"),
     ],
 )
 def test_bad_input_is_one_line_that_names_it(recorded, arguments: tuple[str, ...], named: str) -> None:
@@ -239,6 +244,42 @@ def test_watching_a_home_where_nothing_is_at_work_ends(recorded) -> None:
     result = slm("status", "--watch", home=home)
     assert (result.returncode, result.stdout) == (0, "")
     assert "nothing is at work" in result.stderr
+
+
+def test_a_watch_is_told_how_runs_ended_that_it_saw_last_or_never(recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, (seen, unseen, _) = recorded
+    plans = [Plan.read(folder / "plan.json") for folder in (seen, unseen)]
+    done = (seen / "done.json").read_text()
+    begun(seen)
+    lock = locks.hold(seen / "lock")
+    assert lock is not None
+    shown = io.StringIO()
+    display = Display(plans, set(), shown)
+
+    def until() -> bool:
+        if display.at_work:
+            (seen / "done.json").write_text(done)
+            lock.close()
+        return lock.closed
+
+    monkeypatch.setattr(conduct, "WATCH_SECONDS", 0)
+    conduct.watch(plans, home, display, until)
+    assert display.at_work == 0
+    ends = [line for line in shown.getvalue().splitlines() if ": finished" in line]
+    assert [line.split()[0] for line in ends] == [unseen.name, seen.name]
+
+
+def test_a_plan_counts_what_was_stopped_as_such(tmp_path: Path) -> None:
+    home = home_of(tmp_path, Experiment("e", (pocket,), (2, 3, 4)), code=code_fingerprint())
+    folders = [home / run_id for run_id in events.read_json(home / "experiments" / "e.json")["runs"]]
+    for folder in folders[1:]:
+        shutil.rmtree(folder / "attempts")
+        (folder / "done.json").unlink()
+    launch.cancel(folders[1])
+    again = [word for folder in folders for word in ("--plan", str(folder))]
+    result = slm("sweep", *again, "--name", "e", "--dry-run", home=home)
+    assert "3 runs on" in result.stdout
+    assert ": 1 done, 1 cancelled, 1 to train, " in result.stdout
 
 
 def wait_for(something: Callable[[], Any]) -> Any:
@@ -271,7 +312,8 @@ def watched(tmp_path_factory: pytest.TempPathFactory, prepared) -> dict[str, Any
     [told["first"]] = wait_for(training)
     watchers = {"watch": started("status", "--watch"), "logs": started("logs", told["first"], "-f")}
     impatient = started("status", "--watch")
-    time.sleep(1)
+    assert impatient.stderr is not None
+    impatient.stderr.readline()  # it watches
     impatient.send_signal(signal.SIGINT)
     told["impatient"] = (*impatient.communicate(timeout=60), impatient.returncode)
     told["stop one"] = slm("stop", told["first"], "--json", home=home)

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from slm.cli.options import Json, print_json, quantity
-from slm.cli.runs import rows_of, run_folder, track_of
+from slm.cli.runs import rows_of, run_folder, run_ids_of, states_of, track_of
 
 LOOK_SECONDS = 0.3
 Runs = Annotated[list[str] | None, typer.Argument(help="Run_ids, or their first digits.")]
@@ -55,7 +55,7 @@ def _at_work(home: Path) -> list[Path]:
     from slm import launch
     from slm.launch import slurm
 
-    folders = [path.parent for path in home.glob("*/plan.json")]
+    folders = [home / run_id for run_id in run_ids_of(home)]
     jobs = slurm.jobs_of(folders)
     return [folder for folder in folders if folder in jobs or launch.holder(folder)]
 
@@ -110,7 +110,10 @@ def _wait(home: Path, asked: Sequence[Path], conductor: int | None) -> None:
 def _ended(folder: Path) -> dict[str, Any]:
     from slm import events, launch
 
-    steps = events.read_json(folder / "plan.json")["hyperparameters"]["steps"]
+    try:
+        steps = events.read_json(folder / "plan.json")["hyperparameters"]["steps"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'plan.json'} lacks {error}: what was asked to stop was asked") from None
     return {"run_id": folder.name, "step": track_of(folder, steps).step, "steps": steps} | vars(launch.state(folder))
 
 
@@ -138,7 +141,7 @@ def retry(
         raise ValueError("name the runs to retry, or say --failed")
     states = {folder: launch.state(folder).status for folder in _named(home(), runs, failed)}
     for folder, status in states.items():
-        if status in ("finished", "running", "queued"):
+        if status in ("finished", "running"):
             raise ValueError(f"run {folder.name} is {status}: there is nothing to retry")
     for folder in states:
         launch.retry(folder)
@@ -200,9 +203,11 @@ def rm(
 def _refuse_held(folders: Sequence[Path]) -> None:
     from slm import launch
 
-    for folder in folders:
+    for folder, state in states_of(folders).items():
         if process := launch.holder(folder):
             raise ValueError(f"run {folder.name} is at work (process {process}): `slm stop {folder.name}` first")
+        if state.status in ("running", "queued"):
+            raise ValueError(f"run {folder.name} is {state.status} on Slurm: `slm stop {folder.name}` first")
 
 
 def _parts(checkpoints: bool) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from slm.cli.options import Json, print_json
-from slm.cli.runs import attempts_of, label_of, log_lines, run_folder
+from slm.cli.runs import attempts_of, label_of, log_lines, run_folder, states_of
 
 FOLLOW_SECONDS = 0.5
 
@@ -54,6 +54,7 @@ def _attempt(folder: Path, number: int | None) -> Path:
 def _follow(folder: Path, source: _Source, newest: bool) -> None:
     """Print what is written until the run ends, or the one attempt that is asked for."""
     from slm import launch
+    from slm.launch.slurm import QUEUE_SECONDS
 
     while True:
         over = _is_over(folder) or (not newest and launch.exit_of(source.attempt) is not None)
@@ -63,9 +64,9 @@ def _follow(folder: Path, source: _Source, newest: bool) -> None:
             source = _Source(last)
             source.print()
         if over:
-            print(f"run {folder.name}: {launch.state(folder).status}")
+            print(f"run {folder.name}: {states_of([folder])[folder].status}")
             return
-        time.sleep(FOLLOW_SECONDS)
+        time.sleep(FOLLOW_SECONDS if launch.holder(folder) else QUEUE_SECONDS)
 
 
 def _is_over(folder: Path) -> bool:
@@ -75,7 +76,9 @@ def _is_over(folder: Path) -> bool:
     status = launch.state(folder).status
     if status in ("finished", "diverged", "cancelled"):
         return True
-    return status not in ("running", "queued") and conduct.conductor(folder.parent) is None
+    if status == "running" or conduct.conductor(folder.parent) is not None:
+        return False
+    return states_of([folder])[folder].status not in ("running", "queued")
 
 
 class _Source:

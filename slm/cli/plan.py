@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,18 +13,22 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from slm.cli.options import quantity, table
+from slm.cli.runs import states_of
 
 if TYPE_CHECKING:
     from slm.conduct import Waiting
     from slm.experiment import Asked, Experiment
     from slm.forecast import Forecast
+    from slm.launch import State
     from slm.launch.local import Local
     from slm.launch.slurm import Slurm
     from slm.plan import Plan
     from slm.sweep import Corpora
-    from slm.throughput import Estimates, Price
+    from slm.throughput import Estimates, Past, Price
 
 DAY = 86400.0
+NARROWEST = 20
+"""Columns of the chart, at least."""
 FINISHED = ("finished", "diverged", "cancelled")
 """States of runs that a sweep does not train."""
 
@@ -69,7 +74,7 @@ def planned(
 
     rows = _rows(experiment, corpora, home)
     waiting = [row.waiting for row in rows if row.waiting]
-    columns = shutil.get_terminal_size((100, 24)).columns
+    columns = max(NARROWEST, shutil.get_terminal_size((100, 24)).columns)
     if isinstance(launcher, Local):
         expected = forecast.of(waiting, _labels(rows), launcher, price, columns)
     else:
@@ -81,23 +86,22 @@ def _rows(experiment: Experiment, corpora: Corpora, home: Path) -> list[Row]:
     """Every run once."""
     from slm.sweep import plan_of
 
-    rows: dict[str, Row] = {}
+    found: dict[str, tuple[Asked, Plan | None, bool]] = {}
     for place, asked in enumerate(experiment.asked()):
         prepared = corpora.find(asked)
         plan = plan_of(asked, prepared) if prepared else asked.plan
-        name = plan.run_id if plan else str(place)
-        rows.setdefault(name, _row(asked, plan, name, prepared is not None, home))
-    return list(rows.values())
+        found.setdefault(plan.run_id if plan else str(place), (asked, plan, prepared is not None))
+    states = states_of([home / name for name, (_, plan, _) in found.items() if plan])
+    return [_row(*own, name, home / name, states) for name, own in found.items()]
 
 
-def _row(asked: Asked, plan: Plan | None, name: str, prepared: bool, home: Path) -> Row:
+def _row(asked: Asked, plan: Plan | None, prepared: bool, name: str, folder: Path, states: Mapping[Path, State]) -> Row:
     from slm import launch
     from slm.conduct import Waiting, slot_of
 
     given, left, devices, state = asked.hyperparameters, 1.0, None, "planned"
     if plan:
-        folder = home / plan.run_id
-        state = launch.state(folder).status
+        state = states[folder].status
         left -= launch.steps_kept(folder) / given.steps
         last = launch.last_attempt(folder)
         devices = len(slot_of(last).ids) or None if last else None
@@ -125,13 +129,14 @@ def document(own: Planned) -> dict[str, Any]:
     """The plan for --json."""
     from slm.throughput import past_error
 
+    past = _past(own.estimates, own.forecast)
     return {
         "experiment": own.experiment.name,
         "data": own.experiment.data,
         "runs": [_document(row, own.forecast) for row in own.rows],
         "seconds": own.forecast.seconds,
         "cost": own.forecast.cost,
-        "estimates": {"past_runs": len(own.estimates.past), "median_error": past_error(own.estimates.past)},
+        "estimates": {"past_runs": len(past), "median_error": past_error(past)},
     }
 
 
@@ -173,9 +178,12 @@ def _totals(rows: list[Row], forecast: Forecast) -> str:
 
     left = [row for row in rows if row.waiting]
     flops = sum(row.waiting.left * row.asked.hyperparameters.flops for row in left if row.waiting)
-    parts = [f"{len(rows) - len(left)} done, {len(left)} to train"] if left else ["all done"]
+    others = Counter(row.state for row in rows if not row.waiting)
+    done = others.pop("finished", 0)
+    parts = ["all done" if done == len(rows) else f"{done} done"]
+    parts += [f"{count} {state}" for state, count in others.items()]
     if left:
-        parts += [f"{flops:.3g} FLOPs", f"about {duration(forecast.seconds)}"]
+        parts += [f"{len(left)} to train", f"{flops:.3g} FLOPs", f"about {duration(forecast.seconds)}"]
     if forecast.cost is not None:
         parts += [f"cost {forecast.cost:,.2f}"]
     if any(row.state == "data not prepared" for row in rows):
@@ -184,13 +192,19 @@ def _totals(rows: list[Row], forecast: Forecast) -> str:
     return ", ".join(parts)
 
 
+def _past(estimates: Estimates, forecast: Forecast) -> list[Past]:
+    """The finished runs on the devices that a forecast is for: they alone inform it."""
+    names = {own.slot.device_name for own in forecast.shares.values()}
+    return [run for run in estimates.past if run.device_name in names]
+
+
 def _basis(estimates: Estimates, forecast: Forecast) -> str:
     """What the estimates rest on, and how far past ones were off."""
     from slm.throughput import past_error
 
     slots = {(own.slot.device, own.slot.device_name) for own in forecast.shares.values()}
     rest = ", ".join(sorted({estimates.throughput.basis(*slot) for slot in slots}))
-    error = past_error(estimates.past)
+    error = past_error(_past(estimates, forecast))
     off = "none was checked yet" if error is None else f"past ones were off by {error:.0%} (median)"
     return f"times rest on {rest}; {off}"
 

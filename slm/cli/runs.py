@@ -15,6 +15,7 @@ import typer
 from slm.cli.options import Json, print_json, print_table, report_problems
 
 if TYPE_CHECKING:
+    from slm.launch import State
     from slm.track import Track
 
 LOG_LINES = 15
@@ -67,7 +68,7 @@ def rows_of(home: Path, experiment: str | None = None) -> tuple[list[Row], list[
 
     Raises ValueError where there is no such home or experiment.
     """
-    run_ids = _run_ids(home, experiment)
+    run_ids = run_ids_of(home, experiment)
     rows, problems = [], []
     try:
         jobs = statuses_of_jobs(home, run_ids)
@@ -83,7 +84,8 @@ def rows_of(home: Path, experiment: str | None = None) -> tuple[list[Row], list[
     return sorted(rows, key=lambda row: tuple(row[name] for name in ORDER)), problems
 
 
-def _run_ids(home: Path, experiment: str | None) -> list[str]:
+def run_ids_of(home: Path, experiment: str | None = None) -> list[str]:
+    """The runs of a home, or of an experiment. Raises ValueError where there is no such home or experiment."""
     from slm import events
 
     if not home.is_dir():
@@ -102,6 +104,17 @@ def statuses_of_jobs(home: Path, run_ids: Sequence[str]) -> dict[str, str | None
     from slm.launch import slurm
 
     return {folder.name: job.status for folder, job in slurm.jobs_of(home / run_id for run_id in run_ids).items()}
+
+
+def states_of(folders: Sequence[Path]) -> dict[Path, State]:
+    """How runs are; by their files alone where a cluster that has their jobs does not answer."""
+    from slm import launch
+    from slm.launch import slurm
+
+    jobs: dict[Path, slurm.Job] = {}
+    with suppress(RuntimeError):
+        jobs = slurm.jobs_of(folders)
+    return {folder: launch.state(folder, jobs[folder].status if folder in jobs else None) for folder in folders}
 
 
 def _row(folder: Path, job: str | None) -> Row:
@@ -171,7 +184,7 @@ def _watch(home: Path, experiment: str | None) -> None:
     from slm.progress import Display
 
     plans = []
-    for run_id in _run_ids(home, experiment):
+    for run_id in run_ids_of(home, experiment):
         try:
             plans.append(Plan.read(home / run_id / "plan.json"))
         except ValueError as error:
@@ -193,8 +206,8 @@ def _watch(home: Path, experiment: str | None) -> None:
                 jobs.update(found)
             return jobs
 
-        look_at_jobs()
         try:
+            look_at_jobs()
             conduct.watch(others, home, display, over, look_at_jobs)
             display.note("nothing is at work")
         except KeyboardInterrupt:
@@ -207,7 +220,7 @@ def show(run: Annotated[str, typer.Argument(help="A run_id, or its first digits.
     from store import home
 
     folder = run_folder(home(), run)
-    state = launch.state(folder)
+    state = states_of([folder])[folder]
     document = {name: events.read_json(folder / f"{name}.json") for name in ("plan", "done") if _there(folder, name)}
     document |= {"status": state.status, "attempts": [_attempt(path) for path in attempts_of(folder)]}
     if as_json:

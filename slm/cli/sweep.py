@@ -155,11 +155,13 @@ def _local(
     from slm.launch import local
     from store import home
 
-    if gpu and gpus and not devices.gpu_count() and not devices.apple_gpu():
+    if gpu and gpus and cores is None and not devices.gpu_count() and not devices.apple_gpu():
         machine = local.imagined(gpus, gpu)
     else:
         machine = local.machine(gpus, cores)
-    asked = per_run[1] if machine.device == "cpu" else per_run[0]
+    asked, other = reversed(per_run) if machine.device == "cpu" else per_run
+    option, has = ("--gpus-per-run", "cores") if machine.device == "cpu" else ("--cores-per-run", "GPUs")
+    _refuse({option: _given(other, "auto")}, f"runs take {has} here: say --{has.lower()}-per-run")
     return local.Local(machine, local.sizes(asked, machine), estimates, _memory(home()))
 
 
@@ -179,7 +181,11 @@ def _slurm(
 
     memory = local.imagined(1, gpu).memory if shape[1] else None
     name = gpu if shape[1] else devices.name("cpu")
-    cluster = Cluster(*shape, device_name=name, memory=memory, **asked, options=tuple(shlex.split(options)))
+    try:
+        words = tuple(shlex.split(options))
+    except ValueError as error:
+        raise ValueError(f"--sbatch {options}: {error}") from None
+    cluster = Cluster(*shape, device_name=name, memory=memory, **asked, options=words)
     return Slurm(cluster, estimates, _memory(home()), report_line, jobs)
 
 
@@ -201,6 +207,10 @@ def _run(
     from slm.progress import Display
     from store import home
 
+    if detach and as_json:
+        raise ValueError("--detach --json: choose one; `slm status --json` says how the runs are")
+    if detach and wandb and isinstance(launcher, Slurm):
+        raise ValueError("--detach --wandb: choose one; nobody here hears what jobs on a cluster write")
     if wandb:
         check_installed()
     if isinstance(launcher, Slurm):
@@ -259,7 +269,9 @@ def _submit(plans: list[Plan], corpora: Corpora, launcher: Slurm) -> None:
             raise RuntimeError(
                 f"{home()} is being swept by process {conduct.conductor(home())}: wait for it, or stop it"
             )
-        conduct.Conductor(plans, corpora.of, home(), launcher, Display(plans, set()), lambda: None).submit()
+        left = conduct.Conductor(plans, corpora.of, home(), launcher, Display(plans, set()), lambda: None).submit()
+    if left:
+        raise RuntimeError(f"{len(left)} runs are not submitted ({', '.join(left)}): the same command submits them")
     report_line("submitted: `slm status` shows them, and the same command takes up what failed")
 
 
