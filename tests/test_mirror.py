@@ -205,7 +205,6 @@ def test_a_server_that_never_answers_costs_a_warning_and_not_the_sweep(tmp_path:
     assert code == 0
     late = "Weights & Biases did not take everything in time"
     assert warnings.startswith((f"{run_id} is not on Weights & Biases from here on: ", late))
-    server.accept()[0].close()  # it was asked
 
 
 @needs_wandb
