@@ -457,12 +457,12 @@ def test_a_run_outlasts_the_time_limit_of_its_job_and_a_stop(
 
     cluster = replace(ONE, time="1")
     with pytest.raises(KeyboardInterrupt):
-        sweep(home, Watcher(stop), cluster, steps=10_000, pause=5)
+        sweep(home, Watcher(stop), cluster, steps=4000, pause=5)
     [folder] = [path.parent for path in home.glob("*/plan.json")]
     assert ends(folder) == ["interrupted", "interrupted"]
     first, second = sorted(folder.glob("attempts/*"))
     assert job_of(first) == job_of(second)
     assert not any(job.lives for job in queue().values())
-    _, outcome = sweep(home, Watcher(), replace(ONE, time="10"), steps=10_000, pause=5)
+    _, outcome = sweep(home, Watcher(), replace(ONE, time="10"), steps=4000, pause=5)
     assert outcome.trained == [folder.name]
     assert ends(folder) == ["interrupted", "interrupted", None]
