@@ -455,7 +455,7 @@ def test_a_run_outlasts_the_time_limit_of_its_job_and_a_stop(
         if event["event"] == "checkpoint" and attempt.name == "002":
             signal.raise_signal(signal.SIGINT)
 
-    cluster = replace(ONE, time="1")
+    cluster = replace(ONE, time="2")  # Slurm may warn a minute early
     with pytest.raises(KeyboardInterrupt):
         sweep(home, Watcher(stop), cluster, steps=4000, pause=5)
     [folder] = [path.parent for path in home.glob("*/plan.json")]
