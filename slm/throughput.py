@@ -10,8 +10,8 @@ Correction      ln(measured / guessed) of the finished runs on a device of the s
                 more noise. The noise is Student's (by reweighting), so that one run on a busy machine bends little.
 Whole run       the time at work, and START.
 
-Other devices inform nothing. In published times of eleven models on eight H100s, and in pocket sweeps on one and two
-cores, each run estimated from the smaller ones, the median error from the third run on was 4 to 9 %.
+Other devices inform nothing. Tests hold the median error from the third run on, each run estimated from the smaller
+ones, to 20 %: in published times of eleven models on eight H100s, and in pocket sweeps on one and two quiet cores.
 """
 
 from __future__ import annotations
