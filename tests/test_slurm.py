@@ -449,7 +449,7 @@ def test_six_runs_survive_a_drained_node_a_cancelled_job_and_the_conductor_s_dea
 def test_a_run_outlasts_the_time_limit_of_its_job_and_a_stop(
     home: Path, nodes: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slm.launch.slurm.WARNING_SECONDS", 30)
+    monkeypatch.setattr("slm.launch.slurm.WARNING_SECONDS", 45)
 
     def stop(attempt: Path, event: dict[str, Any]) -> None:
         if event["event"] == "checkpoint" and attempt.name == "002":
@@ -457,12 +457,12 @@ def test_a_run_outlasts_the_time_limit_of_its_job_and_a_stop(
 
     cluster = replace(ONE, time="2")  # Slurm may warn a minute early
     with pytest.raises(KeyboardInterrupt):
-        sweep(home, Watcher(stop), cluster, steps=4000, pause=5)
+        sweep(home, Watcher(stop), cluster, steps=5500, pause=5)
     [folder] = [path.parent for path in home.glob("*/plan.json")]
     assert ends(folder) == ["interrupted", "interrupted"]
     first, second = sorted(folder.glob("attempts/*"))
     assert job_of(first) == job_of(second)
     assert not any(job.lives for job in queue().values())
-    _, outcome = sweep(home, Watcher(), replace(ONE, time="10"), steps=4000, pause=5)
+    _, outcome = sweep(home, Watcher(), replace(ONE, time="10"), steps=5500, pause=5)
     assert outcome.trained == [folder.name]
     assert ends(folder) == ["interrupted", "interrupted", None]
