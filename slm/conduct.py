@@ -1,26 +1,26 @@
-"""The conductor: plans -> attempts, several at once, until every run is done or says why not; and those who watch."""
+"""The conductor: plans -> attempts, several at once, until every run is done or says why not."""
 
 from __future__ import annotations
 
 import errno
 import os
 import re
-import select
 import signal
-import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from slm import events, launch, locks
+from slm import launch, locks
+from slm.follow import Follower, View
 from slm.launch import Slot
 from slm.launch.memory import Memory, Rows
 from slm.plan import Plan
 from slm.recipe import Hyperparameters
+from slm.signals import Waking
 from slm.throughput import Estimates
 
 FRUITLESS_ATTEMPTS = 3
@@ -37,7 +37,6 @@ NUMBER = re.compile(r"[0-9a-f]{12}|\d+")
 """What differs between the words of failures that are alike."""
 HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP)
 POLL_SECONDS = 1.0
-WATCH_SECONDS = 2.0
 TELL_SECONDS = 10.0
 """Pause between two requests to the same process."""
 PLACE_SECONDS = 30.0
@@ -48,25 +47,6 @@ INGEST_SECONDS = 10.0
 INGEST_SHARE = 0.002
 LONGEST_INGEST_SECONDS = 60.0
 """Ingests take this share of the time, with pauses of INGEST_SECONDS at least and of this at most."""
-
-
-class View(Protocol):
-    """Who is shown what happens."""
-
-    def run_started(self, plan: Plan, attempt: Path, adopted: bool) -> None:
-        """A run goes on in an attempt: a new one, or one that lived already."""
-
-    def event(self, plan: Plan, event: dict[str, Any]) -> None:
-        """A trainer wrote an event."""
-
-    def run_ended(self, plan: Plan, outcome: str, message: str | None) -> None:
-        """A run is finished, failed, diverged, cancelled or interrupted; or (retried) will be tried again."""
-
-    def note(self, line: str) -> None:
-        """Something about the sweep as a whole."""
-
-    def refresh(self) -> None:
-        """A moment passed: time to draw anew what changed."""
 
 
 class Launcher(Protocol):
@@ -130,38 +110,6 @@ class Outcome:
     """The others, with the reason."""
 
 
-class Follower:
-    """Tells a view what the attempts of one run write, each from its beginning."""
-
-    def __init__(self, plan: Plan, run_folder: Path, view: View) -> None:
-        self.plan, self.folder = plan, run_folder
-        self._view = view
-        self.attempt = Path()
-        """The newest attempt that was seen."""
-        self.step = 0
-        """Steps done, as far as events tell."""
-        self.advanced = False
-        """Whether the attempt wrote a checkpoint."""
-        self.evaluating = False
-        """Whether its last word, but for a failure, was that it evaluates."""
-
-    def look(self, adopted: bool = True) -> None:
-        """What is new."""
-        newest = launch.last_attempt(self.folder)
-        if newest is None:
-            return
-        if newest != self.attempt:
-            self.attempt, self._reader = newest, events.Reader(newest / "events.jsonl")
-            self.advanced = self.evaluating = False
-            self._view.run_started(self.plan, newest, adopted)
-        for event in self._reader.new():
-            self.step = max(self.step, event.get("step", 0))
-            self.advanced |= event["event"] == "checkpoint"
-            if event["event"] != "failed":
-                self.evaluating = event["event"] == "working" and event["what"] == "evaluation"
-            self._view.event(self.plan, event)
-
-
 @dataclass
 class _Run:
     """One plan on its way to done.json."""
@@ -171,8 +119,6 @@ class _Run:
     at_work: bool = False
     slot: Slot | None = None
     """Where its newest attempt is."""
-    kept: int = 0
-    """Steps at its newest checkpoint when it was last not at work."""
     fruitless: int = 0
     """Attempts in a row without a new checkpoint."""
     finished: bool = False
@@ -263,14 +209,14 @@ class Conductor:
             return
         if attempt is None:
             return
-        run.slot, run.kept = slot_of(attempt), launch.steps_kept(folder)
+        run.slot = launch.slot_of(attempt)
         if lives:
             run.at_work = True
             run.follower.look()
         elif not launch.exit_of(attempt):
             self._launcher.reap(attempt)
         ended = launch.exit_of(attempt)
-        if not run.at_work and ended and ended["reason"] in RESULTS and int(attempt.name) > launch.forgiven(folder):
+        if not run.at_work and ended and ended["reason"] in RESULTS and not launch.is_forgiven(folder):
             self._leave(run, ended["reason"], ended["message"])
 
     def _unless_full(self, step: Callable[[], None]) -> bool:
@@ -293,7 +239,7 @@ class Conductor:
         """Start the runs that have a place now."""
         for run in self._to_start():
             if launch.is_cancelled(run.follower.folder):
-                self._leave(run, "cancelled", "stopped as asked; `slm retry` lets a sweep train it again")
+                self._leave(run, *launch.CANCELLED)
         waiting, soon = self._to_start(), time.monotonic() < self._placed + PLACE_SECONDS
         if not waiting or (soon and not self._changed):
             return
@@ -303,7 +249,7 @@ class Conductor:
             self._attempt(self._runs[run_id], slot)
 
     def _waiting(self, run: _Run) -> Waiting:
-        left = 1 - run.kept / run.plan.hyperparameters.steps
+        left = 1 - launch.steps_kept(run.follower.folder) / run.plan.hyperparameters.steps
         devices = len(run.slot.ids) if run.slot and run.slot.ids else None
         return Waiting(run.plan.run_id, run.plan.hyperparameters, devices, left)
 
@@ -338,7 +284,8 @@ class Conductor:
             if not lives:
                 self._ended(run)
         for run in self._runs.values():
-            if run.left and _is_forgiven(run.follower.folder):
+            folder = run.follower.folder
+            if run.left and launch.is_forgiven(folder) and not launch.is_cancelled(folder):
                 run.left, run.fruitless, self._changed = None, 0, True
 
     def _ended(self, run: _Run) -> None:
@@ -349,7 +296,7 @@ class Conductor:
             self._view.run_ended(run.plan, "finished", None)
             return
         ended = launch.exit_of(run.follower.attempt) or self._launcher.reap(run.follower.attempt)
-        run.at_work, self._changed, run.kept = False, True, launch.steps_kept(run.follower.folder)
+        run.at_work, self._changed = False, True
         reason, message = ended["reason"] or "error", ended["message"] or "no word"
         run.fruitless = 0 if run.follower.advanced else run.fruitless + 1
         if reason == "oom":
@@ -413,19 +360,6 @@ class Conductor:
             self._pause = min(max(INGEST_SECONDS, took / INGEST_SHARE), LONGEST_INGEST_SECONDS)
 
 
-def slot_of(attempt: Path) -> Slot:
-    """The slot of an attempt."""
-    document = launch.attempt_document(attempt)
-    known = {name: document[name] for name in Slot.__dataclass_fields__ if name in document}
-    return Slot(**known | {"ids": tuple(known.get("ids", ()))})
-
-
-def _is_forgiven(run_folder: Path) -> bool:
-    """Whether `slm retry` was said of a run since its newest attempt began, and `slm stop` not since."""
-    last = launch.last_attempt(run_folder)
-    return launch.forgiven(run_folder) >= (int(last.name) if last else 0) and not launch.is_cancelled(run_folder)
-
-
 class Signals:
     """SIGINT and SIGTERM, counted instead of obeyed; any signal, a child's end too, ends a wait.
 
@@ -441,16 +375,11 @@ class Signals:
     def heard(self) -> Iterator[None]:
         """Signals are heard here, and then again by those who heard them before."""
         self._terminals = [output for output in (1, 2) if os.isatty(output)]  # once closed, they are none
-        self._wakes, wakened = socket.socketpair()
-        with self._wakes, wakened:
-            for end in (self._wakes, wakened):
-                end.setblocking(False)
-            wakeup = signal.set_wakeup_fd(wakened.fileno(), warn_on_full_buffer=False)
+        with Waking() as self._waking:
             before = {number: signal.signal(number, self._note) for number in HEARD}
             try:
                 yield
             finally:
-                signal.set_wakeup_fd(wakeup)
                 for number, handler in before.items():
                     signal.signal(number, handler)
 
@@ -463,8 +392,7 @@ class Signals:
 
     def wait(self, seconds: float) -> None:
         """So long, or until a signal comes."""
-        if select.select([self._wakes], [], [], seconds)[0]:
-            self._wakes.recv(4096)
+        self._waking.wait(seconds)
 
 
 @contextmanager
@@ -482,45 +410,3 @@ def conducting(home: Path) -> Iterator[bool]:
 def conductor(home: Path) -> int | None:
     """Process that conducts the sweeps of a home."""
     return locks.holder(home / "sweep.lock")
-
-
-def unfinished(home: Path) -> list[Plan]:
-    """The plans of a home's runs that are not finished, as far as they can be read."""
-    plans = []
-    for path in sorted(home.glob("*/plan.json")):
-        if not launch.is_done(path.parent):
-            with suppress(OSError, ValueError):
-                plans.append(Plan.read(path))
-    return plans
-
-
-def watch(
-    plans: Sequence[Plan],
-    home: Path,
-    view: View,
-    until: Callable[[], bool],
-    jobs: Callable[[], Mapping[str, str | None]] = dict,
-) -> None:
-    """Show what others train, until something is so, and how it then is; `jobs` is what a cluster says of runs, by
-    run_id.
-    """
-    followers = [Follower(plan, home / plan.run_id, view) for plan in plans]
-    running: set[str] = set()
-    while True:
-        over, told = until(), jobs()
-        for follower in [*followers]:
-            run_id = follower.folder.name
-            state = launch.state(follower.folder, told.get(run_id))
-            if state.status in ("running", "finished") or run_id in running:
-                follower.look()
-            if state.status == "running":
-                running.add(run_id)
-            elif state.status == "finished" or run_id in running:
-                running.discard(run_id)
-                view.run_ended(follower.plan, state.status, state.message)
-            if state.status == "finished":
-                followers.remove(follower)
-        view.refresh()
-        if over:
-            return
-        time.sleep(WATCH_SECONDS)

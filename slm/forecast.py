@@ -82,4 +82,4 @@ def in_queue(waiting: Sequence[Waiting], launcher: Slurm, price: Price | None) -
 
 
 def _peak(given: Hyperparameters, slot: Slot, memory: Memory) -> int:
-    return peak_memory(given, memory.rows(given, slot).training, slot.device, min(slot.ranks, given.batch_rows))
+    return peak_memory(given, memory.rows(given, slot).training, slot.device, slot.ranks_of(given))

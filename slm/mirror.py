@@ -15,7 +15,7 @@ from threading import Thread
 from typing import Any
 
 from slm import devices, events, launch
-from slm.conduct import View
+from slm.follow import View
 from slm.plan import Plan
 from slm.progress import label
 
@@ -37,7 +37,7 @@ def check_installed() -> None:
 
 
 class Mirror:
-    """Tells a view all that it is told (conduct.View), and repeats it there: run_id as id, experiment as group.
+    """Tells a view all that it is told (follow.View), and repeats it there: run_id as id, experiment as group.
 
     Steps are ours. They cannot go back there: wandb leaves out those that a resumed attempt repeats.
     """

@@ -66,7 +66,7 @@ class _AtWork:
 
 
 class Display:
-    """Shows the runs of a sweep (conduct.View). It draws in `refresh`, and has no thread."""
+    """Shows the runs of a sweep (follow.View). It draws in `refresh`, and has no thread."""
 
     def __init__(self, plans: Sequence[Plan], done: set[str], file: TextIO | None = None) -> None:
         """The plans of a sweep and the run_ids of those that are finished; shown on standard error, or another file."""

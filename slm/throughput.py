@@ -20,7 +20,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -129,11 +129,13 @@ class Estimates:
 
     def __init__(self, home: Path) -> None:
         self._home = home
+        self._found: dict[str, Past] = {}
         self.learn()
 
     def learn(self) -> None:
         """Look at what has finished."""
-        self.past = past_runs(self._home)
+        self._found |= _finished(self._home, self._found)
+        self.past = list(self._found.values())
         """The finished runs."""
         self.throughput = Throughput(self.past)
         """What they taught."""
@@ -142,9 +144,8 @@ class Estimates:
     def __call__(self, given: Hyperparameters, slot: Slot) -> float:
         """Seconds of a whole run on a slot."""
         if (given, slot) not in self._known:
-            ranks = min(slot.ranks, given.batch_rows)
-            estimate = self.throughput.seconds(given, slot.device, slot.device_name, ranks, slot.threads)
-            self._known[given, slot] = estimate
+            device, name, ranks = slot.device, slot.device_name, slot.ranks_of(given)
+            self._known[given, slot] = self.throughput.seconds(given, device, name, ranks, slot.threads)
         return self._known[given, slot]
 
 
@@ -184,8 +185,13 @@ def past_error(past: Sequence[Past]) -> float | None:
 
 def past_runs(home: Path) -> list[Past]:
     """The finished runs of a home, by its files; what cannot be read, or changed its device on the way, is left out."""
-    folders = sorted(os.listdir(home)) if home.is_dir() else []
-    return [run for name in folders if (run := _past(home / name))]
+    return list(_finished(home, {}).values())
+
+
+def _finished(home: Path, known: Mapping[str, Past]) -> dict[str, Past]:
+    """The finished runs of a home by run_id, those left out that are known: what is finished stays as it is."""
+    folders = sorted(set(os.listdir(home)) - known.keys()) if home.is_dir() else []
+    return {name: run for name in folders if (run := _past(home / name))}
 
 
 def _past(folder: Path) -> Past | None:

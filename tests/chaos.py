@@ -27,6 +27,7 @@ import store
 from slm import conduct, events, launch
 from slm.cli.sweep import _ingest
 from slm.experiment import Experiment
+from slm.follow import View
 from slm.launch.local import Local, Machine
 from slm.launch.memory import Memory
 from slm.plan import Plan
@@ -125,7 +126,7 @@ class Lines:
         pass
 
 
-def conduct_sweep(home: Path, question: Question, view: conduct.View | None = None) -> conduct.Outcome:
+def conduct_sweep(home: Path, question: Question, view: View | None = None) -> conduct.Outcome:
     """What `slm sweep` does, in two slots, with quick checkpoints and looks."""
     corpora, plans = question.plans(home)
     with conduct.conducting(home) as ours:

@@ -21,6 +21,7 @@ LEAVES = {
     "slm.experiment": {"slm.recipe"},
     "slm.schedule": set(),
     "slm.locks": set(),
+    "slm.signals": set(),
 }
 """Modules of the standard library alone, and what of ours they may use."""
 TORCH = {

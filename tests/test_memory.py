@@ -16,8 +16,8 @@ import pytest
 
 import store
 from slm.cli.options import records
-from slm.conduct import Follower
 from slm.data import prepare
+from slm.follow import Follower
 from slm.launch import Slot
 from slm.launch.memory import Memory, Rows
 from slm.plan import Plan

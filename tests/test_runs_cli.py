@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import store
-from slm import conduct, events, launch, locks
+from slm import events, follow, launch, locks
 from slm.conduct import conducting
 from slm.experiment import Experiment
 from slm.plan import Plan, code_fingerprint
@@ -262,8 +262,8 @@ def test_a_watch_is_told_how_runs_ended_that_it_saw_last_or_never(recorded, monk
             lock.close()
         return lock.closed
 
-    monkeypatch.setattr(conduct, "WATCH_SECONDS", 0)
-    conduct.watch(plans, home, display, until)
+    monkeypatch.setattr(follow, "WATCH_SECONDS", 0)
+    follow.watch(plans, home, display, until)
     assert display.at_work == 0
     ends = [line for line in shown.getvalue().splitlines() if ": finished" in line]
     assert [line.split()[0] for line in ends] == [unseen.name, seen.name]

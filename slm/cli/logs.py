@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from slm.cli.options import Json, print_json
-from slm.cli.runs import attempts_of, label_of, log_lines, run_folder, states_of
+from slm.cli.runs import label_of, log_lines, run_folder, states_of
 
 FOLLOW_SECONDS = 0.5
 
@@ -43,7 +43,9 @@ def logs(
 
 def _attempt(folder: Path, number: int | None) -> Path:
     """An attempt of a run, the newest without a number. Raises ValueError where there is none."""
-    attempts = {int(path.name): path for path in attempts_of(folder)}
+    from slm import launch
+
+    attempts = {int(path.name): path for path in launch.attempts_of(folder)}
     if not attempts:
         raise ValueError(f"run {folder.name} has no attempt yet: `slm sweep` trains it")
     if number is not None and number not in attempts:
@@ -92,11 +94,8 @@ class _Source:
         self._began = True
 
     def events(self) -> list[dict[str, Any]]:
-        """New events. Raises ValueError naming the file when a line is none."""
-        try:
-            return list(self._events.new())
-        except ValueError as error:
-            raise ValueError(f"{self.attempt / 'events.jsonl'} is damaged: {error}") from None
+        """New events."""
+        return list(self._events.new())
 
     def log(self) -> list[str]:
         """New lines of the log."""

@@ -97,14 +97,14 @@ def _rows(experiment: Experiment, corpora: Corpora, home: Path) -> list[Row]:
 
 def _row(asked: Asked, plan: Plan | None, prepared: bool, name: str, folder: Path, states: Mapping[Path, State]) -> Row:
     from slm import launch
-    from slm.conduct import Waiting, slot_of
+    from slm.conduct import Waiting
 
     given, left, devices, state = asked.hyperparameters, 1.0, None, "planned"
     if plan:
         state = states[folder].status
         left -= launch.steps_kept(folder) / given.steps
         last = launch.last_attempt(folder)
-        devices = len(slot_of(last).ids) or None if last else None
+        devices = len(launch.slot_of(last).ids) or None if last else None
     waiting = None if state in FINISHED else Waiting(name, given, devices, left)
     return Row(asked, plan, state if prepared or state in FINISHED else "data not prepared", name, waiting)
 

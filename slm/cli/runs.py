@@ -71,7 +71,7 @@ def rows_of(home: Path, experiment: str | None = None) -> tuple[list[Row], list[
     run_ids = run_ids_of(home, experiment)
     rows, problems = [], []
     try:
-        jobs = statuses_of_jobs(home, run_ids)
+        jobs = statuses_of_jobs([home / run_id for run_id in run_ids])
     except RuntimeError as error:
         jobs, problems = {}, [f"Slurm does not answer: {error}"]
     for run_id in run_ids:
@@ -99,22 +99,21 @@ def run_ids_of(home: Path, experiment: str | None = None) -> list[str]:
     return [run_id for run_id in listed if (home / run_id / "plan.json").exists()]
 
 
-def statuses_of_jobs(home: Path, run_ids: Sequence[str]) -> dict[str, str | None]:
-    """What a cluster says of runs whose jobs it has. Raises RuntimeError when it does not answer."""
+def statuses_of_jobs(folders: Sequence[Path]) -> dict[str, str | None]:
+    """What a cluster says of runs whose jobs it has, by run_id. Raises RuntimeError when it does not answer."""
     from slm.launch import slurm
 
-    return {folder.name: job.status for folder, job in slurm.jobs_of(home / run_id for run_id in run_ids).items()}
+    return {folder.name: job.status for folder, job in slurm.jobs_of(folders).items()}
 
 
 def states_of(folders: Sequence[Path]) -> dict[Path, State]:
     """How runs are; by their files alone where a cluster that has their jobs does not answer."""
     from slm import launch
-    from slm.launch import slurm
 
-    jobs: dict[Path, slurm.Job] = {}
+    jobs: dict[str, str | None] = {}
     with suppress(RuntimeError):
-        jobs = slurm.jobs_of(folders)
-    return {folder: launch.state(folder, jobs[folder].status if folder in jobs else None) for folder in folders}
+        jobs = statuses_of_jobs(folders)
+    return {folder: launch.state(folder, jobs.get(folder.name)) for folder in folders}
 
 
 def _row(folder: Path, job: str | None) -> Row:
@@ -142,10 +141,11 @@ def _planned(plan: Row) -> Row:
 
 def track_of(folder: Path, steps: int) -> Track:
     """How far a run is, from the last events of its attempts; those of a damaged file are left out."""
+    from slm import launch
     from slm.track import Track, last_events
 
     track = Track(steps)
-    for attempt in attempts_of(folder):
+    for attempt in launch.attempts_of(folder):
         for event in last_events(attempt / "events.jsonl"):
             track.take(event)
     return track
@@ -179,7 +179,7 @@ def _cells(row: Row) -> dict[str, str | None]:
 
 def _watch(home: Path, experiment: str | None) -> None:
     """Show what is at work until nothing is and nobody conducts; what goes on does so when the watching ends."""
-    from slm import conduct, launch
+    from slm import conduct, follow, launch
     from slm.plan import Plan
     from slm.progress import Display
 
@@ -201,14 +201,14 @@ def _watch(home: Path, experiment: str | None) -> None:
 
         def look_at_jobs() -> dict[str, str | None]:
             with suppress(RuntimeError):  # Slurm does not answer: what it said last holds
-                found = statuses_of_jobs(home, [plan.run_id for plan in others])
+                found = statuses_of_jobs([home / plan.run_id for plan in others])
                 jobs.clear()
                 jobs.update(found)
             return jobs
 
         try:
             look_at_jobs()
-            conduct.watch(others, home, display, over, look_at_jobs)
+            follow.watch(others, home, display, over, look_at_jobs)
             display.note("nothing is at work")
         except KeyboardInterrupt:
             display.note("watched no more; what is at work goes on")
@@ -222,7 +222,7 @@ def show(run: Annotated[str, typer.Argument(help="A run_id, or its first digits.
     folder = run_folder(home(), run)
     state = states_of([folder])[folder]
     document = {name: events.read_json(folder / f"{name}.json") for name in ("plan", "done") if _there(folder, name)}
-    document |= {"status": state.status, "attempts": [_attempt(path) for path in attempts_of(folder)]}
+    document |= {"status": state.status, "attempts": [_attempt(path) for path in launch.attempts_of(folder)]}
     if as_json:
         print_json(document)
         return
@@ -280,11 +280,6 @@ def label_of(plan: Row) -> str:
     return f"{plan['recipe']} d{plan['hyperparameters']['depth']} {plan['horizon']} seed {plan['seed']}"
 
 
-def attempts_of(run_folder: Path) -> list[Path]:
-    """Folders of a run's attempts, oldest first."""
-    return sorted((run_folder / "attempts").glob("[0-9]*"), key=lambda path: int(path.name))
-
-
 def log_lines(attempt: Path) -> list[str]:
     """What torchrun and the trainers said."""
     path = attempt / "log"
@@ -303,10 +298,7 @@ def _attempt(folder: Path) -> Row:
 
 
 def _warnings(path: Path) -> list[str]:
-    """Messages of the warnings in an events.jsonl; that it cannot be read is one."""
+    """Messages of the warnings in an events.jsonl."""
     from slm import events
 
-    try:
-        return [event["message"] for event in events.Reader(path).new() if event["event"] == "warning"]
-    except ValueError as error:
-        return [f"{path} is damaged: {error}"]
+    return [event["message"] for event in events.Reader(path).new() if event["event"] == "warning"]

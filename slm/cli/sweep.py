@@ -27,8 +27,9 @@ from slm.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from slm.conduct import Outcome, View
+    from slm.conduct import Outcome
     from slm.experiment import Experiment
+    from slm.follow import View
     from slm.launch.local import Local
     from slm.launch.memory import Memory
     from slm.launch.slurm import Slurm
@@ -244,7 +245,7 @@ def _mirrored(display: Display, experiment: Experiment, wandb: bool) -> Abstract
 
 def _conduct(plans: list[Plan], corpora: Corpora, launcher: Local | Slurm, view: View) -> Outcome:
     """Train, when nobody else sweeps this home; until then show what they do."""
-    from slm import conduct
+    from slm import conduct, follow
     from store import home
 
     while True:
@@ -254,8 +255,8 @@ def _conduct(plans: list[Plan], corpora: Corpora, launcher: Local | Slurm, view:
                 return conduct.Conductor(plans, corpora.of, home(), launcher, view, ingest).run()
         mine = "shown until it ends, then this sweep goes on"
         view.note(f"{home()} is being swept by process {conduct.conductor(home())}: {mine}")
-        others = conduct.unfinished(home())
-        conduct.watch(others, home(), view, until=lambda: conduct.conductor(home()) is None)
+        others = follow.unfinished(home())
+        follow.watch(others, home(), view, until=lambda: conduct.conductor(home()) is None)
 
 
 def _submit(plans: list[Plan], corpora: Corpora, launcher: Slurm) -> None:

@@ -23,11 +23,16 @@ from slm import events, locks
 if TYPE_CHECKING:  # every supervisor loads this file
     from slm.launch.memory import Rows
     from slm.plan import Plan
+    from slm.recipe import Hyperparameters
 
 CHECKPOINT_SECONDS = 20.0
 """Shortest time between two checkpoints."""
 STATES = ("planned", "queued", "running", "finished", "failed", "interrupted", "diverged", "cancelled")
 """What a run can be. `interrupted` will go on; `diverged` is a result; `cancelled` waits for `slm retry`."""
+
+
+CANCELLED = ("cancelled", "stopped as asked; `slm retry` lets a sweep train it again")
+"""Reason and message of a run of which `slm stop` was said."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,10 @@ class Slot:
     """Machines, each with an equal share of the ranks."""
     memory: int | None = None
     """Bytes of a rank; None where that is not known."""
+
+    def ranks_of(self, given: Hyperparameters) -> int:
+        """Processes of a run here: no more than its batch has rows."""
+        return min(self.ranks, given.batch_rows)
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,7 @@ def make_attempt(
 
     document = asdict(where) | {
         "created": time.time(),
-        "ranks": min(where.ranks, plan.hyperparameters.batch_rows),
+        "ranks": where.ranks_of(plan.hyperparameters),
         "micro_batch": rows.training,
         "evaluation_tokens": rows.evaluation_tokens,
         "checkpoint_seconds": checkpoint_seconds,
@@ -133,9 +142,14 @@ def holder(run_folder: Path) -> int | None:
     return locks.holder(run_folder / "train.lock") if supervisor is None else supervisor
 
 
+def attempts_of(run_folder: Path) -> list[Path]:
+    """Folders of a run's attempts, oldest first."""
+    return sorted((run_folder / "attempts").glob("[0-9]*"), key=lambda path: int(path.name))
+
+
 def last_attempt(run_folder: Path) -> Path | None:
     """Folder of a run's newest attempt."""
-    return max((run_folder / "attempts").glob("[0-9]*"), key=lambda path: int(path.name), default=None)
+    return next(reversed(attempts_of(run_folder)), None)
 
 
 def exit_of(attempt: Path) -> dict[str, Any] | None:
@@ -181,10 +195,10 @@ def retry(run_folder: Path) -> None:
     events.write_json(run_folder / "retry.json", {"attempt": int(last.name) if last else 0})
 
 
-def forgiven(run_folder: Path) -> int:
-    """Number of the newest attempt whose end is forgiven; 0 before the first, -1 where nothing is."""
-    path = run_folder / "retry.json"
-    return int(events.read_json(path)["attempt"]) if path.exists() else -1
+def is_forgiven(run_folder: Path) -> bool:
+    """Whether `slm retry` was said of a run since its newest attempt began."""
+    path, last = run_folder / "retry.json", last_attempt(run_folder)
+    return path.exists() and int(events.read_json(path)["attempt"]) >= (int(last.name) if last else 0)
 
 
 def state(run_folder: Path, job: str | None = None) -> State:
@@ -198,10 +212,10 @@ def state(run_folder: Path, job: str | None = None) -> State:
     if job:
         return State("queued")
     if is_cancelled(run_folder):
-        return State("cancelled", "cancelled", "stopped as asked; `slm retry` lets a sweep train it again")
+        return State("cancelled", *CANCELLED)
     if attempt is None:
         return State("planned")
-    if ended is None or int(attempt.name) <= forgiven(run_folder):
+    if ended is None or is_forgiven(run_folder):
         return State("interrupted")
     status = ended["reason"] if ended["reason"] in ("interrupted", "diverged", "cancelled") else "failed"
     return State(status, ended["reason"], ended["message"])
@@ -232,3 +246,10 @@ def attempt_document(attempt: Path) -> dict[str, Any]:
     """What attempt.json says."""
     document: dict[str, Any] = events.read_json(attempt / "attempt.json")
     return document
+
+
+def slot_of(attempt: Path) -> Slot:
+    """The slot of an attempt."""
+    document = attempt_document(attempt)
+    known = {name: document[name] for name in Slot.__dataclass_fields__ if name in document}
+    return Slot(**known | {"ids": tuple(known.get("ids", ()))})

@@ -61,12 +61,12 @@ class Memory:
 
 
 def _key(given: Hyperparameters, where: Slot) -> Key:
-    ranks = min(where.ranks, given.batch_rows)
+    ranks = where.ranks_of(given)
     return (where.device_name, ranks, given.depth, given.width, given.sequence_length, given.vocab_size)
 
 
 def _closed_form(given: Hyperparameters, where: Slot) -> int:
-    ranks, few = min(where.ranks, given.batch_rows), max(1, CPU_TOKENS // given.sequence_length)
+    ranks, few = where.ranks_of(given), max(1, CPU_TOKENS // given.sequence_length)
     if where.memory is None:
         return few
     fits = largest_micro_batch(given, where.memory, where.device, ranks)

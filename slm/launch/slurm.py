@@ -292,7 +292,7 @@ class Slurm:
             reason, why = ENDS.get(job.state, ("interrupted", f"is {job.state}"))
             message = f"Slurm's job {job.id} {why}"
         if launch.is_cancelled(_run_folder(attempt)):
-            reason, message = "cancelled", "stopped as asked; `slm retry` lets a sweep train it again"
+            reason, message = launch.CANCELLED
         elif _stopped(attempt).exists():
             reason, message = "interrupted", "taken from the queue, as asked"
         return launch.record_exit(attempt, 1, reason, message)

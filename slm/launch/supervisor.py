@@ -11,9 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import select
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +24,7 @@ import psutil
 
 from slm import devices, events, launch, locks
 from slm.launch import nodes
+from slm.signals import Waking
 
 PR_SET_CHILD_SUBREAPER = 36
 LOOK_SECONDS = 1.0
@@ -105,11 +104,7 @@ class _Asked:
     def __init__(self) -> None:
         self.stop = self.at_once = self.terminated = False
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
-        self._wakes, wakened = socket.socketpair()
-        for end in (self._wakes, wakened):
-            end.setblocking(False)
-        signal.set_wakeup_fd(wakened.fileno(), warn_on_full_buffer=False)
-        self._wakened = wakened
+        self._waking = Waking()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
             signal.signal(number, self._note)
 
@@ -120,8 +115,7 @@ class _Asked:
 
     def wait(self, seconds: float) -> None:
         """Until a signal comes, or so long."""
-        if select.select([self._wakes], [], [], seconds)[0]:
-            self._wakes.recv(4096)
+        self._waking.wait(seconds)
         self.stop |= signal.SIGUSR2 in signal.sigpending()
 
 
@@ -222,7 +216,7 @@ def _ask_to_stop(child: subprocess.Popen[bytes]) -> None:
 def _why(folder: Path, code: int, asked: _Asked, watch: _Watch) -> tuple[str, str]:
     """Reason and message of an attempt that did not finish: its own word, else the end of its log."""
     if launch.is_cancelled(folder.parent.parent):
-        return "cancelled", "stopped as asked; `slm retry` lets a sweep train it again"
+        return launch.CANCELLED
     if watch.silence is not None:
         return "timeout", f"no event for {watch.silence:.0f} s: taken for a hang, and ended"
     failed = [event for event in events.Reader(folder / "events.jsonl").new() if event["event"] == "failed"]
