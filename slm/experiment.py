@@ -55,6 +55,8 @@ class Experiment:
     """Replicates."""
     data: str = "python"
     """Corpus: a name or a folder."""
+    tokenizer: str | None = None
+    """Tokeniser: a file or one of tiktoken's names; None: one is trained on the corpus."""
     question: str = ""
     """What it is to find out."""
     plans: tuple[Plan, ...] = ()
@@ -109,6 +111,7 @@ class Experiment:
             "steps": self.steps,
             "seeds": list(self.seeds),
             "data": self.data,
+            "tokenizer": self.tokenizer,
             "plans": [plan.run_id for plan in self.plans],
         }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slm import events
-from slm.data import Prepared, prepare, prepared_for, row_shape
+from slm.data import Prepared, prepare, prepared_for, row_shape, tokenizer_of
 from slm.experiment import Asked, Experiment
 from slm.plan import Plan, code_fingerprint
 from slm.recipe import Hyperparameters
@@ -20,27 +20,36 @@ class Corpora:
 
     def __init__(self, experiment: Experiment, home: Path) -> None:
         self._name = experiment.data
+        self._tokenizer = tokenizer_of(experiment.tokenizer) if experiment.tokenizer else None
         self._home = home
+        asked = sorted((own.hyperparameters for own in experiment.asked()), key=lambda given: given.train_rows)
+        self._longest = {_key(given): given for given in asked}
         self._found: dict[tuple[int, ...], Prepared | None] = {}
 
     def prepare(self, asked: Asked, report: Callable[[str], None]) -> Prepared:
         """Prepared data, made now if they are not there yet."""
         key = _key(asked.hyperparameters)
-        prepared = self._found.get(key) or prepare(self._name, asked.hyperparameters, self._home, report)
+        prepared = self._found.get(key)
+        if prepared is None:
+            prepared = prepare(self._name, self._longest[key], self._home, report, tokenizer=self._tokenizer)
         self._found[key] = prepared
         return prepared
 
     def of(self, plan: Plan) -> Path:
         """Prepared folder of a plan made from these data."""
+        return self.prepared(plan).folder
+
+    def prepared(self, plan: Plan) -> Prepared:
+        """Data of a plan made from these."""
         prepared = self._found[_key(plan.hyperparameters)]
         assert prepared is not None
-        return prepared.folder
+        return prepared
 
     def find(self, asked: Asked) -> Prepared | None:
         """Prepared data, if they are there."""
         key = _key(asked.hyperparameters)
         if key not in self._found:
-            self._found[key] = prepared_for(self._name, asked.hyperparameters, self._home)
+            self._found[key] = prepared_for(self._name, self._longest[key], self._home, self._tokenizer)
         return self._found[key]
 
 
@@ -82,7 +91,8 @@ def plan_of(asked: Asked, prepared: Prepared) -> Plan:
 
     Raises ValueError for a horizon beyond the data, and where a run is to be repeated whose rows are not these.
     """
-    identity = prepared.identity(asked.hyperparameters)
+    rows = asked.plan.data.rows if asked.plan and asked.plan.data.rows < prepared.train_rows else None
+    identity = prepared.identity(asked.hyperparameters, rows)
     plan = Plan(asked.recipe, asked.horizon, asked.seed, asked.hyperparameters, identity, code_fingerprint())
     if asked.plan is not None and asked.plan.run_id != plan.run_id:
         raise ValueError(_other_rows(asked.plan, plan))

@@ -9,8 +9,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from slm import checkpoints, events
-from slm.data import Prepared, row_shape
+from slm import checkpoints
+from slm.data import Prepared, all_prepared, row_shape
+from slm.data.hub import NAMED
 from slm.model import GPT, compute_dtype
 from slm.plan import Plan, code_fingerprint
 from slm.recipe import RECIPES
@@ -119,13 +120,12 @@ def prepared_of(plan: Plan, home: Path) -> Prepared:
     Raises ValueError, saying how it is prepared, when there is none.
     """
     wanted = (plan.data.tokenizer, plan.data.validation)
-    for path in sorted((home / "data").glob("*/manifest.json")):
-        manifest = events.read_json(path)
-        if (manifest["tokenizer"], manifest["validation"]["fingerprint"]) == wanted:
-            return Prepared(path.parent, manifest)
+    for prepared in all_prepared(home):
+        if (prepared.manifest["tokenizer"], prepared.manifest["validation"]["fingerprint"]) == wanted:
+            return prepared
     corpus, shape = plan.data.corpus, row_shape(plan.hyperparameters)
     recipe = next((name for name, own in RECIPES.items() if row_shape(own(own.reference_depth)) == shape), None)
-    source = corpus if corpus == "python" else "FOLDER"
+    source = corpus if corpus in ("python", *NAMED) else "FOLDER"
     command = f"slm data prepare {source} --recipe {recipe}" if recipe else f"slm sweep --plan {home / plan.run_id}"
     raise ValueError(
         f"the tokeniser and validation rows of run {plan.run_id} are not in {home / 'data'}: prepare its corpus "

@@ -240,10 +240,10 @@ def test_data_that_changed_after_planning_are_refused(tmp_path: Path, home: Path
 
 def test_rows_that_changed_on_disk_are_refused(tmp_path: Path, prepared: Prepared) -> None:
     shutil.copytree(prepared.folder, tmp_path / "data" / prepared.folder.name)
-    path = tmp_path / "data" / prepared.folder.name / "train.bin"
+    path = tmp_path / "data" / prepared.folder.name / "train-00000.bin"
     path.write_bytes(bytes(path.stat().st_size))
     folder, outcome = train(tmp_path, ONE, Watcher(), steps=2)
-    assert "train.bin was changed" in outcome.not_finished[folder.name]
+    assert "train-00000.bin was changed" in outcome.not_finished[folder.name]
 
 
 def test_a_plan_of_another_trainer_is_refused(tmp_path: Path, home: Path) -> None:

@@ -1,44 +1,73 @@
-"""`slm data`: corpora, tokenisers and rows, and the bundle of CORE."""
+"""`slm data`: corpora, tokenisers and rows, and the bundles of CORE and pocket-core."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from math import ceil
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slm.cli.options import Json, RecipeName, print_json, recipe_of
+from slm.cli.options import Json, RecipeName, TokenizerName, numbers_of, print_json, recipe_of
+
+if TYPE_CHECKING:
+    from slm.evaluate.bundle import Bundle
 
 CORE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 """nanochat's public bundle."""
+CorpusName = Annotated[
+    str,
+    typer.Argument(
+        metavar="CORPUS",
+        help="python, a folder of .txt, .md, .rst, .jsonl, .parquet, climbmix, fineweb-edu, or hf:OWNER/NAME.",
+    ),
+]
+LEFT_OUT = {"duplicates": "duplicates", "empty": "empty", "null": "null", "invalid_utf8": "mended (no UTF-8)"}
+"""What is counted of documents that are not what they should be, in words."""
 PAUSE_SECONDS = 5.0
 """Between two lines on how far something is."""
 
 
 def prepare(
-    corpus: Annotated[str, typer.Argument(help="python, or a folder of .txt, .jsonl, .parquet.")] = "python",
+    name: CorpusName = "python",
     recipe: RecipeName = None,
+    tokens: Annotated[
+        float | None, typer.Option(help="Of a hub's corpus, at least so many, else the reference depth's horizon.")
+    ] = None,
+    tokenizer: TokenizerName = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="At work at once; else one a core.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Tokenise a corpus and pack it into rows that every run shares."""
+    """Tokenise a corpus and pack it into rows that every run shares; typed again, go on or add what is new."""
     from slm import data
     from store import home
 
     family = recipe_of(recipe)
-    prepared = data.prepare(corpus, family(family.reference_depth), home(), report_line)
+    given = family(family.reference_depth)
+    if tokens is not None:
+        (tokens,) = numbers_of("--tokens", str(tokens))
+        given = replace(given, steps=ceil(tokens / given.batch_tokens))
+    own = data.tokenizer_of(tokenizer) if tokenizer else None
+    prepared = data.prepare(name, given, home(), report_line, processes, own)
     manifest = prepared.manifest
     if as_json:
         print_json({"folder": str(prepared.folder), "manifest": manifest})
         return
     train, validation = manifest["train"], manifest["validation"]
-    tokens = train["rows"] * (train["row_tokens"] - 1)
-    print(f"corpus {manifest['corpus']['name']} for recipe {family.name}: {prepared.folder}")
-    print(f"  {manifest['corpus']['documents']:,} documents, {manifest['corpus']['duplicates']} duplicates left out")
-    print(f"  {train['rows']:,} training rows ({tokens:,} tokens), {train['cropped_tokens']:,} tokens cropped")
+    corpus, tokens = manifest["corpus"], train["rows"] * (manifest["row_tokens"] - 1)
+    left_out = ", ".join(f"{corpus[name]:,} {word}" for name, word in LEFT_OUT.items() if corpus[name])
+    print(f"corpus {corpus['name']} for recipe {family.name}: {prepared.folder}")
+    print(f"  {corpus['documents']:,} documents; left out: {left_out or 'none'}")
+    lost = corpus["cropped_tokens"] + corpus["dropped_tokens"]
+    print(f"  {train['rows']:,} training rows ({tokens:,} tokens), {lost / corpus['tokens']:.2%} of the tokens in none")
     print(f"  {validation['rows']:,} validation rows, fingerprint {validation['fingerprint']}")
+    if tokens and tokens > train["rows"] * given.sequence_length:
+        epochs = tokens / (train["rows"] * given.sequence_length)
+        print(f"  all there is: {tokens:,.0f} tokens are {epochs:.2f} epochs (at most {data.MAX_EPOCHS} are read)")
 
 
 def core(
@@ -58,11 +87,29 @@ def core(
         fetched = download(CORE_URL, home() / "data" / "core", progress("bytes"))
         got = bundle.install(fetched, home())
         fetched.unlink()
+    _print_bundle(got, as_json)
+
+
+def pocket_core(corpus: CorpusName = "python", recipe: RecipeName = None, as_json: Json = False) -> None:
+    """Make the bundle of pocket-core of a corpus's held-out text: CORE's types of task for small models."""
+    from slm import data
+    from slm.evaluate import pocket
+    from store import home
+
+    family = recipe_of(recipe)
+    prepared = data.prepare(corpus, family(family.reference_depth), home(), report_line)
+    _print_bundle(pocket.bundle_of(prepared, home()), as_json)
+
+
+def _print_bundle(got: Bundle, as_json: bool) -> None:
+    from slm.evaluate.bundle import CORE
+
     counts = {task.label: len(got.examples(task)) for task in got.tasks}
     if as_json:
-        print_json({"bundle": got.id, "folder": str(got.folder), "tasks": counts})
+        print_json({"bundle": got.id, "name": got.name, "folder": str(got.folder), "tasks": counts})
         return
-    print(f"bundle {got.id}: {len(counts)} tasks, {sum(counts.values()):,} examples; {got.folder}")
+    named = f" ({got.name})" if got.name != CORE else ""
+    print(f"bundle {got.id}{named}: {len(counts)} tasks, {sum(counts.values()):,} examples; {got.folder}")
 
 
 def progress(unit: str) -> Callable[[int, int], None]:
@@ -72,9 +119,11 @@ def progress(unit: str) -> Callable[[int, int], None]:
     began = said = time.monotonic()
 
     def report(done: int, of: int) -> None:
-        nonlocal said
+        nonlocal began, said
         now = time.monotonic()
-        if now - said > PAUSE_SECONDS:
+        if done == 0:
+            began = now
+        elif now - said > PAUSE_SECONDS:
             said = now
             report_line(f"{done:,} of {of:,} {unit}, {duration((now - began) / done * (of - done))} left")
 

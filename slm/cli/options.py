@@ -20,9 +20,18 @@ Depths = Annotated[str, typer.Option(help="Depths: 10-20, or 4,8,12.", metavar="
 RecipeName = Annotated[
     str | None, typer.Option("--recipe", help="Recipe: nanochat where a GPU is found, else pocket.", metavar="NAME")
 ]
-Data = Annotated[str | None, typer.Option("--data", help="Corpus: python, or a folder of .txt, .jsonl, .parquet.")]
+Data = Annotated[
+    str | None, typer.Option("--data", help="Corpus: python, a folder, climbmix, fineweb-edu, or hf:OWNER/NAME.")
+]
+TokenizerName = Annotated[
+    str | None,
+    typer.Option("--tokenizer", help="A .json or .tiktoken file, or tiktoken's name; else one is trained."),
+]
 DEEPEST = 100
 """Of the models considered."""
+Mixed = Annotated[
+    bool, typer.Option("--allow-mixed", help="Take runs that are not comparable as one; the outcome says so.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 
 

@@ -167,6 +167,9 @@ def show(own: Planned, say: Callable[[str], None]) -> None:
     alike = ", ".join(f"{name} {cells[0][headers.index(name)]}" for name in same)
     what = f"experiment {own.experiment.name}{f' ({alike})' if alike else ''}, data {own.experiment.data}"
     say(f"{what}: {len(rows)} runs on {own.where}: {_totals(rows, forecast)}")
+    epochs = [row.plan.data.epochs for row in rows if row.plan]
+    if wrapped := sum(own > 1 for own in epochs):
+        say(f"{wrapped} of them read rows of {own.experiment.data} more than once, up to {max(epochs):.2f} epochs")
     if forecast.shares:
         say(_basis(own.estimates, forecast))
     for line in forecast.chart if len(forecast.shares) > 1 else []:

@@ -1,5 +1,16 @@
 """Corpora -> a tokeniser and rows of tokens on disk, which every run of every sweep shares. No torch here."""
 
-from slm.data.prepare import Prepared, prepare, prepared_for, row_shape
+from slm.data.prepare import prepare, prepared_for
+from slm.data.prepared import MAX_EPOCHS, Prepared, all_prepared, row_shape
+from slm.data.tokenizer import Tokenizer, tokenizer_of
 
-__all__ = ["Prepared", "prepare", "prepared_for", "row_shape"]
+__all__ = [
+    "MAX_EPOCHS",
+    "Prepared",
+    "Tokenizer",
+    "all_prepared",
+    "prepare",
+    "prepared_for",
+    "row_shape",
+    "tokenizer_of",
+]

@@ -11,6 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 if TYPE_CHECKING:
     import tiktoken
 
@@ -24,22 +27,35 @@ SPECIAL = (BOS, *(f"<|reserved_{i}|>" for i in range(1, 9)))
 """`<|bos|>` starts every document; eight are kept for later training stages. Their ids follow the text tokens'."""
 
 
+STARTS = (BOS, "<|endoftext|>")
+"""What may start a document: the first that a tokeniser has."""
+
+
 @dataclass(frozen=True)
 class Tokenizer:
     """A vocabulary of byte strings in merge order, then the special tokens."""
 
     tokens: tuple[bytes, ...]
     """The bytes of each text token; a token's place is its id."""
+    pattern: str = PATTERN
+    """How a text is split before merges."""
+    special: tuple[tuple[str, int], ...] = ()
+    """Names and ids of other special tokens than SPECIAL, whose ids follow the text tokens'."""
+
+    @cached_property
+    def specials(self) -> dict[str, int]:
+        """Ids of the special tokens."""
+        return dict(self.special) or {name: len(self.tokens) + i for i, name in enumerate(SPECIAL)}
 
     @property
     def vocab_size(self) -> int:
-        """Text and special tokens."""
-        return len(self.tokens) + len(SPECIAL)
+        """Text and special tokens, and the ids between them that are none."""
+        return max(len(self.tokens), *(number + 1 for number in self.specials.values()))
 
-    @property
+    @cached_property
     def bos(self) -> int:
-        """Id of `<|bos|>`."""
-        return len(self.tokens)
+        """Id of the token that starts every document: `<|bos|>`, else `<|endoftext|>`."""
+        return next(self.specials[name] for name in STARTS if name in self.specials)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -49,7 +65,7 @@ class Tokenizer:
     @property
     def token_bytes(self) -> list[int]:
         """UTF-8 bytes of every token; 0 for the special ones, which bits per byte leave out."""
-        return [len(token) for token in self.tokens] + [0] * len(SPECIAL)
+        return [len(token) for token in self.tokens] + [0] * (self.vocab_size - len(self.tokens))
 
     @cached_property
     def encoding(self) -> tiktoken.Encoding:
@@ -58,14 +74,26 @@ class Tokenizer:
 
         return tiktoken.Encoding(
             name=f"slm-{self.fingerprint}",
-            pat_str=PATTERN,
+            pat_str=self.pattern,
             mergeable_ranks={token: rank for rank, token in enumerate(self.tokens)},
-            special_tokens={name: self.bos + i for i, name in enumerate(SPECIAL)},
+            special_tokens=self.specials,
         )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without `<|bos|>`; special tokens written in it are plain text."""
         return self.encoding.encode_ordinary(text)
+
+    def encode_to_numpy(self, text: str) -> NDArray[np.uint32]:
+        """Token ids of a text as `encode` gives them, without the GIL; of one that is too much for the split pattern
+        (a million blanks) those of its halves."""
+        try:
+            ids: NDArray[np.uint32] = self.encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:
+            if len(text) < 2:
+                raise
+            half = len(text) // 2
+            ids = np.concatenate([self.encode_to_numpy(part) for part in (text[:half], text[half:])])
+        return ids
 
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[list[int]]:
         """Token ids of each text, without `<|bos|>`; special tokens written in a text are plain text."""
@@ -78,15 +106,74 @@ class Tokenizer:
     def document(self) -> dict[str, Any]:
         """The tokeniser as JSON."""
         tokens = [base64.b64encode(token).decode() for token in self.tokens]
-        return {"pattern": PATTERN, "special": list(SPECIAL), "tokens": tokens}
+        special: list[Any] = [list(own) for own in self.special] or list(SPECIAL)
+        return {"pattern": self.pattern, "special": special, "tokens": tokens}
 
     @classmethod
     def read(cls, path: Path) -> Tokenizer:
-        """The tokeniser in a file that `document` filled. Raises ValueError for another pattern."""
-        document = json.loads(path.read_text())
-        if document["pattern"] != PATTERN or document["special"] != list(SPECIAL):
-            raise ValueError(f"{path}: a tokeniser with another split pattern or other special tokens")
-        return cls(tuple(base64.b64decode(token) for token in document["tokens"]))
+        """The tokeniser in a file that `document` filled. Raises ValueError where it holds none."""
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            special = () if document["special"] == list(SPECIAL) else tuple((n, i) for n, i in document["special"])
+            tokens = tuple(base64.b64decode(token, validate=True) for token in document["tokens"])
+            return _checked(cls(tokens, document["pattern"], special), str(path))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no tokeniser: {error}") from None
+
+
+def tokenizer_of(name: str) -> Tokenizer:
+    """The tokeniser of a file (one of ours, or tiktoken's lines of token and rank), or tiktoken's encoding of a name.
+
+    Lines of ranks come without a split pattern: PATTERN is theirs. Raises ValueError for what is none of these.
+    """
+    path = Path(name)
+    if path.suffix not in (".json", ".tiktoken"):
+        return _of_encoding(name)
+    if not path.is_file():
+        raise ValueError(f"--tokenizer {path}: no such file")
+    return Tokenizer.read(path) if path.suffix == ".json" else _of_ranks(path)
+
+
+def _of_ranks(path: Path) -> Tokenizer:
+    try:
+        pairs = [line.split() for line in path.read_text(encoding="ascii").splitlines() if line]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except ValueError as error:
+        raise ValueError(f"--tokenizer {path}: no lines of token and rank ({error})") from None
+    return _checked(Tokenizer(_by_rank(ranks, str(path))), str(path))
+
+
+def _of_encoding(name: str) -> Tokenizer:
+    import tiktoken
+
+    if name not in tiktoken.list_encoding_names():
+        known = ", ".join(tiktoken.list_encoding_names())
+        raise ValueError(f"--tokenizer {name}: no file (.json, .tiktoken), and not one of tiktoken's: {known}")
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except OSError as error:
+        why = type(error).__name__
+        raise RuntimeError(f"{name}: tiktoken could not fetch it ({why}): give a .json or .tiktoken file") from None
+    special = tuple(sorted(encoding._special_tokens.items(), key=lambda own: own[1]))
+    return _checked(Tokenizer(_by_rank(encoding._mergeable_ranks, name), encoding._pat_str, special), name)
+
+
+def _by_rank(ranks: dict[bytes, int], where: str) -> tuple[bytes, ...]:
+    """The tokens in merge order. Raises ValueError unless their ranks count from 0."""
+    tokens = sorted(ranks, key=ranks.__getitem__)
+    if [ranks[token] for token in tokens] != list(range(len(tokens))):
+        raise ValueError(f"{where}: its ranks do not count from 0 to {len(tokens) - 1}")
+    return tuple(tokens)
+
+
+def _checked(tokenizer: Tokenizer, where: str) -> Tokenizer:
+    """The tokeniser, if every text can be encoded. Raises ValueError otherwise."""
+    known = {*tokenizer.tokens}
+    if missing := [value for value in range(256) if bytes([value]) not in known]:
+        raise ValueError(f"{where}: {len(missing)} single bytes are no tokens, so some texts could not be encoded")
+    if not {*STARTS} & {*tokenizer.specials}:
+        raise ValueError(f"{where}: it has none of {' and '.join(STARTS)}, one of which starts every document")
+    return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
