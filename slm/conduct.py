@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,9 +146,11 @@ class Conductor:
         ingest: Callable[[], None],
         checkpoint_seconds: float = launch.CHECKPOINT_SECONDS,
         poll_seconds: float = POLL_SECONDS,
+        cores: Mapping[str, dict[str, Any]] = {},
     ) -> None:
+        """`cores`: by run_id what a run's trainer measures beside val_bpb, as attempt.json has it."""
         self._data_folder, self._home, self._launcher, self._view = data_folder, home, launcher, view
-        self._ingest_now = ingest
+        self._ingest_now, self._cores = ingest, cores
         self._checkpoint_seconds, self._poll_seconds = checkpoint_seconds, poll_seconds
         self._runs = {plan.run_id: _Run(plan, Follower(plan, home / plan.run_id, view)) for plan in plans}
         self._signals = Signals(home / "sweep.log")
@@ -269,6 +271,7 @@ class Conductor:
             self._launcher.name,
             self._checkpoint_seconds,
             self._launcher.seconds(given, slot),
+            self._cores.get(run.plan.run_id),
         )
         self._launcher.start(attempt)
         run.at_work, run.slot = True, slot

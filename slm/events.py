@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "memory_bytes",
     ),
     "eval": ("step", "tokens", "flops", "val_bpb", "val_loss", "rows", "seconds"),
+    "core": ("step", "tokens", "flops", "metric", "mode", "core", "core_error", "bits_per_byte", "seconds"),
     "checkpoint": ("step", "file", "bytes", "seconds"),
-    "working": ("step", "what"),
+    "working": ("step", "what", "share"),
     "warning": ("step", "message"),
     "finished": ("step", "tokens", "flops", "val_bpb", "train_seconds", "wall_seconds"),
     "failed": ("reason", "message"),
@@ -34,16 +35,18 @@ FIELDS: dict[str, tuple[str, ...]] = {
 """Fields of each event, beside `event` and `time` (unix seconds): tokens and flops are totals since step 0, loss in
 nats a token, lr the schedule's multiplier, gradient_norm that of the mean loss over all parameters, update_size the
 matrices' change as a share of their size, train_seconds the time in steps since step 0 over all attempts,
-memory_bytes the peak of this attempt so far. `working` announces what takes longer than a step, and is one of WORKS.
+memory_bytes the peak of this attempt so far. `core` is the mean over the tasks of the
+bundle `metric` that `mode` asks, null where one could not be evaluated. `working` announces what takes longer than a
+step, one of WORKS, and how much of it is done where that is known.
 After a `warning` training goes on: its message says what went wrong, and the way out."""
 
-WORKS = ("compilation", "checkpoint", "evaluation")
-"""What takes longer than a step; an evaluation says so again now and then."""
+WORKS = ("compilation", "checkpoint", "evaluation", "core")
+"""What takes longer than a step; evaluations say so again now and then."""
 
 REASONS = ("oom", "error", "timeout", "node", "data", "interrupted", "diverged", "cancelled")
 """Why an attempt ended without finishing. `diverged` is a result; `interrupted` will go on."""
 
-DURABLE = ("eval", "checkpoint", "warning", "finished", "failed")
+DURABLE = ("eval", "core", "checkpoint", "warning", "finished", "failed")
 
 
 class Writer:
@@ -92,18 +95,24 @@ class Reader:
                     yield json.loads(line)
 
 
-def write_json(path: Path, document: Any) -> None:
-    """Write a document whole or not at all: temporary name, fsync, rename."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name, which becomes the path when all is written: whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(document, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a document whole or not at all, and onto the disk."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        json.dump(document, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_json(path: Path) -> Any:

@@ -61,7 +61,7 @@ class Follower:
             self.step = max(self.step, event.get("step", 0))
             self.advanced |= event["event"] == "checkpoint"
             if event["event"] != "failed":
-                self.evaluating = event["event"] == "working" and event["what"] == "evaluation"
+                self.evaluating = event["event"] == "working" and event["what"] in ("evaluation", "core")
             self._view.event(self.plan, event)
 
 

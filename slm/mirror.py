@@ -123,7 +123,7 @@ class Mirror:
         )
 
     def _log(self, plan: Plan, event: dict[str, Any]) -> None:
-        values = {name: event[field] for field, name in NAMES.items() if event.get(field) is not None}
+        values = {_name(field, event): event[field] for field in NAMES if event.get(field) is not None}
         if self._runs[plan] is None or not values:
             return
         if (peak := self._peaks[plan]) and "tokens_per_second" in event:
@@ -136,3 +136,10 @@ class Mirror:
                 done = events.read_json(self._home / plan.run_id / "done.json")
                 run.summary.update({NAMES[name]: done[name] for name in ("val_bpb", "core") if done[name] is not None})
             run.finish(exit_code=EXIT_CODES.get(outcome, 1))
+
+
+def _name(field: str, event: dict[str, Any]) -> str:
+    """The name there of an event's field: CORE's is that of all its examples, and other means have their own."""
+    if field != "core" or (event["metric"], event["mode"]) == ("core", "full"):
+        return NAMES[field]
+    return f"{event['metric']}/{event['mode']}"

@@ -104,7 +104,7 @@ class GPT(nn.Module):
 
     def features(self, ids: Tensor) -> Tensor:
         """The stream (B, T, d) that the head reads."""
-        return self.stream(ids, self.smeared(self.embedded(ids)), 0, self._attended)
+        return self.stream(ids, self.smeared(self.embedded(ids)), slice(0, ids.size(1)), self._attended)
 
     def embedded(self, ids: Tensor) -> Tensor:
         """The normed embeddings (B, T, d) of token ids (B, T)."""
@@ -114,10 +114,14 @@ class GPT(nn.Module):
         """The stream x0 (B, T, d) that enters the first block."""
         return layers.smear(embedded, self.smear_gate.to(self.dtype), self.smear.to(self.dtype))
 
-    def stream(self, ids: Tensor, x0: Tensor, start: int, attended: Attended) -> Tensor:
-        """The stream (B, T, d) that the head reads, of tokens at the places from `start` on; attention is given."""
-        dtype, places = self.dtype, slice(start, start + ids.size(1))
-        cos, sin = self.cos[places], self.sin[places]
+    def stream(
+        self, ids: Tensor, x0: Tensor, places: slice | Tensor, attended: Attended, asked: Tensor | None = None
+    ) -> Tensor:
+        """The stream (B, T, d) that the head reads, of tokens at T places of their rows; attention is given.
+
+        Of the tokens `asked` (A,) alone, it is (B, A, d): then attention gives these alone in the last layer.
+        """
+        dtype, cos, sin = self.dtype, self.cos[places], self.sin[places]
         x = x0.view_as(x0)  # torch.compile takes no function of one tensor given twice
         tables = dict(zip(self.given.value_layers, zip(self.value_embeds, self.value_gates.to(dtype)), strict=True))
         attention_in, attention_out = self.attention_in.to(dtype).unbind(), self.attention_out.to(dtype).unbind()
@@ -132,7 +136,9 @@ class GPT(nn.Module):
                 table, gate = tables[layer]
                 values = layers.gated(values, F.embedding(ids, table).to(dtype).view_as(values), normed, gate)
             mixed = attended(layer, query_key, values).flatten(0, 1)
-            x = torch.addmm(x.flatten(0, 1), mixed, attention_out[layer].mT).view_as(x0)
+            if asked is not None and layer == self.given.depth - 1:
+                x, backout = x[:, asked], backout[:, asked]
+            x = torch.addmm(x.flatten(0, 1), mixed, attention_out[layer].mT).view_as(x)
             x = layers.mlp(x, mlp_up[layer], mlp_down[layer])
             if layer == self.given.depth // 2:
                 backout = x

@@ -220,16 +220,25 @@ def duration(seconds: float) -> str:
 def _ending(run: _AtWork | None, outcome: str, message: str | None) -> str:
     """How a run ended, in words."""
     if run and outcome == "finished" and (ended := run.track.finished):
-        return f"finished, val_bpb {ended['val_bpb']:.4f}, {duration(ended['wall_seconds'])}"
+        return f"finished, val_bpb {ended['val_bpb']:.4f}{_core(run.track)}, {duration(ended['wall_seconds'])}"
     after = f" after {duration(time.time() - run.began)}" if run else ""
     what = "to be tried again" if outcome == "retried" else outcome
     return f"{what}{after}{f': {message}' if message else ''}"
 
 
+def _core(track: Track) -> str:
+    """CORE of the final weights, in words."""
+    event = track.core
+    if event is None or event["core"] is None or event["step"] < track.steps:
+        return ""
+    mode = "" if event["mode"] == "full" else f" ({event['mode']})"
+    return f", {event['metric']}{mode} {event['core']:.4f}"
+
+
 def _in_words(run: _AtWork) -> str:
     """How a run is, in words."""
     track = run.track
-    told = [track.doing] if track.doing else []
+    told = [_doing(track)] if track.doing else []
     told.append(f"step {track.step:,} of {track.steps:,} ({track.step / track.steps:.0%})")
     if track.loss is not None:
         told.append(f"loss {track.loss:.3f}")
@@ -242,6 +251,12 @@ def _in_words(run: _AtWork) -> str:
     if (left := track.seconds_left) and not track.doing:
         told.append(f"{duration(left)} left")
     return ", ".join(told)
+
+
+def _doing(track: Track) -> str:
+    """What a run does instead of steps, and how long yet."""
+    left = track.work_left
+    return f"{track.doing}{'' if left is None else f', {duration(left)} left'}"
 
 
 def _cells(run: _AtWork) -> Cells:
@@ -257,7 +272,7 @@ def _cells(run: _AtWork) -> Cells:
         "tok/s": f"{rate:,.0f}" if rate else "",
         **({"MFU": f"{mfu:.1%}" if mfu else ""} if run.peak else {}),
         "GB": f"{track.memory_bytes / 1e9:.2f}" if track.memory_bytes else "",
-        "left": track.doing or ("" if left is None else duration(left)),
+        "left": _doing(track) if track.doing else ("" if left is None else duration(left)),
     }
 
 

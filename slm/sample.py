@@ -38,8 +38,9 @@ class Context:
         """The stream (B, n, d) that the head reads, of token ids (B, n) after those that were read before."""
         model = self._model
         assert self.length + ids.size(1) <= model.given.sequence_length
+        places = slice(self.length, self.length + ids.size(1))
         embedded = torch.cat([self._last, model.embedded(ids)], dim=1)
-        stream = model.stream(ids, model.smeared(embedded)[:, 1:], self.length, self._attended)
+        stream = model.stream(ids, model.smeared(embedded)[:, 1:], places, self._attended)
         self._last = embedded[:, -1:]
         self.length += ids.size(1)
         return stream

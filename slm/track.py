@@ -16,7 +16,7 @@ RATE_EVENTS = 20
 CURVE_POINTS = 64
 """Points of a loss curve that are kept, at least."""
 LEVELS = "▁▂▃▄▅▆▇█"
-DOING = {"compilation": "compiling", "checkpoint": "checkpoint", "evaluation": "evaluating"}
+DOING = {"compilation": "compiling", "checkpoint": "checkpoint", "evaluation": "evaluating", "core": "CORE"}
 """What a `working` event says, in a word."""
 TAIL = 2**14
 """Bytes in which the last RATE_EVENTS events lie."""
@@ -38,21 +38,26 @@ class Track:
         """What it does instead of steps, in a word."""
         self.finished: dict[str, Any] | None = None
         """The event of that name, once there is one."""
+        self.core: dict[str, Any] | None = None
+        """The last event of that name."""
+        self._works: list[dict[str, Any]] = []
         self._recent: deque[tuple[float, int]] = deque(maxlen=RATE_EVENTS)
         self._curve: list[tuple[float, float]] = []
 
     def take(self, event: dict[str, Any]) -> None:
         """The next event."""
         kind = event["event"]
+        self._works = self._works if kind == "working" else []
         if kind == "train":
             self._stepped(event)
         elif kind == "working":
-            self.doing = DOING[event["what"]]
+            self._work(event)
         elif kind == "started":
             self.step, self.doing = event["step"], "starting"
             self._recent.clear()
             self._curve = [(step, loss) for step, loss in self._curve if step <= self.step]
-        elif kind in ("checkpoint", "eval"):
+        elif kind in ("checkpoint", "eval", "core"):
+            self.core = event if kind == "core" else self.core
             self.step, self.doing = event["step"], "ending" if event["step"] == self.steps else None
         elif kind == "finished":
             self.step, self.finished = event["step"], event
@@ -65,6 +70,21 @@ class Track:
             self._curve.append((self.step, event["loss"]))
         if len(self._curve) == 2 * CURVE_POINTS:
             self._curve = [_mean(pair) for pair in pairwise(self._curve)][::2]
+
+    def _work(self, event: dict[str, Any]) -> None:
+        share, self.doing = event.get("share"), DOING[event["what"]]
+        same = bool(self._works) and self._works[0]["what"] == event["what"] and share is not None
+        self._works = [self._works[0], event] if same else [event]
+        if share is not None:
+            self.doing += f" {share:.0%}"
+
+    @property
+    def work_left(self) -> float | None:
+        """Seconds that what it does instead of steps will take at its rate so far; None where that is not known."""
+        if len(self._works) < 2:
+            return None
+        (began, first), (now, last) = ((event["time"], event["share"]) for event in self._works)
+        return (1 - last) * (now - began) / (last - first) if first is not None and last > first else None
 
     @property
     def steps_per_second(self) -> float | None:

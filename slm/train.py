@@ -16,22 +16,25 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from slm import attention, checkpoints, events, locks
 from slm.data.loader import Order, Pair, Rows, share
-from slm.data.prepare import Prepared
+from slm.data.prepared import Prepared
+from slm.evaluate.beside import Beside
 from slm.evaluate.bpb import bytes_of, validation_loss
+from slm.evaluate.core import Interrupted, out_of_memory
 from slm.model import GPT, compute_dtype
 from slm.optim import Optimizer, lr_multiplier
 from slm.plan import Plan, code_fingerprint
+from slm.weights import FINAL
 
 TRAIN_EVENTS = 1000
 """A run logs at most about this many steps, evenly spaced."""
@@ -114,8 +117,11 @@ class Trainer:
         val_bpb, val_loss = self._evaluate()
         if not math.isfinite(val_bpb):
             raise Stopped("diverged", f"val_bpb is {val_bpb} after step {self.progress.step}")
+        done = self._final(val_bpb, val_loss) if self.rank == 0 else {}
+        if self.beside.wanted:
+            done["core"] = self._core(self.run_folder / FINAL)
         if self.rank == 0:
-            self._finish(val_bpb, val_loss)
+            self._finish(done)
 
     def _ask_stop(self, number: int, frame: FrameType | None) -> None:
         self.stop_asked = True
@@ -153,17 +159,19 @@ class Trainer:
         """Map the rows; refuse any that are not the plan's."""
         given, folder = self.plan.hyperparameters, Path(self.attempt["data_folder"])
         try:
-            prepared = Prepared(folder, events.read_json(folder / "manifest.json"))
+            prepared = Prepared.read(folder)
             prepared.verify()
             if self.rank == 0:
                 prepared.verify_content(given)
-            self.token_bytes = bytes_of(prepared.tokenizer, given.vocab_size, self.device)
+            self.tokenizer = prepared.tokenizer
+            self.token_bytes = bytes_of(self.tokenizer, given.vocab_size, self.device)
         except (OSError, ValueError) as error:
             raise Stopped("data", f"the plan's data are gone or changed: {error}") from error
-        if replace(self.plan, data=prepared.identity(given)).run_id != self.plan.run_id:
+        if replace(self.plan, data=prepared.identity(given, self.plan.data.rows)).run_id != self.plan.run_id:
             raise Stopped("data", f"{folder} holds other rows than the plan was made for")
         self.rows, self.validation = Rows.of(prepared, "train"), Rows.of(prepared, "validation")
-        self.order = Order(len(self.rows), prepared.manifest["train"]["block_rows"], self.plan.seed)
+        blocks = prepared.blocks("train", self.plan.data.rows)
+        self.order = Order([block.rows for block in blocks], self.plan.seed)
 
     def _load_model(self) -> None:
         """Fresh from the seed, or as the newest checkpoint left it."""
@@ -181,6 +189,7 @@ class Trainer:
             self._resume(self.last_good)
         kernel, compiled = attention.kernel(self.device, self.model.dtype), compiles(self.plan, self.device)
         self.loss = torch.compile(self.model.loss, fullgraph=True, dynamic=False) if compiled else self.model.loss
+        self.beside = self._beside()
         gc.freeze()  # what is loaded stays: collections need not look at it
         self.event(
             "started",
@@ -196,10 +205,16 @@ class Trainer:
         for message in damaged:
             self.event("warning", step=self.progress.step, message=message)
         if compiled:
-            self.event("working", step=self.progress.step, what="compilation")
+            self.event("working", step=self.progress.step, what="compilation", share=None)
 
     def _train(self) -> None:
-        """Every step that is left. What one told is read from a GPU while the next one runs, so that it never waits."""
+        """Every step that is left. What one told is read from a GPU while the next one runs, so that it never waits.
+
+        The last one is kept in a checkpoint where CORE is asked, which takes long.
+        """
+        first = self.progress.step
+        if self.beside.due(first):
+            self._core(self.last_good)
         self.step_clock = time.monotonic()
         while self.progress.step < self.plan.hyperparameters.steps:
             if os.getppid() != self.parent:
@@ -208,10 +223,11 @@ class Trainer:
             self.progress.step += 1
             if not self.lags:
                 before, self.told = self.told, None
-            if before:
-                self._settle(before)
+            self._settle(before)
         if self.told:
             self._note(self.told)
+        if self.beside.wanted and self.progress.step > first:
+            self._checkpoint()
 
     def _step(self, step: int) -> Told:
         """Gradients of the mean loss over the step's rows, and one update from them."""
@@ -244,21 +260,27 @@ class Trainer:
         steps = self.plan.hyperparameters.steps
         return step % max(1, steps // TRAIN_EVENTS) == 0 or step == steps
 
-    def _settle(self, told: Told) -> None:
-        """Take note of a step, and checkpoint or stop where the ranks agreed to."""
+    def _settle(self, told: Told | None) -> None:
+        """Take note of a step, and checkpoint, measure CORE or stop where the ranks agreed to."""
         steps = self.plan.hyperparameters.steps
-        stop, checkpoint = self._note(told)
-        if not (stop or checkpoint) or self.progress.step == steps:
+        stop, checkpoint = self._note(told) if told else (False, False)
+        due = self.beside.due(self.progress.step)
+        if not (stop or checkpoint or due) or self.progress.step == steps:
             return
         if self.told:
             later, self.told = self.told, None
             stop |= self._note(later)[0]
         self._checkpoint()
-        self.step_clock = time.monotonic()
         if stop:
-            if self.ranks > 1:
-                dist.barrier()
-            raise Stopped("interrupted", f"stopped at step {self.progress.step} of {steps}, as asked")
+            self._stop(f"stopped at step {self.progress.step} of {steps}, as asked")
+        if due:
+            self._core(self.last_good)
+        self.step_clock = time.monotonic()
+
+    def _stop(self, message: str) -> NoReturn:
+        if self.ranks > 1:
+            dist.barrier()
+        raise Stopped("interrupted", message)
 
     def _note(self, told: Told) -> tuple[bool, bool]:
         """Count and log a step; whether any rank was asked to stop, and whether a checkpoint is due."""
@@ -308,7 +330,7 @@ class Trainer:
             return
         weights = {f"model.{name}": tensor.detach() for name, tensor in self.model.named_parameters()}
         metadata = {name: repr(value) for name, value in vars(self.progress).items()} | {"run_id": self.plan.run_id}
-        self.event("working", step=step, what="checkpoint")
+        self.event("working", step=step, what="checkpoint", share=None)
         try:
             path = checkpoints.write(self.run_folder / "checkpoints", step, weights | state, metadata, self.last_good)
         except OSError as error:
@@ -343,10 +365,16 @@ class Trainer:
     def _evaluate(self) -> tuple[float, float]:
         """val_bpb and loss over the plan's validation rows, recorded."""
         given, began = self.plan.hyperparameters, time.perf_counter()
-        self._talk()
-        tokens = self.attempt["evaluation_tokens"]
+        self._talk("evaluation", 0)
+        tokens, mine = self.attempt["evaluation_tokens"], len(self.validation) / self.ranks
         val_bpb, val_loss = validation_loss(
-            self.model, self.validation, self.token_bytes, self.rank, self.ranks, tokens, lambda read: self._talk()
+            self.model,
+            self.validation,
+            self.token_bytes,
+            self.rank,
+            self.ranks,
+            tokens,
+            lambda read: self._talk("evaluation", min(1.0, read / mine)),
         )
         self.event(
             "eval",
@@ -360,17 +388,51 @@ class Trainer:
         )
         return val_bpb, val_loss
 
-    def _talk(self) -> None:
-        """Say now and then that the evaluation goes on."""
+    def _talk(self, what: str, share: float) -> None:
+        """Say now and then that an evaluation goes on, and how far it is."""
         if time.monotonic() - self.talked > TALK_SECONDS:
-            self.event("working", step=self.progress.step, what="evaluation")
+            self.event("working", step=self.progress.step, what=what, share=share)
             self.talked = time.monotonic()
 
-    def _finish(self, val_bpb: float, val_loss: float) -> None:
-        """Final weights and done.json; then the checkpoints go, and the finished event has their space."""
+    def _beside(self) -> Beside:
+        return Beside(
+            self.attempt["core"],
+            self.attempt["evaluation_tokens"],
+            self.run_folder,
+            self.plan,
+            self.model,
+            self.tokenizer,
+            self.rank,
+            self.ranks,
+            self.event,
+            self._core_goes_on,
+        )
+
+    def _core(self, file: Path | None) -> float | None:
+        """CORE of the weights as they are here and in a file. Its time is not the training's."""
+        self._count_wall_seconds()
+        self.talked = 0.0
+        try:
+            return self.beside.measure(self.progress.step, file)
+        except Interrupted:
+            self._stop(f"stopped in the evaluation of CORE at step {self.progress.step}, as asked")
+        finally:
+            self.clock = time.monotonic()
+
+    def _core_goes_on(self, share: float) -> None:
+        """Say how far CORE is, unless a stop is asked or nobody is there to ask."""
+        if os.getppid() != self.parent:
+            sys.exit("torchrun is gone")
+        if self.stop_asked:
+            raise Interrupted
+        with suppress(OSError):  # of one rank alone, which may not leave the others waiting
+            self._talk("core", min(1.0, share))
+
+    def _final(self, val_bpb: float, val_loss: float) -> dict[str, Any]:
+        """Final weights, written; and what done.json says."""
         self._count_wall_seconds()
         given, progress = self.plan.hyperparameters, self.progress
-        weights = self.run_folder / "model.safetensors"
+        weights = self.run_folder / FINAL
         parameters = {name: tensor.detach() for name, tensor in self.model.named_parameters()}
         with _needed(weights):
             digest = checkpoints.save(weights, parameters, {"run_id": self.plan.run_id})
@@ -380,7 +442,7 @@ class Trainer:
             "train_seconds": progress.train_seconds,
             "wall_seconds": progress.wall_seconds,
         }
-        done = {
+        return {
             "run_id": self.plan.run_id,
             "attempt": self.attempt["attempt"],
             "time": time.time(),
@@ -397,11 +459,15 @@ class Trainer:
             "weights": weights.name,
             "weights_sha256": digest,
         }
+
+    def _finish(self, done: dict[str, Any]) -> None:
+        """Write done.json; then the checkpoints go, and the finished event has their space."""
         with _needed(self.run_folder / "done.json"):
-            events.write_json(self.run_folder / "done.json", done)
+            events.write_json(self.run_folder / "done.json", done | {"time": time.time()})
         for checkpoint in (self.run_folder / "checkpoints").glob("*"):
             checkpoint.unlink()
-        self.event("finished", step=progress.step, **spent, val_bpb=val_bpb)
+        told = {name: done[name] for name in events.FIELDS["finished"]}
+        self.event("finished", **told)
 
     def _count_wall_seconds(self) -> float:
         """Add the time since the last count; now."""
@@ -423,11 +489,6 @@ def compiles(plan: Plan, device: torch.device) -> bool:
     if plan.hyperparameters.flops < COMPILED_FLOPS.get(device.type, math.inf):
         return False
     return device.type == "cuda" or any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether a device had no memory left; torch's allocator of the CPU says it in words alone."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 @contextmanager
@@ -456,7 +517,7 @@ def main() -> int:
     except OSError as error:
         sys.exit(f"OSError: {error}")  # events cannot be written either
     except (MemoryError, RuntimeError) as error:
-        if trainer.writer is None or not _out_of_memory(error):
+        if trainer.writer is None or not out_of_memory(error):
             raise
         trainer.event("failed", reason="oom", message=str(error).splitlines()[0])
         return 1

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -92,35 +90,28 @@ def test_an_interrupted_evaluation_goes_on_after_its_last_task(run: Run, countin
     assert not parts.exists()
 
 
-RANK = """
-import sys, json, torch
-import torch.distributed as dist
-from pathlib import Path
-from slm import weights
-from slm.evaluate import bundle
-from slm.evaluate.core import Asked, evaluate_all, judge_of
-home, run, meeting, rank = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
-dist.init_process_group("gloo", init_method="file://" + meeting, rank=rank, world_size=2)
-own = weights.of_run(home / run)
-tokenizer, judge = weights.prepared_of(own.plan, home).tokenizer, judge_of(own.model(torch.device("cpu")))
-print(json.dumps(evaluate_all(Asked(bundle.installed(home)), tokenizer, judge, home / "parts", rank, 2)))
-dist.destroy_process_group()
-"""
-
-
-def test_two_ranks_find_what_one_finds(run: Run, counting: Bundle, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", RANK, str(run.home), run.plan.run_id, str(tmp_path / "meeting")]
-    ranks = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
-    first, second = (json.loads(rank.communicate(timeout=120)[0]) for rank in ranks)
-    assert first == second
+def test_two_ranks_write_the_document_that_one_writes(run: Run, counting: Bundle) -> None:
     alone = measured(run, Asked(counting))
-    assert first["ties"] == alone["ties"] == 0
-    for label, own in first["tasks"].items():
-        each = own["each"], alone["tasks"][label]["each"]
-        for name in ("correct", "choice", "gold_greedy"):
-            assert each[0][name] == each[1][name]
-        assert each[0]["gold_nats"] == pytest.approx(each[1]["gold_nats"], rel=1e-5)
-    assert first["core"] == alone["core"]
+    (path,) = (run.folder / "evals").iterdir()
+    path.unlink()
+    result = slm("eval", run.plan.run_id, "--core", "--ranks", "2", home=run.home)
+    assert result.returncode == 0, result.stderr
+    assert "Error" not in result.stderr
+    together = events.read_json(path)
+    assert {name for name in alone if alone[name] != together[name]} == {"time", "seconds"}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_ranks_refuse_is_one_line(run: Run, counting: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("--core", "--ranks", "2", "--max-per-task", "4")
+    result = slm("eval", run.plan.run_id, *arguments, home=run.home)
+    assert result.returncode == 2
+    assert result.stderr == (
+        "slm: task follows shows 4 examples before each: 4 examples are too few, take at least 5 per task\n"
+    )
+    monkeypatch.setenv("SLM_HOME", str(run.home))
+    with pytest.raises(ValueError, match=r"--ranks 99: \d+ found here"):
+        evaluate(run.plan.run_id, core=True, ranks=99)
 
 
 def test_the_command_prints_a_line_a_task_and_core_by_either_baseline(
@@ -134,7 +125,7 @@ def test_the_command_prints_a_line_a_task_and_core_by_either_baseline(
     assert "tokens, 0 s left" in said.err
     assert all(label in said.out for label in bundles.TASKS)
     assert f"CORE {document['core']:.4f} +- {document['centred_error']:.4f}" in said.out
-    assert f"bundle {counting.id}, 20 examples a task at most" in said.out
+    assert f"bundle {counting.id}, 20 per task" in said.out
     evaluate(run.plan.run_id, core=True, max_per_task=20, tasks="fits, goes_on")
     assert "mean of these tasks" in capsys.readouterr().out
 

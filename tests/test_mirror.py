@@ -159,10 +159,12 @@ def test_what_is_mirrored_offline_is_what_the_events_say(tmp_path: Path, server:
     two, three, four, five = (plans[depth].run_id for depth in (2, 3, 4, 5))
     bpb = json.loads((tmp_path / two / "done.json").read_text())["val_bpb"]
     evaluated = {"event": "eval", "time": 1.0, "step": 3, "tokens": 192, "flops": 3e6, "val_bpb": bpb, "val_loss": 3.0}
+    core = {"event": "core", "time": 1.0, "step": 3, "metric": "core", "mode": "full", "core": 0.02, "core_error": 0.01}
+    small = core | {"metric": "pocket-core", "mode": "500 per task", "core": 0.25}
     saved = {"event": "checkpoint", "time": 1.0, "step": 3, "file": "f", "bytes": 1, "seconds": 1.0}
     calls = [[run, "run_started"] for run in (two, three, four, five)]
     calls += [[run, "event", train(step)] for step in (1, 2, 3) for run in (two, three, five)]
-    calls += [[two, "event", evaluated], [two, "event", saved], [two, "run_ended", "finished", None]]
+    calls += [[two, "event", own] for own in (evaluated, core, small, saved)] + [[two, "run_ended", "finished", None]]
     calls += [[three, "run_ended", "retried", "error"]]
     calls += [[three, "run_started"], *([three, "event", train(step, 9.0)] for step in (2, 4))]
     calls += [[three, "run_ended", "interrupted", "stopped"], [four, "event", train(1, float("nan"))]]
@@ -186,6 +188,7 @@ def test_what_is_mirrored_offline_is_what_the_events_say(tmp_path: Path, server:
 
     logged = {"step": 3, "train/loss": 2.0, "train/lrm": 0.5, "train/gradient_norm": 0.25, "train/tok_per_sec": 1e9}
     logged |= {"total_training_time": 0.375, "total_training_flops": 3e6, "val/bpb": bpb}
+    logged |= {"core_metric": 0.02, "pocket-core/500 per task": 0.25}
     logged |= {"train/mfu": pytest.approx(100 * 1e9 * given.flops_per_token / (2 * 989e12))}
     assert [step for step, _ in runs[two].history] == [1, 2, 3]
     assert runs[two].history[-1][1] == logged

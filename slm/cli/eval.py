@@ -13,6 +13,8 @@ from slm.cli.runs import run_folder
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
+
     from slm.evaluate.core import Asked
     from slm.weights import Weights
 
@@ -24,7 +26,10 @@ def evaluate(
     core: Annotated[bool, typer.Option("--core", help="Measure CORE instead of val_bpb.")] = False,
     max_per_task: Annotated[int | None, typer.Option(min=1, help="Examples of each task at most; else all.")] = None,
     tasks: Annotated[str | None, typer.Option(help="These tasks of CORE alone: a,b.", metavar="TASKS")] = None,
-    bundle: Annotated[str | None, typer.Option(help="Which bundle, where the home has several.", metavar="ID")] = None,
+    without: Annotated[str | None, typer.Option(help="All tasks but these: a,b.", metavar="TASKS")] = None,
+    bundle: Annotated[str | None, typer.Option(help="core, pocket-core, or a bundle's id.", metavar="NAME")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="CORE: GPUs to use; else all.")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="CORE: processes on the CPU's cores; else one.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure val_bpb, or CORE, of a run's final weights, its newest checkpoint, or a file of weights, each once."""
@@ -33,12 +38,13 @@ def evaluate(
     from slm.weights import device_at_hand
     from store import home
 
-    if not core and (max_per_task, tasks, bundle) != (None, None, None):
-        raise ValueError("--max-per-task, --tasks and --bundle are about CORE: add --core")
+    if not core and any(own is not None for own in (max_per_task, tasks, without, bundle, gpus, ranks)):
+        options = "--max-per-task, --tasks, --without, --bundle, --gpus and --ranks"
+        raise ValueError(f"{options} are about CORE: add --core")
     weights, device = weights_of(run, home()), device_at_hand()
     if core:
-        asked = _asked(home(), bundle, max_per_task, tasks)
-        path = later.core(weights, home(), asked, device, progress("tokens"), progress("tasks planned"))
+        asked = _asked(weights, home(), bundle, max_per_task, tasks, without)
+        path = _core(weights, home(), asked, device, _ranks(device, gpus, ranks))
     else:
         path = later.val_bpb(weights, home(), device, progress("rows"))
     document = events.read_json(path)
@@ -51,12 +57,51 @@ def evaluate(
     print(f"  {path}")
 
 
-def _asked(home: Path, bundle: str | None, most: int | None, tasks: str | None) -> Asked:
-    from slm.evaluate.bundle import installed
+def _asked(
+    weights: Weights, home: Path, bundle: str | None, most: int | None, tasks: str | None, without: str | None
+) -> Asked:
+    """What a command names of a bundle; without a name it is the one that `pocket.bundle_for` gives the run."""
     from slm.evaluate.core import Asked
+    from slm.evaluate.pocket import bundle_for
+    from slm.weights import prepared_of
 
-    labels = tuple(dict.fromkeys(label.strip() for label in tasks.split(","))) if tasks else None
-    return Asked(installed(home, bundle), most, labels)
+    if tasks is not None and without is not None:
+        raise ValueError("--tasks and --without: choose one")
+    own = bundle_for(weights.plan, home, bundle, lambda: prepared_of(weights.plan, home))
+    asked = Asked(own, most, _labels(tasks) if tasks else None)
+    return asked.without(_labels(without)) if without else asked
+
+
+def _ranks(device: torch.device, gpus: int | None, ranks: int | None) -> int:
+    """Processes to evaluate with: one a GPU, or so many on the CPU. Raises ValueError for more than there is."""
+    from slm import devices
+
+    option, asked, other = ("--gpus", gpus, ranks) if device.type == "cuda" else ("--ranks", ranks, gpus)
+    if other is not None:
+        has = "GPUs: say --gpus" if device.type == "cuda" else "no GPU: say --ranks"
+        raise ValueError(f"this machine has {has}")
+    here = devices.gpu_count() if device.type == "cuda" else devices.cores()
+    if asked is not None and asked > here:
+        raise ValueError(f"{option} {asked}: {here} found here")
+    return asked or (here if device.type == "cuda" else 1)
+
+
+def _core(weights: Weights, home: Path, asked: Asked, device: torch.device, ranks: int) -> Path:
+    """The file of the evaluation; made by so many processes where it is not there."""
+    from slm import devices
+    from slm.evaluate import later
+    from slm.evaluate import ranks as processes
+
+    reports = progress("tokens"), progress("tasks planned")
+    if ranks == 1:
+        return later.core(weights, home, asked, device, *reports)
+    request: dict[str, Any] = {"home": str(home), "weights": str(weights.path), "device": device.type}
+    request |= {"bundle": asked.bundle.id, "most": asked.most, "labels": asked.labels}
+    return processes.core(request, ranks, max(1, devices.cores() // ranks), *reports)
+
+
+def _labels(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(label.strip() for label in text.split(",")))
 
 
 def _print_val_bpb(document: dict[str, Any]) -> None:
@@ -78,11 +123,11 @@ def _print_core(document: dict[str, Any]) -> None:
     if document["centred"] is None:
         print("  no mean: a task is missing")
         return
-    name = "mean of these tasks" if document["core"] is None else "CORE"
+    name = document["name"] if document["core"] is not None else f"mean of these tasks of {document['name']}"
+    name = name.replace("core", "CORE") if document["name"] == "core" else name
     old, new = (f"{document[key]:.4f} +- {document[f'{key}_error']:.4f}" for key in ("centred", "centred_corrected"))
-    print(f"  {name} {old}; by DCLM's corrected baselines {new}")
-    most = document["max_per_task"]
-    print(f"  bundle {document['bundle']}, {f'{most} examples a task at most' if most else 'all examples'}")
+    print(f"  {name} {old}" + (f"; by DCLM's corrected baselines {new}" if new != old else ""))
+    print(f"  bundle {document['bundle']}, {'all examples' if document['mode'] == 'full' else document['mode']}")
 
 
 def weights_of(run: str, home: Path) -> Weights:

@@ -144,10 +144,14 @@ def _words(event: dict[str, Any]) -> str:
             return f"{step}, loss {event['loss']:.4f}, {event['tokens_per_second']:,.0f} tokens/s"
         case "eval":
             return f"{step}, val_bpb {event['val_bpb']:.4f} in {event['seconds']:.1f} s"
+        case "core":
+            value = "without a value" if event["core"] is None else f"{event['core']:.4f} +- {event['core_error']:.4f}"
+            return f"{step}, {event['metric']} ({event['mode']}) {value} in {event['seconds']:.1f} s"
         case "checkpoint":
             return f"{step}, checkpoint of {event['bytes'] / 1e6:.1f} MB in {event['seconds']:.1f} s"
         case "working":
-            return f"{step}, {DOING[event['what']]}"
+            share = event.get("share")
+            return f"{step}, {DOING[event['what']]}{'' if share is None else f' {share:.0%}'}"
         case "finished":
             return f"finished, val_bpb {event['val_bpb']:.4f}"
         case "failed":

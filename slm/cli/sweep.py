@@ -18,6 +18,7 @@ from slm.cli.options import (
     Data,
     Json,
     RecipeName,
+    TokenizerName,
     depths_of,
     numbers_of,
     print_json,
@@ -27,6 +28,7 @@ from slm.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from slm.cli.wanted import Wanted
     from slm.conduct import Outcome
     from slm.experiment import Experiment
     from slm.follow import View
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from slm.throughput import Estimates, Price
 
 
+Cores = dict[str, dict[str, Any]]
+"""What is measured beside val_bpb, by run_id, as attempt.json has it."""
 PATIENCE = 2.0
 """Seconds that an ingest waits for another writer: the sweep has more to do, and comes again."""
 
@@ -52,6 +56,7 @@ def sweep(
     steps: Annotated[int | None, typer.Option(help="Optimiser steps of smoke runs.")] = None,
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Repeats of every run, seeds 0, 1, …")] = 1,
     data: Data = None,
+    tokenizer: TokenizerName = None,
     plan: Annotated[list[Path] | None, typer.Option(help="A plan.json: repeat its run. May be given again.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the experiment; else the recipe's or the run's.")] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="GPUs to use; else all.")] = None,
@@ -72,6 +77,13 @@ def sweep(
     jobs: Annotated[int | None, typer.Option(min=1, help="Slurm: in the queue at once, at most.")] = None,
     sbatch: Annotated[str, typer.Option(help='Slurm: more options, "--mem=64G --constraint=a100".')] = "",
     price: Annotated[str | None, typer.Option(help="24/h for the machine, or 3/gpu/h: the plan has costs.")] = None,
+    core: Annotated[bool, typer.Option("--core", help="Measure CORE at the end of every run, too.")] = False,
+    bundle: Annotated[
+        str | None, typer.Option(help="CORE: name or id of a bundle; else pocket-core for pocket.", metavar="NAME")
+    ] = None,
+    core_every: Annotated[int | None, typer.Option(min=1, help="CORE: after every so many steps, too.")] = None,
+    core_max_per_task: Annotated[int | None, typer.Option(min=1, help="CORE: examples of each task; else all.")] = None,
+    core_without: Annotated[str | None, typer.Option(help="CORE: all tasks but these: a,b.", metavar="TASKS")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Start without asking, however long it takes.")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Go on in the background; `slm status` shows it.")] = False,
     wandb: Annotated[bool, typer.Option("--wandb", help="Mirror the runs on Weights & Biases, offline too.")] = False,
@@ -80,6 +92,7 @@ def sweep(
 ) -> None:
     """Train a family as recorded runs. Typed again, it trains nothing twice and finishes what is unfinished."""
     from slm.cli import plan as planning
+    from slm.cli.wanted import wanted
     from slm.experiment import Experiment, load
     from slm.sweep import Corpora, repetition
     from slm.throughput import Estimates, price_of
@@ -88,12 +101,14 @@ def sweep(
     if plan:
         shaped: dict[str, Any] = {"--depths": depths, "--recipe": recipe, "--flops": flops, "--ratios": ratios}
         shaped |= {"--steps": steps, "--seeds": _given(seeds, 1), "experiment file": declaration}
-        others = "only --data, --name, --dry-run, --json and where it runs go with it"
+        others = "only --data, --tokenizer, --name, --dry-run, --json and where it runs go with it"
         _refuse(shaped, f"--plan holds the whole run, {others}")
         experiment = repetition(plan, name, data)
     elif declaration is not None:
         if depths or recipe or flops or ratios or steps or seeds != 1 or name:
-            raise ValueError(f"{declaration} declares the runs: only --data, --dry-run and where they run go with it")
+            raise ValueError(
+                f"{declaration} declares the runs: only --data, --tokenizer, --dry-run and where they run go with it"
+            )
         experiment = load(declaration)
     else:
         if depths is None:
@@ -110,6 +125,11 @@ def sweep(
         )
     if data:
         experiment = replace(experiment, data=data)
+    if tokenizer:
+        experiment = replace(experiment, tokenizer=tokenizer)
+    measured = wanted(core, bundle, core_every, core_max_per_task, core_without)
+    if measured:
+        measured.check(home(), [family.name for family in experiment.recipes])
     corpora, estimates = Corpora(experiment, home()), Estimates(home())
     asked_price = price_of(price) if price else None
     own = {"--gpus": gpus, "--cores": cores}
@@ -130,10 +150,12 @@ def sweep(
         planned = planning.planned(experiment, corpora, where, asked_price, home())
         if as_json:
             print_json(planning.document(planned))
-        else:
-            planning.show(planned, print)
+            return
+        planning.show(planned, print)
+        if measured and planned.forecast.shares:
+            print(measured.in_words())
     else:
-        _run(experiment, corpora, where, asked_price, yes, detach, wandb, as_json)
+        _run(experiment, corpora, where, asked_price, measured, yes, detach, wandb, as_json)
 
 
 def _refuse(options: dict[str, Any], why: str) -> None:
@@ -195,6 +217,7 @@ def _run(
     corpora: Corpora,
     launcher: Local | Slurm,
     price: Price | None,
+    measured: Wanted | None,
     yes: bool,
     detach: bool,
     wandb: bool,
@@ -217,20 +240,24 @@ def _run(
     if isinstance(launcher, Slurm):
         launcher.check()
     plans = sweep.make_plans(experiment, lambda asked: corpora.prepare(asked, report_line))
+    cores = {own.run_id: measured.of(own, home(), partial(corpora.prepared, own)) for own in plans if measured}
     planned = plan.planned(experiment, corpora, launcher, price, home())
     plan.show(planned, report_line)
+    if measured and planned.forecast.shares:
+        report_line(measured.in_words())
     plan.ask(planned.forecast, yes)
     sweep.record(experiment, plans, home())
     if detach and isinstance(launcher, Slurm):
-        _submit(plans, corpora, launcher)
+        _submit(plans, corpora, launcher, cores)
         return
     if detach:
         _detach(home())
         return
     done = {row.name for row in planned.rows if not row.waiting}
     with Display(plans, done) as display, _mirrored(display, experiment, wandb) as view:
-        outcome = _conduct(plans, corpora, launcher, view)
+        outcome = _conduct(plans, corpora, launcher, view, cores)
     _print_outcome(experiment, outcome, home(), as_json)
+    _report_without_core(outcome, cores, home())
     if outcome.not_finished:
         raise typer.Exit(1)
 
@@ -243,7 +270,7 @@ def _mirrored(display: Display, experiment: Experiment, wandb: bool) -> Abstract
     return Mirror(display, experiment.name, home()) if wandb else nullcontext(display)
 
 
-def _conduct(plans: list[Plan], corpora: Corpora, launcher: Local | Slurm, view: View) -> Outcome:
+def _conduct(plans: list[Plan], corpora: Corpora, launcher: Local | Slurm, view: View, cores: Cores) -> Outcome:
     """Train, when nobody else sweeps this home; until then show what they do."""
     from slm import conduct, follow
     from store import home
@@ -252,14 +279,14 @@ def _conduct(plans: list[Plan], corpora: Corpora, launcher: Local | Slurm, view:
         with conduct.conducting(home()) as ours:
             if ours:
                 ingest = partial(_ingest, home())
-                return conduct.Conductor(plans, corpora.of, home(), launcher, view, ingest).run()
+                return conduct.Conductor(plans, corpora.of, home(), launcher, view, ingest, cores=cores).run()
         mine = "shown until it ends, then this sweep goes on"
         view.note(f"{home()} is being swept by process {conduct.conductor(home())}: {mine}")
         others = follow.unfinished(home())
         follow.watch(others, home(), view, until=lambda: conduct.conductor(home()) is None)
 
 
-def _submit(plans: list[Plan], corpora: Corpora, launcher: Slurm) -> None:
+def _submit(plans: list[Plan], corpora: Corpora, launcher: Slurm, cores: Cores) -> None:
     """Leave every run that is left to the cluster."""
     from slm import conduct
     from slm.progress import Display
@@ -270,7 +297,8 @@ def _submit(plans: list[Plan], corpora: Corpora, launcher: Slurm) -> None:
             raise RuntimeError(
                 f"{home()} is being swept by process {conduct.conductor(home())}: wait for it, or stop it"
             )
-        left = conduct.Conductor(plans, corpora.of, home(), launcher, Display(plans, set()), lambda: None).submit()
+        display = Display(plans, set())
+        left = conduct.Conductor(plans, corpora.of, home(), launcher, display, lambda: None, cores=cores).submit()
     if left:
         raise RuntimeError(f"{len(left)} runs are not submitted ({', '.join(left)}): the same command submits them")
     report_line("submitted: `slm status` shows them, and the same command takes up what failed")
@@ -311,6 +339,19 @@ def _ingest(home: Path) -> None:
     except (store.StoreError, OSError) as error:
         problems = [str(error)]
     report_problems(problems)
+
+
+def _report_without_core(outcome: Outcome, cores: Cores, home: Path) -> None:
+    """Say which finished runs have no value: those that finished before it was asked, or could not be measured."""
+    from slm.cli.wanted import without_value
+
+    finished = [home / run_id for run_id in (*outcome.already_done, *outcome.trained) if run_id in cores]
+    if left := without_value(finished, cores):
+        asked = cores[left[0]]
+        way = f"slm eval RUN --core --bundle {asked['bundle']}"
+        way += f" --max-per-task {asked['max_per_task']}" if asked["max_per_task"] else ""
+        way += f" --without {','.join(asked['without'])}" if asked["without"] else ""
+        report_line(f"without the value asked: {', '.join(left)}; `{way}` measures it")
 
 
 def _print_outcome(experiment: Experiment, outcome: Outcome, home: Path, as_json: bool) -> None:

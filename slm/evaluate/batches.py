@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,6 +79,8 @@ class Batch:
     """The token whose logits are asked (A,)."""
     targets: Ints
     """The token that follows it (A,)."""
+    questions: Ints
+    """Of each lane, where in `asked` its own are (B, Q), PAD after their end."""
 
 
 def lanes_of(plan: Planned, context: int | None, shared: bool = True) -> Lanes:
@@ -139,46 +140,60 @@ class Batches:
         self._prompts = (ends - per_row)[plan.first[:-1]]
 
     def batch(self, lanes: Sequence[Lane]) -> Batch:
-        """Lanes side by side."""
-        prompts = np.full((len(lanes), max(lane.prompt for lane in lanes)), PAD)
-        tails, parts = np.full((2, len(lanes), max(sum(lane.tails) for lane in lanes)), PAD)
-        ids: list[NDArray[Any]] = []
-        places: list[Ints] = []
-        before: list[Ints] = []
-        asked, begin = [], 0
-        for number, lane in enumerate(lanes):
-            rows, at = [self._row(row, lane.crop) for row in lane.rows], begin + lane.prompt
-            ids.append(rows[0][: lane.prompt])
-            places.append(np.arange(lane.prompt))
-            before.append(np.maximum(begin, np.arange(begin, at) - 1))
-            prompts[number, : lane.prompt] = np.arange(begin, at)
-            tails[number, : sum(lane.tails)] = np.arange(at, begin + lane.length)
-            parts[number, : sum(lane.tails)] = np.repeat(np.arange(len(rows)), lane.tails)
-            for row, tokens, tail in zip(lane.rows, rows, lane.tails, strict=True):
-                asked.append(self._asked(row, tokens, lane, begin, at))
-                ids.append(tokens[lane.prompt : lane.prompt + tail])
-                places.append(np.arange(lane.prompt, lane.prompt + tail))
-                before.append(np.where(np.arange(tail) > 0, np.arange(at, at + tail) - 1, begin + lane.prompt - 1))
-                at += tail
-            begin = at
-        own, where, targets = (np.concatenate(each).astype(np.int64) for each in zip(*asked, strict=True))
-        flat = [np.concatenate(each).astype(np.int64) for each in (ids, places, before)]
-        return Batch(flat[0], flat[1], flat[2], prompts, tails, parts, own, where, targets)
+        """Lanes side by side.
 
-    def _row(self, row: int, crop: int) -> NDArray[Any]:
-        """The tokens of a row."""
-        plan = self._plan
-        example = plan.owners[row]
-        prompt, tail = self._prompts[example], self._tails[row]
-        parts = plan.tokens[prompt : prompt + plan.prompts[example]], plan.tokens[tail : tail + plan.tails[row]]
-        return np.concatenate(parts)[crop:]
-
-    def _asked(self, row: int, tokens: NDArray[Any], lane: Lane, begin: int, tail: int) -> tuple[Ints, Ints, Any]:
-        """A row's span: the row's number, the token before each of its tokens, and these.
-
-        The token before is in the lane's prompt, which begins at `begin`, or in the row's tail, which begins at `tail`.
+        The tokens are a row of pieces, of each lane its prompt, which is read of its first row, and then every tail.
         """
-        targets = np.arange(self._plan.starts[row] - lane.crop, len(tokens))
-        source = targets - 1
-        where = np.where(source < lane.prompt, begin + source, tail + source - lane.prompt)
-        return np.full(len(where), row), where, tokens[targets]
+        pieces = [(lane.rows[0], *lane.rows) for lane in lanes]
+        lane, part = _numbered([len(own) for own in pieces])
+        rows = np.concatenate(pieces)
+        prompt, crop = (np.array([getattr(own, name) for own in lanes]) for name in ("prompt", "crop"))
+        of_prompt = part == 0
+        lengths = np.concatenate([(own.prompt, *own.tails) for own in lanes])
+        begins = np.cumsum(lengths) - lengths
+        piece, place = _numbered(lengths)
+        token, own = np.arange(len(piece)), lane[piece]
+        in_tails = token - (begins[of_prompt] + prompt)[own]
+        before = np.where(
+            place > 0, token - 1, np.where(of_prompt[piece], token, (begins[of_prompt] + prompt - 1)[own])
+        )
+        place += np.where(of_prompt[piece], 0, prompt[own])
+        asking = np.flatnonzero(~of_prompt)
+        which, number = _numbered(self._plan.spans[rows[asking]])
+        asking, to = asking[which], lane[asking][which]
+        target = self._plan.starts[rows[asking]] + number
+        source = target - crop[to] - 1
+        asked = np.where(source < prompt[to], begins[of_prompt][to], begins[asking] - prompt[to]) + source
+        return Batch(
+            self._tokens(rows[piece], place + crop[own]),
+            place,
+            before,
+            _padded(own[in_tails < 0], place[in_tails < 0], token[in_tails < 0], len(lanes)),
+            _padded(own[in_tails >= 0], in_tails[in_tails >= 0], token[in_tails >= 0], len(lanes)),
+            _padded(own[in_tails >= 0], in_tails[in_tails >= 0], part[piece][in_tails >= 0] - 1, len(lanes)),
+            rows[asking],
+            asked,
+            self._tokens(rows[asking], target),
+            _padded(to, _numbered(np.bincount(to, minlength=len(lanes)))[1], np.arange(len(to)), len(lanes)),
+        )
+
+    def _tokens(self, rows: Ints, places: Ints) -> Ints:
+        """The tokens of rows at places, before any are cropped."""
+        plan, owners = self._plan, self._plan.owners[rows]
+        after = places - plan.prompts[owners]
+        return plan.tokens[np.where(after < 0, self._prompts[owners] + places, self._tails[rows] + after)].astype(
+            np.int64
+        )
+
+
+def _numbered(counts: Sequence[int] | Ints) -> tuple[Ints, Ints]:
+    """Of things in groups of so many: each one's group, and its number there."""
+    groups = np.repeat(np.arange(len(counts)), counts)
+    return groups, np.arange(len(groups)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _padded(lanes: Ints, columns: Ints, values: Ints, count: int) -> Ints:
+    """Values in rows, a lane each, and columns; PAD elsewhere."""
+    table = np.full((count, columns.max(initial=-1) + 1), PAD)
+    table[lanes, columns] = values
+    return table

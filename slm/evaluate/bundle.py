@@ -26,6 +26,8 @@ from typing import Any
 import yaml
 
 INDEX, BASELINES, EXAMPLES = "core.yaml", "eval_meta_data.csv", "eval_data"
+CORE = "core"
+"""The name of a bundle whose core.yaml gives none."""
 FIELDS = {
     "multiple_choice": ("query", "choices", "gold"),
     "schema": ("context_options", "continuation", "gold"),
@@ -39,6 +41,8 @@ CORRECTED = {"commonsense_qa": 0.403, "bigbench_language_identification": 0.25, 
 MOST_BYTES = 2**28
 """Of one file."""
 MOST_TASKS = 1000
+TASKS = "icl_tasks of tasks with label, dataset_uri and num_fewshot"
+"""What core.yaml lists."""
 
 Read = Callable[[str], bytes]
 """The content of a file by its name in the bundle. Raises ValueError when it cannot be had."""
@@ -75,6 +79,8 @@ class Bundle:
     """Where they lie."""
     tasks: tuple[Task, ...]
     """In the order of core.yaml."""
+    name: str = CORE
+    """What its mean is called: the name that core.yaml gives it, CORE's own without one."""
 
     def examples(self, task: Task) -> list[Example]:
         """A task's examples in the order of its file. Raises ValueError naming file and line of what is none."""
@@ -88,8 +94,8 @@ def read(folder: Path) -> Bundle:
     Raises ValueError when it is none, or a file is missing or outside the folder.
     """
     root = _root(folder)
-    contents, tasks = _checked(_of_folder(root), str(root))
-    return Bundle(_id(contents), root, tasks)
+    contents, tasks, name = _checked(_of_folder(root), str(root))
+    return Bundle(_id(contents), root, tasks, name)
 
 
 def install(source: Path, home: Path) -> Bundle:
@@ -98,33 +104,46 @@ def install(source: Path, home: Path) -> Bundle:
     Raises ValueError, before anything is written, for what is no whole bundle.
     """
     with _opened(source) as given:
-        contents, tasks = _checked(given, str(source))
+        contents, tasks, name = _checked(given, str(source))
         for task in tasks:
             _examples(task, contents[task.file], f"{source}: {task.file}")
-    own, root = _id(contents), home / "data" / "core"
+    own, root = _id(contents), _kept(home)
     root.mkdir(parents=True, exist_ok=True)
     if not (root / own).exists():
         _write(contents, root / own)
-    return Bundle(own, root / own, tasks)
+    return Bundle(own, root / own, tasks, name)
 
 
 def installed(home: Path, named: str | None = None) -> Bundle:
-    """A home's bundle: the one of an id (or its first digits), or the only one there is.
+    """A home's bundle: the only one of a name, or of an id or its first digits; without either, of CORE's name.
 
     Raises ValueError when there is none, several, or when its files were changed.
     """
-    folders = sorted(path.parent for path in (home / "data" / "core").glob(f"[!.]*/{INDEX}"))
-    chosen = [folder for folder in folders if folder.name.startswith(named or "")]
+    names, wanted = names_of(home), named or CORE
+    chosen = [own for own, name in names.items() if name == wanted] or [own for own in names if own.startswith(wanted)]
     if len(chosen) != 1:
-        known = ", ".join(folder.name for folder in folders)
+        known = ", ".join(f"{own} ({name})" for own, name in names.items())
         if chosen:
             raise ValueError(f"{len(chosen)} bundles in {home} could be meant: choose one of {known} with --bundle")
-        way = f"choose one of {known}" if known else "get it with `slm data core`"
-        raise ValueError(f"no bundle {named or 'of CORE'} in {home}: {way}")
-    bundle = read(chosen[0])
-    if bundle.id != chosen[0].name:
-        raise ValueError(f"{chosen[0]} was changed (its content is bundle {bundle.id}): remove it and get it again")
+        way = f"choose one of {known} with --bundle" if known and named else "get it with `slm data core`"
+        made = "--bundle pocket-core makes one of the run's own held-out text"
+        raise ValueError(f"no bundle {named or 'of CORE'} in {home}: {way}; {made}")
+    folder = _kept(home) / chosen[0]
+    bundle = read(folder)
+    if bundle.id != chosen[0]:
+        raise ValueError(f"{folder} was changed (its content is bundle {bundle.id}): remove it and get it again")
     return bundle
+
+
+def names_of(home: Path) -> dict[str, str]:
+    """The bundles of a home: of each id its name. Raises ValueError for one whose core.yaml is none."""
+    indices = sorted(_kept(home).glob(f"[!.]*/{INDEX}"))
+    return {path.parent.name: _index(path.read_bytes(), str(path))[1] for path in indices}
+
+
+def _kept(home: Path) -> Path:
+    """Where a home's bundles lie."""
+    return home / "data" / "core"
 
 
 @contextmanager
@@ -192,21 +211,33 @@ def _of_zip(file: zipfile.ZipFile, source: Path) -> Read:
     return content
 
 
-def _checked(content: Read, where: str) -> tuple[dict[str, bytes], tuple[Task, ...]]:
-    """The files that CORE reads by name, and the tasks."""
+def _checked(content: Read, where: str) -> tuple[dict[str, bytes], tuple[Task, ...], str]:
+    """The files that CORE reads by name, the tasks, and the bundle's name."""
     contents = {name: content(name) for name in (INDEX, BASELINES)}
-    tasks = _tasks(contents[INDEX], _baselines(contents[BASELINES], f"{where}: {BASELINES}"), f"{where}: {INDEX}")
-    return contents | {name: content(name) for name in sorted({task.file for task in tasks})}, tasks
+    entries, name = _index(contents[INDEX], f"{where}: {INDEX}")
+    tasks = _tasks(entries, _baselines(contents[BASELINES], f"{where}: {BASELINES}"), f"{where}: {INDEX}")
+    return contents | {file: content(file) for file in sorted({task.file for task in tasks})}, tasks, name
 
 
-def _tasks(text: bytes, baselines: dict[str, float], where: str) -> tuple[Task, ...]:
+def _index(text: bytes, where: str) -> tuple[list[Any], str]:
+    """What core.yaml lists, and the name that it gives."""
     try:
-        entries = yaml.safe_load(text)["icl_tasks"]
-        tasks = tuple(_task(entry, baselines, where) for entry in entries)
+        document = yaml.safe_load(text)
+        entries, name = list(document["icl_tasks"]), document.get("name", CORE)
     except yaml.YAMLError as error:
         raise ValueError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(f"{where} has no list {TASKS}") from None
+    if not re.fullmatch(r"[a-z][a-z0-9-]{0,31}", str(name)):
+        raise ValueError(f"{where} gives the name {name!r}: it takes a small letter, then such, digits and -")
+    return entries, str(name)
+
+
+def _tasks(entries: list[Any], baselines: dict[str, float], where: str) -> tuple[Task, ...]:
+    try:
+        tasks = tuple(_task(entry, baselines, where) for entry in entries)
     except (KeyError, TypeError):
-        raise ValueError(f"{where} has no list icl_tasks of tasks with label, dataset_uri and num_fewshot") from None
+        raise ValueError(f"{where} has no list {TASKS}") from None
     labels = [task.label for task in tasks]
     if not 0 < len(tasks) <= MOST_TASKS or len({*labels}) < len(labels):
         raise ValueError(f"{where} has {len(labels)} tasks, {len({*labels})} by name: 1 to {MOST_TASKS}, each once")

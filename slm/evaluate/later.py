@@ -18,7 +18,9 @@ import torch
 from slm import checkpoints, events
 from slm.data.loader import Rows
 from slm.evaluate.bpb import bytes_of, validation_loss
-from slm.evaluate.core import Asked, evaluate_all, judge_of
+from slm.evaluate.bundle import installed
+from slm.evaluate.core import Asked, Judge, evaluate_all, judge_of, of_first
+from slm.evaluate.tasks import Known
 from slm.plan import canonical, code_fingerprint
 from slm.weights import Weights, prepared_of
 
@@ -35,7 +37,7 @@ def val_bpb(weights: Weights, home: Path, device: torch.device, report: Report =
     data = weights.plan.data
     decides = {"weights_sha256": _sha256(weights), "code": code_fingerprint(), "device": device.type}
     decides |= {"tokenizer": data.tokenizer, "validation": data.validation}
-    return _kept(weights, "val_bpb", decides, lambda _: _measure_val_bpb(weights, home, device, report))
+    return _kept(weights, "val_bpb", decides, lambda: _measure_val_bpb(weights, home, device, report))
 
 
 def core(
@@ -45,33 +47,83 @@ def core(
     device: torch.device,
     report: Report = lambda done, of: None,
     planning: Report = lambda done, of: None,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Path:
     """What some weights reach on a bundle: the file that holds it, made if it is not there.
 
     What an interrupted evaluation finished is not done again. `planning` is told of tasks, `report` of tokens. Raises
-    ValueError where weights, tokeniser or a task's file are gone or changed, or examples are too few for their shots.
+    ValueError where weights, tokeniser or a task's file are gone or changed, or examples are too few for their shots,
+    OutOfMemory where a pass of one example is too much.
     """
-    decides = {"weights_sha256": _sha256(weights), "code": code_fingerprint(), "device": device.type}
-    decides |= {"tokenizer": weights.plan.data.tokenizer, **asked.settings()}
+
+    def subject() -> tuple[Known, Judge]:
+        return prepared_of(weights.plan, home).tokenizer, judge_of(weights.model(device))
+
+    return core_of(weights, asked, device, subject, None, report, planning, rank, ranks)
+
+
+def core_of(
+    weights: Weights,
+    asked: Asked,
+    device: torch.device,
+    subject: Callable[[], tuple[Known, Judge]],
+    tokens: int | None,
+    report: Report,
+    planning: Report,
+    rank: int,
+    ranks: int,
+) -> Path:
+    """`core` of a tokeniser and a judge, made where nothing is on file, with so many `tokens` a pass; on every rank.
+
+    The first rank's `weights` name the file, which it alone reads and writes. Its `seconds` are those of the last
+    sitting.
+    """
+
+    def decided() -> dict[str, Any]:
+        decides = {"weights_sha256": _sha256(weights), "code": code_fingerprint(), "device": device.type}
+        return decides | {"tokenizer": weights.plan.data.tokenizer, **asked.settings()}
 
     def measure(path: Path) -> dict[str, Any]:
-        tokenizer, judge = prepared_of(weights.plan, home).tokenizer, judge_of(weights.model(device))
-        return evaluate_all(asked, tokenizer, judge, _parts(path), report=report, planning=planning)
+        (tokenizer, judge), began = subject(), time.perf_counter()
+        found = evaluate_all(asked, tokenizer, judge, _parts(path), rank, ranks, tokens, report, planning)
+        return found | {"seconds": time.perf_counter() - began}
 
-    return _kept(weights, "core", decides, measure)
-
-
-def _kept(weights: Weights, metric: str, decides: dict[str, Any], measure: Callable[[Path], dict[str, Any]]) -> Path:
-    """The file of an evaluation, made if there is none: what it is of, what decides it, and what was measured."""
-    key = hashlib.sha256(canonical(decides).encode()).hexdigest()[:12]
-    path = weights.run_folder / "evals" / f"{metric}-{weights.step:09d}-{key}.json"
-    if not path.exists():
-        head = {"run_id": weights.plan.run_id, "step": weights.step, "metric": metric, "weights": weights.path.name}
-        document = head | decides | measure(path) | {"time": time.time()}
-        path.parent.mkdir(exist_ok=True)
-        events.write_json(path, document)
-        shutil.rmtree(_parts(path), ignore_errors=True)
+    decides = of_first(decided, rank, ranks, device)
+    path = _path(weights, asked.bundle.name, decides)
+    if not of_first(path.exists, rank, ranks, device):
+        found = measure(path)
+        if rank == 0:
+            _write(weights, asked.bundle.name, decides, found, path)
     return path
+
+
+def asked_of(home: Path, wanted: dict[str, Any]) -> Asked:
+    """What an attempt.json asks of a home's bundles. Raises ValueError where the bundle is gone or changed."""
+    asked = Asked(installed(home, wanted["bundle"]), wanted["max_per_task"])
+    return asked.without(wanted["without"]) if wanted["without"] else asked
+
+
+def _kept(weights: Weights, metric: str, decides: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> Path:
+    """The file of an evaluation, made if there is none."""
+    path = _path(weights, metric, decides)
+    if not path.exists():
+        _write(weights, metric, decides, measure(), path)
+    return path
+
+
+def _path(weights: Weights, metric: str, decides: dict[str, Any]) -> Path:
+    """The file of an evaluation, named for what decides it."""
+    key = hashlib.sha256(canonical(decides).encode()).hexdigest()[:12]
+    return weights.run_folder / "evals" / f"{metric}-{weights.step:09d}-{key}.json"
+
+
+def _write(weights: Weights, metric: str, decides: dict[str, Any], found: dict[str, Any], path: Path) -> None:
+    """Write what an evaluation is of, what decides it, and what was measured."""
+    head = {"run_id": weights.plan.run_id, "step": weights.step, "metric": metric, "weights": weights.path.name}
+    path.parent.mkdir(exist_ok=True)
+    events.write_json(path, head | decides | found | {"time": time.time()})
+    shutil.rmtree(_parts(path), ignore_errors=True)
 
 
 def _parts(path: Path) -> Path:

@@ -119,6 +119,7 @@ def task_document(task: Task, decisions: list[Decision | None], lanes: Lanes) ->
     return {
         "kind": task.kind,
         "shots": task.shots,
+        "baseline": task.baseline,
         "examples": len(found),
         "cropped": int(lanes.cropped.sum()),
         "skipped": int(lanes.skipped.sum()),

@@ -215,7 +215,11 @@ def planned(bundle: Bundle, task: Task, tokenizer: Known, most: int | None = Non
     made = plan(task, examples, range(len(examples)), tokenizer)
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        np.savez(file, **{field.name: getattr(made, field.name) for field in fields(made)})
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, **{field.name: getattr(made, field.name) for field in fields(made)})
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return made

@@ -80,8 +80,12 @@ def make_attempt(
     launcher: str = "local",
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     estimated_seconds: float | None = None,
+    core: dict[str, Any] | None = None,
 ) -> Path:
-    """The next attempt's folder with its attempt.json, made under another name and renamed."""
+    """The next attempt's folder with its attempt.json, made under another name and renamed.
+
+    `core` is what the trainer measures beside val_bpb: bundle (an id), every (steps), max_per_task and without (tasks).
+    """
     from importlib.metadata import version
 
     document = asdict(where) | {
@@ -91,6 +95,7 @@ def make_attempt(
         "evaluation_tokens": rows.evaluation_tokens,
         "checkpoint_seconds": checkpoint_seconds,
         "estimated_seconds": estimated_seconds,
+        "core": core,
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "python": platform.python_version(),

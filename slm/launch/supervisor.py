@@ -35,9 +35,10 @@ SILENT_SECONDS = 120.0
 """Shortest silence of a trainer in its steps that is taken for a hang."""
 SILENT_STEPS = 10
 """Median pauses between two events of steps that a silence must last, too."""
-WORKING_SECONDS = {"start": 1800.0, "compilation": 3600.0, "checkpoint": 3600.0, "evaluation": 600.0}
-"""Silence after which what takes longer than a step is taken for a hang: a start ends with the second logged step, an
-evaluation speaks now and then."""
+WORKING_SECONDS = {"start": 1800.0, "compilation": 3600.0, "checkpoint": 3600.0}
+WORKING_SECONDS |= {"evaluation": 600.0, "core": 600.0}
+"""Silence after which what takes longer than a step is taken for a hang: a start ends with the second logged step;
+evaluations speak now and then."""
 PARTING_SECONDS = 10.0
 """Time for the first node to say how an attempt ended before another's failure has Slurm end all."""
 SHORT_OF_MEMORY = 0.05
@@ -157,7 +158,7 @@ class _Watch:
             self._train_time = event["time"]
         if kind == "working":
             self.allowed = WORKING_SECONDS[event["what"]]
-        elif kind != "eval" and self._pauses:  # after an evaluation the final weights are written
+        elif kind not in ("eval", "core") and self._pauses:  # after an evaluation the final weights are written
             self.allowed = max(SILENT_SECONDS, SILENT_STEPS * sorted(self._pauses)[len(self._pauses) // 2])
 
     def short_of_memory(self) -> bool:
