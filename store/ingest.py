@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +39,8 @@ class Counts:
     metrics: int
     """Numbers in them."""
     problems: list[str]
-    """Files that could not become rows, a line each; they are tried again at the next ingest."""
+    """Files that could not become rows, a line each; they are tried again at the next ingest. And a line where the
+    database was made anew, being an older version's or another home's."""
 
 
 def ingest(home: Path, patience: float = PATIENCE) -> Counts:
@@ -49,6 +50,7 @@ def ingest(home: Path, patience: float = PATIENCE) -> Counts:
     when another process writes for longer than `patience` seconds, the disk is full, or the database needs a rebuild.
     """
     with _alone(home, patience) as deadline:
+        places.identified(home)
         files = _files(home)
         return Counts(0, 0, 0, 0, []) if _are_read(home, files) else _ingest(home, files, deadline)
 
@@ -59,12 +61,13 @@ def is_current(home: Path) -> bool:
 
 
 def rebuild(home: Path, patience: float = PATIENCE) -> Counts:
-    """Make the database anew from the files, whatever state it is in. Raises StoreError as `ingest` does."""
+    """Make the database anew from the files, whatever state it is in; on a server, this home's rows alone.
+
+    Raises StoreError as `ingest` does.
+    """
     with _alone(home, patience) as deadline:
-        live = places.live(home)
-        for path in (live, live.with_name(f"{live.name}.wal")):
-            path.unlink(missing_ok=True)
-        return _ingest(home, _files(home), deadline)
+        places.identified(home)
+        return _ingest(home, _files(home), deadline, anew=True)
 
 
 @contextmanager
@@ -111,52 +114,69 @@ def _are_read(home: Path, files: dict[str, File]) -> bool:
 
 
 def _fingerprint(home: Path, files: dict[str, File]) -> str:
-    """Of the files as they were when looked at, of the databases, and of the schema's source."""
-    schema = Path(__file__).with_name("schema.py")
-    paths = [path for path in (places.live(home), places.snapshot(home), schema) if path.exists()]
+    """Of the files as they were when looked at, of the databases, and of the schema's sources."""
+    schema = [Path(__file__).with_name(name) for name in ("places.py", "schema.py", "views.sql")]
+    paths = [path for path in (places.live(home), places.snapshot(home), *schema) if path.exists()]
     found = [f"{path.name} {path.stat().st_size}:{path.stat().st_mtime_ns}" for path in paths]
-    lines = [*found, *(f"{file.name} {file.state}" for file in files.values())]
+    lines = [places.server() or "", *found, *(f"{file.name} {file.state}" for file in files.values())]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _ingest(home: Path, files: dict[str, File], deadline: float) -> Counts:
+def _ingest(home: Path, files: dict[str, File], deadline: float, anew: bool = False) -> Counts:
     """Open, write what is new, close, publish. A database that someone opened by hand is waited for."""
     import duckdb
     from sqlalchemy.exc import DBAPIError
 
+    from store.writer import Outdated
+
+    said: list[str] = []
     while True:
         try:
-            counts = _write(home, files)
-            _publish(home)
+            if anew and not places.server():
+                _remove(home)
+            counts = _write(home, files, anew)
+            if not places.server():
+                _publish(home)
             if not counts.problems:
                 places.seen(home).write_text(_fingerprint(home, files))
+            return replace(counts, problems=said + counts.problems)
+        except Outdated as error:
+            said, anew = [str(error)], True
         except BlockingIOError as error:
-            _wait(deadline, f"{error}: close it there")
+            _wait(deadline, str(error))
         except (DBAPIError, duckdb.Error, OSError) as error:
             why = places.first_line(error.orig if isinstance(error, DBAPIError) else error)
             raise StoreError(f"{home}: the database could not be written, its last snapshot stays: {why}") from None
-        else:
-            return counts
 
 
-def _write(home: Path, files: dict[str, File]) -> Counts:
+def _remove(home: Path) -> None:
+    """The database that only an ingest opens; what readers see stays until the next is published."""
+    live = places.live(home)
+    for path in (live, live.with_name(f"{live.name}.wal")):
+        path.unlink(missing_ok=True)
+
+
+def _write(home: Path, files: dict[str, File], anew: bool) -> Counts:
     from store import writer
 
-    with writer.opened(places.live(home)) as connection:
-        known = writer.cursors(connection)
-        lost = {name for name, (size, _) in known.items() if _is_lost(files.get(name), size)}
-        if lost:
-            owners = {writer.owner(name) for name in lost}
-            writer.forget(connection, owners)
-            known = {name: cursor for name, cursor in known.items() if writer.owner(name) not in owners}
+    with writer.opened(home, places.identified(home)) as target:
+        known = {} if anew else writer.cursors(target)
+        lost = {writer.owner(name) for name, cursor in known.items() if _is_lost(files.get(name), *cursor)}
+        known = {name: cursor for name, cursor in known.items() if writer.owner(name) not in lost}
         changes, unreadable = _changes(files, known)
-        counted, refused = writer.write(connection, home, changes) if changes else (Counter[str](), [])
+        counted, refused = Counter[str](), list[str]()
+        if changes or lost or anew:
+            counted, refused = writer.write(target, changes, None if anew else lost)
     return Counts(counted["plan"], counted["done"], counted["lines"], counted["metrics"], [*unreadable, *refused])
 
 
-def _is_lost(file: File | None, size: int) -> bool:
+def _is_lost(file: File | None, size: int, state: str) -> bool:
     """Whether rows were read that their file does not hold any more: files of events only grow."""
-    return file is None or (file.kind == "events" and file.size < size)
+    if file is None:
+        return True
+    if file.kind == "events":
+        return file.size < size
+    return file.kind in ("experiment", "evaluation", "import") and file.state != state
 
 
 def _changes(files: dict[str, File], known: Cursors) -> tuple[list[Change], list[str]]:

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import getpass
+import json
 import os
+import platform
+import re
+import secrets
+from importlib.util import find_spec
 from pathlib import Path
+
+VERSION = 3
+"""Of the tables and views."""
+SERVER = "postgresql+psycopg://"
 
 
 class StoreError(RuntimeError):
@@ -19,6 +29,53 @@ def home() -> Path:
     return Path(os.environ.get("SLM_HOME") or "runs")
 
 
+def server() -> str | None:
+    """The PostgreSQL that holds the results of several homes: $SLM_STORE. None: a DuckDB file in each home.
+
+    Raises StoreError for another address, and where its package is missing.
+    """
+    url = os.environ.get("SLM_STORE") or None
+    if url and not url.startswith(SERVER):
+        kind = url.partition(":")[0]
+        raise StoreError(f"SLM_STORE={kind}:…: write {SERVER}USER@HOST/DATABASE, or unset it for a file in each home")
+    if url and find_spec("psycopg") is None:
+        raise StoreError("SLM_STORE needs the package psycopg: pip install 'slm[postgres]'")
+    return url
+
+
+def identity(home: Path) -> str | None:
+    """What a home's rows are known by, None before its first ingest. Raises StoreError where home.json says nothing."""
+    path = home / "home.json"
+    try:
+        known = json.loads(path.read_bytes())["id"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        known = None
+    if not isinstance(known, str) or not re.fullmatch("[0-9a-f]{8}", known):
+        raise StoreError(f"{path}: its id should be 8 hex digits; without the file, the next ingest gives another")
+    return known
+
+
+def identified(home: Path) -> str:
+    """What a home's rows are known by, from now on if it had no name."""
+    known = identity(home)
+    if known is None:
+        known = secrets.token_hex(4)
+        temporary = home / "home.json.new"
+        name = f"{_user()}@{platform.node()}:{home.resolve()}"
+        temporary.write_text(json.dumps({"id": known, "name": name}), encoding="utf-8")
+        temporary.replace(home / "home.json")
+    return known
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have a number alone
+        return str(os.getuid())
+
+
 def live(home: Path) -> Path:
     """The database that only an ingest opens."""
     return home / "slm.duckdb"
@@ -32,6 +89,11 @@ def snapshot(home: Path) -> Path:
 def seen(home: Path) -> Path:
     """What the last ingest saw, as a hash."""
     return home / "slm.duckdb.seen"
+
+
+def quoted(path: Path) -> str:
+    """A path inside the quotes of a statement that takes no parameter there."""
+    return str(path).replace("'", "''")
 
 
 def damaged(path: Path, why: object) -> StoreError:

@@ -1,7 +1,8 @@
 """Tables of the results database. The run folders are the truth; these rows are their index and hold nothing else.
 
 Natural keys, no foreign keys and no secondary indexes: DuckDB refuses updates and alterations that touch them. Metrics
-have no primary key either: an ingest cursor, moved in the same transaction, keeps every row once.
+and examples have no primary key either: an ingest cursor, moved in the same transaction, keeps every row once.
+PostgreSQL holds many homes, DuckDB one: every row says whose it is.
 """
 
 from __future__ import annotations
@@ -9,17 +10,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, CheckConstraint, Double, Integer, String
+from sqlalchemy import JSON, BigInteger, CheckConstraint, Connection, Double, Index, Integer, String, insert
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-VERSION = 2
+from store.places import VERSION
+
 VIEWS = Path(__file__).parent / "views.sql"
+INFINITY = "cast('infinity' as double precision)"
+
+
+def _check(name: str, *columns: str, rule: str) -> CheckConstraint:
+    """A rule, `{}` standing for a column, of each of some columns; one that is NULL keeps it."""
+    return CheckConstraint(" and ".join(f"({rule.format(column)})" for column in columns), name=name)
+
+
+POSITIVE = f"{{0}} > 0 and {{0}} < {INFINITY}"
+"""Both databases order NaN after infinity."""
 
 
 class Base(DeclarativeBase):
     """Python types to column types."""
 
-    type_annotation_map = {int: BigInteger, float: Double, str: String, dict[str, Any]: JSON}  # noqa: RUF012
+    type_annotation_map = {int: BigInteger, float: Double, str: String, dict[str, Any]: JSON(none_as_null=True)}  # noqa: RUF012
 
 
 class SchemaVersion(Base):
@@ -29,10 +41,19 @@ class SchemaVersion(Base):
     version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
 
 
+class Home(Base):
+    """A folder of runs whose rows are here."""
+
+    __tablename__ = "homes"
+    home: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+
+
 class Cursor(Base):
     """How far a file has been read."""
 
     __tablename__ = "cursors"
+    home: Mapped[str] = mapped_column(primary_key=True)
     file: Mapped[str] = mapped_column(primary_key=True)
     offset: Mapped[int]
     state: Mapped[str]
@@ -42,6 +63,7 @@ class Experiment(Base):
     """An experiment."""
 
     __tablename__ = "experiments"
+    home: Mapped[str] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(primary_key=True)
     question: Mapped[str | None]
     recipe: Mapped[str | None]
@@ -53,6 +75,7 @@ class Membership(Base):
     """A run that an experiment asks for."""
 
     __tablename__ = "memberships"
+    home: Mapped[str] = mapped_column(primary_key=True)
     experiment: Mapped[str] = mapped_column(primary_key=True)
     run_id: Mapped[str] = mapped_column(primary_key=True)
     position: Mapped[int] = mapped_column(Integer)
@@ -62,7 +85,11 @@ class Run(Base):
     """A planned run."""
 
     __tablename__ = "runs"
-    __table_args__ = (CheckConstraint("tokens > 0 and flops > 0 and steps > 0", name="positive_horizon"),)
+    __table_args__ = (
+        _check("positive_horizon", "tokens", "flops", "steps", "tokens_asked", "batch_tokens", rule="{} > 0"),
+        _check("counted_parameters", "parameters_scaling", "parameters_total", "flops_per_token", rule="{} > 0"),
+    )
+    home: Mapped[str] = mapped_column(primary_key=True)
     run_id: Mapped[str] = mapped_column(primary_key=True)
     recipe: Mapped[str]
     horizon: Mapped[str]
@@ -100,6 +127,8 @@ class Attempt(Base):
     """One attempt at a run, and how it ended."""
 
     __tablename__ = "attempts"
+    __table_args__ = (_check("nothing_negative", "ranks", "threads", "estimated_seconds", rule="{} >= 0"),)
+    home: Mapped[str] = mapped_column(primary_key=True)
     run_id: Mapped[str] = mapped_column(primary_key=True)
     attempt: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     created: Mapped[float | None]
@@ -129,11 +158,16 @@ class Metric(Base):
     """One number of one event, long format; no key, see above."""
 
     __tablename__ = "metrics"
-    __mapper_args__ = {"primary_key": ["run_id", "attempt", "time", "event", "name"]}  # noqa: RUF012
+    __table_args__ = (
+        CheckConstraint("step >= 0", name="no_negative_step"),
+        Index("metrics_of_a_run", "home", "run_id").ddl_if(dialect="postgresql"),
+    )
+    __mapper_args__ = {"primary_key": ["home", "run_id", "attempt", "time", "event", "name"]}  # noqa: RUF012
+    home: Mapped[str]
     run_id: Mapped[str]
     attempt: Mapped[int]
     event: Mapped[str]
-    time: Mapped[float]
+    time: Mapped[float | None]
     step: Mapped[int]
     name: Mapped[str]
     value: Mapped[float]
@@ -144,9 +178,12 @@ class Finished(Base):
 
     __tablename__ = "finished"
     __table_args__ = (
-        CheckConstraint("tokens > 0 and flops > 0", name="positive_spending"),
-        CheckConstraint("val_bpb > 0 and not isnan(val_bpb)", name="finished_with_a_value"),
+        _check("positive_spending", "step", "tokens", "flops", rule="{} > 0"),
+        _check("finished_with_a_value", "val_bpb", "val_loss", rule=POSITIVE),
+        _check("nothing_negative", "train_seconds", "wall_seconds", "peak_memory_bytes", rule="{} >= 0"),
+        _check("core_is_a_share", "core", rule="{} between -1 and 1"),
     )
+    home: Mapped[str] = mapped_column(primary_key=True)
     run_id: Mapped[str] = mapped_column(primary_key=True)
     attempt: Mapped[int]
     time: Mapped[float]
@@ -165,11 +202,194 @@ class Finished(Base):
     weights_sha256: Mapped[str | None]
 
 
+class Evaluation(Base):
+    """What some weights reached when they were evaluated."""
+
+    __tablename__ = "evaluations"
+    __table_args__ = (
+        _check("a_value_where_there_is_one", "val_bpb", "val_loss", "rows", rule=POSITIVE),
+        CheckConstraint("metric <> 'val_bpb' or val_bpb is not null", name="val_bpb_with_a_value"),
+        CheckConstraint("position('tasks ' in mode) > 0 or core between -1 and 1", name="core_is_a_share"),
+        _check("nothing_negative", "step", "seconds", "core_error", "core_corrected_error", rule="{} >= 0"),
+    )
+    home: Mapped[str] = mapped_column(primary_key=True)
+    run_id: Mapped[str] = mapped_column(primary_key=True)
+    evaluation: Mapped[str] = mapped_column(primary_key=True)
+    metric: Mapped[str]
+    step: Mapped[int]
+    weights: Mapped[str | None]
+    weights_sha256: Mapped[str | None]
+    bundle: Mapped[str | None]
+    mode: Mapped[str | None]
+    format: Mapped[int | None]
+    max_per_task: Mapped[int | None]
+    tokenizer: Mapped[str | None]
+    validation: Mapped[str | None]
+    code: Mapped[str | None]
+    device: Mapped[str | None]
+    time: Mapped[float | None]
+    seconds: Mapped[float | None]
+    val_bpb: Mapped[float | None]
+    val_loss: Mapped[float | None]
+    rows: Mapped[int | None]
+    core: Mapped[float | None]
+    core_error: Mapped[float | None]
+    core_corrected: Mapped[float | None]
+    core_corrected_error: Mapped[float | None]
+    bits_per_byte: Mapped[float | None]
+    greedy_share: Mapped[float | None]
+    examples: Mapped[int | None]
+    cropped: Mapped[int | None]
+    skipped: Mapped[int | None]
+    ties: Mapped[int | None]
+
+
+class EvaluationTask(Base):
+    """What an evaluation says of one task, or why it says nothing."""
+
+    __tablename__ = "evaluation_tasks"
+    __table_args__ = (
+        _check("shares", "accuracy", "greedy_share", "gold_probability", rule="{} between 0 and 1"),
+        _check("nothing_negative", "examples", "cropped", "skipped", "ties", "standard_error", rule="{} >= 0"),
+        CheckConstraint("accuracy is not null or error is not null", name="answered_or_why_not"),
+    )
+    home: Mapped[str] = mapped_column(primary_key=True)
+    run_id: Mapped[str] = mapped_column(primary_key=True)
+    evaluation: Mapped[str] = mapped_column(primary_key=True)
+    task: Mapped[str] = mapped_column(primary_key=True)
+    kind: Mapped[str | None]
+    shots: Mapped[int | None]
+    examples: Mapped[int | None]
+    cropped: Mapped[int | None]
+    skipped: Mapped[int | None]
+    ties: Mapped[int | None]
+    accuracy: Mapped[float | None]
+    standard_error: Mapped[float | None]
+    centred: Mapped[float | None]
+    centred_corrected: Mapped[float | None]
+    bits_per_byte: Mapped[float | None]
+    greedy_share: Mapped[float | None]
+    gold_probability: Mapped[float | None]
+    error: Mapped[str | None]
+
+
+class EvaluationExample(Base):
+    """What a model made of one example; no key, see above."""
+
+    __tablename__ = "evaluation_examples"
+    __table_args__ = (Index("examples_of_an_evaluation", "home", "run_id").ddl_if(dialect="postgresql"),)
+    __mapper_args__ = {"primary_key": ["home", "run_id", "evaluation", "task", "example"]}  # noqa: RUF012
+    home: Mapped[str]
+    run_id: Mapped[str]
+    evaluation: Mapped[str]
+    task: Mapped[str]
+    example: Mapped[int]
+    correct: Mapped[bool]
+    choice: Mapped[int | None]
+    tie: Mapped[bool]
+    gold_nats: Mapped[float]
+    gold_tokens: Mapped[int]
+    gold_greedy: Mapped[int]
+    gold_bytes: Mapped[int]
+    gold_probability: Mapped[float | None]
+
+
 class Fit(Base):
     """A recorded fit."""
 
     __tablename__ = "fits"
+    home: Mapped[str] = mapped_column(primary_key=True)
     hash: Mapped[str] = mapped_column(primary_key=True)
     created: Mapped[float | None]
     experiments: Mapped[list[str]] = mapped_column(JSON)
     document: Mapped[dict[str, Any]]
+
+
+class Import(Base):
+    """A file of results measured elsewhere."""
+
+    __tablename__ = "imports"
+    home: Mapped[str] = mapped_column(primary_key=True)
+    hash: Mapped[str] = mapped_column(primary_key=True)
+    experiment: Mapped[str]
+    format: Mapped[str]
+    source: Mapped[str]
+    sha256: Mapped[str]
+    created: Mapped[float | None]
+    strict: Mapped[bool]
+    axis: Mapped[str | None]
+    mapping: Mapped[dict[str, Any] | None]
+    rows: Mapped[int]
+    defects: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+
+
+class Imported(Base):
+    """A run of an import."""
+
+    __tablename__ = "imported"
+    __table_args__ = (
+        CheckConstraint(
+            "status <> 'finished' or val_bpb is not null or val_loss is not null or core is not null",
+            name="finished_with_a_value",
+        ),
+        _check("a_value_where_there_is_one", "val_bpb", "val_loss", "train_loss", rule=POSITIVE),
+        _check("core_is_a_share", "core", rule="{} between -1 and 1"),
+        _check("positive", "depth", "batch_tokens", "tokens_asked", "flops_per_token", "ranks", rule="{} > 0"),
+        _check("no_negative_spending", "steps", "tokens", "flops", "train_seconds", "wall_seconds", rule="{} >= 0"),
+        CheckConstraint(
+            "status <> 'finished' or (coalesce(steps, 1) > 0 and coalesce(tokens, 1) > 0 and coalesce(flops, 1) > 0)",
+            name="finished_with_spending",
+        ),
+    )
+    home: Mapped[str] = mapped_column(primary_key=True)
+    run_id: Mapped[str] = mapped_column(primary_key=True)
+    hash: Mapped[str]
+    row: Mapped[int]
+    label: Mapped[str | None]
+    recipe: Mapped[str | None]
+    depth: Mapped[int | None]
+    seed: Mapped[int | None]
+    horizon: Mapped[str | None]
+    status: Mapped[str]
+    reason: Mapped[str | None]
+    parameters_wte: Mapped[int | None]
+    parameters_value_embeds: Mapped[int | None]
+    parameters_lm_head: Mapped[int | None]
+    parameters_matrices: Mapped[int | None]
+    parameters_scalars: Mapped[int | None]
+    parameters_scaling: Mapped[int | None]
+    parameters_total: Mapped[int | None]
+    flops_per_token: Mapped[float | None]
+    tokens_asked: Mapped[float | None]
+    batch_tokens: Mapped[int | None]
+    steps: Mapped[int | None]
+    tokens: Mapped[int | None]
+    flops: Mapped[float | None]
+    train_loss: Mapped[float | None]
+    val_loss: Mapped[float | None]
+    val_bpb: Mapped[float | None]
+    core: Mapped[float | None]
+    train_seconds: Mapped[float | None]
+    wall_seconds: Mapped[float | None]
+    tokens_per_second: Mapped[float | None]
+    flops_per_second: Mapped[float | None]
+    peak_memory_bytes: Mapped[int | None]
+    host: Mapped[str | None]
+    device_name: Mapped[str | None]
+    ranks: Mapped[int | None]
+    commit: Mapped[str | None]
+    corpus: Mapped[str | None]
+    tokenizer: Mapped[str | None]
+    validation: Mapped[str | None]
+    sequence_length: Mapped[int | None]
+    flags: Mapped[str | None]
+    usable: Mapped[bool]
+    original: Mapped[dict[str, Any] | None]
+
+
+def create(connection: Connection) -> None:
+    """Every table and view, in a database that has none."""
+    Base.metadata.create_all(connection, checkfirst=False)
+    for view in VIEWS.read_text(encoding="utf-8").split("\n---\n"):
+        connection.exec_driver_sql(view)
+    connection.execute(insert(SchemaVersion).values(version=VERSION))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as the command line does, 
 
 from slm.data import Prepared, prepare
 from slm.recipe import pocket
+from tests import postgres
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -31,6 +33,37 @@ def home(tmp_path: Path, prepared: Prepared) -> Path:
     home.mkdir()
     (home / "data").symlink_to(prepared.folder.parent)
     return home
+
+
+@pytest.fixture(scope="session")
+def _server() -> Iterator[str]:
+    with postgres.server() as folder:
+        yield folder
+
+
+@pytest.fixture
+def postgresql(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An empty database of a real PostgreSQL, which is the store meanwhile: its address."""
+    if why := postgres.why_not():
+        pytest.skip(why)
+    import psycopg
+
+    folder, name = request.getfixturevalue("_server"), f"t{secrets.token_hex(6)}"
+    with psycopg.connect(f"host={folder} user=slm dbname=postgres", autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}".encode())
+        url = f"postgresql+psycopg://slm@/{name}?host={folder}"
+        monkeypatch.setenv("SLM_STORE", url)
+        yield url
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+
+
+@pytest.fixture(params=["duckdb", "postgresql"])
+def database(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each of the databases in turn is the store: its name."""
+    monkeypatch.delenv("SLM_STORE", raising=False)
+    if request.param == "postgresql":
+        request.getfixturevalue("postgresql")
+    return str(request.param)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ import store
 from store import schema
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("database")
 
 
 def write_run(home: Path, run_id: str, depth: int = 2, done: bool = True, steps: int = 4) -> Path:
@@ -131,7 +132,10 @@ def test_a_diverged_loss_stays_nan_and_unfinished_runs_have_no_result(tmp_path: 
     exit_document = {"attempt": 1, "time": 9.0, "code": 1, "signal": None, "reason": "diverged", "message": "nan"}
     dump(folder / "attempts" / "001" / "exit.json", exit_document)
     store.ingest(tmp_path)
-    value = store.sql("select isnan(value) as n from metrics where step = 5 and name = 'loss'", home=tmp_path)["n"][0]
+    value = store.sql(
+        "select value = cast('nan' as double precision) as n from metrics where step = 5 and name = 'loss'",
+        home=tmp_path,
+    )["n"][0]
     row = store.sql("select status, val_bpb is null as none, flops is null as f from results", home=tmp_path).iloc[0]
     assert value
     assert row.tolist() == ["diverged", True, True]
@@ -188,7 +192,7 @@ def test_rebuilding_gives_the_same_rows(tmp_path: Path) -> None:
     dump(tmp_path / "fits" / "f.json", {"created": 1.0, "experiments": ["one"], "law": {"p": 0.1}})
     store.ingest(tmp_path)
     before = all_rows(tmp_path)
-    (tmp_path / "slm.duckdb").unlink()
+    (tmp_path / "slm.duckdb").unlink(missing_ok=True)
     store.rebuild(tmp_path)
     assert all_rows(tmp_path) == before
 
@@ -213,56 +217,11 @@ def test_a_finish_without_a_value_is_named_and_not_taken(tmp_path: Path, change:
 
 @pytest.mark.parametrize("change", [{"tokens": -1}, {"val_bpb": None}, {"val_bpb": 0.0}])
 def test_the_database_itself_refuses_such_rows(tmp_path: Path, change: dict[str, Any]) -> None:
-    engine = create_engine(f"duckdb:///{tmp_path}/x.duckdb", poolclass=NullPool)
+    engine = create_engine(os.environ.get("SLM_STORE") or f"duckdb:///{tmp_path}/x.duckdb", poolclass=NullPool)
     schema.Base.metadata.create_all(engine)
-    row = finished("aaa", 4) | change
+    row = {"home": "0", **finished("aaa", 4), **change}
     with pytest.raises(IntegrityError), engine.begin() as connection:
         connection.execute(insert(schema.Finished), [row])
-
-
-def test_an_open_reader_never_stops_the_writer(tmp_path: Path) -> None:
-    folder = write_run(tmp_path, "aaa")
-    store.ingest(tmp_path)
-    program = f"""
-import duckdb, sys
-connection = duckdb.connect("{tmp_path}/results.duckdb", read_only=True)
-print(connection.execute("select count(*) from metrics").fetchone()[0], flush=True)
-sys.stdin.read()
-"""
-    with subprocess.Popen(
-        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as reader:
-        assert reader.stdout is not None
-        count = int(reader.stdout.readline())
-        append(folder / "attempts" / "001", event(5))
-        store.ingest(tmp_path)
-        assert metric_count(tmp_path) == count + 6
-        reader.communicate()
-
-
-def test_no_function_keeps_a_connection(tmp_path: Path) -> None:
-    write_run(tmp_path, "aaa")
-    for function in (store.ingest, store.rebuild, lambda home: store.sql("select 1", home=home)):
-        function(tmp_path)
-        for name in ("slm.duckdb", "results.duckdb"):
-            program = f"import duckdb; duckdb.connect('{tmp_path / name}').execute('create or replace table t (a int)')"
-            subprocess.run([sys.executable, "-c", program], check=True)
-
-
-def test_a_writer_waits_for_another_and_then_goes_on(tmp_path: Path) -> None:
-    write_run(tmp_path, "aaa")
-    store.ingest(tmp_path)
-    program = f"""
-import duckdb, time
-connection = duckdb.connect("{tmp_path}/slm.duckdb")
-print("open", flush=True)
-time.sleep(1.5)
-"""
-    write_run(tmp_path, "bbb")
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        other.stdout.readline()
-        assert store.ingest(tmp_path).runs == 1
 
 
 def test_ingests_killed_at_any_moment_lose_and_double_nothing(tmp_path: Path) -> None:
@@ -291,7 +250,8 @@ def test_ingests_killed_at_any_moment_lose_and_double_nothing(tmp_path: Path) ->
         ("selekt", "selekt"),
         ("delete from runs", "read-only"),
         ("create table t (a int)", "read-only"),
-        ("select * from read_csv('/etc/hosts')", "disabled"),
+        ("select 1; delete from runs", "read-only|multiple"),
+        ("with gone as (delete from runs returning *) select * from gone", "read-only|A CTE needs a SELECT"),
     ],
 )
 def test_a_bad_query_is_one_line(tmp_path: Path, query: str, named: str) -> None:
@@ -313,33 +273,17 @@ def test_a_home_without_results_says_what_to_do(tmp_path: Path) -> None:
         store.sql("select 1", home=tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["database", "schema"])
-def test_a_damaged_or_older_database_says_rebuild_and_rebuilding_mends_it(tmp_path: Path, damage: str) -> None:
-    write_run(tmp_path, "aaa")
-    store.ingest(tmp_path)
-    before = all_rows(tmp_path)
-    if damage == "database":
-        (tmp_path / "slm.duckdb").write_bytes(b"no database" * 1000)
-    else:
-        program = (
-            f"import duckdb; duckdb.connect('{tmp_path}/slm.duckdb').execute('update schema_version set version = 0')"
-        )
-        subprocess.run([sys.executable, "-c", program], check=True)
-    with pytest.raises(store.StoreError, match="slm store rebuild"):
-        store.ingest(tmp_path)
-    store.rebuild(tmp_path)
-    assert all_rows(tmp_path) == before
-
-
 def test_every_column_is_in_the_data_dictionary_and_no_other(tmp_path: Path) -> None:
     write_run(tmp_path, "aaa")
     store.ingest(tmp_path)
     columns = store.sql(
-        "select table_name, column_name from information_schema.columns where table_catalog = 'snapshot'", home=tmp_path
+        """select table_name, column_name from information_schema.columns
+           where table_catalog = 'snapshot' or table_schema = 'slm_v3'""",
+        home=tmp_path,
     )
     actual = {(row.table_name, row.column_name) for row in columns.itertuples()}
     documented = set()
-    for section in (ROOT / "store" / "README.md").read_text().split("\n## ")[1:]:
+    for section in re.split(r"\n## (?=View|Table)", (ROOT / "store" / "README.md").read_text())[1:]:
         [table] = re.findall(r"^(?:View|Table) `(\w+)`", section)
         documented |= {(table, column) for column in re.findall(r"^\| (\w+) \|", section, re.M) if column != "column"}
     documented |= {("latest_attempts", column) for table, column in actual if table == "attempts"}
