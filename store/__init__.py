@@ -1,7 +1,25 @@
 """The results database: run folders in, tables out. README.md is its data dictionary."""
 
+from store.check import Checked, Freed, check, vacuum
 from store.ingest import Counts, ingest, is_current, rebuild
-from store.places import QueryError, StoreError, home
-from store.query import curves, results, sql
+from store.places import QueryError, StoreError, home, identity
+from store.query import curves, home_of, results, sql
 
-__all__ = ["Counts", "QueryError", "StoreError", "curves", "home", "ingest", "is_current", "rebuild", "results", "sql"]
+__all__ = [
+    "Checked",
+    "Counts",
+    "Freed",
+    "QueryError",
+    "StoreError",
+    "check",
+    "curves",
+    "home",
+    "home_of",
+    "identity",
+    "ingest",
+    "is_current",
+    "rebuild",
+    "results",
+    "sql",
+    "vacuum",
+]

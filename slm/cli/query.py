@@ -2,40 +2,77 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from enum import StrEnum
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slm.cli.options import Json, print_json, records, report_problems
+from slm.cli.formats import Format, write
+from slm.cli.options import Json, print_json, quantity, report_problems
 
+if TYPE_CHECKING:
+    import pyarrow
 
-class Format(StrEnum):
-    """How a query's rows are printed."""
-
-    TABLE = "table"
-    CSV = "csv"
-    JSON = "json"
+SHOWN = 1000
+"""Rows of a table, at most, unless --limit says otherwise."""
 
 
 def query(
     sql: Annotated[str, typer.Argument(help="A SELECT over the tables and views of store/README.md.")],
-    output: Annotated[Format, typer.Option("--format", help="How to print the rows.")] = Format.TABLE,
+    form: Annotated[Format, typer.Option("--format", help="How to print the rows.")] = Format.TABLE,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="A file to write instead.")] = None,
+    param: Annotated[
+        list[str] | None, typer.Option("--param", help="A value for $NAME in the query.", metavar="NAME=VALUE")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help=f"Rows at most; {SHOWN:,} in a table, all in other formats.")
+    ] = None,
 ) -> None:
     """Query the results database."""
-    import store
+    from slm import events
+    from store import tables
 
-    frame = store.sql(sql)
-    if output is Format.CSV:
-        frame.to_csv(sys.stdout, index=False)
-    elif output is Format.JSON:
-        print_json(records(frame))
-    else:
-        from tabulate import tabulate
+    if form is Format.PARQUET and output is None and sys.stdout.isatty():
+        raise ValueError("--format parquet is not for a terminal: --output FILE, or send it on")
+    with tables.reader() as read:
+        rows = read(sql, _params(param or ()) or None)
+        if limit:
+            rows = tables.first(rows, limit)
+        elif form in (Format.TABLE, Format.MARKDOWN):
+            rows = _shown(rows)
+        if output:
+            with events.replacing(output) as temporary, temporary.open("wb") as file:
+                write(rows, form, file)
+        else:
+            write(rows, form, sys.stdout.buffer)
 
-        rows = [list(row.values()) for row in records(frame)]
-        print(tabulate(rows, headers=list(frame.columns), missingval="-", floatfmt=".6g"))
+
+def _shown(rows: pyarrow.RecordBatchReader) -> pyarrow.RecordBatchReader:
+    """As many rows as people read; says so where there are more."""
+    from store import tables
+
+    found = tables.first(rows, SHOWN + 1).read_all()
+    if len(found) > SHOWN:
+        print(f"slm: only the first {SHOWN:,} rows; --limit N shows more, --format csv all", file=sys.stderr)
+    return found[:SHOWN].to_reader()
+
+
+def _params(given: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    """The values of parameters: as JSON writes numbers, true, false, null and "texts"; else a text as it is."""
+    params: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"--param {text}: write NAME=VALUE, and $NAME in the query")
+        try:
+            params[name] = json.loads(value)
+        except ValueError:
+            params[name] = value
+        if isinstance(params[name], list | dict):
+            params[name] = value
+    return params
 
 
 def rebuild(as_json: Json = False) -> None:
@@ -48,3 +85,37 @@ def rebuild(as_json: Json = False) -> None:
         print_json({"runs": counts.runs, "metrics": counts.metrics, "problems": list(counts.problems)})
     else:
         print(f"{store.home()}: {counts.runs} runs, {counts.metrics} metric values")
+
+
+def check(as_json: Json = False) -> None:
+    """Compare the database with the run folders to the last row; exit code 1 where it does not hold what they say."""
+    import store
+
+    found = store.check(store.home())
+    if as_json:
+        print_json({"home": str(store.home()), **vars(found)})
+    else:
+        for line in found.notes:
+            print(f"note: {line}")
+        for line in found.problems:
+            print(line)
+        clean = "" if found.problems else f"clean: {sum(found.rows.values()):,} rows of {len(found.rows)} tables"
+        print(f"{store.home()}: {clean or f'{len(found.problems)} problems'}")
+    if found.problems:
+        raise typer.Exit(1)
+
+
+def vacuum(as_json: Json = False) -> None:
+    """Make the database's file dense, and remove what interrupted commands left; says what that frees."""
+    import store
+    from store import places
+
+    freed = store.vacuum(store.home())
+    if as_json:
+        print_json({"home": str(store.home()), **vars(freed)})
+        return
+    for name in freed.names:
+        print(f"removed {name}")
+    if places.server():
+        print("the rows lie on a server, which keeps its own files dense: VACUUM is its matter")
+    print(f"freed {quantity(max(freed.database, 0))}B of the database, {quantity(freed.leftovers)}B of leftovers")
