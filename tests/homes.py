@@ -29,11 +29,12 @@ def home_of(
     noise: float = 0.002,
     code: str = "c0de1",
     core: Loss | None = None,
+    validation: str = "val",
 ) -> Path:
     """Finish every run of an experiment in a home; ln loss has Gauss noise of the run's own, `core` has none."""
     runs = []
     for asked in experiment.asked():
-        data = DataIdentity("python", "tok", "rows", "val", 1024, 10_000, 0.5)
+        data = DataIdentity("python", "tok", "rows", validation, 1024, 10_000, 0.5)
         plan = Plan(asked.recipe, asked.horizon, asked.seed, asked.hyperparameters, data, code)
         luck = np.random.default_rng(int(plan.run_id, 16)).standard_normal()
         measured = core(asked.hyperparameters) if core else None

@@ -39,13 +39,15 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def slm(home: Path, *arguments: str) -> tuple[int, str, str]:
     """Run the command line in this process: exit code, standard output, standard error."""
-    out, err = io.StringIO(), io.StringIO()
+    out, err = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setenv("SLM_HOME", str(home))
         patch.setattr(sys, "argv", ["slm", *arguments])
         with pytest.raises(SystemExit) as ended:
             main()
-    return int(ended.value.code or 0), out.getvalue(), err.getvalue()
+    printed = out.buffer
+    assert isinstance(printed, io.BytesIO)
+    return int(ended.value.code or 0), printed.getvalue().decode(), err.getvalue()
 
 
 def document(home: Path, *arguments: str) -> dict[str, Any]:
@@ -209,7 +211,7 @@ def test_the_next_runs_are_sweeps_that_fit_the_budget(swept: Path) -> None:
         (("fit-curves", "grid", "--params", "all"), "--params all"),
         (("fit-curves", "grid", "--form", "cubic"), "cubic"),
         (("fit-curves", "ladder", "--form", "coupled"), "coupled"),
-        (("fit-curves", "grid", "fast"), "2 recipes"),
+        (("fit-curves", "grid", "fast"), "recipe: pocket (20 runs) against fast (10 runs); name one"),
         (("fit-curves", "grid", "--metric", "core"), "core"),
         (("fit-curves", "nonesuch"), "nonesuch"),
         (("fit-curves", "grid", "--price", "2"), "--price 2"),

@@ -307,11 +307,11 @@ def test_a_wide_grid_is_fitted_around_its_minimum() -> None:
 
 
 def test_runs_on_different_axes_are_refused_by_what_differs() -> None:
-    points = [replace(point, comparison_key="data=x;rows=64") for point in ladder(law())]
-    points[3] = replace(points[3], comparison_key="data=x;rows=32")
-    with pytest.raises(NotComparable, match="'rows=32' against 'rows=64'"):
+    points = [replace(point, comparison_key="data=x rows=64") for point in ladder(law())]
+    points[3] = replace(points[3], comparison_key="data=x rows=32")
+    with pytest.raises(NotComparable, match=r"curve: rows: 64 \(7 runs\) against 32 \(1 run\); name"):
         fit_curves(points)
-    with pytest.raises(NotComparable, match="'nanochat' against 'pocket'"):
+    with pytest.raises(NotComparable, match=r"recipe: pocket \(8 runs\) against nanochat"):
         fit_curves([*ladder(law()), replace(ladder(law(), seed=1)[0], recipe="nanochat")])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,14 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slm.cli import fitting
-from slm.cli.options import DEEPEST, Json, depth_at, depths_of, numbers_of, print_json, print_table, recipe_of
+from slm.cli.options import DEEPEST, Json, Mixed, depth_at, depths_of, numbers_of, print_json, print_table, recipe_of
 
 if TYPE_CHECKING:
     from slm.fits import CurveFit, Target
     from slm.recipe import Hyperparameters
 
-METRIC = "val_bpb, loss (nats a token; of a file, whatever it is) or core."
+METRIC = "val_bpb, loss (nats a token; of a file, whatever it is) or core (pocket-core where that was measured)."
 COLUMNS = "What columns are called there: loss=val_bpb; budget=none for runs without any."
+NO_CORE = "no run has a CORE; `slm eval RUN --core` measures it"
 PARAMS = "What N counts: matrices+head, total or matrices."
 FORM = "Surface: auto, additive or coupled; power for L(C) alone."
 
@@ -35,6 +35,7 @@ def fit_curves(
     reach: Annotated[str | None, typer.Option(help="When the family reaches this CORE: 0.2565.")] = None,
     price: Annotated[str | None, typer.Option(help="Of an hour on the devices of the largest run.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Where to draw, without ending; else by the fit's name.")] = None,
+    allow_mixed: Mixed = False,
     as_json: Json = False,
 ) -> None:
     """Fit the loss against FLOPs, with intervals, isoFLOP minima and what cannot be concluded; draw the figures."""
@@ -53,13 +54,14 @@ def fit_curves(
     )
     targets, cores = _targets(runs, at, depth, counting), numbers_of("--reach", reach)
     (hourly,) = numbers_of("--price", price) or (None,)
-    fit = fits.fit_curves(runs.points, runs.convention, metric, form, paper, runs.others)
+    fit = fits.fit_curves(runs.points, runs.convention, metric, form, paper, runs.others, allow_mixed)
     if metric == "core" and not isinstance(fit.core, fits.CoreFit):
-        raise ValueError(f"--metric core: {fit.core.why if fit.core else 'no run has a CORE'}")
+        raise ValueError(f"--metric core: {fit.core.why if fit.core else NO_CORE}")
     predictions = [fit.predict(_model_of(fit, target, counting)) for target in targets]
     reached = [_reached(fit, core, runs.speed, hourly) for core in cores]
     document = fit.document() | {"predictions": [own.document() for own in predictions], "reach": reached}
     document["points"]["excluded"] += runs.excluded
+    document["warnings"] += runs.warnings
     document = fitting.recorded("fit-curves", runs.experiments, document)
     stem = figure or runs.stem
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -68,12 +70,12 @@ def fit_curves(
         print_json(document | {"figures": [str(path) for path in drawn]})
         return
     print(fits.summary(fit))
-    for headers, rows in [*fits.tables(fit, predictions), *([_reach_table(reached)] if reached else [])]:
+    for headers, rows in [*fits.tables(fit, predictions), *([_reach_table(reached, fit)] if reached else [])]:
         print()
         print_table(rows, headers)
     fitting.print_warnings(document)
-    for reason, count in Counter(run["reason"] for run in runs.excluded).items():
-        print(f"\nleft out: {count} runs, {reason}")
+    for line in fitting.left_out(runs.excluded):
+        print(f"\nleft out: {line}")
     print(f"\nfigures: {', '.join(str(path) for path in drawn)}")
 
 
@@ -95,8 +97,8 @@ def _reached(fit: CurveFit, core: float, speed: float | None, price: float | Non
     from slm.recipe import RECIPES
 
     if not isinstance(fit.core, CoreFit):
-        raise ValueError(f"--reach {core:g}: {fit.core.why if fit.core else 'no run has a CORE'}")
-    found, recipe = fit.core.reach(core), RECIPES.get(fit.points[0].recipe)
+        raise ValueError(f"--reach {core:g}: {fit.core.why if fit.core else NO_CORE}")
+    found, recipe = fit.core.reach(core), None if fit.mixed else RECIPES.get(fit.points[0].recipe)
     ends = {"estimate": found.flops.estimate, "low": found.flops.low, "high": found.flops.high}
 
     def each(value: Callable[[float], float | None]) -> dict[str, float | None]:
@@ -110,7 +112,7 @@ def _reached(fit: CurveFit, core: float, speed: float | None, price: float | Non
     }
 
 
-def _reach_table(reached: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def _reach_table(reached: list[dict[str, Any]], fit: CurveFit) -> tuple[list[str], list[list[str]]]:
     def text(own: dict[str, Any] | None) -> str:
         return Interval(own["estimate"], own["low"], own["high"]).text() if own else ""
 
@@ -126,7 +128,15 @@ def _reach_table(reached: list[dict[str, Any]]) -> tuple[list[str], list[list[st
         ]
         for own in reached
     ]
-    return ["CORE reached", "FLOPs [95 %]", "depth", "hours", "price", "never", ""], rows
+    return [
+        f"{fit.core.name if fit.core else 'CORE'} reached",
+        "FLOPs [95 %]",
+        "depth",
+        "hours",
+        "price",
+        "never",
+        "",
+    ], rows
 
 
 def _targets(runs: fitting.Runs, at: str | None, depth: str | None, counting: str) -> list[Target]:
@@ -135,7 +145,8 @@ def _targets(runs: fitting.Runs, at: str | None, depth: str | None, counting: st
 
     targets = [Target(flops) for flops in numbers_of("--at", at)]
     for layers in depths_of(depth, "--depth") if depth is not None else ():
-        given = recipe_of(runs.points[0].recipe, option="--depth: the runs' recipe")(layers, ratio=runs.ratio)
+        family = fitting.family_of(runs.points, f"--depth {depth}")
+        given = recipe_of(family, option="--depth: the runs' recipe")(layers, ratio=runs.ratio)
         targets.append(Target(float(given.flops), layers, _count(given, counting), float(given.tokens)))
     return targets
 
@@ -145,7 +156,7 @@ def _model_of(fit: CurveFit, target: Target, counting: str) -> Target:
     from slm.fits import Target
     from slm.recipe import RECIPES
 
-    surface, recipe = fit.answering, RECIPES.get(fit.points[0].recipe)
+    surface, recipe = fit.answering, None if fit.mixed else RECIPES.get(fit.points[0].recipe)
     if target.depth is not None or surface is None or recipe is None:
         return target
     models = [recipe(depth) for depth in range(1, DEEPEST + 1)]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from slm.cli import fitting
-from slm.cli.options import DEEPEST, Json, depth_at, depths_of, numbers_of, print_json, print_table, recipe_of
+from slm.cli.options import DEEPEST, Json, Mixed, depth_at, depths_of, numbers_of, print_json, print_table, recipe_of
 
 if TYPE_CHECKING:
     from slm.fits import Candidate, Design, Goal, Point
@@ -29,6 +29,7 @@ def next_runs(
     target: Annotated[str, typer.Option(help=GOAL)] = "",
     budget: Annotated[str, typer.Option(help="FLOPs there are for further runs: 1e20.")] = "",
     depths: Annotated[str | None, typer.Option(help="Depths that may be run; else from the smallest run on.")] = None,
+    allow_mixed: Mixed = False,
     as_json: Json = False,
 ) -> None:
     """Choose the runs that remove most of a target's uncertainty per FLOP, and print the sweeps that make them."""
@@ -41,12 +42,17 @@ def next_runs(
         raise ValueError(f"--budget {budget}: write the FLOPs there are, one number, as in --budget 1e20")
     (flops,) = given
     runs = fitting.of_experiments(experiments or [])
-    recipe = recipe_of(runs.points[0].recipe, option="slm next: the runs' recipe")
-    layers = depths_of(depths) if depths else tuple(range(min(point.depth for point in runs.points), DEEPEST + 1))
-    candidates = _candidates(recipe, layers, runs.points, flops)
-    design = fits.next_runs(runs.points, candidates, _goal(target, recipe), flops)
+    fits.check(runs.points, allow_mixed)
+    points, unsized = _sized(runs)
+    recipe = recipe_of(fitting.family_of(points, "slm next"), option="slm next: the runs' recipe")
+    layers = depths_of(depths) if depths else tuple(range(min(point.depth for point in points), DEEPEST + 1))
+    candidates = _candidates(recipe, layers, points, flops)
+    design = fits.next_runs(points, candidates, _goal(target, recipe), flops, allow_mixed)
     sweeps = _sweeps(design, runs, recipe)
-    document = fitting.recorded("next", runs.experiments, design.document() | {"sweeps": sweeps})
+    excluded = [*runs.excluded, *unsized]
+    document = design.document() | {"sweeps": sweeps, "excluded": excluded}
+    document["warnings"] += runs.warnings
+    document = fitting.recorded("next", runs.experiments, document)
     if as_json:
         print_json(document)
         return
@@ -55,7 +61,19 @@ def next_runs(
     print()
     print_table(rows, headers)
     fitting.print_warnings(document)
+    for line in fitting.left_out(excluded):
+        print(f"\nleft out: {line}")
     print("\n" + "\n".join(sweeps))
+
+
+def _sized(runs: fitting.Runs) -> tuple[list[Point], list[dict[str, str]]]:
+    """The runs of known size, which a design stands on, and the others with the reason. ValueError without any."""
+    sized = [point for point in runs.points if point.sized]
+    if not sized:
+        raise ValueError(
+            f"no run of {'+'.join(runs.experiments)} has params and tokens: there is no surface to improve"
+        )
+    return sized, [{"run_id": own.run_id, "reason": "no params"} for own in runs.points if not own.sized]
 
 
 def _goal(text: str, recipe: Recipe) -> Goal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -94,9 +95,17 @@ def run_ids_of(home: Path, experiment: str | None = None) -> list[str]:
         return [path.parent.name for path in home.glob("*/plan.json")]
     declared = {path.stem: path for path in sorted(home.glob("experiments/*.json"))}
     if experiment not in declared:
+        _refuse_imported(home, experiment)
         raise ValueError(f"no experiment {experiment!r}; there are {', '.join(declared) or 'none'}")
     listed: list[str] = events.read_json(declared[experiment])["runs"]
     return [run_id for run_id in listed if (home / run_id / "plan.json").exists()]
+
+
+def _refuse_imported(home: Path, experiment: str) -> None:
+    from slm import imports
+
+    if experiment in imports.kept(home).values():
+        raise ValueError(f"experiment {experiment!r} is imported, its runs are not here: `slm report {experiment}`")
 
 
 def statuses_of_jobs(folders: Sequence[Path]) -> dict[str, str | None]:
@@ -270,6 +279,10 @@ def _attempt_lines(attempt: Row) -> list[str]:
 def run_folder(home: Path, run: str) -> Path:
     """Folder of the run whose run_id starts with these digits. Raises ValueError unless there is exactly one."""
     found = [path.parent for path in home.glob(f"{run}*/plan.json")] if run.isalnum() else []
+    if not found and re.fullmatch("x[0-9a-f]{1,11}", run):
+        raise ValueError(
+            f"run {run!r} is imported, its weights and log are not here: `slm query` reads its row of `results`"
+        )
     if len(found) != 1:
         raise ValueError(f"run {run!r}: {'none' if not found else len(found)} in {home}; `slm status` lists them")
     return found[0]

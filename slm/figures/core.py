@@ -1,4 +1,4 @@
-"""CORE against training compute, beside what GPT-2 and GPT-3 reach."""
+"""CORE, or the mean of another bundle, against training compute; CORE beside what GPT-2 and GPT-3 reach."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from slm.figures import style
 from slm.fits import Point
 from slm.fits.core import GPT2, CoreFit
+from slm.fits.paired import NORMAL
 from slm.fits.power_law import REACH
 
 if TYPE_CHECKING:
@@ -34,12 +35,13 @@ def draw_core(core: CoreFit, stem: str | Path, title: str) -> tuple[Path, Path]:
 
     Hollow runs are at chance; dashed to ten times the largest run. Gives both paths.
     """
-    with style.page(style.PANEL + 0.4, 3.5, title) as figure:
+    with style.page(style.PANEL + 0.4, 3.5, style.titled(title, core.mixed)) as figure:
         axes = figure.subplots()
         _panel(axes, core)
         style.legend(figure)
         figure.draw_without_rendering()
-        _levels(axes)
+        if core.name == "CORE":
+            _levels(axes)
         style.settle(figure)
         runs = _runs(core)
         labels = style.depth_labels([run for run in runs if run.budget is None], lambda run: run.core or 0.0)
@@ -55,13 +57,15 @@ def _panel(axes: Axes, core: CoreFit) -> None:
     middle = core.curve(every)
     axes.set_xscale("log")
     axes.set_xlabel("training compute (FLOPs)")
-    axes.set_ylabel("CORE")
+    axes.set_ylabel(core.name)
     values = np.array([run.core for run in runs] + [middle[-1]], float)
     axes.set_xlim(min(run.flops for run in runs) / 1.8, REACH * law.largest)
     axes.set_ylim(values.min() - 0.14 * np.ptp(values), values.max() + 0.14 * np.ptp(values))
     style.flops_axis(axes)
     style.beyond(axes, law.largest * 1.12)
-    axes.plot(within, middle[: len(within)], color=style.LAW, linewidth=1.5, zorder=3, label="CORE from the law")
+    axes.plot(
+        within, middle[: len(within)], color=style.LAW, linewidth=1.5, zorder=3, label=f"{core.name} from the law"
+    )
     axes.plot(beyond, middle[len(within) :], color=style.LAW, linewidth=1.5, linestyle=style.DASHED, zorder=3)
     axes.fill_between(every, low, high, **style.band(style.LAW_BAND, "its 95 % interval"))
     for chance, face, word in ((False, style.INK, "runs"), (True, "white", "runs at chance")):
@@ -69,8 +73,19 @@ def _panel(axes: Axes, core: CoreFit) -> None:
         if chosen:
             look = style.dots(style.INK, word, ms=4.5, mfc=face, mec=style.INK if chance else "white")
             axes.plot([run.flops for run in chosen], np.array([run.core for run in chosen], float), "o", **look)
+    _errors(axes, runs)
     now, later = (core.at(times * law.largest).text(".3f") for times in (1.0, REACH))
     axes.set_title(f"at the largest run's compute {now},\nat {REACH:g} times that, extrapolated, {later}")
+
+
+def _errors(axes: Axes, runs: list[Point]) -> None:
+    """What another draw of examples would do to each run: 95 %, where it is known."""
+    word: str | None = "95 % over examples"
+    for run in runs:
+        if run.core is not None and run.core_error is not None:
+            ends = run.core - NORMAL * run.core_error, run.core + NORMAL * run.core_error
+            axes.plot([run.flops] * 2, ends, color=style.INK, linewidth=1, zorder=4, label=word)
+            word = None
 
 
 def _levels(axes: Axes) -> None:

@@ -36,7 +36,7 @@ def draw_curve(
     """
     held, grid = bool(fit.law and fit.choice.hold_outs), fit.isoflop
     columns = ["law", "held"][: 1 + held], ["grid"] * (1 + held)
-    with style.page(style.PAGE if grid else style.PANEL, 3.5 + 1.2 * held, title) as figure:
+    with style.page(style.PAGE if grid else style.PANEL, 3.5 + 1.2 * held, style.titled(title, fit.mixed)) as figure:
         mosaic: list[Any] = [list(row) for row in zip(*columns[: 2 if grid else 1])]
         panels = figure.subplot_mosaic(mosaic, height_ratios=[3, 1.15][: 1 + held])
         _compute_panel(panels["law"], fit, curves or [])

@@ -34,7 +34,7 @@ def draw_frontier(fit: CurveFit, stem: str | Path, title: str) -> tuple[Path, Pa
     optimum with its interval, dots the runs of the ladder; dashed beyond the runs.
     """
     runs = [point for point in fit.points if point.budget is None]
-    with style.page(style.PAGE, 3.5, title) as figure:
+    with style.page(style.PAGE, 3.5, style.titled(title, fit.mixed)) as figure:
         panels = figure.subplots(1, 2)
         for axes, name in zip(panels, ("params", "tokens")):
             _panel(axes, fit, runs, name)

@@ -30,7 +30,8 @@ def draw_residuals(fit: CurveFit, stem: str | Path, title: str) -> tuple[Path, P
     """
     law, surface = fit.law, fit.parametric.surface
     rows, columns = {(True, False): (1, 1), (False, True): (1, 3), (True, True): (2, 2)}[bool(law), bool(surface)]
-    with style.page(style.PAGE if surface else style.PANEL, 0.9 + 2.0 * rows, title) as figure:
+    width, title = style.PAGE if surface else style.PANEL, style.titled(title, fit.mixed)
+    with style.page(width, 0.9 + 2.0 * rows, title) as figure:
         panels = list(figure.subplots(rows, columns, squeeze=False).flat)
         if surface:
             for axes, name in zip(panels[-3:], AXES):

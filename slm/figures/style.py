@@ -70,6 +70,11 @@ def beside(across: float, up: float) -> dict[str, Any]:
     return {"xytext": (across, up), "textcoords": "offset points", "va": "center", "fontsize": SMALL}
 
 
+def titled(title: str, mixed: Sequence[str]) -> str:
+    """A title that says of what is drawn where its runs are of several axes."""
+    return f"{title} (mixed axes)" if mixed else title
+
+
 @contextmanager
 def page(width: float, height: float, title: str) -> Iterator[Figure]:
     """An empty figure of so many inches in our style, its title wrapped."""

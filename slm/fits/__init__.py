@@ -13,7 +13,7 @@ from slm.fits.isoflop import IsoFlop, Minimum, Valley
 from slm.fits.ladder import HoldOut
 from slm.fits.paired import paired_core
 from slm.fits.parametric import Bootstrap, Parametric, Rung, bootstrap, fit_parametric
-from slm.fits.points import NotComparable, Point
+from slm.fits.points import NotComparable, Point, check
 from slm.fits.power_law import ADDITIVE, PURE, Law
 from slm.fits.prediction import Prediction, Target
 from slm.fits.surface import PAPER, Surface, fit_surface
@@ -52,6 +52,7 @@ __all__ = [
     "Trial",
     "Valley",
     "bootstrap",
+    "check",
     "compare",
     "comparison_table",
     "design_summary",

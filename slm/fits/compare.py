@@ -25,7 +25,7 @@ from slm.fits.caution import Caution
 from slm.fits.evidence import ENOUGH, e_value, joint, radius, shown
 from slm.fits.gaps import Curve, Effect, Gaps, Rung, at_depths, common, measure, quantile, solve
 from slm.fits.intervals import Interval
-from slm.fits.points import NotComparable, differences
+from slm.fits.points import ALLOW, NotComparable, axes_of, differences, mixture, parts_of
 from slm.fits.power_law import Noise
 from slm.fits.verdict import Advice, Verdict, advise, decide, spoken
 
@@ -62,7 +62,7 @@ class Trial:
     seconds: float | None = None
     """Training time on the devices of the comparison; None where it is not known."""
     comparison_key: str = ""
-    """Losses of two different keys are not one axis."""
+    """Losses of two different keys are not one axis; `name=value` parts joined by blanks."""
 
     def __post_init__(self) -> None:
         """Refuse what has no logarithm, by name: ValueError."""
@@ -178,8 +178,18 @@ class Comparison:
         return Noise(float(unit), "scatter of the gaps") if self.test.free else None
 
     @property
+    def mixed(self) -> list[str]:
+        """Axes of the runs, where they are on several; none on one."""
+        return axes_of(_parts(self))
+
+    @property
     def verdict(self) -> Verdict:
-        """The answer."""
+        """The answer; of several axes it says so."""
+        found = self._verdict
+        return replace(found, sentence=f"Mixed axes: {found.sentence}") if self.mixed else found
+
+    @property
+    def _verdict(self) -> Verdict:
         return decide(
             (self.base, self.candidate),
             _amount(self),
@@ -194,7 +204,7 @@ class Comparison:
     @property
     def cautions(self) -> list[Caution]:
         """What a reader must know before using a number, `warnings` of the document."""
-        return [*_data_cautions(self), *_claim_cautions(self)]
+        return [*mixture(_parts(self)), *_data_cautions(self), *_claim_cautions(self)]
 
     @property
     def missing(self) -> dict[str, list[int]]:
@@ -208,7 +218,8 @@ class Comparison:
         return {
             "base": {"name": self.base, "run_ids": sorted(own.run_id for own in self.base_trials)},
             "candidate": {"name": self.candidate, "run_ids": sorted(own.run_id for own in self.candidate_trials)},
-            "comparison_key": self.base_trials[0].comparison_key,
+            "comparison_key": None if self.mixed else self.base_trials[0].comparison_key,
+            "mixed": self.mixed,
             "axis": self.axis,
             "compute_multiplier": {**self.multiplier.document(), "always": [always.low, always.high]},
             "difference": self.difference.document(),
@@ -234,17 +245,22 @@ class Comparison:
 
 
 def compare(
-    base: Sequence[Trial], candidate: Sequence[Trial], names: tuple[str, str], axis: str = "flops"
+    base: Sequence[Trial],
+    candidate: Sequence[Trial],
+    names: tuple[str, str],
+    axis: str = "flops",
+    mixed: bool = False,
 ) -> Comparison:
     """How many times its compute, FLOPs or seconds by `axis`, the base needs for the candidate's loss.
 
     `names` are those of base and candidate. Depths of one side alone are not compared, the base's still shape its
-    curve. Where that curve is not known to fall, m is not known and the claims are about the losses. Raises
-    NotComparable for several comparison keys, no shared depth, or compute that differs and cannot be accounted for;
+    curve. Where that curve is not known to fall, m is not known and the claims are about the losses. `mixed` takes
+    several comparison keys as one axis, on the caller's word. Raises NotComparable for several comparison keys
+    otherwise, no shared depth, or compute that differs and cannot be accounted for;
     ValueError for no run, a run given twice, FLOPs that differ among the seeds of a depth, an unknown axis, or a run
     without seconds.
     """
-    _check(base, candidate, names, axis)
+    _check(base, candidate, names, axis, mixed)
     ladders = _ladder(base, names[0], axis), _ladder(candidate, names[1], axis)
     shared = _shared(ladders, names)
     curve, gaps = measure(*ladders)
@@ -271,7 +287,7 @@ def compare(
     )
 
 
-def _check(base: Sequence[Trial], candidate: Sequence[Trial], names: tuple[str, str], axis: str) -> None:
+def _check(base: Sequence[Trial], candidate: Sequence[Trial], names: tuple[str, str], axis: str, mixed: bool) -> None:
     if axis not in AXES:
         raise ValueError(f"axis is {axis!r}; known are {', '.join(AXES)}")
     for name, side in zip(names, (base, candidate)):
@@ -281,9 +297,9 @@ def _check(base: Sequence[Trial], candidate: Sequence[Trial], names: tuple[str, 
     name, count = ids.most_common(1)[0]
     if count > 1:
         raise ValueError(f"run {name} is given twice; a run belongs to one recipe, once")
-    keys = sorted({trial.comparison_key for trial in (*base, *candidate)})
-    if len(keys) > 1:
-        raise NotComparable(f"the runs have {len(keys)} comparison keys and are not one axis: {differences(keys)}")
+    told = differences([parts_of(trial.comparison_key) for trial in (*base, *candidate)])
+    if told and not mixed:
+        raise NotComparable(f"the runs are not on one axis: {told}; name runs of one axis, or {ALLOW}")
 
 
 def _ladder(trials: Sequence[Trial], name: str, axis: str) -> dict[int, Rung]:
@@ -325,6 +341,10 @@ def _same_compute(ladders: tuple[dict[int, Rung], dict[int, Rung]], shared: Sequ
                 f"at d{depth} the recipes differ {times:.3g} times in {AXES[axis]}, and how the base's loss falls with "
                 "it is not known: run the base at more depths"
             )
+
+
+def _parts(found: Comparison) -> list[dict[str, str]]:
+    return [parts_of(trial.comparison_key) for trial in (*found.base_trials, *found.candidate_trials)]
 
 
 def _evidence(gaps: Gaps, test: Effect, best: Effect | None) -> tuple[Evidence, Array]:

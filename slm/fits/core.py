@@ -8,6 +8,9 @@ two blocks: a draw of both is a draw of each. Small models hold neither end of t
 with what is known of chance as one more run; the top is profiled over a band. Least Huber loss, residuals in units of
 a run's noise, of which the scale is that of the residuals and of what is known beforehand, pooled.
 
+The mean of another bundle, such as pocket-core, is fitted alike, with its own evaluation error; its chance level, 0, is
+within what is known of chance here.
+
 Every interval is of one set of draws. CORE rises with compute, so {CORE x is reached by C} is {CORE(C) >= x}: the
 distribution of the compute that reaches x is the band read sideways.
 """
@@ -24,7 +27,7 @@ from scipy import optimize, special, stats
 
 from slm.fits.caution import Caution
 from slm.fits.intervals import LEVEL, Interval, crossing
-from slm.fits.points import Point, check
+from slm.fits.points import Point, axes_of, check, differences, parts_of
 from slm.fits.power_law import PARAMETERS, Array, Law
 
 TASKS = {
@@ -110,11 +113,13 @@ class NoCoreFit:
     """Stable name."""
     why: str
     """One sentence."""
+    name: str = "CORE"
+    """What the runs have, or should have."""
 
     @property
     def cautions(self) -> list[Caution]:
         """The refusal as a warning."""
-        return [Caution(self.code, f"no curve of CORE: {self.why}")]
+        return [Caution(self.code, f"no curve of {self.name}: {self.why}")]
 
     def document(self) -> dict[str, Any]:
         """As JSON."""
@@ -139,6 +144,10 @@ class CoreFit:
     """A run's noise around the sigmoid, in units of `run_error`."""
     misfit: float
     """Probability of residuals as large as these if `run_error` is right."""
+    name: str = "CORE"
+    """What the points have: CORE, or the mean of another bundle."""
+    evaluation: float | None = None
+    """Standard error of a point from the examples drawn, over all points; None: as CORE's tasks give it."""
 
     def core(self, loss: Array | float) -> Array:
         """The sigmoid: median CORE at a loss; any shape."""
@@ -163,7 +172,7 @@ class CoreFit:
         """CORE of one further run at C: the family's, and the noise of its seed and of its evaluation."""
         cores = self._cores(np.array([flops]))[:, 0]
         unit = np.random.default_rng(1).standard_normal(len(cores))
-        low, middle, high = np.quantile(cores + self.draws[:, 4] * run_error(cores) * unit, QUANTILES)
+        low, middle, high = np.quantile(cores + self.draws[:, 4] * self._error(cores) * unit, QUANTILES)
         return Interval(float(middle), float(low), float(high), True)
 
     def reach(self, core: float) -> Reach:
@@ -182,6 +191,11 @@ class CoreFit:
         low, middle, high = (end(quantile) for quantile in reversed(QUANTILES))
         flops = Interval(middle, low, high, None not in (low, middle, high))
         return Reach(core, flops, self._never(core), high is None or high > min(self._largest, self.law.largest))
+
+    @property
+    def mixed(self) -> list[str]:
+        """Axes of the points, where they are on several; none on one."""
+        return axes_of([point.parts for point in self.points])
 
     @property
     def floor(self) -> Interval:
@@ -217,12 +231,16 @@ class CoreFit:
             found.append(Caution("chance_level", f"{count}: they say where chance lies and weigh as one run"))
         if not (self.top.identifiable and self.midpoint.identifiable):
             ends = f"{TOPS[0]:g} to {TOPS[-1]:g}"
-            message = f"runs up to CORE {highest:.3f} do not hold the top of the sigmoid, taken to lie from {ends}"
+            message = (
+                f"runs up to {self.name} {highest:.3f} do not hold the top of the sigmoid, taken to lie from {ends}"
+            )
             found.append(Caution("core_unidentified", message))
         if self.misfit < 0.01:
             message = f"the runs lie {self.scale:.2g} times as far from one sigmoid of the loss as their noise"
             found.append(Caution("core_misfit", message))
-        message = f"CORE was measured up to {highest:.3f}, at {self._largest:.3g} FLOPs; beyond, it is extrapolated"
+        message = (
+            f"{self.name} was measured up to {highest:.3f}, at {self._largest:.3g} FLOPs; beyond, it is extrapolated"
+        )
         return [*found, Caution("core_extrapolation", message)]
 
     def document(self) -> dict[str, Any]:
@@ -231,13 +249,15 @@ class CoreFit:
         low, high = self.band(flops)
         columns = {"flops": flops, "core": self.curve(flops), "low": low, "high": high}
         return {
+            "metric": self.name,
+            "core_key": self.points[0].core_key,
             "n": len(self.points),
             "at_chance": sorted(point.run_id for point in self.at_chance),
             **{name: getattr(self, name).document() for name in ("floor", "top", "midpoint", "gain")},
-            "noise": self.scale * float(run_error(self.core(self._lowest))),
+            "noise": self.scale * float(self._error(self.core(self._lowest))),
             "noise_scale": self.scale,
             "band": {name: column.tolist() for name, column in columns.items()} | {"extrapolated_from": self._largest},
-            "reach": {name: self.reach(core).document() for name, core in GPT2.items()},
+            "reach": {name: self.reach(core).document() for name, core in GPT2.items() if self.name == "CORE"},
         }
 
     @property
@@ -247,6 +267,9 @@ class CoreFit:
     @property
     def _largest(self) -> float:
         return max(point.flops for point in self.points)
+
+    def _error(self, core: Array) -> Array:
+        return run_error(core) if self.evaluation is None else np.full_like(core, np.hypot(self.evaluation, SEEDS))
 
     def _interval(self, values: Array) -> Interval:
         low, middle, high = np.quantile(values, QUANTILES)
@@ -289,32 +312,39 @@ def run_error(core: Array | float) -> Array:
     return np.hypot(evaluation_error(core), SEEDS)
 
 
-def fit_core(points: Sequence[Point], law: Law | None) -> CoreFit | NoCoreFit:
+def fit_core(points: Sequence[Point], law: Law | None, mixed: bool = False) -> CoreFit | NoCoreFit:
     """CORE from loss through the runs that have a CORE, whatever their budget; loss from compute by the law.
 
-    Raises NotComparable (a ValueError) for several comparison keys or recipes, ValueError for no run or one given
-    twice. Where the runs do not hold a curve the answer says why.
+    Raises NotComparable (a ValueError) for several comparison keys or recipes unless they are to be `mixed`, ValueError
+    for no run or one given twice. Where the runs do not hold a curve, or what they have is of several core keys and not
+    to be mixed, the answer says why.
     """
-    check(points)
+    check(points, mixed)
     measured = tuple(point for point in points if point.core is not None)
+    keys = sorted({point.core_key or "" for point in measured})
+    name = " and ".join(sorted({point.core_name for point in measured})) or "CORE"
+    if len(keys) > 1 and not mixed:
+        told = differences([parts_of(point.core_key or "") for point in measured])
+        why = f"the runs have {len(keys)} settings of evaluation and are not one curve: {told}"
+        return NoCoreFit("several_core_keys", why, name)
     if law is None:
-        return NoCoreFit("too_few_runs", "there is no law of the loss, so no CORE of compute")
+        return NoCoreFit("too_few_runs", f"there is no law of the loss, so no {name} of compute", name)
     if len(measured) < LEAST:
-        count = f"{len(measured)} of {len(points)} runs have a CORE"
-        return NoCoreFit("too_few_core_runs", f"{count}; a curve takes {LEAST} above chance")
+        count = f"{len(measured)} of {len(points)} runs have a {name}"
+        return NoCoreFit("too_few_core_runs", f"{count}; a curve takes {LEAST} above chance", name)
     losses, cores = np.array([point.loss for point in measured]), np.array([point.core for point in measured])
     gained = losses.mean() - losses
-    errors, chance = _weighed(gained, cores)
+    errors, chance = _weighed(gained, cores, _errors(measured))
     if (~chance).sum() < LEAST:
-        count = f"{(~chance).sum()} of {len(measured)} runs can be told from chance, CORE {LEAVES_CHANCE:g}"
-        return NoCoreFit("chance_level", f"{count}; a curve takes {LEAST}: larger models would tell")
+        count = f"{(~chance).sum()} of {len(measured)} runs can be told from chance, {name} {LEAVES_CHANCE:g}"
+        return NoCoreFit("chance_level", f"{count}; a curve takes {LEAST}: larger models would tell", name)
     fits = [_fit(gained, cores, errors, float(top)) for top in TOPS]
     # Residuals: the runs above chance, those at chance as one, and what is known of chance; less a, b and the floor.
     free = int((~chance).sum()) + int(chance.any()) + 1 - 3
     least = min(fit.objective for fit in fits)
     scale = float(np.sqrt((KNOWN + least) / (KNOWN + free)))
     if min(fit.steepness for fit in fits) < scale * stats.t.ppf(1 - TAIL, KNOWN + free):
-        return NoCoreFit("core_flat", "the runs do not show that a lower loss gives a higher CORE")
+        return NoCoreFit("core_flat", f"the runs do not show that a lower loss gives a higher {name}", name)
     return CoreFit(
         points=measured,
         law=law,
@@ -323,15 +353,29 @@ def fit_core(points: Sequence[Point], law: Law | None) -> CoreFit | NoCoreFit:
         draws=_draw(fits, scale, KNOWN + free, law),
         scale=scale,
         misfit=float(stats.chi2.sf(least, free)),
+        name=name,
+        evaluation=_evaluation(measured),
     )
 
 
-def _weighed(gained: Array, cores: Array) -> tuple[Array, NDArray[np.bool_]]:
+def _evaluation(measured: Sequence[Point]) -> float | None:
+    """Root mean square of the points' own standard errors; None where one has none."""
+    known = [point.core_error for point in measured if point.core_error is not None]
+    return float(np.sqrt(np.mean(np.square(known)))) if len(known) == len(measured) else None
+
+
+def _errors(measured: Sequence[Point]) -> Array:
+    """Standard deviation of each run's CORE (n,): of its evaluation, and over seeds."""
+    known = (evaluation_error(own.core or 0.0) if own.core_error is None else own.core_error for own in measured)
+    return np.hypot(np.array([float(own) for own in known]), SEEDS)
+
+
+def _weighed(gained: Array, cores: Array, errors: Array) -> tuple[Array, NDArray[np.bool_]]:
     """Noise of each run (n,), and which are at chance: by the curve, for a run that is drawn low is not one of them.
 
     Those at chance agree on the answers they prefer, so that however many they are one measurement of the floor.
     """
-    errors, top = run_error(cores), float(TOPS.mean())
+    top = float(TOPS.mean())
     chance = _sigmoid(np.append(_fit(gained, cores, errors, top).best, top), gained) < LEAVES_CHANCE
     return errors * np.where(chance, np.sqrt(chance.sum()), 1.0), chance
 

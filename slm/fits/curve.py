@@ -12,7 +12,7 @@ from slm.fits.diagnostics import cautions
 from slm.fits.isoflop import IsoFlop, fit_isoflop
 from slm.fits.ladder import Choice, choose, law_runs
 from slm.fits.parametric import NOT_ASKED, Parametric, fit_parametric
-from slm.fits.points import Point, check
+from slm.fits.points import Point, axes_of, check, mixture
 from slm.fits.power_law import Law
 from slm.fits.prediction import Prediction, Target
 from slm.fits.sensitivity import Row, sensitivity
@@ -31,6 +31,8 @@ SCATTERED = Choice(
     (),
 )
 """No law goes through runs that are not compute-optimal alike."""
+UNSIZED = Parametric(None, (), "no run has both params and tokens: only L(C) is known", "no_params", (), None)
+"""No surface without sizes."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ class CurveFit:
     """The answer of `fit_curves`."""
 
     points: tuple[Point, ...]
-    """Runs given."""
+    """Runs fitted."""
+    unsized: tuple[Point, ...]
+    """Runs left out: their params or tokens are not known, which those of a surface or a valley must be."""
     metric: str
     """What was asked for: val_bpb, loss in nats a token, or core, of which the loss is val_bpb."""
     convention: str
@@ -57,6 +61,11 @@ class CurveFit:
     """The headline numbers under other objectives, without the worst runs, under other counts of N."""
     cautions: tuple[Caution, ...]
     """Everything the numbers do not hold, `warnings` of the document."""
+
+    @property
+    def mixed(self) -> list[str]:
+        """Axes of the runs, where they are on several; none on one."""
+        return axes_of([point.parts for point in self.points])
 
     @property
     def loss(self) -> str:
@@ -102,12 +111,13 @@ class CurveFit:
             "points": {
                 "n": len(self.points),
                 "run_ids": sorted(point.run_id for point in self.points),
-                "excluded": _excluded(self.isoflop),
+                "excluded": [*_excluded(self.isoflop), *_named(self.unsized, "no params")],
                 "metric": self.metric,
                 "convention": self.convention,
-                "recipe": first.recipe,
-                "comparison_key": first.comparison_key,
+                "recipe": None if self.mixed else first.recipe,
+                "comparison_key": None if self.mixed else first.comparison_key,
             },
+            "mixed": self.mixed,
             "isoflop": self.isoflop.document() if self.isoflop else None,
             "power_law": choice.law.document() | {"through": self.through} if choice.law else None,
             "rival": choice.rival.document() | {"through": self.through} if choice.rival else None,
@@ -136,33 +146,77 @@ def fit_curves(
     form: str = "auto",
     paper: bool = False,
     others: Mapping[str, Sequence[float]] | None = None,
+    mixed: bool = False,
 ) -> CurveFit:
     """Fit L(C), the isoFLOP minima, the surface L(N, D) and CORE of one family's finished runs.
 
     `convention` names what `params` counts, `metric` what `loss` is; `others` gives N of every run by other
     conventions, to see what would change. L(C) goes through the runs without a budget, if they are one curve of
     compute; without any, through the resolved minima. `form` is that of the surface: `auto` takes the better predictor,
-    `power` none at all; `paper` gives it the delta and, for `auto`, the form of Hoffmann et al. 2022, additive. Raises
-    NotComparable (a ValueError) for several comparison keys or recipes, ValueError for no run, a run given twice, an
-    unknown form, and runs that cannot hold the form asked for. Too few runs are no error otherwise: the answer says so.
+    `power` none at all; `paper` gives it the delta and, for `auto`, the form of Hoffmann et al. 2022, additive. Where
+    runs hold a surface or valleys, those whose params or tokens are not known are left out; L(C) alone takes all.
+    `mixed` takes several comparison keys and recipes as one curve, on the caller's word, and the answer says so.
+
+    Raises NotComparable (a ValueError) for several comparison keys or recipes otherwise, ValueError for no run, a run
+    given twice, an unknown form, and runs that cannot hold the form asked for. Too few runs are no error otherwise: the
+    answer says so.
     """
-    check(points)
+    check(points, mixed)
     if form not in ("auto", POWER, *FORMS):
         raise ValueError(f"form is {form!r}; known are auto, {POWER}, {', '.join(FORMS)}")
     form = "additive" if paper and form == "auto" else form
-    isoflop = fit_isoflop(points)
+    sized = [point for point in points if point.sized]
+    isoflop, parametric = fit_isoflop(sized), _surface_of(sized, form, paper)
+    unsized = _unplaced(points, held=bool(isoflop or parametric.surface))
+    if unsized:
+        kept = [k for k, point in enumerate(points) if point not in unsized]
+        points = [points[k] for k in kept]
+        others = {name: [own[k] for k in kept] for name, own in (others or {}).items()}
     runs = law_runs(points, isoflop.valleys if isoflop else ())
     ladder = [point for point in runs if isinstance(point, Point)]
     through = OPTIMAL if ladder or not runs else MINIMA
-    parametric = fit_parametric(points, PAPER if paper else None, form) if form != POWER else NOT_ASKED
+    scattered = ladder and all(point.sized for point in ladder) and obstacle(ladder) is None
+    choice = SCATTERED if scattered else choose(runs, through)
+    core = fit_core(points, choice.law, mixed) if any(point.core is not None for point in points) else None
+    rows = sensitivity(points, choice.law, isoflop, parametric, others)
+    found = mixture([point.parts for point in points]) + _unsized_cautions(unsized)
+    found += cautions(points, choice, isoflop, parametric, rows)
+    found += core.cautions if core else []
+    return CurveFit(
+        tuple(points), unsized, metric, convention, through, choice, isoflop, parametric, core, rows, tuple(found)
+    )
+
+
+def _surface_of(sized: Sequence[Point], form: str, paper: bool) -> Parametric:
+    """L(N, D) through the runs of known size. Raises ValueError where they cannot hold the form asked for."""
+    if form == POWER:
+        return NOT_ASKED
+    parametric = fit_parametric(sized, PAPER if paper else None, form) if sized else UNSIZED
     if form in FORMS and parametric.surface is None:
         raise ValueError(f"no {form} surface: {parametric.why}")
-    choice = SCATTERED if ladder and obstacle(ladder) is None else choose(runs, through)
-    core = fit_core(points, choice.law) if any(point.core is not None for point in points) else None
-    rows = sensitivity(points, choice.law, isoflop, parametric, others)
-    found = cautions(points, choice, isoflop, parametric, rows)
-    found += core.cautions if core else []
-    return CurveFit(tuple(points), metric, convention, through, choice, isoflop, parametric, core, rows, tuple(found))
+    return parametric
+
+
+def _unplaced(points: Sequence[Point], held: bool) -> tuple[Point, ...]:
+    """Runs of unknown size at a budget, and all of them where a surface or valleys are `held` by the others.
+
+    Raises ValueError where none is left.
+    """
+    found = tuple(point for point in points if not point.sized and (held or point.budget is not None))
+    if len(found) == len(points):
+        raise ValueError(f"{len(points)} runs at FLOPs budgets have no params or no tokens: nothing is known of them")
+    return found
+
+
+def _unsized_cautions(unsized: Sequence[Point]) -> list[Caution]:
+    if not unsized:
+        return []
+    runs = f"{len(unsized)} run{'s' * (len(unsized) > 1)}"
+    return [Caution("no_params", f"{runs} without params or tokens have no place on a surface or a valley: left out")]
+
+
+def _named(points: Sequence[Point], reason: str) -> list[dict[str, str]]:
+    return [{"run_id": point.run_id, "reason": reason} for point in points]
 
 
 def _excluded(isoflop: IsoFlop | None) -> list[dict[str, str]]:

@@ -24,7 +24,7 @@ import numpy as np
 from slm.fits.belief import SPREADS, Cell, believe, log_losses, rows_of, weight
 from slm.fits.caution import Caution
 from slm.fits.descent import Array
-from slm.fits.points import Point, check
+from slm.fits.points import Point, axes_of, check, mixture
 from slm.fits.power_law import REACH, Noise
 from slm.fits.surface import cloud_of, obstacle, quantities
 
@@ -125,6 +125,8 @@ class Design:
     """sigma of one run."""
     cautions: tuple[Caution, ...]
     """What a reader must know before spending."""
+    mixed: tuple[str, ...] = ()
+    """Axes of the runs there are, where they are on several."""
 
     @property
     def flops(self) -> float:
@@ -139,6 +141,7 @@ class Design:
             "budget": self.budget,
             "flops": self.flops,
             "sd": {"prior": self.prior, "before": self.before, "after": self.after, "evenly_spaced": self.evenly},
+            "mixed": list(self.mixed),
             "sigma": self.noise.sigma,
             "sigma_from": self.noise.source,
             "picks": [
@@ -180,15 +183,17 @@ class Board:
         return np.asarray(scaled.transpose(0, 2, 1) @ self.slopes + np.diag(SPREADS**-2))
 
 
-def next_runs(points: Sequence[Point], candidates: Sequence[Candidate], target: Goal, budget: float) -> Design:
+def next_runs(
+    points: Sequence[Point], candidates: Sequence[Candidate], target: Goal, budget: float, mixed: bool = False
+) -> Design:
     """The candidates, seeds of runs there are included, that leave the target the least variance for `budget` FLOPs.
 
     Greedy by variance removed per FLOP, by the variance alone and between; the best of these, improved by taking a run
     out and spending what it cost on others, less what hardly helps. Every run counts one, whatever its weight. Raises
-    ValueError for fewer than FEWEST different runs, no candidate and a budget below the cheapest, NotComparable as
-    `fit_curves` does.
+    ValueError for fewer than FEWEST different runs, a run of unknown size, no candidate and a budget below the
+    cheapest, NotComparable as `fit_curves` does.
     """
-    check(points)
+    check(points, mixed)
     _refuse(points, candidates, budget)
     cells = list(dict.fromkeys([*map(_cell, points), *map(_cell, candidates)]))
     made, centre = _counts(cells, points), cloud_of(points, np.inf).centre
@@ -200,8 +205,9 @@ def next_runs(points: Sequence[Point], candidates: Sequence[Candidate], target: 
     estimate = float(_values(target, theta, centre)[0])
     named = {_cell(run): run for run in candidates}
     picks = _picks(board, made, best, [named.get(cell) for cell in cells])
-    design = Design(target, budget, estimate, picks, prior, before, after, even, noise, ())
-    return replace(design, cautions=tuple(_cautions(points, design)))
+    parts = [point.parts for point in points]
+    design = Design(target, budget, estimate, picks, prior, before, after, even, noise, (), tuple(axes_of(parts)))
+    return replace(design, cautions=(*mixture(parts), *_cautions(points, design)))
 
 
 def evenly(candidates: Sequence[Candidate], budget: float) -> list[Candidate]:
@@ -232,6 +238,9 @@ def _refuse(points: Sequence[Point], candidates: Sequence[Candidate], budget: fl
     cheap = sorted(candidates, key=lambda run: run.flops)
     if not cheap:
         raise ValueError("there is no candidate to choose from")
+    unsized = [point.run_id for point in points if not point.sized]
+    if unsized:
+        raise ValueError(f"run {unsized[0]} has no params or no tokens: a design stands on runs of known size")
     different = len(set(map(_cell, points)))
     if different < FEWEST:
         first = ", ".join(run.text for run in cheap[:FEWEST])

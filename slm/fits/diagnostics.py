@@ -122,9 +122,8 @@ def structure(points: Sequence[Point], surface: Surface) -> Test | None:
 
 def _settings(points: Sequence[Point]) -> Array:
     """(m,) number of each run's setting: runs of one differ in nothing but the seed."""
-    keys = [(point.depth, point.params, point.tokens, point.budget or 0.0) for point in points]
-    numbers = {key: k for k, key in enumerate(dict.fromkeys(keys))}
-    return np.array([numbers[key] for key in keys])
+    numbers = {key: k for k, key in enumerate(dict.fromkeys(point.setting for point in points))}
+    return np.array([numbers[point.setting] for point in points])
 
 
 def drift(isoflop: IsoFlop, surface: Surface) -> tuple[list[float], float] | None:
@@ -303,10 +302,8 @@ def _most(points: Sequence[Point], test: Test, what: str) -> str:
     """Where the pattern is largest."""
     k = int(np.abs(test.pattern).argmax())
     point, side = points[k], "above" if test.pattern[k] > 0 else "below"
-    return (
-        f"{what} is {100 * abs(test.pattern[k]):.2g} % {side} run {point.run_id} "
-        f"(N {point.params:.3g}, D {point.tokens:.3g})"
-    )
+    size = f" (N {point.params:.3g}, D {point.tokens:.3g})" if point.sized else ""
+    return f"{what} is {100 * abs(test.pattern[k]):.2g} % {side} run {point.run_id}{size}"
 
 
 def _influence_cautions(found: Sequence[Influence]) -> list[Caution]:

@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from slm.fits.intervals import Interval
 
+Answers = Sequence[bool] | NDArray[np.float64]
 NORMAL = 1.96
 """Standard errors of a 95 % interval; tasks have a hundred examples and more."""
 
 
 def paired_core(
-    base: Mapping[str, Sequence[bool]], candidate: Mapping[str, Sequence[bool]], baselines: Mapping[str, float]
+    base: Mapping[str, Answers], candidate: Mapping[str, Answers], baselines: Mapping[str, float]
 ) -> Interval:
     """CORE of the candidate minus that of the base, with the interval over examples; that over seeds is wider.
 
-    Each side is task -> whether each example was answered rightly, in one order of examples; `baselines` are the tasks'
-    accuracies at chance. An example counts (candidate - base)/(1 - baseline), a task is the mean of its examples, CORE
-    the mean of its tasks; what both get right or wrong adds no noise. Raises ValueError for tasks or examples that
-    differ, and for a task of fewer than two examples.
+    Each side is task -> whether each example was answered rightly, or of several checkpoints how often, in one order of
+    examples; `baselines` are the tasks' accuracies at chance. An example counts (candidate - base)/(1 - baseline), a
+    task is the mean of its examples, CORE the mean of its tasks; what both get right or wrong adds no noise. Raises
+    ValueError for tasks or examples that differ, and for a task of fewer than two examples.
     """
     if set(base) != set(candidate):
         raise ValueError(f"tasks of one side alone: {', '.join(sorted(set(base) ^ set(candidate)))}")

@@ -239,7 +239,7 @@ def seed_noise(points: Sequence[Point]) -> Noise | None:
     """Spread of ln loss over runs that differ in nothing but the seed; None below two degrees of freedom."""
     groups: dict[tuple[float, ...], list[float]] = defaultdict(list)
     for point in points:
-        groups[point.depth, point.params, point.tokens, point.budget or 0.0].append(float(np.log(point.loss)))
+        groups[point.setting].append(float(np.log(point.loss)))
     free = sum(len(group) - 1 for group in groups.values())
     squares = sum(float(np.var(group)) * len(group) for group in groups.values())
     return Noise(float(np.sqrt(squares / free)), "replicate seeds") if free >= 2 else None

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +15,9 @@ from slm.fits.compare import Trial
 from slm.fits.points import Point
 
 REQUIRED = ("params", "tokens", "flops", "loss")
-OPTIONAL = ("budget", "core", "depth", "seed", "run", "recipe", "weight", "outlier")
+OPTIONAL = ("budget", "core", "depth", "seed", "run", "recipe", "weight", "outlier", "comparison_key")
 TRIAL = ("recipe", "depth", "flops", "loss")
-TRIAL_OPTIONAL = ("seed", "seconds", "run")
+TRIAL_OPTIONAL = ("seed", "seconds", "run", "comparison_key")
 SAME = 0.03
 """FLOPs that differ by less are one budget, in a file that names none."""
 YES, NO = ("1", "true", "yes"), ("", "0", "false", "no")
@@ -66,11 +67,11 @@ class _Line:
 def read_points(path: Path, names: Mapping[str, str] | None = None, budgets: bool = True) -> Table:
     """The runs of a CSV file with a header.
 
-    Columns: params, tokens, flops and loss, optionally budget, core, depth, seed, run, recipe, weight and outlier;
-    others are passed over. `names` says what a column is called in the file: {"loss": "val_bpb"}. An empty budget is a
-    compute-optimal run. In a file without budgets, runs of several sizes whose FLOPs lie within 3 % are one budget,
-    unless `budgets` is False, when no run has one. Where the file says nothing, a run is named by its line, its recipe
-    by the file, its depth 1, its seed 0 and its weight 1; the file is one comparison key.
+    Columns: params, tokens, flops and loss, optionally budget, core, depth, seed, run, recipe, weight, outlier and
+    comparison_key; others are passed over. `names` says what a column is called in the file: {"loss": "val_bpb"}. An
+    empty budget is a compute-optimal run. In a file without budgets, runs of several sizes whose FLOPs lie within 3 %
+    are one budget, unless `budgets` is False, when no run has one. Where the file says nothing, a run is named by its
+    line, its recipe by the file, its depth 1, its seed 0, its weight 1 and its comparison key the file's name.
 
     Raises ValueError for a missing or repeated column, a cell that is no number (with its line), no run, and FLOPs that
     do not fall into budgets.
@@ -92,9 +93,10 @@ def read_points(path: Path, names: Mapping[str, str] | None = None, budgets: boo
 def read_trials(path: Path, names: Mapping[str, str] | None = None) -> dict[str, list[Trial]]:
     """The runs of two recipes from a CSV file with a header, the first recipe of the file first.
 
-    Columns: recipe, depth, flops and loss, optionally seed, seconds and run; others are passed over. `names` says what
-    a column is called in the file. A run is named by its line where the file does not, its seed is 0; the file is one
-    comparison key. Raises ValueError for every defect of the file, and for any number of recipes but two.
+    Columns: recipe, depth, flops and loss, optionally seed, seconds, run and comparison_key; others are passed over.
+    `names` says what a column is called in the file. A run is named by its line where the file does not, its seed is 0,
+    its comparison key the file's name. Raises ValueError for every defect of the file, and for any number of recipes
+    but two.
     """
     lines, _ = _lines(path, dict(names or {}), TRIAL, TRIAL_OPTIONAL)
     found: dict[str, list[Trial]] = {}
@@ -151,20 +153,21 @@ def _trial(line: _Line, name: str) -> Trial:
             flops=line.number_of("flops"),
             loss=line.number_of("loss"),
             seconds=line.number_of("seconds") if "seconds" in line.cells else None,
-            comparison_key=name,
+            comparison_key=line.cells.get("comparison_key", name),
         )
 
 
 def _point(line: _Line, name: str) -> Point:
     with _named(line):
+        required: dict[str, Any] = {column: line.number_of(column) for column in REQUIRED}
         return Point(
             run_id=line.cells.get("run", f"line {line.number}"),
             recipe=line.cells.get("recipe", name),
             depth=line.count_of("depth", 1),
-            **{column: line.number_of(column) for column in REQUIRED},
+            **required,
             seed=line.count_of("seed", 0),
             budget=line.number_of("budget") if "budget" in line.cells else None,
-            comparison_key=name,
+            comparison_key=line.cells.get("comparison_key", name),
             weight=line.number_of("weight") if "weight" in line.cells else 1.0,
             core=line.number_of("core") if "core" in line.cells else None,
         )

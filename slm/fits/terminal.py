@@ -16,10 +16,14 @@ from slm.fits.prediction import Prediction
 
 Table = tuple[list[str], list[list[str]]]
 
+MIXED = "Mixed axes, on your word:"
+"""Before what is said of runs of several axes."""
+
 
 def summary(fit: CurveFit) -> str:
     """What doubling compute buys and how the optimum grows, with intervals, or why neither is known."""
-    sentences = [_core(fit.core)] if isinstance(fit.core, CoreFit) else []
+    sentences = [MIXED] if fit.mixed else []
+    sentences += [_core(fit.core)] if isinstance(fit.core, CoreFit) else []
     sentences += [_gain(fit.law, fit.loss)] if fit.law else []
     if fit.isoflop and fit.isoflop.params_exponent and fit.isoflop.tokens_exponent:
         params, tokens = fit.isoflop.params_exponent, fit.isoflop.tokens_exponent
@@ -33,7 +37,7 @@ def summary(fit: CurveFit) -> str:
 
 def _core(core: CoreFit) -> str:
     now, later = (core.at(times * core.law.largest).text(".3f") for times in (1.0, REACH))
-    return f"CORE at the compute of the largest run is {now}; at {REACH:g} times that, extrapolated, {later}."
+    return f"{core.name} at the compute of the largest run is {now}; at {REACH:g} times that, extrapolated, {later}."
 
 
 def _gain(law: Law, metric: str) -> str:
@@ -70,7 +74,16 @@ def _predictions(fit: CurveFit, predictions: Sequence[Prediction]) -> Table:
         ]
         for own in predictions
     ]
-    headers = ["prediction", "FLOPs", f"{fit.loss} of a run [95 %]", "CORE", "by", "x largest", "right to", ""]
+    headers = [
+        "prediction",
+        "FLOPs",
+        f"{fit.loss} of a run [95 %]",
+        fit.core.name if fit.core else "CORE",
+        "by",
+        "x largest",
+        "right to",
+        "",
+    ]
     return headers, rows
 
 
@@ -167,8 +180,9 @@ def design_summary(design: Design) -> str:
     now, after, evenly = (f"± {own:.2g}" for own in (design.before, design.after, design.evenly))
     runs = f"{len(design.picks)} run{'s' * (len(design.picks) != 1)}"
     spent = f"{design.flops:.3g} of {design.budget:.3g} FLOPs"
+    mixed = f"{MIXED} " if design.mixed else ""
     return (
-        f"{design.target.text} is {design.estimate:.4g} {now} now and {after} after these {runs}, {spent}; "
+        f"{mixed}{design.target.text} is {design.estimate:.4g} {now} now and {after} after these {runs}, {spent}; "
         f"evenly spaced runs would leave {evenly} (one standard deviation)."
     )
 
