@@ -1,6 +1,6 @@
-"""Run every notebook of this folder against a store made by a real sweep; the executed copies go to runs/notebooks.
+"""Run every notebook of this folder against a store made by real sweeps; the executed copies go to runs/notebooks.
 
-`make notebooks` calls this. The sweep is typed again each time, so that only the first call trains.
+`make notebooks` calls this. The sweeps are typed again each time, so that only the first call trains.
 """
 
 from __future__ import annotations
@@ -15,14 +15,20 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent
 HOME = FOLDER.parent / "runs" / "notebooks"
-SWEEP = ("sweep", "--recipe", "pocket", "--depths", "2-5", "--ratios", "1", "--name", "miniseries")
+SWEEPS = (
+    ("--depths", "2-5", "--ratios", "1", "--name", "miniseries"),
+    ("--depths", "1-4", "--flops", "3e10,6e10", "--name", "isoflop"),
+    ("--depths", "2,3", "--ratios", "1", "--seeds", "3", "--name", "noise"),
+)
+"""What the notebooks ask of: a ladder, a grid, replicates."""
 
 
 def main() -> None:
     """Sweep, then execute; a failing cell ends with its traceback and exit code 1."""
     os.environ["SLM_HOME"] = str(HOME)
-    command = [sys.executable, "-c", "from slm.cli import main; main()", *SWEEP]
-    subprocess.run(command, check=True)
+    for options in SWEEPS:
+        command = [sys.executable, "-m", "slm", "sweep", "--recipe", "pocket", *options]
+        subprocess.run(command, check=True)
     executed = HOME / "executed"
     executed.mkdir(exist_ok=True)
     for path in sorted(FOLDER.glob("*.ipynb")):
