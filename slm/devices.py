@@ -76,6 +76,11 @@ def gpu_memory() -> int | None:
     return min(sizes) * 2**20 if sizes else None
 
 
+def driver() -> str | None:
+    """Version of NVIDIA's driver; None without a GPU of theirs."""
+    return next(iter(_gpus("driver_version")), None)
+
+
 def memory() -> int:
     """Bytes of the machine's memory that this process may use: all of it, or what its control groups allow."""
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_group_limits(Path("/"))])
