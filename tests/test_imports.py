@@ -33,6 +33,7 @@ TORCH = {
     "slm.weights",
     "slm.sample",
     "slm.evaluate.later",
+    "slm.evaluate.ranks",
     "slm.train",
     "slm.data.loader",
     "slm.evaluate.bpb",

@@ -135,13 +135,23 @@ def test_logs_are_events_in_words_and_then_the_raw_log(recorded) -> None:
     home, (folder, *_) = recorded
     attempt = folder / "attempts" / "001"
     writer = events.Writer(attempt / "events.jsonl")
+    core = {"step": 7, "tokens": 1, "flops": 1.0, "metric": "pocket-core", "bits_per_byte": 1.0, "seconds": 2.5}
+    writer.write("working", step=7, what="core", share=0.25)
+    writer.write("core", **core, mode="500 per task", core=0.125, core_error=0.01)
+    writer.write("core", **core, mode="full", core=None, core_error=None)
     writer.write("warning", step=7, message="free some space")
     writer.write("failed", reason="diverged", message="loss is nan")
     (attempt / "log").write_text("one\ntwo\n\x1b[31mthree\x1b[m\n")
-    head, *lines = slm("logs", folder.name[:6], "-n", "2", home=home).stdout.splitlines()
+    head, *lines = slm("logs", folder.name[:6], "-n", "5", home=home).stdout.splitlines()
     assert head.startswith(f"run {folder.name}: pocket d2")
-    assert [line[10:] for line in lines[:2]] == ["warning: free some space", "diverged: loss is nan"]
-    assert lines[2:] == ["| two", "| three"]
+    assert [line[10:] for line in lines[:5]] == [
+        "step 7, CORE 25%",
+        "step 7, pocket-core (500 per task) 0.1250 +- 0.0100 in 2.5 s",
+        "step 7, pocket-core (full) without a value in 2.5 s",
+        "warning: free some space",
+        "diverged: loss is nan",
+    ]
+    assert lines[5:] == ["| one", "| two", "| three"]
     document = json.loads(slm("logs", folder.name, "--json", "-n", "1", home=home).stdout)
     assert (document["attempt"], document["events"][0]["reason"], len(document["log"])) == (1, "diverged", 1)
     assert slm("logs", folder.name, "-f", home=home).stdout.splitlines()[-1] == f"run {folder.name}: finished"

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import sysconfig
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ from slm.model import GPT
 from slm.optim import Optimizer
 from slm.recipe import pocket
 from tests import chaos
+from tests.conftest import slm
 from tests.test_train import TWO, Watcher, train
 
 pytestmark = pytest.mark.soak
+DEPTHS = "2-4"
 KILLS = 12
 
 
@@ -102,3 +105,24 @@ def test_a_sweep_killed_fifty_times_on_a_disk_that_fills_up_ends_as_a_quiet_one(
         assert chaos.results(disturbed) == chaos.results(home)
     with capsys.disabled():
         print(f"\n{tally}, {attempts} attempts, {lines} lines of events")  # noqa: T201
+
+
+def test_prose_is_swept_and_fitted_beside_the_library_and_never_pooled_with_it(tmp_path: Path, home: Path) -> None:
+    """The Markdown, reStructuredText and plain text of the packages that are installed, without a manual step."""
+    packages, notes = Path(sysconfig.get_path("purelib")), tmp_path / "notes"
+    found = [path for path in packages.rglob("*") if path.suffix in (".md", ".rst", ".txt") and path.is_file()]
+    for path in found:
+        copy = notes / path.relative_to(packages)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    for name, data in (("prose", str(notes)), ("code", "python")):
+        swept = slm("sweep", "--depths", DEPTHS, "--recipe", "pocket", "--name", name, "--data", data, home=home)
+        assert swept.returncode == 0, swept.stderr
+        fitted = slm("fit-curves", name, "--json", home=home)
+        assert fitted.returncode in (0, 2), fitted.stderr  # three depths may hold no law, and it says so
+        assert json.loads(fitted.stdout)["points"]["n"] == 3
+    for refused in (slm("compare", "code", "prose", home=home), slm("fit-curves", "code", "prose", home=home)):
+        assert refused.returncode == 2
+        assert refused.stderr.count("tokenizer=") == 2
+    both = store.sql("select count(distinct comparison_key) as keys from results", home=home)
+    assert both["keys"].tolist() == [2]

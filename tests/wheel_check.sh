@@ -24,4 +24,5 @@ venv/bin/python -c "import slm, store, sys; assert all('$elsewhere' in m.__file_
 venv/bin/slm --version
 venv/bin/slm sweep --recipe pocket --depths 2,3 --steps 5 --json | grep -q '"trained"'
 venv/bin/slm status
+venv/bin/slm report | grep -q '^report: '
 echo "wheel-check: the wheel installs, sweeps and reports outside the checkout"

@@ -10,7 +10,25 @@ from typing import Annotated
 import typer
 
 from slm import __version__
-from slm.cli import compare, control, curves, data, eval, logs, next, query, runs, sample, size, sweep
+from slm.cli import (
+    compare,
+    control,
+    curves,
+    data,
+    doctor,
+    eval,
+    export,
+    imports,
+    logs,
+    next,
+    prepared,
+    query,
+    report,
+    runs,
+    sample,
+    size,
+    sweep,
+)
 
 app = typer.Typer(
     name="slm",
@@ -20,7 +38,9 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 data_app = typer.Typer(
-    help="Corpora, tokenisers and rows, and the bundle of CORE.", rich_markup_mode=None, no_args_is_help=True
+    help="Corpora, tokenisers and rows, and the bundles of CORE and pocket-core.",
+    rich_markup_mode=None,
+    no_args_is_help=True,
 )
 store_app = typer.Typer(help="The results database.", rich_markup_mode=None, no_args_is_help=True)
 
@@ -37,12 +57,23 @@ app.command("compare")(compare.compare)
 app.command("next")(next.next_runs)
 app.command("eval")(eval.evaluate)
 app.command("sample")(sample.sample)
+app.command("report")(report.report)
 app.command("query")(query.query)
+app.command("doctor")(doctor.doctor)
+app.command("import")(imports.import_results)
+app.command("export")(export.export)
 app.add_typer(data_app, name="data")
 data_app.command("prepare")(data.prepare)
+data_app.command("list")(prepared.list_data)
+data_app.command("show")(prepared.show)
+data_app.command("verify")(prepared.verify)
+data_app.command("remove")(prepared.remove)
 data_app.command("core")(data.core)
+data_app.command("pocket-core")(data.pocket_core)
 app.add_typer(store_app, name="store")
 store_app.command("rebuild")(query.rebuild)
+store_app.command("check")(query.check)
+store_app.command("vacuum")(query.vacuum)
 
 
 @app.callback(invoke_without_command=True)
