@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 FOLDER = Path(__file__).parent
 HOME = FOLDER.parent / "runs" / "notebooks"
 SWEEPS = (
-    ("--depths", "2-5", "--ratios", "1", "--name", "miniseries"),
+    ("--depths", "2-5", "--ratios", "1", "--name", "miniseries", "--core"),
     ("--depths", "1-4", "--flops", "3e10,6e10", "--name", "isoflop"),
     ("--depths", "2,3", "--ratios", "1", "--seeds", "3", "--name", "noise"),
 )

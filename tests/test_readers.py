@@ -43,7 +43,7 @@ while not select.select([sys.stdin], [], [], draw.uniform(0, 0.02))[0]:
         Writer(attempt / "events.jsonl").write("train", **numbers | {"step": step})
 """
 """Events of several runs, as trainers write them, until standard input ends."""
-LEFT = {"results.duckdb", "slm.duckdb", "slm.duckdb.seen", "store.lock"}
+LEFT = {"home.json", "results.duckdb", "slm.duckdb", "slm.duckdb.seen", "store.lock"}
 """What the store keeps in a home."""
 
 
@@ -107,6 +107,7 @@ def test_ingests_killed_a_hundred_times_hold_every_event_once(
     assert len({*seen}) > 5
     store.ingest(tmp_path)
     lines = chaos.check_events(tmp_path)
+    assert store.check(tmp_path).problems == []
     assert {path.name for path in tmp_path.iterdir()} - {attempt.parents[1].name for attempt in attempts} == LEFT
     rows = all_rows(tmp_path)
     assert store.rebuild(tmp_path).events == lines

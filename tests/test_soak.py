@@ -123,6 +123,6 @@ def test_prose_is_swept_and_fitted_beside_the_library_and_never_pooled_with_it(t
         assert json.loads(fitted.stdout)["points"]["n"] == 3
     for refused in (slm("compare", "code", "prose", home=home), slm("fit-curves", "code", "prose", home=home)):
         assert refused.returncode == 2
-        assert refused.stderr.count("tokenizer=") == 2
+        assert "tokenizer: " in refused.stderr
     both = store.sql("select count(distinct comparison_key) as keys from results", home=home)
     assert both["keys"].tolist() == [2]
