@@ -318,7 +318,7 @@ def test_val_bpb_is_nats_over_bytes_of_targets_that_have_bytes(tmp_path: Path) -
     tokens.tofile(tmp_path / "rows.bin")
     sizes = torch.arange(given.vocab_size) % 7  # 0, as of special tokens, for one in seven
     val_bpb, val_loss = validation_loss(
-        model, Rows(tmp_path / "rows.bin", tokens.shape[1], "uint16"), sizes, tokens=2 * given.sequence_length
+        model, Rows([tmp_path / "rows.bin"], tokens.shape[1], "uint16"), sizes, tokens=2 * given.sequence_length
     )
     nats = size = total = 0.0
     parameters = parameters_of(model)
