@@ -18,6 +18,7 @@ from pyarrow import parquet
 import store
 from slm import exchange, locks
 from slm.cli.data import progress
+from slm.exchange.truth import digest_of, files_of
 from tests.conftest import slm
 from tests.test_store import all_rows, append, dump, event, finished, write_run
 from tests.test_store_imports import row, write_import
@@ -56,7 +57,7 @@ def seen(home: Path) -> list[str]:
 
 
 def truth(home: Path) -> dict[str, bytes]:
-    return {name: (home / name).read_bytes() for name in exchange._files(home)}
+    return {name: (home / name).read_bytes() for name in files_of(home)}
 
 
 def test_a_merged_home_has_the_same_files_and_rebuilds_to_the_same_results(tmp_path: Path) -> None:
@@ -230,7 +231,7 @@ def test_weights_travel_when_asked_for_and_only_with_their_result(tmp_path: Path
     home = write_home(tmp_path / "one", {ONE: 2, TWO: 3}, "h")
     for run in (ONE, TWO):
         (home / run / "model.safetensors").write_text("weights")
-    digest = exchange._digest(home / ONE / "model.safetensors")
+    digest = digest_of(home / ONE / "model.safetensors")
     dump(home / ONE / "done.json", finished(ONE, 4) | {"weights_sha256": digest})
     assert exchange.merge(exported(home), tmp_path / "two").counts["weights"] == 0
     assert exchange.merge(exported(home, weights=True), tmp_path / "two").counts["weights"] == 1
@@ -295,7 +296,7 @@ def forge(folder: Path, name: str, document: Any) -> None:
     dump(path, document)
     known = json.loads((folder / "export.json").read_text())
     files = [row for row in known["files"] if row["name"] != f"runs/{name}"]
-    row = {"name": f"runs/{name}", "bytes": path.stat().st_size, "sha256": exchange._digest(path)}
+    row = {"name": f"runs/{name}", "bytes": path.stat().st_size, "sha256": digest_of(path)}
     dump(folder / "export.json", known | {"files": [*files, row]})
 
 

@@ -1,195 +1,35 @@
-"""Homes that travel: an export holds the tables of a home and the files they are made from; merge takes those in.
+"""An export's runs, experiments, evaluations, fits and imports into a home, each once.
 
-An export's `runs/` is laid out as a home is. A merge gives the same results in either order and removes nothing: what
-gives way to the other home's is moved to `<run_id>/aside/`, whole.
+A merge gives the same results in either order and removes nothing: what gives way to the other home's is moved to
+`<run_id>/aside/`, whole.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
 import shutil
-import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import store
-from slm import __version__, conduct, events, imports, launch, locks
+from slm import conduct, events, imports, launch, locks
+from slm.exchange.truth import FORMAT, NAMED, SHAPE, Json, copied, digest_of, run_of
 from slm.plan import canonical
 from slm.track import last_events
-from store import tables
-from store.files import File, rows_of, scan
+from store.files import rows_of, scan
 from store.places import identified
 
 Report = Callable[[int, int], None]
 """Told how many of how many files are done."""
-Json = dict[str, Any]
-FORMAT = 1
-"""Of export.json."""
 OF_RUNS = ("new", "further", "replaced", "kept", "same", "waiting")
 """What may come of a run in a merge."""
-CHUNK = 2**20
-"""Bytes copied at a time."""
-NAMED = r"[A-Za-z0-9][A-Za-z0-9._@-]{0,149}"
-SHAPE = re.compile(
-    r"(?P<run>[0-9a-f]{12})/(plan\.json|done\.json|model\.safetensors"
-    rf"|attempts/[0-9]{{3,9}}/(attempt\.json|events\.jsonl|exit\.json)|evals/{NAMED}\.json)"
-    rf"|experiments/{NAMED}\.json|fits/[0-9a-f]{{12}}\.json"
-    rf"|imports/(?P<import>[0-9a-f]{{12}})/(import\.json|curves/{NAMED}\.jsonl|original(/(?!\.)[^/\\\x00-\x1f]{{1,200}})+)"
-)
-"""The files of a home that travel, by their names below it: what the database is made from, originals, weights."""
-PLACES = (
-    *("*/*.json", "*/attempts/*/*", "*/evals/*.json", "*/model.safetensors"),
-    *("imports/*/*.json", "imports/*/curves/*", "imports/*/original/**/*"),
-)
-"""Where they are looked for."""
 RECORD = ("plan.json", "attempts/*/*.json", "attempts/*/events.jsonl", "done.json")
 """What was done of a run: an attempt's place in it is its number, so two homes' cannot be mixed."""
-
-
-def export(
-    home: Path,
-    folder: Path,
-    experiments: Sequence[str] = (),
-    weights: bool = False,
-    reports: tuple[Report, Report] = (lambda done, of: None,) * 2,
-) -> Json:
-    """Write a folder that holds the results of a home, or of some experiments: Parquet, dictionary, and truth files.
-
-    `reports` are told of files and of tables. Gives what export.json says. Raises ValueError for a folder that holds
-    something and for an unknown experiment.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there and not empty: name a folder that is not there yet")
-    problems = store.ingest(home).problems
-    unfinished = folder.parent / f".{folder.name}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    (unfinished / "tables").mkdir(parents=True)
-    try:
-        names, only = _wanted(home, experiments, weights)
-        files = {f"runs/{name}": digest for name, digest in _copied_out(home, unfinished / "runs", names, reports[0])}
-        described = tables.export(home, unfinished / "tables", only, reports[1])
-        events.write_json(unfinished / "columns.json", described)
-        shutil.copyfile(tables.DICTIONARY, unfinished / "README.md")
-        document = {"format": FORMAT, "home": events.read_json(home / "home.json"), "created": time.time()}
-        document |= {"slm": __version__, "experiments": list(experiments) or None, "problems": problems}
-        document |= {"files": _listed(unfinished, files)}
-        events.write_json(unfinished / "export.json", document)
-        unfinished.rename(folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    return document
-
-
-def _listed(folder: Path, known: dict[str, str]) -> list[Json]:
-    """Every file below a folder, with its size and its SHA-256 where that is not known yet."""
-    written = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return [
-        {"name": name, "bytes": path.stat().st_size, "sha256": known.get(name) or _digest(path)}
-        for name, path in sorted(written.items())
-    ]
-
-
-def _wanted(home: Path, experiments: Sequence[str], weights: bool) -> tuple[list[str], dict[str, list[str]] | None]:
-    """The files to export, by name; with experiments named, theirs alone and what their rows are about."""
-    names = [name for name in _files(home) if weights or not name.endswith(".safetensors")]
-    if not experiments:
-        return names, None
-    asked = {path.stem: events.read_json(path)["runs"] for path in (home / "experiments").glob("*.json")}
-    imported = [events.read_json(path) for path in (home / "imports").glob("*/import.json")]
-    known = sorted({*asked, *(document["experiment"] for document in imported)})
-    for name in set(experiments) - set(known):
-        raise ValueError(f"no experiment {name!r}; there are {', '.join(known) or 'none'}")
-    own = [document for document in imported if document["experiment"] in experiments]
-    fits = [path.stem for path in (home / "fits").glob("*.json") if _is_about(path, experiments)]
-    hashes = [*fits, *(document["hash"] for document in own)]
-    runs = {run for name in experiments for run in asked.get(name, ())}
-    owners = {*runs, *(f"experiments/{name}.json" for name in experiments)}
-    owners |= {f"fits/{name}.json" for name in fits} | {f"imports/{document['hash']}" for document in own}
-    wanted = [name for name in names if {name, name.partition("/")[0], "/".join(name.split("/")[:2])} & owners]
-    runs |= {row["run_id"] for document in own for row in document["rows"]}
-    return wanted, {"experiment": list(experiments), "hash": hashes, "run_id": sorted(runs)}
-
-
-def _is_about(fit: Path, experiments: Sequence[str]) -> bool:
-    """Whether a fit is of these experiments and of no other."""
-    return set(events.read_json(fit)["experiments"]) <= set(experiments)
-
-
-def _files(home: Path) -> list[str]:
-    """The files of a home that travel, events last: those of a run at work are then no older than what it has reached.
-
-    Documents that the store cannot read stay behind, as its ingest says; a run without a plan is none.
-    """
-    found = {path.relative_to(home).as_posix() for place in PLACES for path in home.glob(place) if _is_plain(path)}
-    names = {name for name in found if SHAPE.fullmatch(name)}
-    names -= {file.name for file in scan(home) if file.kind != "events" and not _is_readable(file)}
-    there = [name for name in names if (run := _run_of(name)) is None or f"{run}/plan.json" in names]
-    return sorted(there, key=lambda name: (name.endswith(".jsonl"), name))
-
-
-def _run_of(name: str) -> str | None:
-    match = SHAPE.fullmatch(name)
-    return match["run"] if match else None
-
-
-def _is_readable(file: File) -> bool:
-    try:
-        rows_of(file)
-    except ValueError:
-        return False
-    return True
-
-
-def _is_plain(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink()
-
-
-def _copied_out(home: Path, folder: Path, names: Sequence[str], report: Report) -> Iterator[tuple[str, str]]:
-    """Copy files of a home; each with its digest. A line of events that is still being written stays behind."""
-    for number, name in enumerate(names):
-        report(number, len(names))
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with (home / name).open("rb") as source, target.open("wb") as copy:
-            yield name, _copy(source, copy, _end_of_lines(source) if name.endswith("/events.jsonl") else None)
-
-
-def _end_of_lines(file: BinaryIO) -> int:
-    """Bytes of a file up to its last newline; it is left at its beginning."""
-    end = file.seek(0, os.SEEK_END)
-    while end:
-        start = max(0, end - CHUNK)
-        file.seek(start)
-        if found := file.read(end - start).rfind(b"\n") + 1:
-            file.seek(0)
-            return start + found
-        end = start
-    file.seek(0)
-    return 0
-
-
-def _copy(source: BinaryIO, target: BinaryIO | None, most: int | None = None) -> str:
-    """Copy a file, or `most` bytes of it; the SHA-256 of what was copied. Without a target that of the file alone."""
-    digest = hashlib.sha256()
-    while chunk := source.read(CHUNK if most is None else min(CHUNK, most)):
-        digest.update(chunk)
-        if target:
-            target.write(chunk)
-        most = None if most is None else most - len(chunk)
-    return digest.hexdigest()
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return _copy(file, None)
 
 
 @dataclass(frozen=True)
@@ -220,7 +60,7 @@ def merge(folder: Path, home: Path, report: Report = lambda done, of: None) -> M
     with conduct.conducting(home) as ours:
         identified(home)
         given = _Given(folder / "runs", home, digests, ours)
-        runs = sorted({run for name in digests if (run := _run_of(name))})
+        runs = sorted({run for name in digests if (run := run_of(name))})
         for number, run in enumerate(runs):
             report(len(digests) + number, len(digests) + len(runs))
             what, line = _merge_run(given, run)
@@ -257,12 +97,12 @@ class _Given:
     def take(self, name: str, target: Path | None = None) -> bool:
         """Copy a file into the home, whole or not at all; whether it was not the same there already."""
         path = target or self.home / name
-        if path.is_file() and _digest(path) == self.digests[name]:
+        if path.is_file() and digest_of(path) == self.digests[name]:
             return False
         path.parent.mkdir(parents=True, exist_ok=True)
         with events.replacing(path) as temporary:
             with (self.folder / name).open("rb") as source, temporary.open("wb") as copy:
-                digest = _copy(source, copy)
+                digest = copied(source, copy)
             if digest != self.digests[name]:
                 raise ValueError(f"{self.folder / name} was changed while it was read: export it again")
         return True
@@ -315,7 +155,7 @@ def _check_file(folder: Path, name: str, size: int, digest: str) -> None:
         raise ValueError(f"{path} is a link: an export holds none")
     if not path.is_file():
         raise ValueError(f"{path} is not there: the export is not whole, copy it again")
-    if path.stat().st_size != size or _digest(path) != digest:
+    if path.stat().st_size != size or digest_of(path) != digest:
         raise ValueError(f"{path} is not what was exported: it was changed or cut short, copy it again")
 
 
@@ -330,7 +170,7 @@ def _check_documents(folder: Path, names: Iterable[str]) -> None:
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise ValueError(f"{file.path}: {error}") from None
     for name in names:
-        if (run := _run_of(name)) and f"{run}/plan.json" not in names:
+        if (run := run_of(name)) and f"{run}/plan.json" not in names:
             raise ValueError(f"{folder / name}: the run has no plan.json in this export")
 
 
@@ -416,7 +256,7 @@ def _begins(whole: Path, part: Path) -> bool:
     if whole.stat().st_size < size or (part.suffix != ".jsonl" and whole.stat().st_size != size):
         return False
     with whole.open("rb") as one, part.open("rb") as other:
-        return _copy(one, None, size) == _copy(other, None, size)
+        return copied(one, None, size) == copied(other, None, size)
 
 
 def _why_ours(here: Path, ours: dict[str, Path], theirs: dict[str, Path]) -> str | None:
@@ -430,7 +270,7 @@ def _why_ours(here: Path, ours: dict[str, Path], theirs: dict[str, Path]) -> str
 
 def _rank(record: dict[str, Path]) -> tuple[bool, float, str]:
     """The least stands: what finished, and first; else what has most steps."""
-    content = canonical({name: _digest(path) for name, path in record.items()})
+    content = canonical({name: digest_of(path) for name, path in record.items()})
     done = record.get("done.json")
     measure = float(events.read_json(done).get("time") or 0) if done else -_steps(record)
     return done is None, measure, content
@@ -484,7 +324,7 @@ def _merge_evaluations(given: _Given, run: str) -> int:
 
 
 def _time(evaluation: Path) -> tuple[float, str]:
-    return float(events.read_json(evaluation).get("time") or 0), _digest(evaluation)
+    return float(events.read_json(evaluation).get("time") or 0), digest_of(evaluation)
 
 
 def _merge_weights(given: _Given, run: str) -> int:
