@@ -10,11 +10,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from slm import checkpoints
-from slm.data import Prepared, all_prepared, row_shape
+from slm.data import Prepared, all_prepared, recipe_for, row_shape
 from slm.data.hub import NAMED
 from slm.model import GPT, compute_dtype
 from slm.plan import Plan, code_fingerprint
-from slm.recipe import RECIPES
 
 FINAL = "model.safetensors"
 
@@ -123,8 +122,7 @@ def prepared_of(plan: Plan, home: Path) -> Prepared:
     for prepared in all_prepared(home):
         if (prepared.manifest["tokenizer"], prepared.manifest["validation"]["fingerprint"]) == wanted:
             return prepared
-    corpus, shape = plan.data.corpus, row_shape(plan.hyperparameters)
-    recipe = next((name for name, own in RECIPES.items() if row_shape(own(own.reference_depth)) == shape), None)
+    corpus, recipe = plan.data.corpus, recipe_for(row_shape(plan.hyperparameters))
     source = corpus if corpus in ("python", *NAMED) else "FOLDER"
     command = f"slm data prepare {source} --recipe {recipe}" if recipe else f"slm sweep --plan {home / plan.run_id}"
     raise ValueError(

@@ -8,8 +8,18 @@ import os
 import platform
 import re
 import secrets
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas
+
+Parameters = Sequence[Any] | Mapping[str, Any]
+"""Of a query: values of `?`, or of `$name`."""
+Run = Callable[[str, Parameters | None], "pandas.DataFrame"]
+"""A query and its parameters to its rows."""
 
 VERSION = 3
 """Of the tables and views."""

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from store import places
-from store.places import VERSION, QueryError, StoreError
+from store.places import VERSION, Parameters, QueryError, Run, StoreError
 
 if TYPE_CHECKING:
     import duckdb
     import pandas
-
-Parameters = Sequence[Any] | Mapping[str, Any]
-Run = Callable[[str, Parameters | None], "pandas.DataFrame"]
-"""A query and its parameters to its rows."""
 
 
 def sql(query: str, params: Parameters | None = None, home: Path | None = None) -> pandas.DataFrame:

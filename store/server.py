@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from sqlalchemy import Connection, NullPool, create_engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from store import places, schema
-from store.places import QueryError, StoreError
+from store.places import Parameters, QueryError, Run, StoreError
 
 if TYPE_CHECKING:
     import pandas
@@ -27,10 +27,6 @@ PATIENCE = 10
 """Seconds to wait for the server to answer at all."""
 CHUNK = 2**20
 """Bytes sent at a time."""
-
-Parameters = Sequence[Any] | Mapping[str, Any]
-Run = Callable[[str, Parameters | None], "pandas.DataFrame"]
-"""A query and its parameters to its rows."""
 
 
 @contextmanager

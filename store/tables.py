@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import pandas
     import pyarrow
 
-    Read = Callable[[str, query.Parameters | None], pyarrow.RecordBatchReader]
+    Read = Callable[[str, places.Parameters | None], pyarrow.RecordBatchReader]
 
 BATCH = 100_000
 """Rows that are in memory at a time."""

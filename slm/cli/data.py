@@ -58,16 +58,21 @@ def prepare(
         print_json({"folder": str(prepared.folder), "manifest": manifest})
         return
     train, validation = manifest["train"], manifest["validation"]
-    corpus, tokens = manifest["corpus"], train["rows"] * (manifest["row_tokens"] - 1)
-    left_out = ", ".join(f"{corpus[name]:,} {word}" for name, word in LEFT_OUT.items() if corpus[name])
+    corpus, there = manifest["corpus"], train["rows"] * (manifest["row_tokens"] - 1)
     print(f"corpus {corpus['name']} for recipe {family.name}: {prepared.folder}")
-    print(f"  {corpus['documents']:,} documents; left out: {left_out or 'none'}")
+    print(f"  {corpus['documents']:,} documents; left out: {left_out(corpus)}")
     lost = corpus["cropped_tokens"] + corpus["dropped_tokens"]
-    print(f"  {train['rows']:,} training rows ({tokens:,} tokens), {lost / corpus['tokens']:.2%} of the tokens in none")
+    print(f"  {train['rows']:,} training rows ({there:,} tokens), {lost / corpus['tokens']:.2%} of the tokens in none")
     print(f"  {validation['rows']:,} validation rows, fingerprint {validation['fingerprint']}")
-    if tokens and tokens > train["rows"] * given.sequence_length:
-        epochs = tokens / (train["rows"] * given.sequence_length)
-        print(f"  all there is: {tokens:,.0f} tokens are {epochs:.2f} epochs (at most {data.MAX_EPOCHS} are read)")
+    if tokens and tokens > there:
+        print(
+            f"  all there is: {tokens:,.0f} tokens are {tokens / there:.2f} epochs (at most {data.MAX_EPOCHS} are read)"
+        )
+
+
+def left_out(corpus: dict[str, int]) -> str:
+    """What was left out of a corpus, or mended, in words."""
+    return ", ".join(f"{corpus[name]:,} {word}" for name, word in LEFT_OUT.items() if corpus[name]) or "none"
 
 
 def core(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slm.cli.data import progress, report_line
-from slm.cli.options import Json, print_json
+from slm.cli.options import Json, labels_of, print_json
 from slm.cli.runs import run_folder
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ def _asked(
     if tasks is not None and without is not None:
         raise ValueError("--tasks and --without: choose one")
     own = bundle_for(weights.plan, home, bundle, lambda: prepared_of(weights.plan, home))
-    asked = Asked(own, most, _labels(tasks) if tasks else None)
-    return asked.without(_labels(without)) if without else asked
+    asked = Asked(own, most, labels_of(tasks) if tasks else None)
+    return asked.without(labels_of(without)) if without else asked
 
 
 def _ranks(device: torch.device, gpus: int | None, ranks: int | None) -> int:
@@ -98,10 +98,6 @@ def _core(weights: Weights, home: Path, asked: Asked, device: torch.device, rank
     request: dict[str, Any] = {"home": str(home), "weights": str(weights.path), "device": device.type}
     request |= {"bundle": asked.bundle.id, "most": asked.most, "labels": asked.labels}
     return processes.core(request, ranks, max(1, devices.cores() // ranks), *reports)
-
-
-def _labels(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(label.strip() for label in text.split(",")))
 
 
 def _print_val_bpb(document: dict[str, Any]) -> None:

@@ -51,6 +51,11 @@ def depths_of(text: str, option: str = "--depths") -> tuple[int, ...]:
     return tuple(dict.fromkeys(depths))
 
 
+def labels_of(text: str) -> tuple[str, ...]:
+    """The names in "a,b", each once."""
+    return tuple(dict.fromkeys(label.strip() for label in text.split(",")))
+
+
 def numbers_of(option: str, text: str | None) -> tuple[float, ...]:
     """Positive numbers of "1e12,2e12". Raises ValueError naming what is not one."""
     numbers = []

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slm.cli.data import LEFT_OUT, progress, report_line
-from slm.cli.options import Json, depths_of, print_json, print_table, quantity, table
+from slm.cli.data import left_out, progress, report_line
+from slm.cli.options import DEEPEST, Json, depths_of, print_json, print_table, quantity, table
 from slm.recipe import RECIPES, Hyperparameters
 
 if TYPE_CHECKING:
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from slm.data.inventory import Entry
 
 Name = Annotated[str, typer.Argument(metavar="CORPUS", help="A corpus, or the beginning of a folder's name.")]
-DEEPEST = 100
-"""Of the depths that are asked what fits."""
 
 
 def list_data(as_json: Json = False) -> None:
@@ -89,19 +87,13 @@ def show(
         print("\n\n".join("\n".join(_lines(document)) for document in documents))
 
 
-def _recipe(prepared: Prepared) -> str | None:
-    """The recipe that has rows of this shape."""
-    from slm.data import row_shape
-
-    shape = prepared.manifest["shape"]
-    return next((name for name, own in RECIPES.items() if row_shape(own(own.reference_depth)) == shape), None)
-
-
 def _asked(prepared: Prepared, depths: str | None) -> list[Hyperparameters]:
     """The models asked for. Raises ValueError where no recipe has rows of this shape."""
+    from slm.data import recipe_for
+
     if depths is None:
         return []
-    recipe = _recipe(prepared)
+    recipe = recipe_for(prepared.manifest["shape"])
     if recipe is None:
         raise ValueError(f"--depths {depths}: no recipe of slm has rows of this shape; `slm sweep FILE --dry-run` says")
     return [RECIPES[recipe](depth) for depth in depths_of(depths)]
@@ -114,9 +106,9 @@ def _depth(prepared: Prepared, given: Hyperparameters) -> dict[str, Any]:
 
 def _reach(prepared: Prepared) -> dict[str, Any] | None:
     """The deepest compute-optimal models that one epoch, and as many as are allowed, suffice for."""
-    from slm.data import MAX_EPOCHS
+    from slm.data import MAX_EPOCHS, recipe_for
 
-    recipe = _recipe(prepared)
+    recipe = recipe_for(prepared.manifest["shape"])
     if recipe is None:
         return None
     needs = {depth: RECIPES[recipe](depth).train_rows / prepared.train_rows for depth in range(1, DEEPEST + 1)}
@@ -153,10 +145,9 @@ def _lines(own: dict[str, Any]) -> list[str]:
         return [*lines, f"  {way.get(own['state'], 'the same `slm data prepare` goes on with it')}"]
     corpus, train, validation, shape = own["corpus"], own["train"], own["validation"], own["shape"]
     lost = corpus["cropped_tokens"] + corpus["dropped_tokens"]
-    left_out = ", ".join(f"{corpus[name]:,} {word}" for name, word in LEFT_OUT.items() if corpus[name])
     lines += [
         f"  corpus {corpus['name']} from {own['source']}",
-        f"  {corpus['documents']:,} documents of {corpus['tokens']:,} tokens; left out: {left_out or 'none'}",
+        f"  {corpus['documents']:,} documents of {corpus['tokens']:,} tokens; left out: {left_out(corpus)}",
         f"  {lost:,} tokens in no row ({lost / corpus['tokens']:.2%}): {corpus['cropped_tokens']:,} cropped, "
         f"{corpus['dropped_tokens']:,} dropped",
         f"  rows of {shape['sequence_length']:,} tokens, documents longer "

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slm.cli.options import labels_of
+
 if TYPE_CHECKING:
     from slm.data import Prepared
     from slm.evaluate.bundle import Bundle
@@ -72,8 +74,7 @@ def wanted(core: bool, named: str | None, every: int | None, most: int | None, w
         if given := [f"{option} {value}" for option, value in options.items() if value is not None]:
             raise ValueError(f"{given[0]}: is about CORE: add --core")
         return None
-    labels = tuple(dict.fromkeys(label.strip() for label in without.split(","))) if without else ()
-    return Wanted(named, every, most, labels)
+    return Wanted(named, every, most, labels_of(without) if without else ())
 
 
 def without_value(run_folders: Sequence[Path], documents: dict[str, dict[str, Any]]) -> list[str]:

@@ -1,7 +1,7 @@
 """Corpora -> a tokeniser and rows of tokens on disk, which every run of every sweep shares. No torch here."""
 
 from slm.data.prepare import prepare, prepared_for
-from slm.data.prepared import MAX_EPOCHS, Prepared, all_prepared, row_shape
+from slm.data.prepared import MAX_EPOCHS, Prepared, all_prepared, recipe_for, row_shape
 from slm.data.tokenizer import Tokenizer, tokenizer_of
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "all_prepared",
     "prepare",
     "prepared_for",
+    "recipe_for",
     "row_shape",
     "tokenizer_of",
 ]

@@ -8,7 +8,6 @@ twice.
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from slm import events
 
 BUCKET_BYTES = 2**26
 """Bytes of text in a bucket, about."""
@@ -121,7 +122,5 @@ def in_buckets(folder: Path, written: int) -> list[Bucket]:
 
 
 def _keep(path: Path, digests: Sequence[bytes]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
+    with events.replacing(path) as temporary, temporary.open("wb") as file:
         np.save(file, np.array(digests, dtype=_DIGEST))
-    temporary.replace(path)

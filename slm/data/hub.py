@@ -39,7 +39,6 @@ SPELLING = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<folder>[\w./-]+))?(?
 TOKENIZER_CHARACTERS = 2**26
 """Of the first training file the tokeniser learns from at most so many."""
 ENDINGS = (".parquet", ".jsonl")
-CHUNK = 2**20
 
 
 @dataclass(frozen=True)
@@ -77,11 +76,8 @@ class Shard:
     def _is_whole(self, path: Path) -> bool:
         if path.stat().st_size != self.size:
             return False
-        digest = hashlib.sha256()
         with path.open("rb") as file:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
-        return self.sha256 in ("", digest.hexdigest())
+            return self.sha256 in ("", hashlib.file_digest(file, "sha256").hexdigest())
 
 
 @dataclass(frozen=True)

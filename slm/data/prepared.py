@@ -15,7 +15,7 @@ from slm import events
 from slm.data.shards import fingerprint
 from slm.data.tokenizer import Tokenizer
 from slm.plan import DataIdentity
-from slm.recipe import Hyperparameters
+from slm.recipe import RECIPES, Hyperparameters
 
 FORMAT = 2
 """Of a prepared folder."""
@@ -174,3 +174,8 @@ def row_shape(given: Hyperparameters) -> dict[str, Any]:
         "validation_rows": given.validation_rows,
         "split_documents": given.split_documents,
     }
+
+
+def recipe_for(shape: dict[str, Any]) -> str | None:
+    """The recipe that has rows of a shape; None where that is a variant of one."""
+    return next((name for name, own in RECIPES.items() if row_shape(own(own.reference_depth)) == shape), None)

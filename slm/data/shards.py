@@ -91,19 +91,14 @@ def write_rows(path: Path, rows: Iterator[Tokens], dtype: str) -> dict[str, Any]
     """Write rows to a file, whole or not at all; what a manifest says of it."""
     blocks: list[str] = []
     count = size = 0
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            while block := list(islice(rows, BLOCK_ROWS)):
-                content = np.stack(block).astype(dtype).tobytes()
-                file.write(content)
-                blocks.append(fingerprint(content))
-                count, size = count + len(block), size + len(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with events.replacing(path) as temporary, temporary.open("wb") as file:
+        while block := list(islice(rows, BLOCK_ROWS)):
+            content = np.stack(block).astype(dtype).tobytes()
+            file.write(content)
+            blocks.append(fingerprint(content))
+            count, size = count + len(block), size + len(content)
+        file.flush()
+        os.fsync(file.fileno())
     return {"file": path.name, "rows": count, "bytes": size, "blocks": blocks}
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ class Work:
         """How rows are made."""
         return Shape(self.given.sequence_length + 1, row_dtype(self.given.vocab_size), self.given.split_documents)
 
-    @property
+    @cached_property
     def before(self) -> Prepared | None:
         """What is to be extended; None in a first preparation."""
         return Prepared.read(self.folder) if (self.folder / MANIFEST).exists() else None

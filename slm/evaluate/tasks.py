@@ -26,6 +26,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from slm import events
 from slm.devices import cores
 from slm.evaluate.bundle import Bundle, Example, Task
 
@@ -214,12 +215,7 @@ def planned(bundle: Bundle, task: Task, tokenizer: Known, most: int | None = Non
     examples = ordered(task, bundle.examples(task), most)
     made = plan(task, examples, range(len(examples)), tokenizer)
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **{field.name: getattr(made, field.name) for field in fields(made)})
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with events.replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **{field.name: getattr(made, field.name) for field in fields(made)})
+        os.fsync(file.fileno())
     return made
