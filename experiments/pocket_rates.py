@@ -14,7 +14,10 @@ from slm.recipe import Recipe, nanochat, pocket
 def rates(name: str, factor: float) -> Recipe:
     """Pocket with every scaled rate times a factor."""
     groups = ("lm_head", "wte", "value_embeds", "resid", "x0")
-    scaled = {group: replace(getattr(pocket, group), lr=getattr(pocket, group).lr * factor) for group in groups}
+    scaled = {
+        group: replace(getattr(pocket, group), lr=getattr(pocket, group).lr * factor)
+        for group in groups
+    }
     return replace(pocket, name=name, matrix_lr=pocket.matrix_lr * factor, **scaled)
 
 

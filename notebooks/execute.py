@@ -33,7 +33,9 @@ def main() -> None:
     executed.mkdir(exist_ok=True)
     for path in sorted(FOLDER.glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
-        NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": FOLDER}}).execute()
+        NotebookClient(
+            notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": FOLDER}}
+        ).execute()
         nbformat.write(notebook, executed / path.name)
         print(f"{path.name}: executed, see {executed / path.name}")  # noqa: T201
 

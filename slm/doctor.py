@@ -23,9 +23,12 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Literal
 
-from slm import devices, events, launch, locks
 from slm.experiment import Asked, Experiment
+from slm.files import lock_holder, read_json
+from slm.hardware import devices
+from slm.hardware.slot import Slot
 from slm.recipe import Hyperparameters
+from slm.run import is_done, is_on_this_machine, last_attempt, read_exit
 
 FILES, FEW_FILES = 256, 1024
 """Open files below which a sweep fails, and below which a large one may."""
@@ -37,7 +40,19 @@ SHARED_MEMORY = 2**30
 """Bytes of /dev/shm that several GPUs of one run want; containers have 64 MB by default."""
 STATE_BYTES = 12
 """Bytes of a checkpoint a parameter, at most: the weights and two moments."""
-REMOTE = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "smb3", "ceph", "fuse.sshfs", "9p", "afs")
+REMOTE = (
+    "nfs",
+    "nfs4",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "cifs",
+    "smb3",
+    "ceph",
+    "fuse.sshfs",
+    "9p",
+    "afs",
+)
 """File systems of several machines, by the kernel's names."""
 SLURM = ("sbatch", "squeue", "scancel", "scontrol")
 ANSWER_SECONDS = 3.0
@@ -143,7 +158,11 @@ def wrong_version(name: str, wanted: str) -> str | None:
         here = metadata.version(name)
     except metadata.PackageNotFoundError:
         return f"{name} is not installed, slm wants {wanted}"
-    return None if SpecifierSet(wanted).contains(here, prereleases=True) else f"{name} is {here}, slm wants {wanted}"
+    return (
+        None
+        if SpecifierSet(wanted).contains(here, prereleases=True)
+        else f"{name} is {here}, slm wants {wanted}"
+    )
 
 
 def found_devices() -> Iterator[Finding]:
@@ -158,11 +177,21 @@ def found_devices() -> Iterator[Finding]:
         else:
             yield Finding("devices", "ok", f"{what}; torch is built for CUDA {built}")
     elif devices.apple_gpu():
-        yield Finding("devices", "note", f"{devices.name('mps')}: `slm sweep --gpus 1` takes it, else the cores train")
+        yield Finding(
+            "devices",
+            "note",
+            f"{devices.name('mps')}: `slm sweep --gpus 1` takes it, else the cores train",
+        )
     elif built:
-        yield Finding("devices", "note", f"no GPU is seen, though torch is built for CUDA {built}: the cores train")
+        yield Finding(
+            "devices",
+            "note",
+            f"no GPU is seen, though torch is built for CUDA {built}: the cores train",
+        )
     else:
-        yield Finding("devices", "ok", "no GPU: the cores train, which is what recipe pocket is for")
+        yield Finding(
+            "devices", "ok", "no GPU: the cores train, which is what recipe pocket is for"
+        )
 
 
 def torch_cuda() -> str | None:
@@ -170,7 +199,11 @@ def torch_cuda() -> str | None:
     spec = util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
-    found = re.search(r"^cuda\b[^=]*= *'([\d.]+)'", Path(spec.origin).with_name("version.py").read_text(), re.MULTILINE)
+    found = re.search(
+        r"^cuda\b[^=]*= *'([\d.]+)'",
+        Path(spec.origin).with_name("version.py").read_text(),
+        re.MULTILINE,
+    )
     return found[1] if found else None
 
 
@@ -201,14 +234,24 @@ def limits() -> Iterator[Finding]:
     found = []
     if 0 <= files < FEW_FILES:
         state: State = "problem" if files < FILES else "note"
-        found.append(Finding("limits", state, f"{files} open files: `ulimit -n {4 * FEW_FILES}` allows more"))
+        found.append(
+            Finding("limits", state, f"{files} open files: `ulimit -n {4 * FEW_FILES}` allows more")
+        )
     if room is not None and room < PROCESSES:
         state = "problem" if room < devices.cores() else "note"
-        found.append(Finding("limits", state, f"{room} more processes are allowed: `ulimit -u` allows more"))
+        found.append(
+            Finding("limits", state, f"{room} more processes are allowed: `ulimit -u` allows more")
+        )
     if shared is not None and shared < SHARED_MEMORY and devices.gpu_count() > 1:
         way = "give the container more (--shm-size=8g, --ipc=host), or take --gpus-per-run 1"
-        found.append(Finding("limits", "problem", f"/dev/shm has {shared / 1e6:.0f} MB for several GPUs: {way}"))
-    yield from found or [Finding("limits", "ok", f"{files if files >= 0 else 'any number of'} open files, processes")]
+        found.append(
+            Finding(
+                "limits", "problem", f"/dev/shm has {shared / 1e6:.0f} MB for several GPUs: {way}"
+            )
+        )
+    yield from found or [
+        Finding("limits", "ok", f"{files if files >= 0 else 'any number of'} open files, processes")
+    ]
 
 
 def process_room() -> int | None:
@@ -234,7 +277,11 @@ def writable(home: Path) -> Iterator[Finding]:
         made = "" if home.is_dir() else " (a sweep makes it)"
         yield Finding("home", "ok", f"{home.absolute()}{made} can be written")
     else:
-        yield Finding("home", "problem", f"{home.absolute()} cannot be written ({problem}): SLM_HOME names another")
+        yield Finding(
+            "home",
+            "problem",
+            f"{home.absolute()} cannot be written ({problem}): SLM_HOME names another",
+        )
 
 
 def unwritable(home: Path) -> str | None:
@@ -266,14 +313,22 @@ def locking(home: Path) -> Iterator[Finding]:
         yield Finding("locks", "note", f"the home lies on {kind}: locks {way}")
     else:
         yield Finding("locks", "ok", f"hold here{f', on {kind}' if kind else ''}")
-    for name, what in (("sweep.lock", "conducts a sweep of this home"), ("store.lock", "writes its database")):
-        if process := locks.holder(home / name):
-            yield Finding("locks", "note", f"process {process} {what}: `slm status --watch` shows it")
+    for name, what in (
+        ("sweep.lock", "conducts a sweep of this home"),
+        ("store.lock", "writes its database"),
+    ):
+        if process := lock_holder(home / name):
+            yield Finding(
+                "locks", "note", f"process {process} {what}: `slm status --watch` shows it"
+            )
 
 
 def unlockable(folder: Path) -> str | None:
     """What is wrong with `flock` in a folder: it is refused, or granted twice; None when it is right."""
-    with tempfile.NamedTemporaryFile(prefix=".doctor-", dir=folder) as first, open(first.name) as second:
+    with (
+        tempfile.NamedTemporaryFile(prefix=".doctor-", dir=folder) as first,
+        open(first.name) as second,
+    ):
         try:
             fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -290,7 +345,9 @@ def file_system(home: Path) -> str | None:
     import psutil
 
     place = standing(home).resolve()
-    mounts = [own for own in psutil.disk_partitions(all=True) if place.is_relative_to(own.mountpoint)]
+    mounts = [
+        own for own in psutil.disk_partitions(all=True) if place.is_relative_to(own.mountpoint)
+    ]
     return max(mounts, key=lambda own: len(own.mountpoint)).fstype if mounts else None
 
 
@@ -300,7 +357,11 @@ def disk(home: Path) -> Iterator[Finding]:
     text = f"{free / 1e9:.3g} GB free at the home"
     if free < LITTLE_DISK:
         state: State = "problem" if free < DISK else "note"
-        yield Finding("disk", state, f"{text}: free some, `slm rm` removes runs, or SLM_HOME names another disk")
+        yield Finding(
+            "disk",
+            state,
+            f"{text}: free some, `slm rm` removes runs, or SLM_HOME names another disk",
+        )
     else:
         yield Finding("disk", "ok", text)
 
@@ -310,14 +371,24 @@ def prepared(home: Path) -> Iterator[Finding]:
     found, wrong = [], []
     for path in sorted((home / "data").glob("*/manifest.json")):
         try:
-            manifest = events.read_json(path)
-            found.append(f"{path.parent.name} ({manifest['train']['rows'] * (manifest['row_tokens'] - 1):,} tokens)")
+            manifest = read_json(path)
+            found.append(
+                f"{path.parent.name} ({manifest['train']['rows'] * (manifest['row_tokens'] - 1):,} tokens)"
+            )
         except (ValueError, KeyError, TypeError):
-            wrong.append(Finding("data", "problem", f"{path} cannot be read: remove its folder and prepare it again"))
+            wrong.append(
+                Finding(
+                    "data",
+                    "problem",
+                    f"{path} cannot be read: remove its folder and prepare it again",
+                )
+            )
     bundles = [folder.name for folder in bundles_of(home)]
     text = f"corpora: {', '.join(found) or 'none yet (a sweep prepares what it needs)'}"
     yield from wrong
-    yield Finding("data", "ok", f"{text}; bundles: {', '.join(bundles) or 'none (`slm data core` gets one)'}")
+    yield Finding(
+        "data", "ok", f"{text}; bundles: {', '.join(bundles) or 'none (`slm data core` gets one)'}"
+    )
 
 
 def bundles_of(home: Path) -> list[Path]:
@@ -329,26 +400,40 @@ def leftovers(home: Path) -> Iterator[Finding]:
     """What dead processes left: runs without a word of their end, trainers without a supervisor, half-made folders."""
     folders, dead, alone = sorted(path.parent for path in home.glob("*/plan.json")), [], []
     for folder in folders:
-        last = launch.last_attempt(folder)
-        supervisor, trainer = (locks.holder(folder / name) for name in ("lock", "train.lock"))
+        last = last_attempt(folder)
+        supervisor, trainer = (lock_holder(folder / name) for name in ("lock", "train.lock"))
         if supervisor is None and trainer is not None:
             alone.append(f"{folder.name} (process {trainer})")
-        elif supervisor is None and last and launch.is_here(folder) and not launch.is_done(folder):
-            dead += [folder.name] if launch.exit_of(last) is None else []
-    half = [path.parent for path in home.glob("data/*/lock") if not (path.parent / "manifest.json").exists()]
-    half = [folder for folder in half if locks.holder(folder / "lock") is None]
+        elif supervisor is None and last and is_on_this_machine(folder) and not is_done(folder):
+            dead += [folder.name] if read_exit(last) is None else []
+    half = [
+        path.parent
+        for path in home.glob("data/*/lock")
+        if not (path.parent / "manifest.json").exists()
+    ]
+    half = [folder for folder in half if lock_holder(folder / "lock") is None]
     if alone:
         yield Finding(
-            "runs", "note", f"train without a supervisor: {named(alone)}; `slm sweep` typed again adopts them"
+            "runs",
+            "note",
+            f"train without a supervisor: {named(alone)}; `slm sweep` typed again adopts them",
         )
     if dead:
-        yield Finding("runs", "note", f"ended without a word: {named(dead)}; `slm sweep` typed again goes on with them")
+        yield Finding(
+            "runs",
+            "note",
+            f"ended without a word: {named(dead)}; `slm sweep` typed again goes on with them",
+        )
     if half:
         yield Finding(
-            "runs", "note", f"half-prepared data: {named([path.name for path in half])}; the next sweep goes on"
+            "runs",
+            "note",
+            f"half-prepared data: {named([path.name for path in half])}; the next sweep goes on",
         )
     if not (alone or dead or half):
-        yield Finding("runs", "ok", f"{len(folders)} in the home, nothing left behind by dead processes")
+        yield Finding(
+            "runs", "ok", f"{len(folders)} in the home, nothing left behind by dead processes"
+        )
 
 
 def named(words: Sequence[str], most: int = 4) -> str:
@@ -358,14 +443,16 @@ def named(words: Sequence[str], most: int = 4) -> str:
 
 def slurm() -> Iterator[Finding]:
     """Slurm's commands, and whether it answers."""
-    from slm.launch.slurm import queue
+    from slm.sweep.slurm import queue
 
     missing = [name for name in SLURM if shutil.which(name) is None]
     if len(missing) == len(SLURM):
         yield Finding("slurm", "ok", "none here: runs train on this machine")
     elif missing:
         yield Finding(
-            "slurm", "problem", f"no {', '.join(missing)} beside the others: sweep where you submit jobs from"
+            "slurm",
+            "problem",
+            f"no {', '.join(missing)} beside the others: sweep where you submit jobs from",
         )
     else:
         try:
@@ -377,7 +464,7 @@ def slurm() -> Iterator[Finding]:
 def database(home: Path) -> Iterator[Finding]:
     """Whether the store, in the home or on the server that SLM_STORE names, answers and holds the files as they are."""
     import store
-    from store import places
+    from store import paths as places
 
     try:
         if url := places.server():
@@ -409,7 +496,11 @@ def network(url: str) -> Iterator[Finding]:
         socket.create_connection((host, 443), ANSWER_SECONDS).close()
         yield Finding("network", "ok", f"{host} answers: `slm data core` can download")
     except OSError as error:
-        yield Finding("network", "note", f"{host} is not reached ({error}): `slm data core --from ZIP` takes a copy")
+        yield Finding(
+            "network",
+            "note",
+            f"{host} is not reached ({error}): `slm data core --from ZIP` takes a copy",
+        )
 
 
 def torch_loads() -> Iterator[Finding]:
@@ -417,29 +508,45 @@ def torch_loads() -> Iterator[Finding]:
     began = time.monotonic()
     command = [sys.executable, "-c", TORCH]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=LOAD_SECONDS, check=False)
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=LOAD_SECONDS, check=False
+        )
     except subprocess.TimeoutExpired:
-        yield Finding("torch", "problem", f"does not load within {LOAD_SECONDS:.0f} s: look at its disk")
+        yield Finding(
+            "torch", "problem", f"does not load within {LOAD_SECONDS:.0f} s: look at its disk"
+        )
         return
     said = (result.stdout if result.returncode == 0 else result.stderr).strip().splitlines()
     if result.returncode:
-        yield Finding("torch", "problem", f"does not load ({said[-1] if said else result.returncode}): install it anew")
+        yield Finding(
+            "torch",
+            "problem",
+            f"does not load ({said[-1] if said else result.returncode}): install it anew",
+        )
     elif devices.gpu_count() and torch_cuda() and "CUDA" not in said[-1]:
-        yield Finding("torch", "problem", f"{said[-1]}: it cannot use the GPU; its CUDA and the driver do not match")
+        yield Finding(
+            "torch",
+            "problem",
+            f"{said[-1]}: it cannot use the GPU; its CUDA and the driver do not match",
+        )
     else:
         yield Finding("torch", "ok", f"{said[-1]} ({time.monotonic() - began:.1f} s)")
 
 
 def enough_data(experiment: Experiment, asked: Sequence[Asked], home: Path) -> Iterator[Finding]:
     """Whether the corpus is there, prepared, and long enough for every run."""
-    from slm.sweep import Corpora, plan_of
+    from slm.sweep.planning import Corpora, plan_of
 
     corpora, short = Corpora(experiment, home), []
     for run in asked:
         data = corpora.find(run)
         if data is None:
             way = f"`slm data prepare {experiment.data} --recipe {run.recipe}` does it now, else the sweep"
-            yield Finding("plan: data", "note", f"corpus {experiment.data} is not prepared for {run.recipe}: {way}")
+            yield Finding(
+                "plan: data",
+                "note",
+                f"corpus {experiment.data} is not prepared for {run.recipe}: {way}",
+            )
             return
         try:
             plan_of(run, data)
@@ -448,12 +555,14 @@ def enough_data(experiment: Experiment, asked: Sequence[Asked], home: Path) -> I
     if short:
         yield Finding("plan: data", "problem", f"{len(short)} of {len(asked)} runs: {short[0]}")
     else:
-        yield Finding("plan: data", "ok", f"corpus {experiment.data} has the rows of all {len(asked)} runs")
+        yield Finding(
+            "plan: data", "ok", f"corpus {experiment.data} has the rows of all {len(asked)} runs"
+        )
 
 
 def enough_memory(asked: Sequence[Asked]) -> Iterator[Finding]:
     """Whether every run has a share of the devices of which the memory holds one row a pass."""
-    from slm.launch import local
+    from slm.sweep import local
 
     here = local.machine()
     slots = [here.slot(range(count)) for count in local.sizes("auto", here)]
@@ -463,17 +572,25 @@ def enough_memory(asked: Sequence[Asked]) -> Iterator[Finding]:
         if len(refusals) == len(slots):
             failed[given.depth] = refusals[-1]
     if failed:
-        yield Finding("plan: memory", "problem", f"{failed[min(failed)]} ({len(failed)} depths do not fit here)")
+        yield Finding(
+            "plan: memory",
+            "problem",
+            f"{failed[min(failed)]} ({len(failed)} depths do not fit here)",
+        )
     else:
-        yield Finding("plan: memory", "ok", f"all {len(asked)} runs fit on {len(here.ids)} x {here.device_name}")
+        yield Finding(
+            "plan: memory",
+            "ok",
+            f"all {len(asked)} runs fit on {len(here.ids)} x {here.device_name}",
+        )
 
 
-def too_much(given: Hyperparameters, slot: launch.Slot) -> str | None:
+def too_much(given: Hyperparameters, slot: Slot) -> str | None:
     """Why the memory of a slot does not hold a run; None when it does."""
-    from slm.launch.memory import Memory
+    from slm.sweep.micro_batch import MicroBatches
 
     try:
-        Memory().rows(given, slot)
+        MicroBatches().rows(given, slot)
     except ValueError as error:
         return str(error)
     return None
@@ -481,7 +598,7 @@ def too_much(given: Hyperparameters, slot: launch.Slot) -> str | None:
 
 def enough_disk(asked: Sequence[Asked], home: Path) -> Iterator[Finding]:
     """Whether the weights of all runs fit beside two checkpoints of the largest on every device."""
-    from slm.launch import local
+    from slm.sweep import local
 
     sizes = [run.hyperparameters.parameters.total for run in asked]
     need = 4 * sum(sizes) + 2 * STATE_BYTES * max(sizes) * min(len(sizes), len(local.machine().ids))
@@ -505,4 +622,6 @@ def bundle(home: Path) -> Iterator[Finding]:
         if own.id == folder.name:
             yield Finding("plan: CORE", "ok", f"bundle {own.id}: {len(own.tasks)} tasks")
         else:
-            yield Finding("plan: CORE", "problem", f"{folder} was changed: remove it and get it again")
+            yield Finding(
+                "plan: CORE", "problem", f"{folder} was changed: remove it and get it again"
+            )

@@ -6,12 +6,21 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 FIELDS: dict[str, tuple[str, ...]] = {
-    "started": ("step", "resumed_from", "device", "ranks", "threads", "micro_batch", "attention", "compiled"),
+    "started": (
+        "step",
+        "resumed_from",
+        "device",
+        "ranks",
+        "threads",
+        "micro_batch",
+        "attention",
+        "compiled",
+    ),
     "train": (
         "step",
         "tokens",
@@ -25,7 +34,17 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "memory_bytes",
     ),
     "eval": ("step", "tokens", "flops", "val_bpb", "val_loss", "rows", "seconds"),
-    "core": ("step", "tokens", "flops", "metric", "mode", "core", "core_error", "bits_per_byte", "seconds"),
+    "core": (
+        "step",
+        "tokens",
+        "flops",
+        "metric",
+        "mode",
+        "core",
+        "core_error",
+        "bits_per_byte",
+        "seconds",
+    ),
     "checkpoint": ("step", "file", "bytes", "seconds"),
     "working": ("step", "what", "share"),
     "warning": ("step", "message"),
@@ -93,31 +112,3 @@ class Reader:
                 self._offset += len(line)
                 with suppress(ValueError):
                     yield json.loads(line)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name, which becomes the path when all is written: whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, document: Any) -> None:
-    """Write a document whole or not at all, and onto the disk."""
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        json.dump(document, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_json(path: Path) -> Any:
-    """The document in a file. Raises ValueError naming the file when it holds none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None

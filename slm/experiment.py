@@ -65,7 +65,9 @@ class Experiment:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
-            raise ValueError(f"experiment name {self.name!r}: letters, digits, '.', '_' and '-' only")
+            raise ValueError(
+                f"experiment name {self.name!r}: letters, digits, '.', '_' and '-' only"
+            )
         given = [name for name in ("flops", "ratios", "steps") if getattr(self, name)]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} given together: choose one horizon")
@@ -88,7 +90,10 @@ class Experiment:
             for label, horizon in self._horizons()
             for seed in self.seeds
         ]
-        runs += [Asked(plan.recipe, plan.horizon, plan.seed, plan.hyperparameters, plan) for plan in self.plans]
+        runs += [
+            Asked(plan.recipe, plan.horizon, plan.seed, plan.hyperparameters, plan)
+            for plan in self.plans
+        ]
         return sorted(runs, key=lambda run: run.hyperparameters.flops)
 
     def _horizons(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -104,7 +109,9 @@ class Experiment:
     def declared(self) -> dict[str, Any]:
         """What was asked, for the record."""
         return {
-            "recipes": {recipe.name: json.loads(json.dumps(asdict(recipe))) for recipe in self.recipes},
+            "recipes": {
+                recipe.name: json.loads(json.dumps(asdict(recipe))) for recipe in self.recipes
+            },
             "depths": list(self.depths),
             "flops": list(self.flops),
             "ratios": list(self.ratios),

@@ -12,8 +12,16 @@ from typing import Any, get_origin, get_type_hints
 
 from slm.recipe import Hyperparameters
 
-TRAINER_SOURCES = ("attention.py", "layers.py", "model.py", "optim.py", "train.py", "data/loader.py", "evaluate/bpb.py")
-"""The files whose code decides the weights and val_bpb, relative to the package."""
+TRAINER_SOURCES = (
+    "model/attention.py",
+    "model/layers.py",
+    "model/gpt.py",
+    "train/optimizer.py",
+    "train/trainer.py",
+    "data/loader.py",
+    "evaluate/bpb.py",
+)
+"""Files whose code decides the weights and val_bpb, relative to the package."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,9 @@ class Plan:
         except ValueError as error:
             raise ValueError(f"{path} is no plan that this version of slm reads: {error}") from None
         if content != run_id:
-            raise ValueError(f"{path}: its content is run {content}, not {run_id}: the file was changed")
+            raise ValueError(
+                f"{path}: its content is run {content}, not {run_id}: the file was changed"
+            )
         return plan
 
 
@@ -115,20 +125,32 @@ def canonical(value: Any) -> str:
 
 @cache
 def code_fingerprint(package: Path = Path(__file__).parent) -> str:
-    """Fingerprint of the trainer's sources as syntax trees: comments, layout and docstrings change nothing."""
+    """Fingerprint the trainer's sources as syntax trees.
+
+    Comments, layout, docstrings, imports and file names are left out, so that moving a module or
+    rewording it keeps every run_id.
+    """
     trees = [_tree(ast.parse((package / name).read_text())) for name in TRAINER_SOURCES]
-    return hashlib.sha256(canonical(trees).encode()).hexdigest()[:16]
+    hashes = sorted(hashlib.sha256(canonical(tree).encode()).hexdigest() for tree in trees)
+    return hashlib.sha256(canonical(hashes).encode()).hexdigest()[:16]
 
 
 def _tree(node: Any) -> Any:
-    """A syntax tree as JSON, the same for every Python: empty fields and docstrings left out."""
+    """Return a syntax tree as JSON, the same for every Python version, without empty fields."""
     if isinstance(node, list):
-        return [_tree(item) for item in node if not _is_docstring(item)]
+        return [_tree(item) for item in node if not _is_left_out(item)]
     if not isinstance(node, ast.AST):
         return node if isinstance(node, str | int | float | bool) else repr(node)
     fields = {name: value for name, value in ast.iter_fields(node) if value not in (None, [])}
     return [type(node).__name__, {name: _tree(value) for name, value in fields.items()}]
 
 
-def _is_docstring(item: Any) -> bool:
-    return isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant) and isinstance(item.value.value, str)
+def _is_left_out(item: Any) -> bool:
+    """Whether a statement is an import or a docstring, which the fingerprint leaves out."""
+    if isinstance(item, ast.Import | ast.ImportFrom):
+        return True
+    return (
+        isinstance(item, ast.Expr)
+        and isinstance(item.value, ast.Constant)
+        and isinstance(item.value.value, str)
+    )

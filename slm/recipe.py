@@ -67,7 +67,9 @@ class Parameters:
     @property
     def total(self) -> int:
         """All parameters."""
-        return self.wte + self.value_embeds + self.lm_head + self.transformer_matrices + self.scalars
+        return (
+            self.wte + self.value_embeds + self.lm_head + self.transformer_matrices + self.scalars
+        )
 
     @property
     def scaling(self) -> int:
@@ -278,12 +280,18 @@ class Recipe:
         self, depth: int, flops: float | None, ratio: float | None, steps: int | None
     ) -> tuple[float, int, int]:
         """Tokens asked for, tokens a step, steps. Raises ValueError as a call does."""
-        given = {name: x for name, x in (("flops", flops), ("ratio", ratio), ("steps", steps)) if x is not None}
+        given = {
+            name: x
+            for name, x in (("flops", flops), ("ratio", ratio), ("steps", steps))
+            if x is not None
+        }
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} given together: choose one horizon")
         for name, value in given.items():
             if not 0 < value <= LARGEST_HORIZON:
-                raise ValueError(f"{name} {str(value)[:20]}: a horizon must be positive and below {LARGEST_HORIZON:g}")
+                raise ValueError(
+                    f"{name} {str(value)[:20]}: a horizon must be positive and below {LARGEST_HORIZON:g}"
+                )
         if steps is not None:
             batch = self._batch_of_steps(steps)
             return steps * batch, batch, steps
@@ -294,7 +302,9 @@ class Recipe:
         steps = round(tokens / batch) if flops else int(tokens // batch)
         if steps < 1:
             horizon = f"flops {flops:g}" if flops else f"ratio {ratio:g}"
-            raise ValueError(f"{horizon} at depth {depth}: {tokens:.0f} tokens are less than one step of {batch}")
+            raise ValueError(
+                f"{horizon} at depth {depth}: {tokens:.0f} tokens are less than one step of {batch}"
+            )
         return tokens, batch, steps
 
     def _width(self, depth: int) -> int:
@@ -311,28 +321,41 @@ class Recipe:
             wte=vocab * width,
             value_embeds=tables * vocab * width,
             lm_head=vocab * width,
-            transformer_matrices=12 * width**2 * depth + tables * (width // self.head_dim) * min(12, width),
+            transformer_matrices=12 * width**2 * depth
+            + tables * (width // self.head_dim) * min(12, width),
             scalars=2 * depth + smear_channels + 2,
         )
         windows = self._windows(depth)
         products = parameters.scaling + smear_channels
-        return width, parameters, windows, 6 * products + sum(12 * width * window for window in windows)
+        return (
+            width,
+            parameters,
+            windows,
+            6 * products + sum(12 * width * window for window in windows),
+        )
 
     def _windows(self, depth: int) -> tuple[int, ...]:
         short = min(_round_up(-(-self.sequence_length // 4), 128), self.sequence_length)
         size = {"S": short, "L": self.sequence_length}
         pattern = self.window_pattern
-        return (*(size[pattern[layer % len(pattern)]] for layer in range(depth - 1)), self.sequence_length)
+        return (
+            *(size[pattern[layer % len(pattern)]] for layer in range(depth - 1)),
+            self.sequence_length,
+        )
 
     def _reference_tokens(self) -> float:
         return self.tokens_per_parameter * self._shape(self.reference_depth)[1].scaling
 
     def _batch(self, tokens: float) -> int:
-        log2 = math.log2(self.reference_batch) + BATCH_EXPONENT * math.log2(tokens / self._reference_tokens())
+        log2 = math.log2(self.reference_batch) + BATCH_EXPONENT * math.log2(
+            tokens / self._reference_tokens()
+        )
         return self._whole_rows(log2)
 
     def _batch_of_steps(self, steps: int) -> int:
-        log2 = math.log2(self.reference_batch) + BATCH_EXPONENT * math.log2(steps / self._reference_tokens())
+        log2 = math.log2(self.reference_batch) + BATCH_EXPONENT * math.log2(
+            steps / self._reference_tokens()
+        )
         return self._whole_rows(log2 / (1 - BATCH_EXPONENT))
 
     def _whole_rows(self, log2: float) -> int:

@@ -2,7 +2,7 @@
 
 from store.check import Checked, Freed, check, vacuum
 from store.ingest import Counts, ingest, is_current, rebuild
-from store.places import QueryError, StoreError, home, identity
+from store.paths import QueryError, StoreError, home, identity
 from store.query import curves, home_of, results, sql
 
 __all__ = [

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from store import places
-from store.files import scan
+from store import paths as places
+from store.documents import scan
 from store.ingest import PATIENCE, _alone, _publish, ingest, rebuild
-from store.places import StoreError
+from store.paths import StoreError
 
 if TYPE_CHECKING:
     import duckdb
@@ -72,7 +72,9 @@ def check(home: Path, patience: float = PATIENCE) -> Checked:
         found.problems.extend(_shape(connection))
         _compare(connection, found, _moved(home, connection, began))
         if not filecmp.cmp(places.live(home), places.snapshot(home), shallow=False):
-            found.problems.append(f"{places.snapshot(home)} is not what {places.live(home).name} holds: {AGAIN}")
+            found.problems.append(
+                f"{places.snapshot(home)} is not what {places.live(home).name} holds: {AGAIN}"
+            )
     found.notes.extend(_torn(home))
     return found
 
@@ -83,7 +85,9 @@ def _rebuilt(home: Path) -> Iterator[tuple[Path, list[str]]]:
     with tempfile.TemporaryDirectory(prefix=".check-", dir=home) as name:
         folder = Path(name)
         for path in home.iterdir():
-            if not path.name.startswith((".", places.live(home).name, places.snapshot(home).name, "store.lock")):
+            if not path.name.startswith(
+                (".", places.live(home).name, places.snapshot(home).name, "store.lock")
+            ):
                 (folder / path.name).symlink_to(path.resolve())
         problems = rebuild(folder).problems
         yield places.live(folder), [line.replace(str(folder), str(home)) for line in problems]
@@ -103,7 +107,9 @@ def _both(home: Path, anew: Path) -> Iterator[duckdb.DuckDBPyConnection]:
         yield connection
 
 
-def _tables(connection: duckdb.DuckDBPyConnection, database: str) -> dict[str, list[tuple[str, str]]]:
+def _tables(
+    connection: duckdb.DuckDBPyConnection, database: str
+) -> dict[str, list[tuple[str, str]]]:
     """The columns and types of every table."""
     found: dict[str, list[tuple[str, str]]] = {}
     query = """SELECT c.table_name, column_name, data_type FROM duckdb_columns() c
@@ -116,18 +122,33 @@ def _tables(connection: duckdb.DuckDBPyConnection, database: str) -> dict[str, l
 
 def _counts(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
     names = _tables(connection, "own")
-    return {name: connection.execute(f'SELECT count(*) FROM own."{name}"').fetchall()[0][0] for name in names}  # noqa: S608
+    return {
+        name: connection.execute(f'SELECT count(*) FROM own."{name}"').fetchall()[0][0]
+        for name in names
+    }
 
 
 def _shape(connection: duckdb.DuckDBPyConnection) -> list[str]:
     """Tables, views and rules that are not those of this version."""
     own, anew = _tables(connection, "own"), _tables(connection, "anew")
-    lines = [f"table {name} is not that of this version: {AGAIN}" for name in anew if own.get(name) != anew[name]]
+    lines = [
+        f"table {name} is not that of this version: {AGAIN}"
+        for name in anew
+        if own.get(name) != anew[name]
+    ]
     for what, query in (
-        ("view", "SELECT view_name, sql FROM duckdb_views() WHERE NOT internal AND database_name = ?"),
-        ("rule", "SELECT table_name, constraint_text FROM duckdb_constraints() WHERE database_name = ?"),
+        (
+            "view",
+            "SELECT view_name, sql FROM duckdb_views() WHERE NOT internal AND database_name = ?",
+        ),
+        (
+            "rule",
+            "SELECT table_name, constraint_text FROM duckdb_constraints() WHERE database_name = ?",
+        ),
     ):
-        here, there = (set(connection.execute(query, [name]).fetchall()) for name in ("own", "anew"))
+        here, there = (
+            set(connection.execute(query, [name]).fetchall()) for name in ("own", "anew")
+        )
         names = sorted({name for name, _ in here ^ there})
         lines += [f"a {what} of {name} is not that of this version: {AGAIN}" for name in names]
     return lines
@@ -146,10 +167,14 @@ def _compare(connection: duckdb.DuckDBPyConnection, found: Checked, moved: set[s
         lines = []
         for about, here, there in connection.execute(query).fetchall():
             if not {about, *re.split("[ /.]", about)} & moved:
-                words = "but not those of the files" if here == there else f"the files give {there:,}"
+                words = (
+                    "but not those of the files" if here == there else f"the files give {there:,}"
+                )
                 lines.append(f"{table} of {about or 'this home'}: {here:,} rows, {words}: {AGAIN}")
         found.problems.extend(lines[:MOST])
-        found.problems.extend([f"{table}: {len(lines) - MOST} more such"] if len(lines) > MOST else [])
+        found.problems.extend(
+            [f"{table}: {len(lines) - MOST} more such"] if len(lines) > MOST else []
+        )
     if moved:
         found.notes.append(f"changed meanwhile, not compared: {', '.join(sorted(moved))}")
 
@@ -157,7 +182,10 @@ def _compare(connection: duckdb.DuckDBPyConnection, found: Checked, moved: set[s
 def _grouped(database: str, table: str, columns: list[str]) -> str:
     """The query of how many rows a table has about each thing, and of what content."""
     known = ("file", "run_id", "experiment", "hash", "name")
-    keys = [*[name for name in known if name in columns][:1], *(["attempt"] if "attempt" in columns else [])]
+    keys = [
+        *[name for name in known if name in columns][:1],
+        *(["attempt"] if "attempt" in columns else []),
+    ]
     about = " || ' ' || ".join(f'CAST("{key}" AS VARCHAR)' for key in keys) or "''"
     content = "sum(CAST(hash(t) AS HUGEINT))"
     return f'SELECT {about} AS about, count(*) AS n, {content} AS content FROM {database}."{table}" t GROUP BY about'  # noqa: S608
@@ -169,8 +197,13 @@ def _moved(home: Path, connection: duckdb.DuckDBPyConnection, began: float) -> s
                WHERE own.cursors.offset IS DISTINCT FROM a.offset OR own.cursors.state IS DISTINCT FROM a.state"""
     names = [name for (name,) in connection.execute(query).fetchall()]
     files = {file.name: file for file in scan(home)}
-    fresh = [name for name in names if name not in files or files[name].path.stat().st_mtime >= began]
-    return {Path(name).stem if name.partition("/")[0] in FOLDERS else name.partition("/")[0] for name in fresh}
+    fresh = [
+        name for name in names if name not in files or files[name].path.stat().st_mtime >= began
+    ]
+    return {
+        Path(name).stem if name.partition("/")[0] in FOLDERS else name.partition("/")[0]
+        for name in fresh
+    }
 
 
 def _torn(home: Path) -> list[str]:
@@ -227,7 +260,9 @@ def _make_dense(live: Path) -> None:
             connection.execute("COPY FROM DATABASE own TO new; DETACH new; DETACH own")
         except duckdb.Error as error:
             new.unlink(missing_ok=True)
-            raise StoreError(f"{live} could not be copied, it stays as it is: {places.first_line(error)}") from None
+            raise StoreError(
+                f"{live} could not be copied, it stays as it is: {places.first_line(error)}"
+            ) from None
     new.replace(live)
 
 
@@ -238,7 +273,9 @@ def _leftovers(home: Path) -> Iterator[str]:
     """
     for place in PLACES:
         for path in home.glob(place):
-            old = time.time() - path.lstat().st_mtime > STALE_SECONDS and path.parent != home / "data"
+            old = (
+                time.time() - path.lstat().st_mtime > STALE_SECONDS and path.parent != home / "data"
+            )
             finished = path.suffix == ".parts" and path.with_suffix(".json").exists()
             if finished or (old and TEMPORARY.fullmatch(path.name)):
                 yield path.relative_to(home).as_posix()

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from store import places
-from store.files import File, rows_of, scan
-from store.places import StoreError
+from store import paths as places
+from store.documents import File, rows_of, scan
+from store.paths import StoreError
 
 if TYPE_CHECKING:
     from store.writer import Change, Cursors
@@ -74,12 +74,17 @@ def rebuild(home: Path, patience: float = PATIENCE) -> Counts:
 def _alone(home: Path, patience: float) -> Iterator[float]:
     """Hold the home's store.lock, which ends with its process; gives the end of patience, in monotonic seconds."""
     if not home.is_dir():
-        raise StoreError(f"{home}: there is no such folder; `slm sweep` makes it, SLM_HOME names another")
+        raise StoreError(
+            f"{home}: there is no such folder; `slm sweep` makes it, SLM_HOME names another"
+        )
     deadline = time.monotonic() + patience
     with (home / "store.lock").open("a+", encoding="utf-8") as file:
         while not _try_lock(file.fileno()):
             file.seek(0)
-            _wait(deadline, f"{home}: process {file.read()} is writing the database; try again when it has ended")
+            _wait(
+                deadline,
+                f"{home}: process {file.read()} is writing the database; try again when it has ended",
+            )
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -115,10 +120,14 @@ def _are_read(home: Path, files: dict[str, File]) -> bool:
 
 def _fingerprint(home: Path, files: dict[str, File]) -> str:
     """Of the files as they were when looked at, of the databases, and of the schema's sources."""
-    schema = [Path(__file__).with_name(name) for name in ("places.py", "schema.py", "views.sql")]
+    schema = [Path(__file__).with_name(name) for name in ("paths.py", "schema.py", "views.sql")]
     paths = [path for path in (places.live(home), places.snapshot(home), *schema) if path.exists()]
     found = [f"{path.name} {path.stat().st_size}:{path.stat().st_mtime_ns}" for path in paths]
-    lines = [places.server() or "", *found, *(f"{file.name} {file.state}" for file in files.values())]
+    lines = [
+        places.server() or "",
+        *found,
+        *(f"{file.name} {file.state}" for file in files.values()),
+    ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -146,7 +155,9 @@ def _ingest(home: Path, files: dict[str, File], deadline: float, anew: bool = Fa
             _wait(deadline, str(error))
         except (DBAPIError, duckdb.Error, OSError) as error:
             why = places.first_line(error.orig if isinstance(error, DBAPIError) else error)
-            raise StoreError(f"{home}: the database could not be written, its last snapshot stays: {why}") from None
+            raise StoreError(
+                f"{home}: the database could not be written, its last snapshot stays: {why}"
+            ) from None
 
 
 def _remove(home: Path) -> None:
@@ -161,13 +172,23 @@ def _write(home: Path, files: dict[str, File], anew: bool) -> Counts:
 
     with writer.opened(home, places.identified(home)) as target:
         known = {} if anew else writer.cursors(target)
-        lost = {writer.owner(name) for name, cursor in known.items() if _is_lost(files.get(name), *cursor)}
+        lost = {
+            writer.owner(name)
+            for name, cursor in known.items()
+            if _is_lost(files.get(name), *cursor)
+        }
         known = {name: cursor for name, cursor in known.items() if writer.owner(name) not in lost}
         changes, unreadable = _changes(files, known)
         counted, refused = Counter[str](), list[str]()
         if changes or lost or anew:
             counted, refused = writer.write(target, changes, None if anew else lost)
-    return Counts(counted["plan"], counted["done"], counted["lines"], counted["metrics"], [*unreadable, *refused])
+    return Counts(
+        counted["plan"],
+        counted["done"],
+        counted["lines"],
+        counted["metrics"],
+        [*unreadable, *refused],
+    )
 
 
 def _is_lost(file: File | None, size: int, state: str) -> bool:

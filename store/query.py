@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from store import places
-from store.places import VERSION, Parameters, QueryError, Run, StoreError
+from store import paths as places
+from store.paths import VERSION, Parameters, QueryError, Run, StoreError
 
 if TYPE_CHECKING:
     import duckdb
@@ -42,7 +42,9 @@ def results(experiment: str | None = None, home: Path | None = None) -> pandas.D
         return run(query, [_home_of(run, experiment, home), experiment])
 
 
-def curves(experiment: str | None = None, home: Path | None = None, run: str | None = None) -> pandas.DataFrame:
+def curves(
+    experiment: str | None = None, home: Path | None = None, run: str | None = None
+) -> pandas.DataFrame:
     """The view `curves`, a row a step: of one experiment, of one run, or of all runs of the home. As `results` does."""
     home = home or places.home()
     with _reading(home) as ask:
@@ -54,7 +56,10 @@ def curves(experiment: str | None = None, home: Path | None = None, run: str | N
             runs = [member for member in _members(ask, experiment, own) if run in (None, member)]
         if experiment is not None or run is not None:
             marks = ", ".join("?" * len(runs)) or "NULL"
-            where, params = f"{where} {'AND' if where else 'WHERE'} run_id IN ({marks})", [*params, *runs]
+            where, params = (
+                f"{where} {'AND' if where else 'WHERE'} run_id IN ({marks})",
+                [*params, *runs],
+            )
         return ask(f"SELECT * FROM curves{where} ORDER BY depth, run_id, step", params)  # noqa: S608
 
 
@@ -84,10 +89,16 @@ def _home_of(run: Run, experiment: str, home: Path) -> str:
     if own in homes or len(homes) == 1:
         return own if own in homes else homes[0]
     if not homes:
-        raise QueryError(f"no experiment {experiment!r}; there are {', '.join(dict.fromkeys(names['name'])) or 'none'}")
+        raise QueryError(
+            f"no experiment {experiment!r}; there are {', '.join(dict.fromkeys(names['name'])) or 'none'}"
+        )
     known = run("SELECT home, name FROM homes ORDER BY home", None)
-    of = ", ".join(f"{row['home']} ({row['name']})" for row in known.to_dict("records") if row["home"] in homes)
-    raise QueryError(f"{experiment!r} is an experiment of {of}: `store.sql` can say which, `where home = '{homes[0]}'`")
+    of = ", ".join(
+        f"{row['home']} ({row['name']})" for row in known.to_dict("records") if row["home"] in homes
+    )
+    raise QueryError(
+        f"{experiment!r} is an experiment of {of}: `store.sql` can say which, `where home = '{homes[0]}'`"
+    )
 
 
 @contextmanager
@@ -114,20 +125,28 @@ def _attached(home: Path) -> Iterator[duckdb.DuckDBPyConnection]:
 
     path = places.snapshot(home)
     if not path.exists():
-        raise StoreError(f"{home}: no results yet: `slm sweep` makes some, `slm store rebuild` reads old ones")
+        raise StoreError(
+            f"{home}: no results yet: `slm sweep` makes some, `slm store rebuild` reads old ones"
+        )
     with duckdb.connect(":memory:") as connection:
         try:
             connection.execute(f"ATTACH '{places.quoted(path)}' AS snapshot (READ_ONLY)")
-            connection.execute("USE snapshot; SET enable_external_access = false; SET lock_configuration = true")
+            connection.execute(
+                "USE snapshot; SET enable_external_access = false; SET lock_configuration = true"
+            )
             version = connection.execute("SELECT max(version) FROM schema_version").fetchone()
         except duckdb.Error as error:
             raise places.damaged(path, error) from None
         if version != (VERSION,):
-            raise places.damaged(path, f"it is of another version of the store than this one ({VERSION})")
+            raise places.damaged(
+                path, f"it is of another version of the store than this one ({VERSION})"
+            )
         yield connection
 
 
-def _run(connection: duckdb.DuckDBPyConnection, query: str, params: Parameters | None) -> pandas.DataFrame:
+def _run(
+    connection: duckdb.DuckDBPyConnection, query: str, params: Parameters | None
+) -> pandas.DataFrame:
     with _told():
         return _executed(connection, query, params).df()
 

@@ -10,10 +10,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, CheckConstraint, Connection, Double, Index, Integer, String, insert
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    Connection,
+    Double,
+    Index,
+    Integer,
+    String,
+    insert,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from store.places import VERSION
+from store.paths import VERSION
 
 VIEWS = Path(__file__).parent / "views.sql"
 INFINITY = "cast('infinity' as double precision)"
@@ -21,7 +31,9 @@ INFINITY = "cast('infinity' as double precision)"
 
 def _check(name: str, *columns: str, rule: str) -> CheckConstraint:
     """A rule, `{}` standing for a column, of each of some columns; one that is NULL keeps it."""
-    return CheckConstraint(" and ".join(f"({rule.format(column)})" for column in columns), name=name)
+    return CheckConstraint(
+        " and ".join(f"({rule.format(column)})" for column in columns), name=name
+    )
 
 
 POSITIVE = f"{{0}} > 0 and {{0}} < {INFINITY}"
@@ -31,7 +43,12 @@ POSITIVE = f"{{0}} > 0 and {{0}} < {INFINITY}"
 class Base(DeclarativeBase):
     """Python types to column types."""
 
-    type_annotation_map = {int: BigInteger, float: Double, str: String, dict[str, Any]: JSON(none_as_null=True)}  # noqa: RUF012
+    type_annotation_map = {
+        int: BigInteger,
+        float: Double,
+        str: String,
+        dict[str, Any]: JSON(none_as_null=True),
+    }
 
 
 class SchemaVersion(Base):
@@ -86,8 +103,22 @@ class Run(Base):
 
     __tablename__ = "runs"
     __table_args__ = (
-        _check("positive_horizon", "tokens", "flops", "steps", "tokens_asked", "batch_tokens", rule="{} > 0"),
-        _check("counted_parameters", "parameters_scaling", "parameters_total", "flops_per_token", rule="{} > 0"),
+        _check(
+            "positive_horizon",
+            "tokens",
+            "flops",
+            "steps",
+            "tokens_asked",
+            "batch_tokens",
+            rule="{} > 0",
+        ),
+        _check(
+            "counted_parameters",
+            "parameters_scaling",
+            "parameters_total",
+            "flops_per_token",
+            rule="{} > 0",
+        ),
     )
     home: Mapped[str] = mapped_column(primary_key=True)
     run_id: Mapped[str] = mapped_column(primary_key=True)
@@ -127,7 +158,9 @@ class Attempt(Base):
     """One attempt at a run, and how it ended."""
 
     __tablename__ = "attempts"
-    __table_args__ = (_check("nothing_negative", "ranks", "threads", "estimated_seconds", rule="{} >= 0"),)
+    __table_args__ = (
+        _check("nothing_negative", "ranks", "threads", "estimated_seconds", rule="{} >= 0"),
+    )
     home: Mapped[str] = mapped_column(primary_key=True)
     run_id: Mapped[str] = mapped_column(primary_key=True)
     attempt: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
@@ -180,7 +213,9 @@ class Finished(Base):
     __table_args__ = (
         _check("positive_spending", "step", "tokens", "flops", rule="{} > 0"),
         _check("finished_with_a_value", "val_bpb", "val_loss", rule=POSITIVE),
-        _check("nothing_negative", "train_seconds", "wall_seconds", "peak_memory_bytes", rule="{} >= 0"),
+        _check(
+            "nothing_negative", "train_seconds", "wall_seconds", "peak_memory_bytes", rule="{} >= 0"
+        ),
         _check("core_is_a_share", "core", rule="{} between -1 and 1"),
     )
     home: Mapped[str] = mapped_column(primary_key=True)
@@ -209,8 +244,17 @@ class Evaluation(Base):
     __table_args__ = (
         _check("a_value_where_there_is_one", "val_bpb", "val_loss", "rows", rule=POSITIVE),
         CheckConstraint("metric <> 'val_bpb' or val_bpb is not null", name="val_bpb_with_a_value"),
-        CheckConstraint("position('tasks ' in mode) > 0 or core between -1 and 1", name="core_is_a_share"),
-        _check("nothing_negative", "step", "seconds", "core_error", "core_corrected_error", rule="{} >= 0"),
+        CheckConstraint(
+            "position('tasks ' in mode) > 0 or core between -1 and 1", name="core_is_a_share"
+        ),
+        _check(
+            "nothing_negative",
+            "step",
+            "seconds",
+            "core_error",
+            "core_corrected_error",
+            rule="{} >= 0",
+        ),
     )
     home: Mapped[str] = mapped_column(primary_key=True)
     run_id: Mapped[str] = mapped_column(primary_key=True)
@@ -250,7 +294,15 @@ class EvaluationTask(Base):
     __tablename__ = "evaluation_tasks"
     __table_args__ = (
         _check("shares", "accuracy", "greedy_share", "gold_probability", rule="{} between 0 and 1"),
-        _check("nothing_negative", "examples", "cropped", "skipped", "ties", "standard_error", rule="{} >= 0"),
+        _check(
+            "nothing_negative",
+            "examples",
+            "cropped",
+            "skipped",
+            "ties",
+            "standard_error",
+            rule="{} >= 0",
+        ),
         CheckConstraint("accuracy is not null or error is not null", name="answered_or_why_not"),
     )
     home: Mapped[str] = mapped_column(primary_key=True)
@@ -277,7 +329,9 @@ class EvaluationExample(Base):
     """What a model made of one example; no key, see above."""
 
     __tablename__ = "evaluation_examples"
-    __table_args__ = (Index("examples_of_an_evaluation", "home", "run_id").ddl_if(dialect="postgresql"),)
+    __table_args__ = (
+        Index("examples_of_an_evaluation", "home", "run_id").ddl_if(dialect="postgresql"),
+    )
     __mapper_args__ = {"primary_key": ["home", "run_id", "evaluation", "task", "example"]}  # noqa: RUF012
     home: Mapped[str]
     run_id: Mapped[str]
@@ -334,8 +388,24 @@ class Imported(Base):
         ),
         _check("a_value_where_there_is_one", "val_bpb", "val_loss", "train_loss", rule=POSITIVE),
         _check("core_is_a_share", "core", rule="{} between -1 and 1"),
-        _check("positive", "depth", "batch_tokens", "tokens_asked", "flops_per_token", "ranks", rule="{} > 0"),
-        _check("no_negative_spending", "steps", "tokens", "flops", "train_seconds", "wall_seconds", rule="{} >= 0"),
+        _check(
+            "positive",
+            "depth",
+            "batch_tokens",
+            "tokens_asked",
+            "flops_per_token",
+            "ranks",
+            rule="{} > 0",
+        ),
+        _check(
+            "no_negative_spending",
+            "steps",
+            "tokens",
+            "flops",
+            "train_seconds",
+            "wall_seconds",
+            rule="{} >= 0",
+        ),
         CheckConstraint(
             "status <> 'finished' or (coalesce(steps, 1) > 0 and coalesce(tokens, 1) > 0 and coalesce(flops, 1) > 0)",
             name="finished_with_spending",

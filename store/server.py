@@ -14,8 +14,9 @@ from psycopg.types.string import TextLoader
 from sqlalchemy import Connection, NullPool, create_engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
-from store import places, schema
-from store.places import Parameters, QueryError, Run, StoreError
+from store import paths as places
+from store import schema
+from store.paths import Parameters, QueryError, Run, StoreError
 
 if TYPE_CHECKING:
     import pandas
@@ -39,7 +40,9 @@ def opened(url: str, home: str) -> Iterator[Connection]:
         with connection.begin():
             key = (LOCK << 32) + int(home, 16)
             if not connection.exec_driver_sql(f"SELECT pg_try_advisory_lock({key})").scalar():
-                raise BlockingIOError(f"{_shown(url)}: another process writes home {home}; is there a copy of it?")
+                raise BlockingIOError(
+                    f"{_shown(url)}: another process writes home {home}; is there a copy of it?"
+                )
             if not _is_made(connection):
                 connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK})")
                 if not _is_made(connection):
@@ -86,9 +89,13 @@ def _connected(url: str) -> Iterator[Connection]:
         wait = {"connect_timeout": PATIENCE}
         connection = create_engine(url, poolclass=NullPool, connect_args=wait).connect()
     except (ArgumentError, ValueError):
-        raise StoreError(f"SLM_STORE is no address: write {places.SERVER}USER@HOST/DATABASE") from None
+        raise StoreError(
+            f"SLM_STORE is no address: write {places.SERVER}USER@HOST/DATABASE"
+        ) from None
     except DBAPIError as error:
-        raise StoreError(f"{_shown(url)}: the server does not let us in: {places.first_line(error.orig)}") from None
+        raise StoreError(
+            f"{_shown(url)}: the server does not let us in: {places.first_line(error.orig)}"
+        ) from None
     with connection:
         connection.exec_driver_sql(f"SET search_path TO {SCHEMA}")
         connection.commit()
@@ -124,7 +131,9 @@ def numbered(query: str, params: Parameters | None) -> tuple[str, list[Any]]:
         return f"${used.index(name) + 1}"
 
     text = _TOKEN.sub(number, query)
-    values = named if named is not None else {str(at): value for at, value in enumerate(params or (), 1)}
+    values = (
+        named if named is not None else {str(at): value for at, value in enumerate(params or (), 1)}
+    )
     if set(used) != set(values):
         there, given = (", ".join(map(str, own)) or "none" for own in (used, values))
         raise QueryError(f"the query's parameters are {there}; given are {given}")
@@ -137,7 +146,9 @@ def _run(raw: psycopg.Connection[Any], query: str, params: Parameters | None) ->
         with psycopg.RawCursor(raw) as cursor:
             cursor.execute(text.encode(), values, prepare=True)  # which refuses several statements
             if cursor.description is None:
-                raise QueryError(f"not a query: {places.first_line(query)!r}; the database is read-only")
+                raise QueryError(
+                    f"not a query: {places.first_line(query)!r}; the database is read-only"
+                )
             return _frame(cursor)
     except psycopg.OperationalError as error:
         raise StoreError(f"the server gave up: {places.first_line(error)}") from None
@@ -152,18 +163,28 @@ def _frame(cursor: psycopg.RawCursor[Any]) -> pandas.DataFrame:
     rows = cursor.fetchall()
     columns = cursor.description or []
     series = [
-        _typed(pandas.Series([row[at] for row in rows], dtype=object), own.type_code) for at, own in enumerate(columns)
+        _typed(pandas.Series([row[at] for row in rows], dtype=object), own.type_code)
+        for at, own in enumerate(columns)
     ]
     frame = pandas.concat(series, axis=1)
     frame.columns = [own.name for own in columns]
     return frame
 
 
-_TYPES = {16: ("bool", "boolean"), 20: ("int64", "Int64"), 21: ("int16", "Int16"), 23: ("int32", "Int32")}
+_TYPES = {
+    16: ("bool", "boolean"),
+    20: ("int64", "Int64"),
+    21: ("int16", "Int16"),
+    23: ("int32", "Int32"),
+}
 _TYPES |= dict.fromkeys((700, 701, 1700), ("float64", "float64"))
 """Of booleans, integers and floats by PostgreSQL's numbers: pandas' types without NULLs, and with."""
 
 
 def _typed(values: pandas.Series[Any], type_code: int) -> pandas.Series[Any]:
     dtypes: tuple[Any, Any] | None = _TYPES.get(type_code)
-    return values.infer_objects() if dtypes is None else values.astype(dtypes[bool(values.isna().any())])
+    return (
+        values.infer_objects()
+        if dtypes is None
+        else values.astype(dtypes[bool(values.isna().any())])
+    )

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from store import places, query
+from store import paths as places
+from store import query
 
 if TYPE_CHECKING:
     import pandas
@@ -39,7 +40,9 @@ def reader(home: Path | None = None) -> Iterator[Read]:
             yield lambda sql, params: _as_arrow(run(sql, params))
     else:
         with query._attached(home or places.home()) as connection, query._told():
-            yield lambda sql, params: query._executed(connection, sql, params).to_arrow_reader(BATCH)
+            yield lambda sql, params: query._executed(connection, sql, params).to_arrow_reader(
+                BATCH
+            )
 
 
 def _as_arrow(rows: pandas.DataFrame) -> pyarrow.RecordBatchReader:
@@ -77,7 +80,10 @@ def first(rows: pyarrow.RecordBatchReader, most: int) -> pyarrow.RecordBatchRead
 
 
 def export(
-    home: Path, folder: Path, only: Mapping[str, Sequence[str]] | None, report: Report = lambda done, of: None
+    home: Path,
+    folder: Path,
+    only: Mapping[str, Sequence[str]] | None,
+    report: Report = lambda done, of: None,
 ) -> list[dict[str, Any]]:
     """Write own tables and views as `<name>.parquet`; what each is and its columns mean, in words.
 
@@ -92,9 +98,15 @@ def export(
         for number, name in enumerate(wanted):
             report(number, len(wanted))
             kind, about = columns[name][0]["kind"], {"home": places.identity(home), **(only or {})}
-            rows = write_parquet(read(*_chosen(name, columns[name], about)), folder / f"{name}.parquet")
+            rows = write_parquet(
+                read(*_chosen(name, columns[name], about)), folder / f"{name}.parquet"
+            )
             described = [
-                {"name": column["name"], "type": column["type"], "meaning": meanings.get(name, {}).get(column["name"])}
+                {
+                    "name": column["name"],
+                    "type": column["type"],
+                    "meaning": meanings.get(name, {}).get(column["name"]),
+                }
                 for column in columns[name]
             ]
             tables.append({"name": name, "kind": kind, "rows": rows, "columns": described})
@@ -119,10 +131,14 @@ def _columns(read: Read) -> dict[str, list[dict[str, Any]]]:
 def _about(table: str, columns: Sequence[Mapping[str, Any]]) -> str | None:
     """The column that says what a table's rows are about."""
     names = {column["name"] for column in columns}
-    return "name" if table == "experiments" else next((name for name in ABOUT if name in names), None)
+    return (
+        "name" if table == "experiments" else next((name for name in ABOUT if name in names), None)
+    )
 
 
-def _chosen(table: str, columns: Sequence[Mapping[str, Any]], wanted: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def _chosen(
+    table: str, columns: Sequence[Mapping[str, Any]], wanted: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
     """The query of a table's rows that are wanted, and its parameters."""
     params: dict[str, Any] = {}
     rules = []

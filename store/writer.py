@@ -28,9 +28,10 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import aggregate_order_by
 from sqlalchemy.exc import DBAPIError, InternalError, OperationalError
 
-from store import places, schema
-from store.files import File, Row, Rows
-from store.places import VERSION, quoted
+from store import paths as places
+from store import schema
+from store.documents import File, Row, Rows
+from store.paths import VERSION, quoted
 from store.schema import (
     Attempt,
     Base,
@@ -191,9 +192,13 @@ def _check(connection: Connection, path: Path, home: str) -> None:
     except DBAPIError as error:
         raise places.damaged(path, error.orig) from None
     if version is None or version > VERSION:
-        raise places.damaged(path, f"it was made by a newer version of the store ({version}, this one is {VERSION})")
+        raise places.damaged(
+            path, f"it was made by a newer version of the store ({version}, this one is {VERSION})"
+        )
     if version < VERSION:
-        raise Outdated(f"{path}: made anew from the run folders, it was of version {version} of the store")
+        raise Outdated(
+            f"{path}: made anew from the run folders, it was of version {version} of the store"
+        )
     if {*connection.execute(select(Home.home)).scalars()} - {home}:
         raise Outdated(f"{path}: made anew from the run folders, it was another home's")
 
@@ -213,7 +218,9 @@ def owner(name: str) -> str:
     return name if folder in ("experiments", "fits") else folder + slash
 
 
-def write(to: Target, changes: Sequence[Change], lost: Collection[str] | None = ()) -> tuple[Counter[str], list[str]]:
+def write(
+    to: Target, changes: Sequence[Change], lost: Collection[str] | None = ()
+) -> tuple[Counter[str], list[str]]:
     """Forget the rows of lost owners, or with None all of the home, and write changes; counts, and problems.
 
     A transaction takes a BATCH, and the first forgets.
@@ -237,7 +244,9 @@ def _split(changes: Sequence[Change]) -> tuple[Sequence[Change], Sequence[Change
     return changes[:taken], changes[taken:]
 
 
-def _write_or_halve(to: Target, changes: Sequence[Change], lost: Collection[str] | None = ()) -> Written:
+def _write_or_halve(
+    to: Target, changes: Sequence[Change], lost: Collection[str] | None = ()
+) -> Written:
     """Forget and write in one transaction.
 
     Where the database refuses, each half is written on its own, down to the one file that is to blame.
@@ -257,7 +266,9 @@ def _write_or_halve(to: Target, changes: Sequence[Change], lost: Collection[str]
         _forget(to, lost)
     middle = (len(changes) + 1) // 2
     first, second = (_write_or_halve(to, half) for half in (changes[:middle], changes[middle:]))
-    return Written(first.counts + second.counts, first.problems + second.problems, first.left + second.left)
+    return Written(
+        first.counts + second.counts, first.problems + second.problems, first.left + second.left
+    )
 
 
 def _forget(to: Target, owners: Collection[str] | None) -> None:
@@ -290,7 +301,15 @@ def _rows_of(owner: str, home: str) -> Iterator[tuple[type[Any], ColumnElement[b
     elif folder == "fits":
         yield Fit, Fit.hash == name
     else:
-        for model in (Run, Attempt, Metric, Finished, Evaluation, EvaluationTask, EvaluationExample):
+        for model in (
+            Run,
+            Attempt,
+            Metric,
+            Finished,
+            Evaluation,
+            EvaluationTask,
+            EvaluationExample,
+        ):
             yield model, model.run_id == folder
     yield Cursor, Cursor.file.startswith(owner, autoescape=True)
 
@@ -298,12 +317,27 @@ def _rows_of(owner: str, home: str) -> Iterator[tuple[type[Any], ColumnElement[b
 def _name_experiments(to: Target) -> None:
     """Keep the experiments that have a file, and make those that are imports alone: several may be of one name."""
     read = select(Cursor.file).where(Cursor.home == to.home)
-    swept, imported = (literal("experiments/") + name + ".json" for name in (Experiment.name, Import.experiment))
+    swept, imported = (
+        literal("experiments/") + name + ".json" for name in (Experiment.name, Import.experiment)
+    )
     to.connection.execute(delete(Experiment).where(Experiment.home == to.home, swept.not_in(read)))
-    sources = func.string_agg(Import.source, aggregate_order_by(literal_column("', '"), Import.source))
-    columns = (literal(to.home), Import.experiment, literal("imported from ") + sources, func.min(Import.created))
-    there = select(*columns).where(Import.home == to.home, imported.not_in(read)).group_by(Import.experiment)
-    to.connection.execute(insert(Experiment).from_select(["home", "name", "question", "created"], there))
+    sources = func.string_agg(
+        Import.source, aggregate_order_by(literal_column("', '"), Import.source)
+    )
+    columns = (
+        literal(to.home),
+        Import.experiment,
+        literal("imported from ") + sources,
+        func.min(Import.created),
+    )
+    there = (
+        select(*columns)
+        .where(Import.home == to.home, imported.not_in(read))
+        .group_by(Import.experiment)
+    )
+    to.connection.execute(
+        insert(Experiment).from_select(["home", "name", "question", "created"], there)
+    )
 
 
 def _write(to: Target, changes: Sequence[Change]) -> Written:
@@ -312,13 +346,23 @@ def _write(to: Target, changes: Sequence[Change]) -> Written:
     _write_examples(to, [change.file for change in documents if change.file.kind == "evaluation"])
     counts: Counter[str] = Counter(change.file.kind for change in documents)
     ends = {change.file.name: (change.file.size, change.file.state) for change in documents}
-    read, counted, problems = _write_events(to, [change for change in changes if change.file.kind == "events"])
-    rows = [{"file": name, "offset": at, "state": state} for name, (at, state) in (ends | read).items()]
+    read, counted, problems = _write_events(
+        to, [change for change in changes if change.file.kind == "events"]
+    )
+    rows = [
+        {"file": name, "offset": at, "state": state} for name, (at, state) in (ends | read).items()
+    ]
     _upsert(to, [("cursors", row) for row in rows])
     if counts["experiment"] or counts["import"]:
         _name_experiments(to)
-    ends_of_events = [(change.file, read[change.file.name][0]) for change in changes if change.file.name in read]
-    return Written(counts + counted, problems, [Change(file, at) for file, at in ends_of_events if at < file.size])
+    ends_of_events = [
+        (change.file, read[change.file.name][0]) for change in changes if change.file.name in read
+    ]
+    return Written(
+        counts + counted,
+        problems,
+        [Change(file, at) for file, at in ends_of_events if at < file.size],
+    )
 
 
 def _upsert(to: Target, rows: Rows) -> None:
@@ -330,15 +374,23 @@ def _upsert(to: Target, rows: Rows) -> None:
         table = Base.metadata.tables[name]
         for start in range(0, len(group), CHUNK):
             statement = postgresql.insert(table).values(group[start : start + CHUNK])
-            values = {column: statement.excluded[column] for column in columns if not table.c[column].primary_key}
-            to.connection.execute(statement.on_conflict_do_update(index_elements=table.primary_key, set_=values))
+            values = {
+                column: statement.excluded[column]
+                for column in columns
+                if not table.c[column].primary_key
+            }
+            to.connection.execute(
+                statement.on_conflict_do_update(index_elements=table.primary_key, set_=values)
+            )
 
 
 def _write_examples(to: Target, files: Sequence[File]) -> None:
     """Append the examples of evaluations."""
     if files:
         largest = max(file.size for file in files)
-        to.staging.exec_driver_sql(STAGE_EXAMPLES, (to.home, [str(file.path) for file in files], largest + 1))
+        to.staging.exec_driver_sql(
+            STAGE_EXAMPLES, (to.home, [str(file.path) for file in files], largest + 1)
+        )
         _append(to, "evaluation_examples", EXAMPLES)
 
 
@@ -352,7 +404,9 @@ def _append(to: Target, table: str, query: str) -> int:
 
     path = to.folder / "slm.duckdb.copy"
     try:
-        statement = f"COPY (SELECT {columns} FROM ({query})) TO '{quoted(path)}' (FORMAT csv, HEADER false)"  # noqa: S608
+        statement = (
+            f"COPY (SELECT {columns} FROM ({query})) TO '{quoted(path)}' (FORMAT csv, HEADER false)"  # noqa: S608
+        )
         copied = to.staging.exec_driver_sql(statement)
         server.copy(to.connection, f"COPY {table} ({columns}) FROM STDIN (FORMAT csv)", path)
         return int(copied.scalar() or 0)
@@ -379,10 +433,14 @@ def _write_events(to: Target, changes: Sequence[Change]) -> tuple[Cursors, Count
         metrics = _append(to, "metrics", UNPIVOT)
     finally:
         staging.unlink(missing_ok=True)
-    found = to.staging.exec_driver_sql("SELECT run_id, attempt, count(*) FROM staged GROUP BY run_id, attempt")
+    found = to.staging.exec_driver_sql(
+        "SELECT run_id, attempt, count(*) FROM staged GROUP BY run_id, attempt"
+    )
     good = {(run_id, attempt): count for run_id, attempt, count in found}
     bad = {file: count - good.get((file.owner, file.attempt), 0) for file, count in lines.items()}
-    problems = [f"{file.path}: {n} of {lines[file]} new lines are no events" for file, n in bad.items() if n]
+    problems = [
+        f"{file.path}: {n} of {lines[file]} new lines are no events" for file, n in bad.items() if n
+    ]
     return read, Counter(lines=sum(good.values()), metrics=metrics), problems
 
 

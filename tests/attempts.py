@@ -11,47 +11,67 @@ from typing import Any
 
 import psutil
 
-from slm import events, launch
+from slm import events
 from slm.data import Prepared
-from slm.launch import Slot
-from slm.launch.memory import Memory
+from slm.files import read_json, write_json
+from slm.hardware.slot import Slot
 from slm.plan import Plan, code_fingerprint
 from slm.recipe import Hyperparameters
+from slm.run import make_attempt as add_attempt
+from slm.sweep.micro_batch import MicroBatches
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
 
 
 def plan_of(given: Hyperparameters, prepared: Prepared, seed: int = 0) -> Plan:
     """The plan of one run."""
-    return Plan("test", f"steps={given.steps}", seed, given, prepared.identity(given), code_fingerprint())
+    return Plan(
+        "test", f"steps={given.steps}", seed, given, prepared.identity(given), code_fingerprint()
+    )
 
 
 def make_attempt(home: Path, plan: Plan, prepared: Prepared, **changes: Any) -> Path:
     """The folder of a run's first attempt, its attempt.json for one CPU rank but for the changes."""
     slot = Slot("cpu", 1, 1)
-    rows = Memory().rows(plan.hyperparameters, slot)
-    folder = launch.make_attempt(plan, home, prepared.folder, slot, rows, checkpoint_seconds=1e9)
-    events.write_json(folder / "attempt.json", events.read_json(folder / "attempt.json") | changes)
-    events.write_json(folder.parent.parent / "plan.json", plan.document())
+    rows = MicroBatches().rows(plan.hyperparameters, slot)
+    folder = add_attempt(plan, home, prepared.folder, slot, rows, checkpoint_seconds=1e9)
+    write_json(folder / "attempt.json", read_json(folder / "attempt.json") | changes)
+    write_json(folder.parent.parent / "plan.json", plan.document())
     return folder
 
 
 def torchrun(folder: Path, *options: str) -> list[str]:
     """The command that trains an attempt."""
     logs = f"--log-dir={folder / 'torchrun'}"
-    return [sys.executable, "-m", "torch.distributed.run", *options, logs, "--module", "slm.train", str(folder)]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *options,
+        logs,
+        "--module",
+        "slm.train",
+        str(folder),
+    ]
 
 
 def train(folder: Path, ranks: int) -> subprocess.CompletedProcess[str]:
     """Train an attempt on so many ranks of this machine."""
     return subprocess.run(
-        _here(folder, ranks), env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
+        _here(folder, ranks),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 
 def train_until(folder: Path, ranks: int, event: str) -> None:
     """Train an attempt until it writes an event of a kind, then ask every rank to stop, and wait until it has."""
-    with subprocess.Popen(_here(folder, ranks), env=ENVIRONMENT, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        _here(folder, ranks), env=ENVIRONMENT, stderr=subprocess.DEVNULL
+    ) as process:
         while process.poll() is None and not log(folder, event):
             time.sleep(0.01)
         for worker in psutil.Process(process.pid).children():
@@ -64,4 +84,6 @@ def _here(folder: Path, ranks: int) -> list[str]:
 
 def log(folder: Path, kind: str) -> list[dict[str, Any]]:
     """The events of one kind that an attempt wrote."""
-    return [event for event in events.Reader(folder / "events.jsonl").new() if event["event"] == kind]
+    return [
+        event for event in events.Reader(folder / "events.jsonl").new() if event["event"] == kind
+    ]

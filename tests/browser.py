@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-ARGUMENTS = "--headless --no-sandbox --disable-gpu --hide-scrollbars --remote-debugging-pipe --no-first-run"
+ARGUMENTS = (
+    "--headless --no-sandbox --disable-gpu --hide-scrollbars --remote-debugging-pipe --no-first-run"
+)
 
 
 @dataclass
@@ -58,8 +60,17 @@ class Browser:
     def open(self, path: Path, width: int = 1200, theme: str = "light") -> None:
         """Load a file at a width in CSS pixels, a phone's below 600, in a theme."""
         phone = width < 600
-        self("Emulation.setDeviceMetricsOverride", width=width, height=844, deviceScaleFactor=2, mobile=phone)
-        self("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
+        self(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=844,
+            deviceScaleFactor=2,
+            mobile=phone,
+        )
+        self(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": theme}],
+        )
         self.seen.clear()
         self("Page.navigate", url=path.as_uri())
         while not any(own.get("method") == "Page.loadEventFired" for own in self.seen):
@@ -73,12 +84,19 @@ class Browser:
 
     def complaints(self) -> list[str]:
         """What stood in the console, errors of the page and of its policy included."""
-        names = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Audits.issueAdded")
+        names = (
+            "Log.entryAdded",
+            "Runtime.exceptionThrown",
+            "Runtime.consoleAPICalled",
+            "Audits.issueAdded",
+        )
         return [json.dumps(own["params"]) for own in self.seen if own.get("method") in names]
 
     def requests(self) -> list[str]:
         """What the page asked for, itself included."""
-        asked = [own["params"] for own in self.seen if own.get("method") == "Network.requestWillBeSent"]
+        asked = [
+            own["params"] for own in self.seen if own.get("method") == "Network.requestWillBeSent"
+        ]
         return [own["request"]["url"] for own in asked]
 
     def screenshot(self, path: Path) -> None:
@@ -89,7 +107,11 @@ class Browser:
     def print(self, path: Path) -> None:
         """The page as a PDF."""
         found = self(
-            "Page.printToPDF", printBackground=False, preferCSSPageSize=True, paperWidth=8.27, paperHeight=11.69
+            "Page.printToPDF",
+            printBackground=False,
+            preferCSSPageSize=True,
+            paperWidth=8.27,
+            paperHeight=11.69,
         )
         path.write_bytes(base64.b64decode(found["data"]))
 
@@ -104,8 +126,12 @@ def browser(folder: Path) -> Iterator[Browser]:
     if program is None:
         pytest.skip(f"none of {', '.join(PROGRAMS)} is installed: no page is opened")
     (reads, commands), (answers, writes) = os.pipe(), os.pipe()
-    line = f"exec {program} {ARGUMENTS} --user-data-dir='{folder}' about:blank 3<&{reads} 4>&{writes}"
-    process = subprocess.Popen(["bash", "-c", line], pass_fds=(reads, writes), stderr=subprocess.DEVNULL)
+    line = (
+        f"exec {program} {ARGUMENTS} --user-data-dir='{folder}' about:blank 3<&{reads} 4>&{writes}"
+    )
+    process = subprocess.Popen(
+        ["bash", "-c", line], pass_fds=(reads, writes), stderr=subprocess.DEVNULL
+    )
     os.close(reads)
     os.close(writes)
     try:

@@ -11,11 +11,24 @@ from typing import Any
 import torch
 
 from slm.data.tokenizer import Tokenizer, train_tokenizer
-from slm.model import GPT
-from slm.optim import Optimizer
+from slm.model.gpt import GPT
 from slm.recipe import pocket
+from slm.train.optimizer import Optimizer
 
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven")
+WORDS = (
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+)
 TASKS = {
     "follows": ("multiple_choice", 4, " "),
     "follows_zeroshot": ("multiple_choice", 0, " "),
@@ -41,7 +54,11 @@ def example(kind: str, draw: random.Random) -> dict[str, Any]:
     gold, options = draw.randrange(4), 4 if kind == "multiple_choice" else 2
     if kind == "multiple_choice":
         wrong = [counted(start + words + shift, draw.randrange(1, 5)) for shift in (2, 3, 5)]
-        return {"query": counted(start, words), "choices": [*wrong[:gold], right, *wrong[gold:]], "gold": gold}
+        return {
+            "query": counted(start, words),
+            "choices": [*wrong[:gold], right, *wrong[gold:]],
+            "gold": gold,
+        }
     contexts = [counted(start + shift, words) for shift in (0, draw.randrange(1, 5))]
     gold %= options
     return {"context_options": contexts[:: -1 if gold else 1], "continuation": right, "gold": gold}
@@ -77,14 +94,21 @@ def tokenizer() -> Tokenizer:
 
 def learned(tokenizer: Tokenizer, steps: int = 60) -> GPT:
     """A GPT of three layers, two of them with short windows, that has counted for some steps."""
-    family = replace(pocket, sequence_length=CONTEXT, vocab_size=tokenizer.vocab_size, window_pattern="SSL")
+    family = replace(
+        pocket, sequence_length=CONTEXT, vocab_size=tokenizer.vocab_size, window_pattern="SSL"
+    )
     given = replace(family(3, steps=steps), batch_tokens=8 * CONTEXT)
     model = GPT(given)
     model.initialise(0)
     optimizer, draw = Optimizer(model), random.Random(0)
     for step in range(steps):
-        texts = ["\n\n".join(counted(draw.randrange(12), draw.randrange(3, 15)) for _ in range(40)) for _ in range(8)]
-        ids = torch.tensor([[tokenizer.bos, *own[:CONTEXT]] for own in tokenizer.encode_batch(texts, threads=1)])
+        texts = [
+            "\n\n".join(counted(draw.randrange(12), draw.randrange(3, 15)) for _ in range(40))
+            for _ in range(8)
+        ]
+        ids = torch.tensor(
+            [[tokenizer.bos, *own[:CONTEXT]] for own in tokenizer.encode_batch(texts, threads=1)]
+        )
         optimizer.zero_grad()
         (model.loss(ids[:, :-1], ids[:, 1:]) / given.batch_tokens).backward()
         optimizer.step(step)

@@ -24,16 +24,18 @@ from typing import Any
 import psutil
 
 import store
-from slm import conduct, events, launch
+from slm import events
 from slm.cli.sweep import _ingest
 from slm.experiment import Experiment
-from slm.follow import View
-from slm.launch.local import Local, Machine
-from slm.launch.memory import Memory
+from slm.hardware.runtime import RuntimeModel
+from slm.monitor.follow import View
 from slm.plan import Plan
 from slm.recipe import pocket
-from slm.sweep import Corpora, make_plans, record
-from slm.throughput import Estimates
+from slm.run import checkpoint_step, is_done
+from slm.sweep import orchestrator as conduct
+from slm.sweep.local import Local, Machine
+from slm.sweep.micro_batch import MicroBatches
+from slm.sweep.planning import Corpora, make_plans, record
 
 TWO = Machine("cpu", "test", ("0", "1"), None)
 KINDS = {"trainer": 5, "torchrun": 3, "supervisor": 4, "conductor": 4}
@@ -73,7 +75,9 @@ class Question:
 
     def experiment(self) -> Experiment:
         """As it is declared."""
-        return Experiment("chaos", (pocket,), self.depths, steps=self.steps, seeds=tuple(range(self.seeds)))
+        return Experiment(
+            "chaos", (pocket,), self.depths, steps=self.steps, seeds=tuple(range(self.seeds))
+        )
 
     def arguments(self) -> list[str]:
         """As it is typed."""
@@ -83,7 +87,9 @@ class Question:
     def plans(self, home: Path) -> tuple[Corpora, list[Plan]]:
         """Its plans, and the data they were made from."""
         corpora = Corpora(self.experiment(), home)
-        return corpora, make_plans(self.experiment(), lambda asked: corpora.prepare(asked, lambda line: None))
+        return corpora, make_plans(
+            self.experiment(), lambda asked: corpora.prepare(asked, lambda line: None)
+        )
 
 
 @dataclass
@@ -129,13 +135,13 @@ class Lines:
 def conduct_sweep(home: Path, question: Question, view: View | None = None) -> conduct.Outcome:
     """What `slm sweep` does, in two slots, with quick checkpoints and looks."""
     corpora, plans = question.plans(home)
-    with conduct.conducting(home) as ours:
+    with conduct.sweep_lock(home) as ours:
         if not ours:
             sys.exit(f"process {conduct.conductor(home)} conducts")
         record(question.experiment(), plans, home)
-        launcher = Local(TWO, (1,), Estimates(home), Memory())
+        launcher = Local(TWO, (1,), RuntimeModel(home), MicroBatches())
         ingest, pause = partial(_ingest, home), CHECKPOINT_SECONDS
-        return conduct.Conductor(
+        return conduct.Orchestrator(
             plans, corpora.of, home, launcher, view or Lines(), ingest, pause, poll_seconds=0.1
         ).run()
 
@@ -143,7 +149,14 @@ def conduct_sweep(home: Path, question: Question, view: View | None = None) -> c
 def start(home: Path, question: Question) -> subprocess.Popen[bytes]:
     """The conductor as a process of its own; what it says goes to HOME.log."""
     with home.with_name(f"{home.name}.log").open("ab") as log:
-        command = [sys.executable, "-m", "tests.chaos", str(home), "--conduct", *question.arguments()]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.chaos",
+            str(home),
+            "--conduct",
+            *question.arguments(),
+        ]
         return subprocess.Popen(command, stdout=log, stderr=log)
 
 
@@ -162,7 +175,7 @@ def alive(home: Path) -> dict[str, list[psutil.Process]]:
 
 _NAMES = {
     "--conduct": "conductor",
-    "slm.launch.supervisor": "supervisor",
+    "slm.sweep.supervisor": "supervisor",
     "torch.distributed.run": "torchrun",
     "slm.train": "trainer",
 }
@@ -189,7 +202,7 @@ def disturb(
     try:
         while True:
             if conductor is None or conductor.poll() is not None:
-                if all(launch.is_done(home / plan.run_id) for plan in plans):
+                if all(is_done(home / plan.run_id) for plan in plans):
                     break
                 conductor, tally.typed = start(home, question), tally.typed + 1
             if time.monotonic() - began > patience:
@@ -197,7 +210,12 @@ def disturb(
             done = progress(home, plans)
             if disk and done >= spell:
                 tally.spells, spell = tally.spells + fill(disk), 2.0
-            if left and done >= left[0][0] and time.monotonic() > again and kill(home, left[0][1], draw, tally):
+            if (
+                left
+                and done >= left[0][0]
+                and time.monotonic() > again
+                and kill(home, left[0][1], draw, tally)
+            ):
                 left.pop(0)
                 again = time.monotonic() + draw.uniform(0, pause)
             look(home, tally)
@@ -214,7 +232,10 @@ def progress(home: Path, plans: Sequence[Plan]) -> float:
     """Share of the steps of all runs that is kept in checkpoints, or done."""
     steps = [plan.hyperparameters.steps for plan in plans]
     folders = [home / plan.run_id for plan in plans]
-    kept = [all_of if launch.is_done(folder) else launch.steps_kept(folder) for folder, all_of in zip(folders, steps)]
+    kept = [
+        all_of if is_done(folder) else checkpoint_step(folder)
+        for folder, all_of in zip(folders, steps)
+    ]
     return sum(kept) / sum(steps)
 
 
@@ -259,7 +280,7 @@ def look(home: Path, tally: Tally) -> None:
         assert len({row["run_id"] for row in rows}) == len(rows)
         for row in rows:
             assert row["measured"] == (5 if row["status"] == "finished" else 0), row
-            assert row["status"] != "finished" or launch.is_done(home / row["run_id"]), row
+            assert row["status"] != "finished" or is_done(home / row["run_id"]), row
             tally.values += row["status"] == "finished"
 
 
@@ -267,7 +288,8 @@ def results(home: Path) -> list[dict[str, Any]]:
     """What a sweep measured, by the store."""
     store.ingest(home)
     return [
-        {str(name): value for name, value in row.items()} for row in store.sql(RESULTS, home=home).to_dict("records")
+        {str(name): value for name, value in row.items()}
+        for row in store.sql(RESULTS, home=home).to_dict("records")
     ]
 
 
@@ -277,13 +299,28 @@ def check_events(home: Path) -> int:
     for path in home.glob("*/attempts/[0-9]*/events.jsonl"):
         for event in events.Reader(path).new():
             lines += 1
-            key = (path.parents[2].name, int(path.parent.name), event.pop("event"), event.pop("time"))
+            key = (
+                path.parents[2].name,
+                int(path.parent.name),
+                event.pop("event"),
+                event.pop("time"),
+            )
             step = event.pop("step", None)
             numbers = {name: value for name, value in event.items() if type(value) in (int, float)}
-            written.update((*key, step, name, float(value)) for name, value in numbers.items() if step is not None)
+            written.update(
+                (*key, step, name, float(value))
+                for name, value in numbers.items()
+                if step is not None
+            )
     columns = "run_id, attempt, event, time, step, name, value"
-    stored = Counter(store.sql(f"select {columns} from metrics", home=home).itertuples(index=False, name=None))
-    assert stored == written, (len(stored), len(written), list((stored - written) + (written - stored))[:5])
+    stored = Counter(
+        store.sql(f"select {columns} from metrics", home=home).itertuples(index=False, name=None)
+    )
+    assert stored == written, (
+        len(stored),
+        len(written),
+        list((stored - written) + (written - stored))[:5],
+    )
     return lines
 
 
@@ -331,7 +368,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--disk", type=Path, help="Mount point of a small disk that holds HOME: it is filled half-way.")
+    parser.add_argument(
+        "--disk",
+        type=Path,
+        help="Mount point of a small disk that holds HOME: it is filled half-way.",
+    )
     given = parser.parse_args()
     question = Question(tuple(map(int, given.depths.split(","))), given.seeds, given.steps)
     if given.conduct:

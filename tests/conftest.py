@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as the command line does, and before numpy reads it
+os.environ.setdefault(
+    "OPENBLAS_NUM_THREADS", "1"
+)  # as the command line does, and before numpy reads it
 
 from slm.data import Prepared, prepare
 from slm.recipe import pocket
@@ -77,11 +79,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def slm(*arguments: str, home: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def slm(
+    *arguments: str, home: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
     env = {**os.environ, **({"SLM_HOME": str(home)} if home else {}), **environment}
     command = [sys.executable, "-c", "from slm.cli import main; main()", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=env, timeout=300, check=False
+    )
 
 
 @pytest.fixture

@@ -38,9 +38,19 @@ def home_of(
         plan = Plan(asked.recipe, asked.horizon, asked.seed, asked.hyperparameters, data, code)
         luck = np.random.default_rng(int(plan.run_id, 16)).standard_normal()
         measured = core(asked.hyperparameters) if core else None
-        _finish(home / plan.run_id, plan, loss(asked.hyperparameters) * float(np.exp(noise * luck)), measured)
+        _finish(
+            home / plan.run_id,
+            plan,
+            loss(asked.hyperparameters) * float(np.exp(noise * luck)),
+            measured,
+        )
         runs.append(plan.run_id)
-    document = {"name": experiment.name, "question": "", "declared": experiment.declared(), "runs": runs}
+    document = {
+        "name": experiment.name,
+        "question": "",
+        "declared": experiment.declared(),
+        "runs": runs,
+    }
     _write(home / "experiments" / f"{experiment.name}.json", document | {"created": 1.0})
     return home
 
@@ -48,13 +58,41 @@ def home_of(
 def _finish(folder: Path, plan: Plan, loss: float, core: float | None) -> None:
     given = plan.hyperparameters
     seconds = given.flops / 1e10
-    attempt = {"attempt": 1, "created": 1.0, "launcher": "local", "host": "h", "platform": "p", "python": "3.11"}
-    attempt |= {"versions": {}, "commit": "abc", "diff": None, "device": "cuda", "device_name": "NVIDIA H100 80GB HBM3"}
+    attempt = {
+        "attempt": 1,
+        "created": 1.0,
+        "launcher": "local",
+        "host": "h",
+        "platform": "p",
+        "python": "3.11",
+    }
+    attempt |= {
+        "versions": {},
+        "commit": "abc",
+        "diff": None,
+        "device": "cuda",
+        "device_name": "NVIDIA H100 80GB HBM3",
+    }
     attempt |= {"ranks": 2, "threads": 1, "micro_batch": 4}
     done: dict[str, Any] = {"run_id": plan.run_id, "attempt": 1, "time": 20.0, "step": given.steps}
-    done |= {"tokens": given.tokens, "flops": given.flops, "val_bpb": loss, "val_loss": 1.7 * loss, "train_loss": 2.0}
-    done |= {"core": core, "train_seconds": seconds, "wall_seconds": seconds + 5, "weights_sha256": "w"}
-    done |= {"tokens_per_second": given.tokens / seconds, "flops_per_second": 1e10, "peak_memory_bytes": 7}
+    done |= {
+        "tokens": given.tokens,
+        "flops": given.flops,
+        "val_bpb": loss,
+        "val_loss": 1.7 * loss,
+        "train_loss": 2.0,
+    }
+    done |= {
+        "core": core,
+        "train_seconds": seconds,
+        "wall_seconds": seconds + 5,
+        "weights_sha256": "w",
+    }
+    done |= {
+        "tokens_per_second": given.tokens / seconds,
+        "flops_per_second": 1e10,
+        "peak_memory_bytes": 7,
+    }
     _write(folder / "plan.json", plan.document())
     _write(folder / "attempts" / "001" / "attempt.json", attempt)
     (folder / "attempts" / "001" / "events.jsonl").write_text(_events(given, loss))
@@ -66,8 +104,17 @@ def _events(given: Hyperparameters, loss: float) -> str:
     lines = []
     for step in steps:
         tokens = step * given.batch_tokens
-        event: dict[str, Any] = {"event": "train", "time": 10.0 + step, "step": step, "tokens": tokens, "lr": 1.0}
-        event |= {"flops": tokens * given.flops_per_token, "loss": 1.7 * loss * (given.steps / step) ** 0.1}
+        event: dict[str, Any] = {
+            "event": "train",
+            "time": 10.0 + step,
+            "step": step,
+            "tokens": tokens,
+            "lr": 1.0,
+        }
+        event |= {
+            "flops": tokens * given.flops_per_token,
+            "loss": 1.7 * loss * (given.steps / step) ** 0.1,
+        }
         lines.append(json.dumps(event | {"tokens_per_second": 5.0, "train_seconds": 0.5 * step}))
     return "\n".join(lines) + "\n"
 

@@ -82,13 +82,17 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             elif found := re.fullmatch(rf"/api/datasets/{hub.repo}/tree/[^/]+/?(.*)", path):
                 self._listing(found[1], int(parse_qs(url.query).get("cursor", ["0"])[0]))
             elif re.fullmatch(rf"/api/datasets/{hub.repo}(/revision/[^/]+)?", path):
-                self._send(200, json.dumps({"id": hub.repo, "sha": COMMIT, "siblings": []}).encode())
+                self._send(
+                    200, json.dumps({"id": hub.repo, "sha": COMMIT, "siblings": []}).encode()
+                )
             else:
                 self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
 
         def _listing(self, below: str, first: int) -> None:
             entries = hub.entries(below)
-            more = {"Link": f'<{hub.url}{urlsplit(self.path).path}?cursor={first + PAGE}>; rel="next"'}
+            more = {
+                "Link": f'<{hub.url}{urlsplit(self.path).path}?cursor={first + PAGE}>; rel="next"'
+            }
             page = json.dumps(entries[first : first + PAGE]).encode()
             self._send(200, page, more if first + PAGE < len(entries) else {})
 
@@ -97,13 +101,18 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
                 return
             headers = {"X-Repo-Commit": COMMIT, "X-Linked-Size": str(len(hub.files[name]))}
-            headers |= {"X-Linked-Etag": f'"{hub.listed[name]}"', "Location": f"{hub.elsewhere}/cdn/{name}"}
+            headers |= {
+                "X-Linked-Etag": f'"{hub.listed[name]}"',
+                "Location": f"{hub.elsewhere}/cdn/{name}",
+            }
             self._send(302, b"", headers)
 
         def _content(self, name: str, body: bool) -> None:
             content = hub.files[name]
             if not body:
-                self._send(200, b"", {"Content-Length": str(len(content)), "Accept-Ranges": "bytes"})
+                self._send(
+                    200, b"", {"Content-Length": str(len(content)), "Accept-Ranges": "bytes"}
+                )
                 return
             hub.asked[name] += 1
             if hub.busy[name]:
@@ -113,18 +122,30 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if hub.damaged[name]:
                 hub.damaged[name] -= 1
                 content = content[:-9] + b"damaged!!"
-            first = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
-            ranged = {"Content-Range": f"bytes {first}-{len(content) - 1}/{len(content)}"} if first else {}
+            first = int(
+                (self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0]
+            )
+            ranged = (
+                {"Content-Range": f"bytes {first}-{len(content) - 1}/{len(content)}"}
+                if first
+                else {}
+            )
             cut = len(content) // 2 if hub.cut[name] and not first else len(content)
             hub.cut[name] -= cut < len(content)
             hub.sent[name] += cut - first
             self._send(206 if first else 200, content[first:cut], ranged, len(content) - first)
 
         def _send(
-            self, status: int, body: bytes, headers: dict[str, str] | None = None, length: int | None = None
+            self,
+            status: int,
+            body: bytes,
+            headers: dict[str, str] | None = None,
+            length: int | None = None,
         ) -> None:
             self.send_response(status)
-            given = {"Content-Length": str(len(body) if length is None else length)} | (headers or {})
+            given = {"Content-Length": str(len(body) if length is None else length)} | (
+                headers or {}
+            )
             for name, value in given.items():
                 self.send_header(name, value)
             self.end_headers()
@@ -152,4 +173,9 @@ def serving(hub: Hub) -> Iterator[Hub]:
 
 def environment(hub: Hub, cache: Path) -> dict[str, str]:
     """What a process needs to talk to this hub alone."""
-    return {"HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(cache),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }

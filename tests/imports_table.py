@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from slm import imports
+from slm.exchange import importers as imports
 
 
 def lines(folder: Path) -> Iterator[str]:
@@ -27,10 +27,14 @@ def _outcome(path: Path) -> str:
     except ValueError as error:
         return f"refused: {str(error).removeprefix(f'{path}: ')}"
     usable = sum(found.usable(row) for row in found.rows)
-    defects = ", ".join(f"{code} {count}" for code, count in Counter(one.code for one in found.defects).items())
+    defects = ", ".join(
+        f"{code} {count}" for code, count in Counter(one.code for one in found.defects).items()
+    )
     return f"{found.format}, {usable} of {len(found.rows)} rows usable{f'; {defects}' if defects else ''}"
 
 
 if __name__ == "__main__":
-    root = Path(sys.argv[1] if len(sys.argv) > 1 else f"{os.environ['SLM_REFERENCE']}/data/nanochat")
+    root = Path(
+        sys.argv[1] if len(sys.argv) > 1 else f"{os.environ['SLM_REFERENCE']}/data/nanochat"
+    )
     sys.stdout.writelines(f"{line}\n" for line in lines(root))

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch.autograd.profiler import profile
 
-from slm.estimate import EVALUATION_TOKENS, peak_memory
-from slm.launch.supervisor import ALLOCATOR
-from slm.model import GPT
-from slm.optim import Optimizer
+from slm.hardware.memory import EVALUATION_TOKENS, peak_memory
+from slm.model.gpt import GPT
 from slm.recipe import Hyperparameters, nanochat
+from slm.sweep.supervisor import ALLOCATOR
+from slm.train.optimizer import Optimizer
 
 GIVING = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
 """glibc returns at once what torch does: a process is then its tensors."""
@@ -99,7 +99,9 @@ def process_peak(given: Hyperparameters, rows: int) -> int:
     """Bytes of a process's memory over what it held before the model was built."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     step(given, rows)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - pages * resource.getpagesize()
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - pages * resource.getpagesize()
+    )
 
 
 def main() -> None:
@@ -108,7 +110,9 @@ def main() -> None:
         measure = {"tensors": tensor_peak, "process": process_peak}[sys.argv[1]]
         print(measure(*SHAPES[int(sys.argv[2])]))
         return
-    print("depth width vocab context long rows  estimate   tensors    giving   keeping (MB; giving, keeping: process)")
+    print(
+        "depth width vocab context long rows  estimate   tensors    giving   keeping (MB; giving, keeping: process)"
+    )
     for place, (given, rows) in enumerate(SHAPES):
         long = given.windows.count(given.sequence_length)
         sizes = [peak_memory(given, rows, "cpu"), _alone("tensors", place, {})]
@@ -119,7 +123,9 @@ def main() -> None:
 
 def _alone(kind: str, place: int, malloc: dict[str, str]) -> int:
     command = [sys.executable, "-m", "tests.memory", kind, str(place)]
-    result = subprocess.run(command, env=os.environ | malloc, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        command, env=os.environ | malloc, capture_output=True, text=True, check=True
+    )
     return int(result.stdout)
 
 

@@ -12,26 +12,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slm.evaluate.bundle import Task
-from slm.evaluate.tasks import Encoder
+from slm.evaluate.prompts import Encoder
 
 Logits = Callable[[Tensor], Tensor]
 
 
 def decide(
-    task: Task, data: list[dict[str, Any]], index: int, tokenizer: Encoder, logits: Logits, context: int | None
+    task: Task,
+    data: list[dict[str, Any]],
+    index: int,
+    tokenizer: Encoder,
+    logits: Logits,
+    context: int | None,
 ) -> dict[str, Any]:
     """Prompts' lengths, spans, losses and the decision on example `index` of shuffled and cut data."""
     rng = random.Random(1234 + index)
     shots = [data[i] for i in rng.sample([i for i in range(len(data)) if i != index], task.shots)]
     item, gap = data[index], task.delimiter
     if task.kind == "multiple_choice":
-        shown = "".join(f"{shot['query']}{gap}{shot['choices'][shot['gold']]}\n\n" for shot in shots)
+        shown = "".join(
+            f"{shot['query']}{gap}{shot['choices'][shot['gold']]}\n\n" for shot in shots
+        )
         prompts = [shown + item["query"] + gap + choice for choice in item["choices"]]
     elif task.kind == "schema":
-        shown = "".join(f"{shot['context_options'][shot['gold']]}{gap}{shot['continuation']}\n\n" for shot in shots)
-        prompts = [shown + option + gap + item["continuation"] for option in item["context_options"]]
+        shown = "".join(
+            f"{shot['context_options'][shot['gold']]}{gap}{shot['continuation']}\n\n"
+            for shot in shots
+        )
+        prompts = [
+            shown + option + gap + item["continuation"] for option in item["context_options"]
+        ]
     else:
-        shown = "".join(f"{shot['context'].strip()}{gap}{shot['continuation']}\n\n" for shot in shots)
+        shown = "".join(
+            f"{shot['context'].strip()}{gap}{shot['continuation']}\n\n" for shot in shots
+        )
         without = shown + item["context"].strip() + gap
         prompts = [without.strip(), without + item["continuation"]]
     rows = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
@@ -43,7 +57,9 @@ def decide(
     starts = [start - crop for start, crop in zip(starts, crops)]
     if any(start < 1 <= len(row) - start for row, start in zip(rows, starts)):
         return {"starts": starts, "ends": [len(row) for row in rows]}
-    return {"starts": starts, "ends": [len(row) for row in rows]} | _judged(task, item, rows, starts, logits)
+    return {"starts": starts, "ends": [len(row) for row in rows]} | _judged(
+        task, item, rows, starts, logits
+    )
 
 
 def _start(kind: str, rows: list[list[int]], row: list[int]) -> int:

@@ -44,7 +44,9 @@ def logits(given: Hyperparameters, pattern: str, parameters: Parameters, ids: Te
     return torch.stack([_row(given, seen, parameters, row) for row in ids])
 
 
-def losses(given: Hyperparameters, pattern: str, parameters: Parameters, ids: Tensor, targets: Tensor) -> Tensor:
+def losses(
+    given: Hyperparameters, pattern: str, parameters: Parameters, ids: Tensor, targets: Tensor
+) -> Tensor:
     """Minus the log probability of every target (B, T)."""
     scores = logits(given, pattern, parameters, ids)
     return scores.exp().sum(-1).log() - scores.gather(-1, targets[..., None])[..., 0]
@@ -65,7 +67,9 @@ def _row(given: Hyperparameters, seen: list[int], p: Parameters, ids: Tensor) ->
     return 15 * torch.tanh(norm(x - p["backout"] * middle) @ p["lm_head"].T / 15)
 
 
-def _attention(given: Hyperparameters, p: Parameters, layer: int, x: Tensor, ids: Tensor, window: int) -> Tensor:
+def _attention(
+    given: Hyperparameters, p: Parameters, layer: int, x: Tensor, ids: Tensor, window: int
+) -> Tensor:
     """The heads of one layer side by side (T, d), from the normed stream."""
     place = torch.arange(len(x))
     age = place[:, None] - place[None, :]
@@ -91,7 +95,9 @@ def norm(x: Tensor) -> Tensor:
 
 def rotation(length: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """Cosine and sine (T, q/2): pair i of a head turns by 100000^(-2i/q) a token."""
-    speed = torch.tensor([100_000 ** (-2 * pair / head_dim) for pair in range(head_dim // 2)], dtype=torch.float64)
+    speed = torch.tensor(
+        [100_000 ** (-2 * pair / head_dim) for pair in range(head_dim // 2)], dtype=torch.float64
+    )
     angle = torch.arange(length)[:, None] * speed
     return angle.cos(), angle.sin()
 
@@ -159,7 +165,9 @@ class Optimiser:
 
         across = 1 if rows >= columns else 0
         square = (update**2).mean(across, keepdim=True)
-        self.second[name] = self.given.matrix_beta2 * self.second[name] + (1 - self.given.matrix_beta2) * square
+        self.second[name] = (
+            self.given.matrix_beta2 * self.second[name] + (1 - self.given.matrix_beta2) * square
+        )
         reduced = torch.where(update == 0, 0, update / torch.sqrt(self.second[name]))
         reduced = reduced * update.norm() / reduced.norm()
 

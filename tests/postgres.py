@@ -30,7 +30,9 @@ def why_not() -> str | None:
 
 def _binaries() -> Path | None:
     found = shutil.which("initdb")
-    debian = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
+    debian = sorted(
+        Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3])
+    )
     return Path(found).parent if found else debian[-1].parent if debian else None
 
 
@@ -39,17 +41,28 @@ def server() -> Iterator[str]:
     """The folder of the socket of a server that runs meanwhile; it lets everyone in as `slm`."""
     binaries, account = _binaries(), ACCOUNT if os.geteuid() == 0 else None
     assert binaries is not None
-    folder = Path(tempfile.mkdtemp(prefix="slm-postgres-"))  # pytest's own lies below a folder that is root's alone
+    folder = Path(
+        tempfile.mkdtemp(prefix="slm-postgres-")
+    )  # pytest's own lies below a folder that is root's alone
     if account:
         shutil.chown(folder, account, account)
 
     def run(name: str, *arguments: str) -> None:
         group = {"user": account, "group": account, "extra_groups": []} if account else {}
         command = [str(binaries / name), "-D", str(folder / "data"), *arguments]
-        subprocess.run(command, check=True, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, **group)  # type: ignore[call-overload]
+        subprocess.run(
+            command,
+            check=True,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            **group,
+        )  # type: ignore[call-overload]
 
     try:
-        run("initdb", "--no-sync", "--auth=trust", "--username=slm", "--locale=C", "--encoding=UTF8")
+        run(
+            "initdb", "--no-sync", "--auth=trust", "--username=slm", "--locale=C", "--encoding=UTF8"
+        )
         run("pg_ctl", "start", "-w", "-l", str(folder / "log"), "-o", f"{SETTINGS} -k {folder}")
         yield str(folder)
         run("pg_ctl", "stop", "-m", "immediate")

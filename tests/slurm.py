@@ -68,8 +68,17 @@ def cluster(folder: Path, nodes: int = 2, cpus: int = 1) -> Iterator[None]:
     os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
     with ExitStack() as daemons:
         daemons.callback(_restore, before)
-        munged = ("--foreground", "--force", f"--key-file={folder}/munge.key", f"--socket={folder}/munge.socket")
-        files = (f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log", f"--seed-file={folder}/seed")
+        munged = (
+            "--foreground",
+            "--force",
+            f"--key-file={folder}/munge.key",
+            f"--socket={folder}/munge.socket",
+        )
+        files = (
+            f"--pid-file={folder}/munged.pid",
+            f"--log-file={folder}/munged.log",
+            f"--seed-file={folder}/seed",
+        )
         daemons.enter_context(_daemon("munged", *munged, *files))
         _wait("munge", "-S", f"{folder}/munge.socket", "-n")
         daemons.enter_context(_daemon("slurmctld", "-D"))
@@ -93,14 +102,18 @@ def _configure(folder: Path, nodes: int, cpus: int) -> None:
     for number, own in enumerate(ports, start=1):
         text += NODE.format(name=f"n{number}", host=host, port=own, cpus=cpus)
     (folder / "slurm.conf").write_text(text)
-    version = subprocess.run(["slurmd", "-V"], capture_output=True, text=True, check=True, env=_environment()).stdout
+    version = subprocess.run(
+        ["slurmd", "-V"], capture_output=True, text=True, check=True, env=_environment()
+    ).stdout
     old = version.split()[1] < "23.11"  # before, some plugin had to be loaded
     (folder / "cgroup.conf").write_text(f"CgroupPlugin={'cgroup/v1' if old else 'disabled'}\n")
 
 
 def _free_ports(count: int) -> list[int]:
     with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        sockets = [
+            stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)
+        ]
         return [one.getsockname()[1] for one in sockets]
 
 
@@ -111,7 +124,9 @@ def _environment() -> dict[str, str]:
 @contextmanager
 def _daemon(*command: str) -> Iterator[None]:
     quiet = subprocess.DEVNULL
-    with subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, env=_environment()) as process:
+    with subprocess.Popen(
+        command, stdin=quiet, stdout=quiet, stderr=quiet, env=_environment()
+    ) as process:
         try:
             yield
         finally:
@@ -122,13 +137,17 @@ def _wait(*command: str) -> None:
     """Until a command succeeds."""
     deadline = time.monotonic() + 30
     while subprocess.run(command, capture_output=True, check=False, env=_environment()).returncode:
-        assert time.monotonic() < deadline, f"{' '.join(command)}: not in 30 s; see the logs beside $SLURM_CONF"
+        assert time.monotonic() < deadline, (
+            f"{' '.join(command)}: not in 30 s; see the logs beside $SLURM_CONF"
+        )
         time.sleep(0.1)
 
 
 def _empty() -> None:
     """End what is left of jobs, and wait until no process of theirs is."""
-    steps = [process for process in psutil.process_iter(["name"]) if process.info["name"] == "slurmstepd"]
+    steps = [
+        process for process in psutil.process_iter(["name"]) if process.info["name"] == "slurmstepd"
+    ]
     subprocess.run(["scancel", "--me"], check=False)
     psutil.wait_procs(steps, timeout=20)
 

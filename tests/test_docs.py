@@ -17,7 +17,10 @@ README = (ROOT / "README.md").read_text()
 
 def commands(of: typer.Typer, prefix: str = "slm") -> dict[str, str]:
     """Every command with the first line of its help."""
-    found = {f"{prefix} {command.name}": (command.callback.__doc__ or "").strip() for command in of.registered_commands}
+    found = {
+        f"{prefix} {command.name}": (command.callback.__doc__ or "").strip()
+        for command in of.registered_commands
+    }
     for group in of.registered_groups:
         found |= commands(group.typer_instance, f"{prefix} {group.name}")
     return found
@@ -49,14 +52,19 @@ def test_every_image_of_the_readme_is_there_and_no_placeholder_is_left() -> None
 
 
 def test_make_lists_every_target_with_what_it_does() -> None:
-    listed = subprocess.run(["make", "-C", str(ROOT)], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["make", "-C", str(ROOT)], capture_output=True, text=True, check=True
+    ).stdout
     targets = "install demo check test bench soak calibrate reproduce notebooks wheel-check"
     for target in targets.split():
         assert re.search(rf"make {target} +\w+", listed), target
 
 
 def test_every_experiment_is_in_the_experiments_readme_and_the_log() -> None:
-    listed, log = (ROOT / "experiments" / "README.md").read_text(), (ROOT / "experiments" / "LOG.md").read_text()
+    listed, log = (
+        (ROOT / "experiments" / "README.md").read_text(),
+        (ROOT / "experiments" / "LOG.md").read_text(),
+    )
     for path in (ROOT / "experiments").glob("*.py"):
         assert f"`{path.name}`" in listed
         assert f"`{path.name}`" in log
@@ -67,4 +75,8 @@ def test_the_lock_pins_torch_without_hashes_and_names_no_index() -> None:
     assert re.search(r"^torch==[\d.]+$", lock, re.M)
     assert "://" not in lock
     assert "index" not in lock
-    assert all("--hash=" in block for block in re.split(r"\n(?=\S)", lock.strip()) if not block.startswith("torch=="))
+    assert all(
+        "--hash=" in block
+        for block in re.split(r"\n(?=\S)", lock.strip())
+        if not block.startswith("torch==")
+    )

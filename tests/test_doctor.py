@@ -16,15 +16,16 @@ from typing import Any
 import pytest
 
 import store
-from slm import doctor, locks
+from slm import doctor
 from slm.data import Prepared
 from slm.doctor import Finding
 from slm.experiment import Experiment
-from slm.launch import Slot
+from slm.files import hold_lock
+from slm.hardware.slot import Slot
 from slm.recipe import nanochat, pocket
 from tests.bundles import write as write_bundle
+from tests.cli.test_fit_curves import refusal, slm
 from tests.homes import home_of
-from tests.test_curves_cli import refusal, slm
 
 LITTLE = Experiment("little", (pocket,), (2,))
 
@@ -40,13 +41,19 @@ def test_this_python_and_its_packages_are_as_needed() -> None:
 
 def test_a_package_of_another_version_or_none_is_named_with_the_range() -> None:
     assert (doctor.wrong_version("numpy", "<1") or "").endswith("slm wants <1")
-    assert doctor.wrong_version("no-such-thing", ">=2") == "no-such-thing is not installed, slm wants >=2"
+    assert (
+        doctor.wrong_version("no-such-thing", ">=2")
+        == "no-such-thing is not installed, slm wants >=2"
+    )
     assert doctor.wrong_version("numpy", ">=1") is None
 
 
 def test_a_home_that_cannot_be_written_is_a_problem(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    places = [tmp_path / "file" / "runs", *([Path("/sys/kernel")] if Path("/sys/kernel").is_dir() else [])]
+    places = [
+        tmp_path / "file" / "runs",
+        *([Path("/sys/kernel")] if Path("/sys/kernel").is_dir() else []),
+    ]
     for home in places:
         found = only(doctor.writable(home))
         assert (found.state, "SLM_HOME names another" in found.message) == ("problem", True)
@@ -55,7 +62,9 @@ def test_a_home_that_cannot_be_written_is_a_problem(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing is left"
 
 
-def test_locks_that_do_not_keep_others_out_are_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_locks_that_do_not_keep_others_out_are_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(*_: Any) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -67,12 +76,14 @@ def test_locks_that_do_not_keep_others_out_are_a_problem(tmp_path: Path, monkeyp
 
 
 def test_who_holds_the_home_is_named(tmp_path: Path) -> None:
-    with locks.hold(tmp_path / "sweep.lock") or pytest.fail("held"):
+    with hold_lock(tmp_path / "sweep.lock") or pytest.fail("held"):
         (_, found) = doctor.locking(tmp_path)
     assert found.message.startswith(f"process {os.getpid()} conducts a sweep")
 
 
-def test_a_network_file_system_is_told_to_need_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_file_system_is_told_to_need_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(doctor, "file_system", lambda home: "nfs4")
     assert only(doctor.locking(tmp_path)).state == "note"
 
@@ -97,10 +108,16 @@ def test_a_server_that_does_not_answer_is_a_problem_and_its_password_a_secret(
     for address, said in ((nowhere, "refused"), ("mysql://me:secret@h", "mysql")):
         monkeypatch.setenv("SLM_STORE", address)
         found = only(doctor.database(tmp_path))
-        assert (found.state, said in found.message, "secret" in found.message) == ("problem", True, False)
+        assert (found.state, said in found.message, "secret" in found.message) == (
+            "problem",
+            True,
+            False,
+        )
 
 
-def test_a_server_that_answers_is_told_to_hold_the_files_or_not_yet(tmp_path: Path, postgresql: str) -> None:
+def test_a_server_that_answers_is_told_to_hold_the_files_or_not_yet(
+    tmp_path: Path, postgresql: str
+) -> None:
     home = home_of(tmp_path, LITTLE)
     assert only(doctor.database(home)).state == "note"
     store.ingest(home)
@@ -120,7 +137,7 @@ def test_what_dead_processes_left_is_told(tmp_path: Path) -> None:
     half.mkdir(parents=True)
     (half / "lock").touch()
     (half / "lock").touch()
-    with locks.hold(second / "train.lock") or pytest.fail("held"):
+    with hold_lock(second / "train.lock") or pytest.fail("held"):
         alone, dead, unfinished = doctor.leftovers(home)
     assert f"{second.name} (process {os.getpid()})" in alone.message
     assert f"without a word: {first.name};" in dead.message
@@ -138,14 +155,18 @@ def test_few_open_files_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (found.state, str(limit) in found.message) == (state, True)
 
 
-def test_without_a_compiler_runs_train_uncompiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_runs_train_uncompiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CXX", "g++-99")
     found = only(doctor.compiler())
     assert (found.state, "no g++-99 and no clang++" in found.message) == ("note", True)
 
 
-def test_half_a_slurm_is_a_problem_and_none_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_a_slurm_is_a_problem_and_none_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert only(doctor.slurm()).state == "ok"
     for name in ("sbatch", "scancel", "scontrol"):
@@ -176,8 +197,8 @@ def test_a_torch_that_does_not_load_is_a_problem_with_its_own_words(
 def test_a_gpu_and_a_torch_that_do_not_match_are_told(
     monkeypatch: pytest.MonkeyPatch, gpus: tuple[str, ...], built: str | None, state: str, said: str
 ) -> None:
-    monkeypatch.setattr("slm.devices.gpu_names", lambda: gpus)
-    monkeypatch.setattr("slm.devices.apple_gpu", lambda: False)
+    monkeypatch.setattr("slm.hardware.devices.gpu_names", lambda: gpus)
+    monkeypatch.setattr("slm.hardware.devices.apple_gpu", lambda: False)
     monkeypatch.setattr(doctor, "torch_cuda", lambda: built)
     found = only(doctor.found_devices())
     assert (found.state, said in found.message) == (state, True)
@@ -191,8 +212,9 @@ def test_what_torch_is_built_for_is_read_without_loading_it() -> None:
 
 def test_a_prepared_corpus_and_one_whose_manifest_is_broken(home: Path, prepared: Prepared) -> None:
     found = only(doctor.prepared(home))
-    assert f"{prepared.folder.name} ({prepared.train_rows * prepared.manifest['shape']['sequence_length']:,}" in (
-        found.message
+    assert (
+        f"{prepared.folder.name} ({prepared.train_rows * prepared.manifest['shape']['sequence_length']:,}"
+        in (found.message)
     )
     (home / "data").unlink()
     (home / "data" / "x").mkdir(parents=True)
@@ -202,12 +224,19 @@ def test_a_prepared_corpus_and_one_whose_manifest_is_broken(home: Path, prepared
 
 def test_the_data_of_a_plan(home: Path, tmp_path: Path) -> None:
     def said(experiment: Experiment, home: Path = home) -> Finding:
-        return only(doctor.examine([("plan: data", lambda: doctor.enough_data(experiment, experiment.asked(), home))]))
+        return only(
+            doctor.examine(
+                [("plan: data", lambda: doctor.enough_data(experiment, experiment.asked(), home))]
+            )
+        )
 
     assert said(LITTLE).state == "ok"
     assert "`slm data prepare python --recipe pocket`" in said(LITTLE, tmp_path).message
     assert said(LITTLE, tmp_path).state == "note"
-    short, gone = said(replace(LITTLE, ratios=(1e6,))), said(replace(LITTLE, data=str(tmp_path / "gone")))
+    short, gone = (
+        said(replace(LITTLE, ratios=(1e6,))),
+        said(replace(LITTLE, data=str(tmp_path / "gone"))),
+    )
     assert (short.state, "epochs" in short.message) == ("problem", True)
     assert (gone.state, str(tmp_path / "gone") in gone.message) == ("problem", True)
 
@@ -243,7 +272,9 @@ def test_a_check_that_fails_does_not_end_the_others() -> None:
     assert [own.state for own in doctor.examine(checks)] == ["problem", "ok"]
 
 
-def test_the_exit_code_says_whether_there_is_a_problem(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_exit_code_says_whether_there_is_a_problem(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One that is: the plan is to be evaluated, and there is no bundle."""
     code, out, _ = slm(home, "doctor", "--recipe", "pocket", "--depths", "2", "--core", "--json")
     found = json.loads(out)
@@ -258,7 +289,13 @@ def test_the_exit_code_says_whether_there_is_a_problem(home: Path, monkeypatch: 
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [(("--core",), "--core"), (("--recipe", "pocket"), "--depths"), (("x.py", "--depths", "2"), "x.py declares")],
+    [
+        (("--core",), "--core"),
+        (("--recipe", "pocket"), "--depths"),
+        (("x.py", "--depths", "2"), "x.py declares"),
+    ],
 )
-def test_a_plan_that_is_half_named_is_refused(tmp_path: Path, arguments: tuple[str, ...], named: str) -> None:
+def test_a_plan_that_is_half_named_is_refused(
+    tmp_path: Path, arguments: tuple[str, ...], named: str
+) -> None:
     assert named in refusal(tmp_path, "doctor", *arguments)

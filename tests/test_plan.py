@@ -20,7 +20,9 @@ PLAN = Plan("pocket", "steps=20", 0, pocket(2, steps=20), DATA, "code")
 
 
 def test_names_and_machines_are_not_identity() -> None:
-    same = replace(PLAN, recipe="mine", horizon="else", data=replace(DATA, corpus="x", rows=1, epochs=2.0))
+    same = replace(
+        PLAN, recipe="mine", horizon="else", data=replace(DATA, corpus="x", rows=1, epochs=2.0)
+    )
     assert same.run_id == PLAN.run_id
 
 
@@ -62,9 +64,10 @@ def sources(tmp_path: Path) -> Path:
 
 
 def test_comments_and_docstrings_do_not_change_the_code_fingerprint(sources: Path) -> None:
-    layers = sources / "layers.py"
+    layers = sources / "model" / "layers.py"
     text = layers.read_text().replace(
-        '"""RMSNorm without parameters, over the last dimension."""', '"""Another text."""  # a comment'
+        '"""RMSNorm without parameters, over the last dimension."""',
+        '"""Another text."""  # a comment',
     )
     assert text != layers.read_text()
     layers.write_text(text)
@@ -72,7 +75,7 @@ def test_comments_and_docstrings_do_not_change_the_code_fingerprint(sources: Pat
 
 
 def test_a_changed_constant_changes_the_code_fingerprint(sources: Path) -> None:
-    layers = sources / "layers.py"
+    layers = sources / "model" / "layers.py"
     layers.write_text(layers.read_text().replace("SOFTCAP = 15.0", "SOFTCAP = 30.0"))
     assert code_fingerprint(sources) != code_fingerprint()
 
@@ -80,5 +83,7 @@ def test_a_changed_constant_changes_the_code_fingerprint(sources: Path) -> None:
 def test_the_run_id_is_the_same_in_another_process() -> None:
     program = "import tests.test_plan as t; print(t.PLAN.run_id)"
     root = Path(__file__).parent.parent
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=root, check=True
+    )
     assert result.stdout.strip() == PLAN.run_id

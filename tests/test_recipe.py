@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from slm.model import GPT
+from slm.model.gpt import GPT
 from slm.recipe import nanochat, pocket
 
 PUBLISHED = {
@@ -66,7 +66,9 @@ def test_rates_and_decay_follow_batch_width_and_tokens() -> None:
     assert given.wte.lr == pytest.approx(0.3 * scale * (given.width / 768) ** -0.5)
     assert given.resid.lr == pytest.approx(0.005 * scale)
     assert given.smear.lr == 0.2
-    assert given.matrix_decay == pytest.approx(0.28 * scale * reference.tokens_asked / given.tokens_asked)
+    assert given.matrix_decay == pytest.approx(
+        0.28 * scale * reference.tokens_asked / given.tokens_asked
+    )
 
 
 def test_a_flops_budget_settles_tokens_first() -> None:
@@ -103,7 +105,9 @@ def test_odd_and_huge_depths_have_whole_heads() -> None:
         (4, {"flops": 1e18, "ratio": 8}, "flops and ratio"),
     ],
 )
-def test_what_has_no_value_is_one_error_that_names_it(depth: int, horizon: dict[str, float], named: str) -> None:
+def test_what_has_no_value_is_one_error_that_names_it(
+    depth: int, horizon: dict[str, float], named: str
+) -> None:
     with pytest.raises(ValueError, match=named):
         nanochat(depth, **horizon)
 

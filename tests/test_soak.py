@@ -17,13 +17,13 @@ import pytest
 import torch
 
 import store
-from slm import launch
-from slm.model import GPT
-from slm.optim import Optimizer
+from slm.model.gpt import GPT
 from slm.recipe import pocket
+from slm.run import run_holder
+from slm.train.optimizer import Optimizer
 from tests import chaos
 from tests.conftest import slm
-from tests.test_train import TWO, Watcher, train
+from tests.train.test_train import TWO, Watcher, train
 
 pytestmark = pytest.mark.soak
 DEPTHS = "2-4"
@@ -41,7 +41,9 @@ def test_compiled_gradients_are_those_of_the_plain_ones() -> None:
     optimizer = Optimizer(model)
     ids = torch.randint(given.vocab_size, (4, 513), generator=torch.Generator().manual_seed(0))
     model.loss(ids[:, :-1], ids[:, 1:]).backward()
-    optimizer.step(0)  # before it blocks add nothing, and the gradient of some scalars is rounding error
+    optimizer.step(
+        0
+    )  # before it blocks add nothing, and the gradient of some scalars is rounding error
     found = []
     for loss in (model.loss, torch.compile(model.loss, fullgraph=True, dynamic=False)):
         optimizer.zero_grad()
@@ -71,7 +73,7 @@ def test_a_run_killed_a_dozen_times_ends_as_an_undisturbed_one(tmp_path: Path, h
     def kill_somebody(attempt: Path, event: dict[str, Any]) -> None:
         if event["event"] == "checkpoint" and at_steps and event["step"] >= at_steps[0]:
             run = attempt.parent.parent
-            holder = launch.holder(run)
+            holder = run_holder(run)
             assert holder is not None
             eldest = psutil.Process(holder)
             family = [eldest, *eldest.children(recursive=True)]
@@ -80,7 +82,9 @@ def test_a_run_killed_a_dozen_times_ends_as_an_undisturbed_one(tmp_path: Path, h
             at_steps.pop(0)
             os.kill(victim.pid, signal.SIGKILL)
 
-    folder, outcome = train(disturbed, TWO, Watcher(kill_somebody), depth=3, steps=400, checkpoint_seconds=0)
+    folder, outcome = train(
+        disturbed, TWO, Watcher(kill_somebody), depth=3, steps=400, checkpoint_seconds=0
+    )
     done = json.loads((folder / "done.json").read_text())
     assert len(killed) == KILLS
     assert outcome.trained == [folder.name]
@@ -107,21 +111,43 @@ def test_a_sweep_killed_fifty_times_on_a_disk_that_fills_up_ends_as_a_quiet_one(
         print(f"\n{tally}, {attempts} attempts, {lines} lines of events")  # noqa: T201
 
 
-def test_prose_is_swept_and_fitted_beside_the_library_and_never_pooled_with_it(tmp_path: Path, home: Path) -> None:
+def test_prose_is_swept_and_fitted_beside_the_library_and_never_pooled_with_it(
+    tmp_path: Path, home: Path
+) -> None:
     """The Markdown, reStructuredText and plain text of the packages that are installed, without a manual step."""
     packages, notes = Path(sysconfig.get_path("purelib")), tmp_path / "notes"
-    found = [path for path in packages.rglob("*") if path.suffix in (".md", ".rst", ".txt") and path.is_file()]
+    found = [
+        path
+        for path in packages.rglob("*")
+        if path.suffix in (".md", ".rst", ".txt") and path.is_file()
+    ]
     for path in found:
         copy = notes / path.relative_to(packages)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
     for name, data in (("prose", str(notes)), ("code", "python")):
-        swept = slm("sweep", "--depths", DEPTHS, "--recipe", "pocket", "--name", name, "--data", data, home=home)
+        swept = slm(
+            "sweep",
+            "--depths",
+            DEPTHS,
+            "--recipe",
+            "pocket",
+            "--name",
+            name,
+            "--data",
+            data,
+            home=home,
+        )
         assert swept.returncode == 0, swept.stderr
         fitted = slm("fit-curves", name, "--json", home=home)
-        assert fitted.returncode in (0, 2), fitted.stderr  # three depths may hold no law, and it says so
+        assert fitted.returncode in (0, 2), (
+            fitted.stderr
+        )  # three depths may hold no law, and it says so
         assert json.loads(fitted.stdout)["points"]["n"] == 3
-    for refused in (slm("compare", "code", "prose", home=home), slm("fit-curves", "code", "prose", home=home)):
+    for refused in (
+        slm("compare", "code", "prose", home=home),
+        slm("fit-curves", "code", "prose", home=home),
+    ):
         assert refused.returncode == 2
         assert "tokenizer: " in refused.stderr
     both = store.sql("select count(distinct comparison_key) as keys from results", home=home)

@@ -13,15 +13,10 @@ from slm import __version__
 from slm.cli import (
     compare,
     control,
-    curves,
     data,
     doctor,
-    eval,
     export,
-    imports,
     logs,
-    next,
-    prepared,
     query,
     report,
     runs,
@@ -29,6 +24,11 @@ from slm.cli import (
     size,
     sweep,
 )
+from slm.cli import data_list as prepared
+from slm.cli import evaluate as eval
+from slm.cli import fit_curves as curves
+from slm.cli import import_results as imports
+from slm.cli import next_runs as next
 
 app = typer.Typer(
     name="slm",
@@ -77,7 +77,9 @@ store_app.command("vacuum")(query.vacuum)
 
 
 @app.callback(invoke_without_command=True)
-def version(show: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+def version(
+    show: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
     """Scaling-law experiments on families of small language models."""
     if show:
         print(f"slm {__version__}")
@@ -86,7 +88,9 @@ def version(show: Annotated[bool, typer.Option("--version", help="Show the versi
 
 def main() -> None:
     """Run the command line. Exit code 0 done, 1 the work failed, 2 wrong usage or a refusal; errors are one line."""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # fits solve many small systems: threads wait for each other
+    os.environ.setdefault(
+        "OPENBLAS_NUM_THREADS", "1"
+    )  # fits solve many small systems: threads wait for each other
     try:
         code = app(standalone_mode=False)
     except typer.TyperException as error:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slm.cli import fitting
+from slm import results as fitting
 from slm.cli.options import Json, Mixed, print_json, print_table
-from slm.cli.paired import Paired, paired, text
+from slm.evaluate.paired import Paired, paired, text
 
 if TYPE_CHECKING:
     import pandas
@@ -29,11 +29,21 @@ UNEVEN = 1.1
 
 def compare(
     base: Annotated[str | None, typer.Argument(help=NAMES)] = None,
-    candidate: Annotated[str | None, typer.Argument(help="The same, for what is to be judged.")] = None,
-    file: Annotated[Path | None, typer.Option("--from", help="Runs of a CSV: recipe, depth, flops, loss.")] = None,
-    names: Annotated[str | None, typer.Option("--map", help="What columns are called there: loss=val_bpb.")] = None,
-    figure: Annotated[Path | None, typer.Option(help="Where to draw, without ending; else by the names.")] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="The table that a pull request needs.")] = False,
+    candidate: Annotated[
+        str | None, typer.Argument(help="The same, for what is to be judged.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--from", help="Runs of a CSV: recipe, depth, flops, loss.")
+    ] = None,
+    names: Annotated[
+        str | None, typer.Option("--map", help="What columns are called there: loss=val_bpb.")
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Where to draw, without ending; else by the names.")
+    ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="The table that a pull request needs.")
+    ] = False,
     allow_mixed: Mixed = False,
     as_json: Json = False,
 ) -> None:
@@ -49,7 +59,9 @@ def compare(
     times, refused = _in_time(sides, allow_mixed)
     document = found.document() | {"excluded": sides.excluded}
     document |= {name: times[name].document() if name in times else None for name in TIMES}
-    scores, unpaired = paired(store.home(), sides.names, sides.frames) if sides.frames else (None, [])
+    scores, unpaired = (
+        paired(store.home(), sides.names, sides.frames) if sides.frames else (None, [])
+    )
     document["core"] = scores.document() if scores else None
     document["warnings"] += [*_of_timings(sides, refused), *sides.warnings, *unpaired]
     document = fitting.recorded("compare", sides.experiments, document)
@@ -110,7 +122,9 @@ def _of_store(base: str | None, candidate: str | None) -> _Sides:
     excluded = [run for _, left in named for run in left]
     both = sorted(set(frames[0]["run_id"]) & set(frames[1]["run_id"]))
     if both:
-        raise ValueError(f"{base} and {candidate} share run {both[0]} and {len(both) - 1} others: nothing to compare")
+        raise ValueError(
+            f"{base} and {candidate} share run {both[0]} and {len(both) - 1} others: nothing to compare"
+        )
     stem = home / "figures" / f"{base}-{candidate}".replace("/", ".")
     runs = {run_id for frame in frames for run_id in frame["run_id"]}
     experiments = sorted(set(members[members["run_id"].isin(runs)]["experiment"]))
@@ -153,7 +167,12 @@ def _holds(part: str, frame: pandas.DataFrame, members: pandas.DataFrame) -> pan
         return frame["recipe"] == part
     codes = frame["code"].fillna("").str.startswith(part) & (len(part) >= 4)
     if not codes.any():
-        there = ", ".join(sorted(experiments | set(frame["recipe"].dropna()) | set(frame["code"].dropna()))) or "none"
+        there = (
+            ", ".join(
+                sorted(experiments | set(frame["recipe"].dropna()) | set(frame["code"].dropna()))
+            )
+            or "none"
+        )
         raise ValueError(f"{part}: no such experiment, recipe or code; there are {there}")
     return codes
 
@@ -184,12 +203,23 @@ def _in_time(sides: _Sides, mixed: bool) -> tuple[dict[str, Comparison], str | N
         return {}, None
     asked = {"wall_clock": (sides.base, sides.candidate)}
     if sides.frames is not None:
-        devices = {(name, ranks) for frame in sides.frames for name, ranks in zip(frame["device_name"], frame["ranks"])}
-        if len({name for name, _ in devices}) > 1 or any(fitting.known(ranks, None) is None for _, ranks in devices):
+        devices = {
+            (name, ranks)
+            for frame in sides.frames
+            for name, ranks in zip(frame["device_name"], frame["ranks"])
+        }
+        if len({name for name, _ in devices}) > 1 or any(
+            fitting.known(ranks, None) is None for _, ranks in devices
+        ):
             return {}, None
-        asked["cost"] = _costed(sides.base, sides.frames[0]), _costed(sides.candidate, sides.frames[1])
+        asked["cost"] = (
+            _costed(sides.base, sides.frames[0]),
+            _costed(sides.candidate, sides.frames[1]),
+        )
     try:
-        return {name: fits.compare(*own, sides.names, "seconds", mixed) for name, own in asked.items()}, None
+        return {
+            name: fits.compare(*own, sides.names, "seconds", mixed) for name, own in asked.items()
+        }, None
     except fits.NotComparable as error:
         return {}, str(error)
 
@@ -214,10 +244,15 @@ def _costed(trials: Sequence[Trial], frame: pandas.DataFrame) -> list[Trial]:
     from dataclasses import replace
 
     ranks = dict(zip(frame["run_id"], frame["ranks"]))
-    return [replace(trial, seconds=(trial.seconds or 0.0) * float(ranks[trial.run_id])) for trial in trials]
+    return [
+        replace(trial, seconds=(trial.seconds or 0.0) * float(ranks[trial.run_id]))
+        for trial in trials
+    ]
 
 
-def _print(found: Comparison, times: dict[str, Comparison], scores: Paired | None, document: dict[str, Any]) -> None:
+def _print(
+    found: Comparison, times: dict[str, Comparison], scores: Paired | None, document: dict[str, Any]
+) -> None:
     from slm import fits
 
     print(f"{found.verdict.sentence}\n")
@@ -235,14 +270,26 @@ def _print(found: Comparison, times: dict[str, Comparison], scores: Paired | Non
 
 
 def _markdown(
-    found: Comparison, times: dict[str, Comparison], scores: Paired | None, document: dict[str, Any], sides: _Sides
+    found: Comparison,
+    times: dict[str, Comparison],
+    scores: Paired | None,
+    document: dict[str, Any],
+    sides: _Sides,
 ) -> str:
     """The table that a pull request needs: every depth of both, the multiplier, the evidence and how it was made."""
     from tabulate import tabulate
 
     from slm import fits
 
-    headers = ["depth", "", "seeds", "training time (s)", "val_bpb", scores.name if scores else "CORE", "tokens/s"]
+    headers = [
+        "depth",
+        "",
+        "seeds",
+        "training time (s)",
+        "val_bpb",
+        scores.name if scores else "CORE",
+        "tokens/s",
+    ]
     headers += ["MFU", "multiplier", "evidence"]
     rows = [row for depth in found.per_depth for row in _depth_rows(depth, sides, scores)]
     lines = [
@@ -294,15 +341,21 @@ def _depth_rows(depth: AtDepth, sides: _Sides, scores: Paired | None) -> list[li
 
 def _measured(frame: pandas.DataFrame, depth: int) -> list[str]:
     """Means of CORE, tokens a second and MFU over the runs of a depth; a dash for what is not known."""
-    from slm import devices
+    from slm.hardware import devices
 
     own = frame[frame["depth"] == depth]
     peaks = [devices.peak_flops(fitting.known(name, "")) for name in own["device_name"]]
-    used = [speed / (peak * ranks) for speed, peak, ranks in zip(own["flops_per_second"], peaks, own["ranks"]) if peak]
+    used = [
+        speed / (peak * ranks)
+        for speed, peak, ranks in zip(own["flops_per_second"], peaks, own["ranks"])
+        if peak
+    ]
     used = [share for share in used if fitting.known(share, None) is not None]
     return [
         f"{own['core'].mean():.4f}" if own["core"].notna().all() else "-",
-        f"{own['tokens_per_second'].mean():,.0f}" if own["tokens_per_second"].notna().all() else "-",
+        f"{own['tokens_per_second'].mean():,.0f}"
+        if own["tokens_per_second"].notna().all()
+        else "-",
         f"{mean(used):.1%}" if len(used) == len(own) else "-",
     ]
 
@@ -312,12 +365,21 @@ def _made(document: dict[str, Any], sides: _Sides) -> list[str]:
     names = " ".join(sides.names)
     if sides.frames is None:
         return [f"Made by slm {document['versions']['slm']} from a file with recipes {names}."]
-    lines = [f"Made by `slm compare {names} --markdown`, slm {document['versions']['slm']}, record {document['hash']}."]
+    lines = [
+        f"Made by `slm compare {names} --markdown`, slm {document['versions']['slm']}, record {document['hash']}."
+    ]
     for name, frame in zip(sides.names, sides.frames):
         commits = ", ".join(sorted({str(own) for own in frame["commit"].dropna()})) or "none"
         changed = " with uncommitted changes" if frame["modified"].any() else ""
         slots = frame[["ranks", "device_name"]].dropna().astype({"ranks": int})
-        where = ", ".join(sorted({f"{ranks} x {device}" for ranks, device in zip(*slots.T.to_numpy())})) or "unknown"
-        code, corpus = (", ".join(sorted(set(frame[own].dropna()))) or "unknown" for own in ("code", "corpus"))
-        lines.append(f"- {name}: trainer {code}, commit {commits}{changed}, data {corpus}, on {where}.")
+        where = (
+            ", ".join(sorted({f"{ranks} x {device}" for ranks, device in zip(*slots.T.to_numpy())}))
+            or "unknown"
+        )
+        code, corpus = (
+            ", ".join(sorted(set(frame[own].dropna()))) or "unknown" for own in ("code", "corpus")
+        )
+        lines.append(
+            f"- {name}: trainer {code}, commit {commits}{changed}, data {corpus}, on {where}."
+        )
     return lines

@@ -16,6 +16,7 @@ import typer
 
 from slm.cli.options import Json, print_json, quantity
 from slm.cli.runs import rows_of, run_folder, run_ids_of, states_of, track_of
+from slm.files import read_json
 
 LOOK_SECONDS = 0.3
 Runs = Annotated[list[str] | None, typer.Argument(help="Run_ids, or their first digits.")]
@@ -27,7 +28,7 @@ def stop(
     as_json: Json = False,
 ) -> None:
     """Have everything at work checkpoint and stop; or these runs, which no sweep trains then until `slm retry`."""
-    from slm import conduct
+    from slm.sweep import orchestrator as conduct
     from store import home
 
     given = [run_folder(home(), run) for run in runs or ()]
@@ -45,48 +46,58 @@ def stop(
     else:
         print("\n".join(_sentence(row) for row in ended) or "nothing is at work here")
     for run_id, host in far.items():
-        print(f"slm: run {run_id} is at work on {host}: type `slm stop {run_id}` there", file=sys.stderr)
+        print(
+            f"slm: run {run_id} is at work on {host}: type `slm stop {run_id}` there",
+            file=sys.stderr,
+        )
     if far:
         raise typer.Exit(1)
 
 
 def _at_work(home: Path) -> list[Path]:
     """Runs that somebody holds, or whose job a cluster has."""
-    from slm import launch
-    from slm.launch import slurm
+    from slm.run import run_holder
+    from slm.sweep import slurm
 
     folders = [home / run_id for run_id in run_ids_of(home)]
     jobs = slurm.jobs_of(folders)
-    return [folder for folder in folders if folder in jobs or launch.holder(folder)]
+    return [folder for folder in folders if folder in jobs or run_holder(folder)]
 
 
 def _elsewhere(folder: Path) -> str | None:
     """The other machine on which a run is at work: its process numbers mean nothing here."""
-    from slm import launch
+    from slm.run import (
+        is_done,
+        is_on_this_machine,
+        last_attempt,
+        read_attempt,
+        read_exit,
+        run_holder,
+    )
 
-    attempt = launch.last_attempt(folder)
-    if attempt is None or launch.exit_of(attempt) or launch.is_done(folder) or launch.is_here(folder):
+    attempt = last_attempt(folder)
+    if attempt is None or read_exit(attempt) or is_done(folder) or is_on_this_machine(folder):
         return None
-    document = launch.attempt_document(attempt)
-    return document["host"] if document["launcher"] == "local" and launch.holder(folder) else None
+    document = read_attempt(attempt)
+    return document["host"] if document["launcher"] == "local" and run_holder(folder) else None
 
 
 def _ask(folders: Sequence[Path], given: bool, conductor: int | None) -> list[Path]:
     """Ask the conductor, or whoever holds these runs; those that were at work."""
-    from slm import launch
-    from slm.launch import slurm
+    from slm.run import cancel_run, is_done, last_attempt, run_holder, stop_run
+    from slm.sweep import slurm
 
     jobs = slurm.jobs_of(folders)
-    at_work = [folder for folder in folders if folder in jobs or launch.holder(folder)]
+    at_work = [folder for folder in folders if folder in jobs or run_holder(folder)]
     if conductor is not None:
         with suppress(ProcessLookupError):
             os.kill(conductor, signal.SIGTERM)
     for folder in folders if conductor is None else ():
         if not given:
-            launch.stop(folder)
-        elif not launch.is_done(folder):
-            launch.cancel(folder)
-        if folder in jobs and (attempt := launch.last_attempt(folder)):
+            stop_run(folder)
+        elif not is_done(folder):
+            cancel_run(folder)
+        if folder in jobs and (attempt := last_attempt(folder)):
             slurm.stop(jobs[folder], attempt)
     return at_work
 
@@ -101,20 +112,27 @@ def _say_what_was_asked(asked: Sequence[Path], conductor: int | None) -> None:
 
 def _wait(home: Path, asked: Sequence[Path], conductor: int | None) -> None:
     """Until those that were asked have ended."""
-    from slm import conduct, launch
+    from slm.run import run_holder
+    from slm.sweep import orchestrator as conduct
 
-    while any(launch.holder(folder) for folder in asked) or (conductor and conduct.conductor(home) == conductor):
+    while any(run_holder(folder) for folder in asked) or (
+        conductor and conduct.conductor(home) == conductor
+    ):
         time.sleep(LOOK_SECONDS)
 
 
 def _ended(folder: Path) -> dict[str, Any]:
-    from slm import events, launch
+    from slm.run import run_state
 
     try:
-        steps = events.read_json(folder / "plan.json")["hyperparameters"]["steps"]
+        steps = read_json(folder / "plan.json")["hyperparameters"]["steps"]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'plan.json'} lacks {error}: what was asked to stop was asked") from None
-    return {"run_id": folder.name, "step": track_of(folder, steps).step, "steps": steps} | vars(launch.state(folder))
+        raise ValueError(
+            f"{folder / 'plan.json'} lacks {error}: what was asked to stop was asked"
+        ) from None
+    return {"run_id": folder.name, "step": track_of(folder, steps).step, "steps": steps} | vars(
+        run_state(folder)
+    )
 
 
 def _sentence(row: dict[str, Any]) -> str:
@@ -134,22 +152,31 @@ def retry(
     as_json: Json = False,
 ) -> None:
     """Forgive runs their ends so far, so that a sweep trains them again from their last checkpoints."""
-    from slm import conduct, launch
+    from slm.run import retry_run, run_state
+    from slm.sweep import orchestrator as conduct
     from store import home
 
     if bool(runs) == failed:
         raise ValueError("name the runs to retry, or say --failed")
-    states = {folder: launch.state(folder).status for folder in _named(home(), runs, failed)}
+    states = {folder: run_state(folder).status for folder in _named(home(), runs, failed)}
     for folder, status in states.items():
         if status in ("finished", "running"):
             raise ValueError(f"run {folder.name} is {status}: there is nothing to retry")
     for folder in states:
-        launch.retry(folder)
+        retry_run(folder)
     conductor = conduct.conductor(home())
     if as_json:
-        print_json({"home": str(home()), "conductor": conductor, "runs": [folder.name for folder in states]})
+        print_json(
+            {
+                "home": str(home()),
+                "conductor": conductor,
+                "runs": [folder.name for folder in states],
+            }
+        )
         return
-    print(f"{len(states)} runs to be trained again{': ' if states else ''}{', '.join(path.name for path in states)}")
+    print(
+        f"{len(states)} runs to be trained again{': ' if states else ''}{', '.join(path.name for path in states)}"
+    )
     if states:
         print(_who_trains(list(states), conductor))
 
@@ -171,19 +198,23 @@ def _who_trains(folders: Sequence[Path], conductor: int | None) -> str:
 
 def rm(
     runs: Annotated[list[str], typer.Argument(help="Run_ids, or their first digits.")],
-    checkpoints: Annotated[bool, typer.Option("--checkpoints", help="Only weights and checkpoints.")] = False,
+    checkpoints: Annotated[
+        bool, typer.Option("--checkpoints", help="Only weights and checkpoints.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: Json = False,
 ) -> None:
     """Remove runs with all that was measured, or only their weights and checkpoints; says first what that frees."""
     import store
-    from slm import conduct
+    from slm.sweep import orchestrator as conduct
 
     home = store.home()
     folders = list(dict.fromkeys(run_folder(home, run) for run in runs))
-    with conduct.conducting(home) as ours:
+    with conduct.sweep_lock(home) as ours:
         if not ours:
-            raise ValueError(f"{home} is being swept by process {conduct.conductor(home)}: `slm stop` first")
+            raise ValueError(
+                f"{home} is being swept by process {conduct.conductor(home)}: `slm stop` first"
+            )
         _refuse_held(folders)
         sizes = {folder: _sizes(folder) for folder in folders}
         for folder, size in sizes.items():
@@ -201,13 +232,17 @@ def rm(
 
 
 def _refuse_held(folders: Sequence[Path]) -> None:
-    from slm import launch
+    from slm.run import run_holder
 
     for folder, state in states_of(folders).items():
-        if process := launch.holder(folder):
-            raise ValueError(f"run {folder.name} is at work (process {process}): `slm stop {folder.name}` first")
+        if process := run_holder(folder):
+            raise ValueError(
+                f"run {folder.name} is at work (process {process}): `slm stop {folder.name}` first"
+            )
         if state.status in ("running", "queued"):
-            raise ValueError(f"run {folder.name} is {state.status} on Slurm: `slm stop {folder.name}` first")
+            raise ValueError(
+                f"run {folder.name} is {state.status} on Slurm: `slm stop {folder.name}` first"
+            )
 
 
 def _parts(checkpoints: bool) -> tuple[str, ...]:
@@ -220,17 +255,21 @@ def _sizes(folder: Path) -> dict[str, int]:
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
             kept = path.relative_to(folder).parts[0]
-            part = {"model.safetensors": "weights", "checkpoints": "checkpoints"}.get(kept, "records")
+            part = {"model.safetensors": "weights", "checkpoints": "checkpoints"}.get(
+                kept, "records"
+            )
             sizes[part] += path.stat().st_size
     return sizes
 
 
 def _what_goes(folder: Path, sizes: dict[str, int], checkpoints: bool) -> str:
-    from slm import launch
+    from slm.run import run_state
 
-    status = launch.state(folder).status
+    status = run_state(folder).status
     parts = ", ".join(f"{part} {quantity(sizes[part])}B" for part in _parts(checkpoints))
-    lost = "; it begins anew" if checkpoints and status != "finished" and sizes["checkpoints"] else ""
+    lost = (
+        "; it begins anew" if checkpoints and status != "finished" and sizes["checkpoints"] else ""
+    )
     return f"{folder.name} ({status}): {parts}{lost}"
 
 

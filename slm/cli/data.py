@@ -26,7 +26,12 @@ CorpusName = Annotated[
         help="python, a folder of .txt, .md, .rst, .jsonl, .parquet, climbmix, fineweb-edu, or hf:OWNER/NAME.",
     ),
 ]
-LEFT_OUT = {"duplicates": "duplicates", "empty": "empty", "null": "null", "invalid_utf8": "mended (no UTF-8)"}
+LEFT_OUT = {
+    "duplicates": "duplicates",
+    "empty": "empty",
+    "null": "null",
+    "invalid_utf8": "mended (no UTF-8)",
+}
 """What is counted of documents that are not what they should be, in words."""
 PAUSE_SECONDS = 5.0
 """Between two lines on how far something is."""
@@ -36,10 +41,15 @@ def prepare(
     name: CorpusName = "python",
     recipe: RecipeName = None,
     tokens: Annotated[
-        float | None, typer.Option(help="Of a hub's corpus, at least so many, else the reference depth's horizon.")
+        float | None,
+        typer.Option(
+            help="Of a hub's corpus, at least so many, else the reference depth's horizon."
+        ),
     ] = None,
     tokenizer: TokenizerName = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="At work at once; else one a core.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="At work at once; else one a core.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Tokenise a corpus and pack it into rows that every run shares; typed again, go on or add what is new."""
@@ -62,7 +72,9 @@ def prepare(
     print(f"corpus {corpus['name']} for recipe {family.name}: {prepared.folder}")
     print(f"  {corpus['documents']:,} documents; left out: {left_out(corpus)}")
     lost = corpus["cropped_tokens"] + corpus["dropped_tokens"]
-    print(f"  {train['rows']:,} training rows ({there:,} tokens), {lost / corpus['tokens']:.2%} of the tokens in none")
+    print(
+        f"  {train['rows']:,} training rows ({there:,} tokens), {lost / corpus['tokens']:.2%} of the tokens in none"
+    )
     print(f"  {validation['rows']:,} validation rows, fingerprint {validation['fingerprint']}")
     if tokens and tokens > there:
         print(
@@ -72,12 +84,18 @@ def prepare(
 
 def left_out(corpus: dict[str, int]) -> str:
     """What was left out of a corpus, or mended, in words."""
-    return ", ".join(f"{corpus[name]:,} {word}" for name, word in LEFT_OUT.items() if corpus[name]) or "none"
+    return (
+        ", ".join(f"{corpus[name]:,} {word}" for name, word in LEFT_OUT.items() if corpus[name])
+        or "none"
+    )
 
 
 def core(
     source: Annotated[
-        Path | None, typer.Option("--from", help="A zip or folder that is there; else nanochat's is downloaded.")
+        Path | None,
+        typer.Option(
+            "--from", help="A zip or folder that is there; else nanochat's is downloaded."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -95,10 +113,12 @@ def core(
     _print_bundle(got, as_json)
 
 
-def pocket_core(corpus: CorpusName = "python", recipe: RecipeName = None, as_json: Json = False) -> None:
+def pocket_core(
+    corpus: CorpusName = "python", recipe: RecipeName = None, as_json: Json = False
+) -> None:
     """Make the bundle of pocket-core of a corpus's held-out text: CORE's types of task for small models."""
     from slm import data
-    from slm.evaluate import pocket
+    from slm.evaluate import pocket_core as pocket
     from store import home
 
     family = recipe_of(recipe)
@@ -114,12 +134,14 @@ def _print_bundle(got: Bundle, as_json: bool) -> None:
         print_json({"bundle": got.id, "name": got.name, "folder": str(got.folder), "tasks": counts})
         return
     named = f" ({got.name})" if got.name != CORE else ""
-    print(f"bundle {got.id}{named}: {len(counts)} tasks, {sum(counts.values()):,} examples; {got.folder}")
+    print(
+        f"bundle {got.id}{named}: {len(counts)} tasks, {sum(counts.values()):,} examples; {got.folder}"
+    )
 
 
 def progress(unit: str) -> Callable[[int, int], None]:
     """Says now and then how much is done, and how long the rest will take."""
-    from slm.progress import duration
+    from slm.monitor.display import duration
 
     began = said = time.monotonic()
 
@@ -130,7 +152,9 @@ def progress(unit: str) -> Callable[[int, int], None]:
             began = now
         elif now - said > PAUSE_SECONDS:
             said = now
-            report_line(f"{done:,} of {of:,} {unit}, {duration((now - began) / done * (of - done))} left")
+            report_line(
+                f"{done:,} of {of:,} {unit}, {duration((now - began) / done * (of - done))} left"
+            )
 
     return report
 

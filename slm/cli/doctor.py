@@ -16,14 +16,22 @@ if TYPE_CHECKING:
 
 
 def doctor(
-    declaration: Annotated[Path | None, typer.Argument(help="A declared experiment (experiments/*.py).")] = None,
+    declaration: Annotated[
+        Path | None, typer.Argument(help="A declared experiment (experiments/*.py).")
+    ] = None,
     depths: Annotated[str | None, typer.Option(help="Depths of a plan: 10-20, or 4,8,12.")] = None,
     recipe: RecipeName = None,
     flops: Annotated[str | None, typer.Option(help="FLOPs budgets of a plan: 1e12,2e12.")] = None,
-    ratios: Annotated[str | None, typer.Option(help="Tokens-per-parameter ratios of a plan: 4,8,16.")] = None,
+    ratios: Annotated[
+        str | None, typer.Option(help="Tokens-per-parameter ratios of a plan: 4,8,16.")
+    ] = None,
     data: Data = None,
-    core: Annotated[bool, typer.Option("--core", help="The plan is to be evaluated on a bundle, too.")] = False,
-    online: Annotated[bool, typer.Option("--online", help="Ask whether the bundle of CORE can be downloaded.")] = False,
+    core: Annotated[
+        bool, typer.Option("--core", help="The plan is to be evaluated on a bundle, too.")
+    ] = False,
+    online: Annotated[
+        bool, typer.Option("--online", help="Ask whether the bundle of CORE can be downloaded.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check this machine and home, and a plan if one is named. Exit code 1 where something keeps it from running."""
@@ -45,7 +53,9 @@ def doctor(
             print(f"{finding.state:8}{finding.check:14}{finding.message}", flush=True)
     counts = Counter(finding.state for finding in found)
     if as_json:
-        print_json({"problems": counts["problem"], "checks": [asdict(finding) for finding in found]})
+        print_json(
+            {"problems": counts["problem"], "checks": [asdict(finding) for finding in found]}
+        )
     else:
         print(f"\n{counts['problem']} problems, {counts['note']} notes, {counts['ok']} ok")
     if counts["problem"]:
@@ -70,7 +80,9 @@ def _plan(
         experiment = load(declaration)
     elif depths is None:
         if recipe or any(horizons) or data:
-            raise ValueError("a plan has --depths: write `slm doctor --depths 2-6`, or name a file of experiments/")
+            raise ValueError(
+                "a plan has --depths: write `slm doctor --depths 2-6`, or name a file of experiments/"
+            )
         return None
     else:
         family, (flops, ratios) = recipe_of(recipe), horizons

@@ -12,9 +12,13 @@ from slm.cli.options import Json, print_json, quantity, report_problems
 
 
 def export(
-    folder: Annotated[Path, typer.Argument(help="To be made; `slm import FOLDER` takes it into another home.")],
+    folder: Annotated[
+        Path, typer.Argument(help="To be made; `slm import FOLDER` takes it into another home.")
+    ],
     experiments: Annotated[list[str] | None, typer.Argument(help="Only these experiments.")] = None,
-    weights: Annotated[bool, typer.Option("--weights", help="With the final weights of the runs.")] = False,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="With the final weights of the runs.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write results into a folder: tables and views as Parquet, what they mean, and the files they are made from."""
@@ -31,4 +35,6 @@ def export(
     runs = sum(name.startswith("runs/") and name.endswith("/plan.json") for name in files)
     tables = sum(name.startswith("tables/") for name in files)
     size = quantity(sum(files.values()))
-    print(f"{folder}: {runs} runs, {tables} tables, {len(files)} files of {size}B; home {document['home']['id']}")
+    print(
+        f"{folder}: {runs} runs, {tables} tables, {len(files)} files of {size}B; home {document['home']['id']}"
+    )

@@ -18,19 +18,30 @@ if TYPE_CHECKING:
 
 Depths = Annotated[str, typer.Option(help="Depths: 10-20, or 4,8,12.", metavar="DEPTHS")]
 RecipeName = Annotated[
-    str | None, typer.Option("--recipe", help="Recipe: nanochat where a GPU is found, else pocket.", metavar="NAME")
+    str | None,
+    typer.Option(
+        "--recipe", help="Recipe: nanochat where a GPU is found, else pocket.", metavar="NAME"
+    ),
 ]
 Data = Annotated[
-    str | None, typer.Option("--data", help="Corpus: python, a folder, climbmix, fineweb-edu, or hf:OWNER/NAME.")
+    str | None,
+    typer.Option(
+        "--data", help="Corpus: python, a folder, climbmix, fineweb-edu, or hf:OWNER/NAME."
+    ),
 ]
 TokenizerName = Annotated[
     str | None,
-    typer.Option("--tokenizer", help="A .json or .tiktoken file, or tiktoken's name; else one is trained."),
+    typer.Option(
+        "--tokenizer", help="A .json or .tiktoken file, or tiktoken's name; else one is trained."
+    ),
 ]
 DEEPEST = 100
 """Of the models considered."""
 Mixed = Annotated[
-    bool, typer.Option("--allow-mixed", help="Take runs that are not comparable as one; the outcome says so.")
+    bool,
+    typer.Option(
+        "--allow-mixed", help="Take runs that are not comparable as one; the outcome says so."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 
@@ -41,10 +52,14 @@ def depths_of(text: str, option: str = "--depths") -> tuple[int, ...]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
         if not match:
-            raise ValueError(f"{option} {text}: {part.strip()!r} is not a depth; write 10-20, or 4,8,12")
+            raise ValueError(
+                f"{option} {text}: {part.strip()!r} is not a depth; write 10-20, or 4,8,12"
+            )
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise ValueError(f"{option} {text}: {part.strip()!r} runs backwards; write {last}-{first}")
+            raise ValueError(
+                f"{option} {text}: {part.strip()!r} runs backwards; write {last}-{first}"
+            )
         if last > 10_000:
             raise ValueError(f"{option} {text}: depth {last} is beyond 10,000")
         depths += range(first, last + 1)
@@ -76,7 +91,7 @@ def recipe_of(name: str | None, gpu_asked: bool = False, option: str = "--recipe
     Raises ValueError for an unknown name.
     """
     if name is None:
-        from slm import devices
+        from slm.hardware import devices
 
         name = "nanochat" if gpu_asked or devices.gpu_count() else "pocket"
     if name not in RECIPES:

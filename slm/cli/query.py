@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slm.cli.formats import Format, write
 from slm.cli.options import Json, print_json, quantity, report_problems
+from slm.cli.output import Format, write
+from slm.files import replacing
 
 if TYPE_CHECKING:
     import pyarrow
@@ -20,18 +21,23 @@ SHOWN = 1000
 
 
 def query(
-    sql: Annotated[str, typer.Argument(help="A SELECT over the tables and views of store/README.md.")],
+    sql: Annotated[
+        str, typer.Argument(help="A SELECT over the tables and views of store/README.md.")
+    ],
     form: Annotated[Format, typer.Option("--format", help="How to print the rows.")] = Format.TABLE,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="A file to write instead.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A file to write instead.")
+    ] = None,
     param: Annotated[
-        list[str] | None, typer.Option("--param", help="A value for $NAME in the query.", metavar="NAME=VALUE")
+        list[str] | None,
+        typer.Option("--param", help="A value for $NAME in the query.", metavar="NAME=VALUE"),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help=f"Rows at most; {SHOWN:,} in a table, all in other formats.")
+        int | None,
+        typer.Option(min=1, help=f"Rows at most; {SHOWN:,} in a table, all in other formats."),
     ] = None,
 ) -> None:
     """Query the results database."""
-    from slm import events
     from store import tables
 
     if form is Format.PARQUET and output is None and sys.stdout.isatty():
@@ -43,7 +49,7 @@ def query(
         elif form in (Format.TABLE, Format.MARKDOWN):
             rows = _shown(rows)
         if output:
-            with events.replacing(output) as temporary, temporary.open("wb") as file:
+            with replacing(output) as temporary, temporary.open("wb") as file:
                 write(rows, form, file)
         else:
             write(rows, form, sys.stdout.buffer)
@@ -55,7 +61,10 @@ def _shown(rows: pyarrow.RecordBatchReader) -> pyarrow.RecordBatchReader:
 
     found = tables.first(rows, SHOWN + 1).read_all()
     if len(found) > SHOWN:
-        print(f"slm: only the first {SHOWN:,} rows; --limit N shows more, --format csv all", file=sys.stderr)
+        print(
+            f"slm: only the first {SHOWN:,} rows; --limit N shows more, --format csv all",
+            file=sys.stderr,
+        )
     return found[:SHOWN].to_reader()
 
 
@@ -82,7 +91,9 @@ def rebuild(as_json: Json = False) -> None:
     counts = store.rebuild(store.home())
     report_problems(counts.problems)
     if as_json:
-        print_json({"runs": counts.runs, "metrics": counts.metrics, "problems": list(counts.problems)})
+        print_json(
+            {"runs": counts.runs, "metrics": counts.metrics, "problems": list(counts.problems)}
+        )
     else:
         print(f"{store.home()}: {counts.runs} runs, {counts.metrics} metric values")
 
@@ -99,7 +110,11 @@ def check(as_json: Json = False) -> None:
             print(f"note: {line}")
         for line in found.problems:
             print(line)
-        clean = "" if found.problems else f"clean: {sum(found.rows.values()):,} rows of {len(found.rows)} tables"
+        clean = (
+            ""
+            if found.problems
+            else f"clean: {sum(found.rows.values()):,} rows of {len(found.rows)} tables"
+        )
         print(f"{store.home()}: {clean or f'{len(found.problems)} problems'}")
     if found.problems:
         raise typer.Exit(1)
@@ -108,7 +123,7 @@ def check(as_json: Json = False) -> None:
 def vacuum(as_json: Json = False) -> None:
     """Make the database's file dense, and remove what interrupted commands left; says what that frees."""
     import store
-    from store import places
+    from store import paths as places
 
     freed = store.vacuum(store.home())
     if as_json:
@@ -118,4 +133,6 @@ def vacuum(as_json: Json = False) -> None:
         print(f"removed {name}")
     if places.server():
         print("the rows lie on a server, which keeps its own files dense: VACUUM is its matter")
-    print(f"freed {quantity(max(freed.database, 0))}B of the database, {quantity(freed.leftovers)}B of leftovers")
+    print(
+        f"freed {quantity(max(freed.database, 0))}B of the database, {quantity(freed.leftovers)}B of leftovers"
+    )

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slm.cli import fitting
+from slm import results as fitting
 from slm.cli.options import Json, Mixed, print_json, records
+from slm.files import replacing
 
 if TYPE_CHECKING:
     from slm.report import Family, Found, Report
@@ -23,14 +24,17 @@ WHERE = "Where to write it; else reports/NAME.html of the home, and Markdown on 
 
 
 def report(
-    experiment: Annotated[str | None, typer.Argument(help="The experiment; else the only one there is.")] = None,
+    experiment: Annotated[
+        str | None, typer.Argument(help="The experiment; else the only one there is.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help=WHERE)] = None,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="Markdown, for a pull request.")] = False,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Markdown, for a pull request.")
+    ] = False,
     allow_mixed: Mixed = False,
     as_json: Json = False,
 ) -> None:
     """Tell an experiment on one page: question, answer, curve, runs, cautions, cost, provenance, how to repeat it."""
-    from slm import events
     from slm.report import markdown, page, report_of
 
     if as_markdown and as_json:
@@ -42,13 +46,15 @@ def report(
         raise ValueError(f"--output {where}: a folder; name a file in it")
     where.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        found = _found(name, home, where.with_suffix("") if as_markdown else Path(folder) / name, allow_mixed)
+        found = _found(
+            name, home, where.with_suffix("") if as_markdown else Path(folder) / name, allow_mixed
+        )
         told = report_of(found)
         text = markdown(told) if as_markdown else page(told)
     if as_markdown and output is None:
         print(text, end="")
         return
-    with events.replacing(where) as temporary:
+    with replacing(where) as temporary:
         temporary.write_text(text, encoding="utf-8")
     if as_json:
         print_json(_document(found, told, where))
@@ -67,7 +73,9 @@ def _found(name: str, home: Path, stem: Path, mixed: bool) -> Found:
 
     frame = store.results(name, home=home)
     if frame.empty:
-        raise ValueError(f"experiment {name!r} has no runs any more: the sweep, typed again, plans them")
+        raise ValueError(
+            f"experiment {name!r} has no runs any more: the sweep, typed again, plans them"
+        )
     owner = str(frame["home"].iloc[0])
     query = "select question, declared from experiments where home = ? and name = ?"
     (asked,) = records(store.sql(query, [owner, name], home=home))
@@ -78,7 +86,9 @@ def _found(name: str, home: Path, stem: Path, mixed: bool) -> Found:
     if not mixed:
         _check_axis(rows)
     declared = json.loads(declared) if isinstance(declared, str) else declared or {}
-    return Found(name, asked["question"] or "", declared, rows, made, list(_families(name, stem, mixed)))
+    return Found(
+        name, asked["question"] or "", declared, rows, made, list(_families(name, stem, mixed))
+    )
 
 
 def _order(row: dict[str, Any]) -> tuple[float, int, str, int]:
@@ -92,7 +102,9 @@ def _check_axis(rows: Sequence[dict[str, Any]]) -> None:
     from slm.fits import NotComparable
     from slm.fits.points import ALLOW, differences, parts_of
 
-    told = differences([parts_of(row["comparison_key"]) for row in rows if row["status"] == "finished"])
+    told = differences(
+        [parts_of(row["comparison_key"]) for row in rows if row["status"] == "finished"]
+    )
     if told:
         raise NotComparable(f"the runs are not one page: {told}; {ALLOW}")
 
@@ -112,7 +124,9 @@ def _families(name: str, stem: Path, mixed: bool) -> Iterator[Family]:
     recipes = list(dict.fromkeys(point.recipe for point in runs.points))
     for recipe in recipes:
         own = _of_recipe(runs, recipe)
-        drawn_as = f"{stem}-{re.sub(r'[^A-Za-z0-9._-]+', '_', recipe)}" if len(recipes) > 1 else stem
+        drawn_as = (
+            f"{stem}-{re.sub(r'[^A-Za-z0-9._-]+', '_', recipe)}" if len(recipes) > 1 else stem
+        )
         fit = fits.fit_curves(own.points, own.convention, others=own.others, mixed=mixed)
         document = fit.document() | {"predictions": [], "reach": []}
         document["points"]["excluded"] += runs.excluded
@@ -135,7 +149,9 @@ def _document(found: Found, told: Report, where: Path) -> dict[str, Any]:
         "question": found.question,
         "answer": list(told.answer),
         "runs": found.rows,
-        "attempts": [{name: own for name, own in row.items() if name != "diff"} for row in found.attempts],
+        "attempts": [
+            {name: own for name, own in row.items() if name != "diff"} for row in found.attempts
+        ],
         "fits": [own.record for own in found.families if own.record],
         "page": str(where),
     }

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slm.cli.options import Json, print_json, print_table, report_problems
+from slm.files import read_json
 
 if TYPE_CHECKING:
-    from slm.launch import State
-    from slm.track import Track
+    from slm.monitor.run_progress import RunProgress
+    from slm.run import RunState
 
 LOG_LINES = 15
 WHY = 60
@@ -30,15 +31,19 @@ UNTOLD = ("finished", "planned", "running", "queued")
 
 def status(
     experiment: Annotated[str | None, typer.Argument(help="Only this experiment's runs.")] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Live, until nothing is at work; Ctrl-C ends it.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Live, until nothing is at work; Ctrl-C ends it.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show every run: how far it is, its result, or why it has none."""
-    from slm import conduct
+    from slm.sweep import orchestrator as conduct
     from store import home
 
     if watch and as_json:
-        raise ValueError("--watch --json: choose one; `slm status --json` says how the runs are now")
+        raise ValueError(
+            "--watch --json: choose one; `slm status --json` says how the runs are now"
+        )
     if watch:
         _watch(home(), experiment)
         return
@@ -61,7 +66,9 @@ def _ingest_behind(home: Path) -> None:
         program = "import sys, pathlib, store; store.ingest(pathlib.Path(sys.argv[1]))"
         nothing = subprocess.DEVNULL
         command = [sys.executable, "-P", "-c", program, str(home)]
-        subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
+        subprocess.Popen(
+            command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True
+        )
 
 
 def rows_of(home: Path, experiment: str | None = None) -> tuple[list[Row], list[str]]:
@@ -87,56 +94,67 @@ def rows_of(home: Path, experiment: str | None = None) -> tuple[list[Row], list[
 
 def run_ids_of(home: Path, experiment: str | None = None) -> list[str]:
     """The runs of a home, or of an experiment. Raises ValueError where there is no such home or experiment."""
-    from slm import events
 
     if not home.is_dir():
-        raise ValueError(f"{home}: there is no such folder; `slm sweep` makes it, SLM_HOME names another")
+        raise ValueError(
+            f"{home}: there is no such folder; `slm sweep` makes it, SLM_HOME names another"
+        )
     if experiment is None:
         return [path.parent.name for path in home.glob("*/plan.json")]
     declared = {path.stem: path for path in sorted(home.glob("experiments/*.json"))}
     if experiment not in declared:
         _refuse_imported(home, experiment)
         raise ValueError(f"no experiment {experiment!r}; there are {', '.join(declared) or 'none'}")
-    listed: list[str] = events.read_json(declared[experiment])["runs"]
+    listed: list[str] = read_json(declared[experiment])["runs"]
     return [run_id for run_id in listed if (home / run_id / "plan.json").exists()]
 
 
 def _refuse_imported(home: Path, experiment: str) -> None:
-    from slm import imports
+    from slm.exchange import importers as imports
 
     if experiment in imports.kept(home).values():
-        raise ValueError(f"experiment {experiment!r} is imported, its runs are not here: `slm report {experiment}`")
+        raise ValueError(
+            f"experiment {experiment!r} is imported, its runs are not here: `slm report {experiment}`"
+        )
 
 
 def statuses_of_jobs(folders: Sequence[Path]) -> dict[str, str | None]:
     """What a cluster says of runs whose jobs it has, by run_id. Raises RuntimeError when it does not answer."""
-    from slm.launch import slurm
+    from slm.sweep import slurm
 
     return {folder.name: job.status for folder, job in slurm.jobs_of(folders).items()}
 
 
-def states_of(folders: Sequence[Path]) -> dict[Path, State]:
+def states_of(folders: Sequence[Path]) -> dict[Path, RunState]:
     """How runs are; by their files alone where a cluster that has their jobs does not answer."""
-    from slm import launch
+    from slm.run import run_state
 
     jobs: dict[str, str | None] = {}
     with suppress(RuntimeError):
         jobs = statuses_of_jobs(folders)
-    return {folder: launch.state(folder, jobs.get(folder.name)) for folder in folders}
+    return {folder: run_state(folder, jobs.get(folder.name)) for folder in folders}
 
 
 def _row(folder: Path, job: str | None) -> Row:
-    from slm import events, launch
+    from slm.run import run_state
 
-    row = _planned(events.read_json(folder / "plan.json"))
-    state = launch.state(folder, job)
-    done = events.read_json(folder / "done.json") if state.status == "finished" else {}
-    row |= {"run_id": folder.name, "status": state.status, "reason": state.reason, "message": state.message}
+    row = _planned(read_json(folder / "plan.json"))
+    state = run_state(folder, job)
+    done = read_json(folder / "done.json") if state.status == "finished" else {}
+    row |= {
+        "run_id": folder.name,
+        "status": state.status,
+        "reason": state.reason,
+        "message": state.message,
+    }
     row |= {name: done.get(name) for name in ("val_bpb", "flops", "train_seconds")}
     row |= {"step": row["steps"], "seconds_left": None}
     if not done:
         track = track_of(folder, row["steps"])
-        row |= {"step": track.step, "seconds_left": track.seconds_left if state.status == "running" else None}
+        row |= {
+            "step": track.step,
+            "seconds_left": track.seconds_left if state.status == "running" else None,
+        }
     return row
 
 
@@ -148,49 +166,74 @@ def _planned(plan: Row) -> Row:
     return row | {"depth": given["depth"], "steps": given["steps"], "flops_planned": flops}
 
 
-def track_of(folder: Path, steps: int) -> Track:
+def track_of(folder: Path, steps: int) -> RunProgress:
     """How far a run is, from the last events of its attempts; those of a damaged file are left out."""
-    from slm import launch
-    from slm.track import Track, last_events
+    from slm.monitor.run_progress import RunProgress, last_events
+    from slm.run import list_attempts
 
-    track = Track(steps)
-    for attempt in launch.attempts_of(folder):
+    track = RunProgress(steps)
+    for attempt in list_attempts(folder):
         for event in last_events(attempt / "events.jsonl"):
             track.take(event)
     return track
 
 
 def _print_status(rows: list[Row], conductor: int | None) -> None:
-    columns = {"run_id": "run", "recipe": "recipe", "depth": "d", "horizon": "horizon", "seed": "seed"}
-    columns |= {"status": "status", "progress": "step", "left": "left", "val_bpb": "val_bpb", "flops": "FLOPs"}
+    columns = {
+        "run_id": "run",
+        "recipe": "recipe",
+        "depth": "d",
+        "horizon": "horizon",
+        "seed": "seed",
+    }
+    columns |= {
+        "status": "status",
+        "progress": "step",
+        "left": "left",
+        "val_bpb": "val_bpb",
+        "flops": "FLOPs",
+    }
     columns |= {"train_seconds": "s", "why": "why"}
     cells = [_cells(row) for row in rows]
-    shown = [name for name in columns if name not in ("left", "why") or any(row[name] for row in cells)]
+    shown = [
+        name for name in columns if name not in ("left", "why") or any(row[name] for row in cells)
+    ]
     print_table([[row[name] for name in shown] for row in cells], [columns[name] for name in shown])
-    counts = ", ".join(f"{count} {state}" for state, count in Counter(row["status"] for row in rows).most_common())
+    counts = ", ".join(
+        f"{count} {state}" for state, count in Counter(row["status"] for row in rows).most_common()
+    )
     sweep = f"; process {conductor} conducts a sweep" if conductor else ""
     print(f"\n{len(rows)} runs{': ' if counts else ''}{counts}{sweep}")
 
 
 def _cells(row: Row) -> dict[str, str | None]:
-    from slm.progress import duration
-    from slm.screen import one_line
+    from slm.monitor.display import duration
+    from slm.monitor.screen import one_line
 
     left, why = row["seconds_left"], one_line(row["message"] or "")
     formats = {"val_bpb": ".4f", "flops": ".3g", "train_seconds": ".1f"}
-    cells = {name: None if value is None else format(value, formats.get(name, "")) for name, value in row.items()}
+    cells = {
+        name: None if value is None else format(value, formats.get(name, ""))
+        for name, value in row.items()
+    }
     return cells | {
         "progress": f"{row['step']:,}/{row['steps']:,}",
         "left": None if left is None else duration(left),
-        "why": None if row["status"] in UNTOLD else f"{why[:WHY]}…" if len(why) > WHY else why or None,
+        "why": None
+        if row["status"] in UNTOLD
+        else f"{why[:WHY]}…"
+        if len(why) > WHY
+        else why or None,
     }
 
 
 def _watch(home: Path, experiment: str | None) -> None:
     """Show what is at work until nothing is and nobody conducts; what goes on does so when the watching ends."""
-    from slm import conduct, follow, launch
+    from slm.monitor import follow
+    from slm.monitor.display import Display
     from slm.plan import Plan
-    from slm.progress import Display
+    from slm.run import is_done, run_holder
+    from slm.sweep import orchestrator as conduct
 
     plans = []
     for run_id in run_ids_of(home, experiment):
@@ -199,13 +242,13 @@ def _watch(home: Path, experiment: str | None) -> None:
         except ValueError as error:
             report_problems([str(error)])
     plans.sort(key=lambda plan: plan.hyperparameters.flops)
-    done = {plan.run_id for plan in plans if launch.is_done(home / plan.run_id)}
+    done = {plan.run_id for plan in plans if is_done(home / plan.run_id)}
     others = [plan for plan in plans if plan.run_id not in done]
     jobs: dict[str, str | None] = {}
     with Display(plans, done) as display:
 
         def over() -> bool:
-            held = display.at_work or jobs or any(launch.holder(home / plan.run_id) for plan in others)
+            held = display.at_work or jobs or any(run_holder(home / plan.run_id) for plan in others)
             return not held and conduct.conductor(home) is None
 
         def look_at_jobs() -> dict[str, str | None]:
@@ -223,46 +266,70 @@ def _watch(home: Path, experiment: str | None) -> None:
             display.note("watched no more; what is at work goes on")
 
 
-def show(run: Annotated[str, typer.Argument(help="A run_id, or its first digits.")], as_json: Json = False) -> None:
+def show(
+    run: Annotated[str, typer.Argument(help="A run_id, or its first digits.")],
+    as_json: Json = False,
+) -> None:
     """Show one run: plan, attempts and how each ended, result, and the end of its log when it failed."""
-    from slm import events, launch
+    from slm.run import last_attempt, list_attempts
     from store import home
 
     folder = run_folder(home(), run)
     state = states_of([folder])[folder]
-    document = {name: events.read_json(folder / f"{name}.json") for name in ("plan", "done") if _there(folder, name)}
-    document |= {"status": state.status, "attempts": [_attempt(path) for path in launch.attempts_of(folder)]}
+    document = {
+        name: read_json(folder / f"{name}.json")
+        for name in ("plan", "done")
+        if _there(folder, name)
+    }
+    document |= {
+        "status": state.status,
+        "attempts": [_attempt(path) for path in list_attempts(folder)],
+    }
     if as_json:
         print_json(document)
         return
     try:
-        lines = [f"run {folder.name}: {label_of(document['plan'])}, {state.status}", *_facts(document)]
+        lines = [
+            f"run {folder.name}: {label_of(document['plan'])}, {state.status}",
+            *_facts(document),
+        ]
     except (KeyError, TypeError) as error:
         anew = "`slm sweep` typed again writes a plan anew"
-        raise ValueError(f"{folder}: its documents lack {error}; {anew}, `slm show {run} --json` shows all") from None
-    if state.status not in UNTOLD and (attempt := launch.last_attempt(folder)):
-        lines += [f"  end of {attempt / 'log'}:", *(f"    {line}" for line in log_lines(attempt)[-LOG_LINES:])]
+        raise ValueError(
+            f"{folder}: its documents lack {error}; {anew}, `slm show {run} --json` shows all"
+        ) from None
+    if state.status not in UNTOLD and (attempt := last_attempt(folder)):
+        lines += [
+            f"  end of {attempt / 'log'}:",
+            *(f"    {line}" for line in log_lines(attempt)[-LOG_LINES:]),
+        ]
     print("\n".join(lines))
 
 
 def _facts(document: Row) -> list[str]:
     """Shape, attempts and result of a run, in words."""
-    from slm.progress import duration
+    from slm.monitor.display import duration
 
     given = document["plan"]["hyperparameters"]
-    lines = [f"{given['steps']:,} steps of {given['batch_tokens']:,} tokens, width {given['width']}"]
+    lines = [
+        f"{given['steps']:,} steps of {given['batch_tokens']:,} tokens, width {given['width']}"
+    ]
     for attempt in document["attempts"]:
         lines += _attempt_lines(attempt)
     if done := document.get("done"):
-        lines.append(f"val_bpb {done['val_bpb']:.4f} after {done['tokens']:,} tokens, {done['flops']:.3g} FLOPs")
-        lines.append(f"{duration(done['train_seconds'])} of training, {done['tokens_per_second']:,.0f} tokens/s")
+        lines.append(
+            f"val_bpb {done['val_bpb']:.4f} after {done['tokens']:,} tokens, {done['flops']:.3g} FLOPs"
+        )
+        lines.append(
+            f"{duration(done['train_seconds'])} of training, {done['tokens_per_second']:,.0f} tokens/s"
+        )
     return [f"  {line}" for line in lines]
 
 
 def _attempt_lines(attempt: Row) -> list[str]:
     """Where an attempt was, how it ended, and how long that took beside the estimate for the whole run."""
-    from slm.progress import duration
-    from slm.screen import one_line
+    from slm.monitor.display import duration
+    from slm.monitor.screen import one_line
 
     ended, own = attempt["exit"], ", ".join(attempt.get("ids") or ())
     state = "no word yet" if ended is None else ended["reason"] or "finished"
@@ -284,7 +351,9 @@ def run_folder(home: Path, run: str) -> Path:
             f"run {run!r} is imported, its weights and log are not here: `slm query` reads its row of `results`"
         )
     if len(found) != 1:
-        raise ValueError(f"run {run!r}: {'none' if not found else len(found)} in {home}; `slm status` lists them")
+        raise ValueError(
+            f"run {run!r}: {'none' if not found else len(found)} in {home}; `slm status` lists them"
+        )
     return found[0]
 
 
@@ -304,10 +373,14 @@ def _there(folder: Path, name: str) -> bool:
 
 
 def _attempt(folder: Path) -> Row:
-    from slm import events, launch
+    from slm.run import read_exit
 
-    document = events.read_json(folder / "attempt.json")
-    return {**document, "exit": launch.exit_of(folder), "warnings": _warnings(folder / "events.jsonl")}
+    document = read_json(folder / "attempt.json")
+    return {
+        **document,
+        "exit": read_exit(folder),
+        "warnings": _warnings(folder / "events.jsonl"),
+    }
 
 
 def _warnings(path: Path) -> list[str]:

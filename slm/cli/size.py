@@ -4,22 +4,50 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from slm.cli.options import Depths, Json, RecipeName, depths_of, print_json, print_table, quantity, recipe_of
-from slm.estimate import peak_memory
+from slm.cli.options import (
+    Depths,
+    Json,
+    RecipeName,
+    depths_of,
+    print_json,
+    print_table,
+    quantity,
+    recipe_of,
+)
+from slm.hardware.memory import peak_memory
 from slm.recipe import Hyperparameters
 
 
-def size(depths: Depths = "4,8,12,16,20,24", recipe: RecipeName = None, as_json: Json = False) -> None:
+def size(
+    depths: Depths = "4,8,12,16,20,24", recipe: RecipeName = None, as_json: Json = False
+) -> None:
     """Show a family: width, heads, parameters, FLOPs, horizon, batch, and peak memory with one row a pass, by depth."""
-    from slm import devices
+    from slm.hardware import devices
 
     family, device = recipe_of(recipe), "cuda" if devices.gpu_count() else "cpu"
     members = [family(depth) for depth in depths_of(depths)]
     if as_json:
-        print_json({"recipe": family.name, "device": device, "models": [_document(given, device) for given in members]})
+        print_json(
+            {
+                "recipe": family.name,
+                "device": device,
+                "models": [_document(given, device) for given in members],
+            }
+        )
         return
     print(f"recipe {family.name}: {family.tokens_per_parameter:g} tokens per scaling parameter")
-    headers = ["depth", "width", "heads", "parameters", "scaling N", "FLOPs/token", "tokens", "batch", "steps", "FLOPs"]
+    headers = [
+        "depth",
+        "width",
+        "heads",
+        "parameters",
+        "scaling N",
+        "FLOPs/token",
+        "tokens",
+        "batch",
+        "steps",
+        "FLOPs",
+    ]
     print_table([_row(given, device) for given in members], [*headers, f"GB ({device})"])
 
 

@@ -47,7 +47,9 @@ def _library() -> list[Path]:
 def _in_folder(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise ValueError(f"corpus {str(folder)!r}: neither a known corpus (python) nor a folder")
-    files = sorted(path.resolve() for path in folder.rglob("*") if path.suffix in READERS and path.is_file())
+    files = sorted(
+        path.resolve() for path in folder.rglob("*") if path.suffix in READERS and path.is_file()
+    )
     if not files:
         raise ValueError(f"corpus {str(folder)!r}: no {', '.join(READERS)} file in it")
     return files
@@ -92,7 +94,9 @@ def _json_lines(path: Path, counts: Counter[str], column: str) -> Iterator[str]:
             try:
                 text = json.loads(_decoded(line, counts))[column]
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{path}, line {number}: not a JSON object with a field {column!r}") from None
+                raise ValueError(
+                    f"{path}, line {number}: not a JSON object with a field {column!r}"
+                ) from None
             if not isinstance(text, str | None):
                 raise ValueError(f"{path}, line {number}: its {column!r} is not a string")
             if text is None:
@@ -108,17 +112,26 @@ def _parquet(path: Path, counts: Counter[str], column: str) -> Iterator[str]:
     try:
         with parquet.ParquetFile(path) as file:
             if column not in file.schema_arrow.names:
-                raise ValueError(f"{path}: no column {column!r} (it has {', '.join(file.schema_arrow.names)})")
+                raise ValueError(
+                    f"{path}: no column {column!r} (it has {', '.join(file.schema_arrow.names)})"
+                )
             for batch in file.iter_batches(batch_size=BATCH, columns=[column]):
                 found = batch.column(0)
                 found = found.dictionary_decode() if types.is_dictionary(found.type) else found
-                if not any(check(found.type) for check in (types.is_string, types.is_large_string, types.is_null)):
-                    raise ValueError(f"{path}: its column {column!r} holds {found.type}, not strings")
+                if not any(
+                    check(found.type)
+                    for check in (types.is_string, types.is_large_string, types.is_null)
+                ):
+                    raise ValueError(
+                        f"{path}: its column {column!r} holds {found.type}, not strings"
+                    )
                 counts["null"] += found.null_count
                 for content in found.drop_null().cast(pyarrow.large_binary()).to_pylist():
                     yield _decoded(content, counts)
     except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: not readable as Parquet ({str(error).splitlines()[0]})") from None
+        raise ValueError(
+            f"{path}: not readable as Parquet ({str(error).splitlines()[0]})"
+        ) from None
 
 
 _READ = {".jsonl": _json_lines, ".parquet": _parquet}

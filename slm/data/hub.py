@@ -19,11 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slm import events
-from slm.data.prepared import FORMAT, Prepared, of_source, row_shape
+from slm.data.builder import VALIDATION, Work
+from slm.data.dataset import FORMAT, Prepared, of_source, row_shape
 from slm.data.shards import File, fingerprint
 from slm.data.tokenizer import Tokenizer
-from slm.data.work import VALIDATION, Work
+from slm.files import read_json, write_json
 from slm.recipe import Hyperparameters
 
 if TYPE_CHECKING:
@@ -35,7 +35,9 @@ NAMED = {
 }
 """Corpora by name. Their documents were shuffled before they were cut into files, so that the last is as good as any
 for validation."""
-SPELLING = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<folder>[\w./-]+))?(?:@(?P<revision>[\w./-]+))?")
+SPELLING = re.compile(
+    r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<folder>[\w./-]+))?(?:@(?P<revision>[\w./-]+))?"
+)
 TOKENIZER_CHARACTERS = 2**26
 """Of the first training file the tokeniser learns from at most so many."""
 ENDINGS = (".parquet", ".jsonl")
@@ -97,14 +99,18 @@ def is_hub(corpus: str) -> bool:
     return corpus in NAMED or corpus.startswith("hf:")
 
 
-def known(corpus: str, given: Hyperparameters, tokenizer: Tokenizer | None, home: Path) -> Prepared | None:
+def known(
+    corpus: str, given: Hyperparameters, tokenizer: Tokenizer | None, home: Path
+) -> Prepared | None:
     """What was prepared of a corpus for a shape."""
     return next(iter(of_source(home, corpus, given, tokenizer)), None)
 
 
 def suffices(prepared: Prepared, given: Hyperparameters) -> bool:
     """Whether there are rows for a horizon, or all that the hub has."""
-    return prepared.train_rows >= given.train_rows or len(prepared.files("train")) == len(_kept(prepared).shards)
+    return prepared.train_rows >= given.train_rows or len(prepared.files("train")) == len(
+        _kept(prepared).shards
+    )
 
 
 def source(corpus: str, given: Hyperparameters, tokenizer: Tokenizer | None, home: Path) -> Source:
@@ -116,23 +122,33 @@ def source(corpus: str, given: Hyperparameters, tokenizer: Tokenizer | None, hom
     return _kept(before) if before else _listed(corpus)
 
 
-def folder(corpus: str, found: Source, given: Hyperparameters, tokenizer: Tokenizer | None, home: Path) -> Path:
+def folder(
+    corpus: str, found: Source, given: Hyperparameters, tokenizer: Tokenizer | None, home: Path
+) -> Path:
     """Where a preparation goes."""
     own = [tokenizer.fingerprint] if tokenizer else []
-    key = fingerprint(json.dumps([FORMAT, corpus, asdict(found.validation), row_shape(given), *own]).encode())
+    key = fingerprint(
+        json.dumps([FORMAT, corpus, asdict(found.validation), row_shape(given), *own]).encode()
+    )
     return home / "data" / f"{found.name}-{key}"
 
 
 def fill(work: Work, found: Source) -> None:
     """Prepare as many files as the horizon needs, some more each time, until there are rows enough or no more files."""
-    of = fingerprint(json.dumps([FORMAT, found.validation.repo, found.validation.revision]).encode())
-    events.write_json(work.folder / f"source-{of}.json", asdict(found))
+    of = fingerprint(
+        json.dumps([FORMAT, found.validation.repo, found.validation.revision]).encode()
+    )
+    write_json(work.folder / f"source-{of}.json", asdict(found))
     validation = _first(work, found)
     files = work.before.files("train") if work.before else []
-    while (rows := sum(file["rows"] for file in files)) < work.given.train_rows and len(files) < len(found.shards):
+    while (rows := sum(file["rows"] for file in files)) < work.given.train_rows and len(
+        files
+    ) < len(found.shards):
         more = math.ceil((work.given.train_rows - rows) * len(files) / rows) if rows else 1
         shards = found.shards[len(files) : len(files) + more]
-        work.report(f"fetching {len(shards):,} files of {work.name}, {sum(own.size for own in shards) / 1e9:.3g} GB")
+        work.report(
+            f"fetching {len(shards):,} files of {work.name}, {sum(own.size for own in shards) / 1e9:.3g} GB"
+        )
         files = [*files, *work.pack(shards, len(files), of)]
     work.finish(validation, files, {}, of)
 
@@ -146,7 +162,9 @@ def _listed(corpus: str) -> Source:
     with _asking(repo):
         api = HfApi()
         commit = str(api.dataset_info(repo, revision=revision).sha)
-        tree = api.list_repo_tree(repo, folder, recursive=True, revision=commit, repo_type="dataset")
+        tree = api.list_repo_tree(
+            repo, folder, recursive=True, revision=commit, repo_type="dataset"
+        )
         files = sorted((own for own in tree if isinstance(own, RepoFile)), key=lambda own: own.path)
     found = [_shard(repo, commit, own) for own in files if own.path.endswith(ENDINGS)]
     if len(found) < 2:
@@ -154,14 +172,18 @@ def _listed(corpus: str) -> Source:
             f"corpus {corpus!r}: {len(found)} {' or '.join(ENDINGS)} files in it, and one is for validation: fetch "
             "them into a folder and prepare that, or name another folder of the dataset (hf:OWNER/NAME:FOLDER)"
         )
-    return Source(corpus if corpus in NAMED else repo.partition("/")[2], tuple(found[:-1]), found[-1])
+    return Source(
+        corpus if corpus in NAMED else repo.partition("/")[2], tuple(found[:-1]), found[-1]
+    )
 
 
 def _spelt(corpus: str) -> tuple[str, str | None, str | None]:
     """Dataset, folder and revision of a name. Raises ValueError for one that is spelt otherwise."""
     found = SPELLING.fullmatch(NAMED.get(corpus, corpus))
     if not found:
-        raise ValueError(f"corpus {corpus!r}: write hf:OWNER/NAME, hf:OWNER/NAME:FOLDER, and @REVISION behind it")
+        raise ValueError(
+            f"corpus {corpus!r}: write hf:OWNER/NAME, hf:OWNER/NAME:FOLDER, and @REVISION behind it"
+        )
     return found["repo"], found["folder"], found["revision"]
 
 
@@ -175,7 +197,13 @@ def _download(shard: Shard, again: bool) -> Path:
 
     with _asking(f"{shard.repo}/{shard.path}"):
         return Path(
-            hf_hub_download(shard.repo, shard.path, repo_type="dataset", revision=shard.revision, force_download=again)
+            hf_hub_download(
+                shard.repo,
+                shard.path,
+                repo_type="dataset",
+                revision=shard.revision,
+                force_download=again,
+            )
         )
 
 
@@ -186,11 +214,17 @@ def _asking(what: str) -> Iterator[None]:
 
     try:
         yield
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError) as error:
+    except (
+        errors.RepositoryNotFoundError,
+        errors.RevisionNotFoundError,
+        errors.EntryNotFoundError,
+    ) as error:
         if isinstance(error, errors.LocalEntryNotFoundError):
             why = str(error.__cause__ or error).splitlines()[0]
             raise RuntimeError(f"{what}: {why}; try again, what was fetched is kept") from None
-        raise ValueError(f"{what}: the hub has no such dataset or revision, or HF_TOKEN may not read it") from None
+        raise ValueError(
+            f"{what}: the hub has no such dataset or revision, or HF_TOKEN may not read it"
+        ) from None
     except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
         why = str(error).strip().splitlines()[0]
         raise RuntimeError(f"{what}: {why}; try again, what was fetched is kept") from None
@@ -202,14 +236,16 @@ def _first(work: Work, found: Source) -> dict[str, Any]:
         return work.before.files("validation")[0]
     kept = work.folder / VALIDATION
     if not kept.exists():
-        work.report(f"fetching the first of {len(found.shards):,} files of {work.name}, and the one for validation")
+        work.report(
+            f"fetching the first of {len(found.shards):,} files of {work.name}, and the one for validation"
+        )
         if work.tokenizer:
             work.take(work.tokenizer)
         else:
             work.learn(list(_leading(found.shards[0])))
         counts: Counter[str] = Counter()
-        events.write_json(kept, work.validate(found.validation.documents(counts), counts))
-    return events.read_json(kept)
+        write_json(kept, work.validate(found.validation.documents(counts), counts))
+    return read_json(kept)
 
 
 def _leading(shard: Shard) -> Iterator[str]:
@@ -224,6 +260,6 @@ def _leading(shard: Shard) -> Iterator[str]:
 
 def _kept(prepared: Prepared) -> Source:
     """The source of a prepared corpus."""
-    document = events.read_json(prepared.folder / f"source-{prepared.manifest['of']}.json")
+    document = read_json(prepared.folder / f"source-{prepared.manifest['of']}.json")
     shards = tuple(Shard(**own) for own in document["shards"])
     return Source(document["name"], shards, Shard(**document["validation"]))

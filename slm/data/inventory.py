@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from slm import events, locks
+from slm.data.dataset import FORMAT, MANIFEST, Prepared
 from slm.data.prepare import lock_of
-from slm.data.prepared import FORMAT, MANIFEST, Prepared
 from slm.data.tokenizer import Tokenizer
+from slm.files import lock_holder, read_json
 from slm.plan import Plan
 
 SAMPLE_TOKENS = 2**22
@@ -35,21 +35,27 @@ class Entry:
 
 def entries(home: Path) -> list[Entry]:
     """All there are, by name."""
-    folders = {path.parent for name in (MANIFEST, "lock") for path in (home / "data").glob(f"*/{name}")}
+    folders = {
+        path.parent for name in (MANIFEST, "lock") for path in (home / "data").glob(f"*/{name}")
+    }
     return [_entry(folder) for folder in sorted(folders)]
 
 
 def _entry(folder: Path) -> Entry:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    manifest = events.read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else None
+    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else None
     prepared = Prepared(folder, manifest) if manifest and manifest.get("format") == FORMAT else None
     state = "prepared" if prepared else "of another version" if manifest else "unfinished"
-    return Entry(folder, prepared, "at work" if locks.holder(folder / "lock") else state, size)
+    return Entry(folder, prepared, "at work" if lock_holder(folder / "lock") else state, size)
 
 
 def named(home: Path, name: str) -> list[Entry]:
     """Those of a corpus, or whose folder's name begins so. Raises ValueError where there is none."""
-    found = [entry for entry in entries(home) if name == _corpus(entry) or entry.folder.name.startswith(name)]
+    found = [
+        entry
+        for entry in entries(home)
+        if name == _corpus(entry) or entry.folder.name.startswith(name)
+    ]
     if not found:
         known = ", ".join(entry.folder.name for entry in entries(home)) or "nothing"
         raise ValueError(f"no data of {name!r} in {home / 'data'}; there is {known}")
@@ -84,8 +90,10 @@ def remove(entry: Entry) -> None:
     """
     lock = lock_of(entry.folder)
     if lock is None:
-        holder = locks.holder(entry.folder / "lock")
-        raise ValueError(f"{entry.folder} is prepared by process {holder} just now: wait for it, or end it")
+        holder = lock_holder(entry.folder / "lock")
+        raise ValueError(
+            f"{entry.folder} is prepared by process {holder} just now: wait for it, or end it"
+        )
     with lock:
         (entry.folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(entry.folder)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from slm.data.prepared import Prepared
+    from slm.data.dataset import Prepared
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 Indices = NDArray[np.int64]
@@ -52,7 +52,9 @@ class Rows:
         if number not in self._mapped:
             if len(self._mapped) == MAPPED:
                 del self._mapped[next(iter(self._mapped))]
-            rows = np.memmap(self._paths[number], dtype=self._dtype, mode="r").reshape(-1, self._row_tokens)
+            rows = np.memmap(self._paths[number], dtype=self._dtype, mode="r").reshape(
+                -1, self._row_tokens
+            )
             self._mapped[number] = rows
         return self._mapped[number]
 
@@ -68,7 +70,9 @@ class Order:
 
     def step(self, step: int, batch_rows: int) -> Indices:
         """Indices (batch_rows,) of the rows of a step, counted from 0."""
-        epochs, places = np.divmod(np.arange(step * batch_rows, (step + 1) * batch_rows), self._starts[-1])
+        epochs, places = np.divmod(
+            np.arange(step * batch_rows, (step + 1) * batch_rows), self._starts[-1]
+        )
         blocks = np.searchsorted(self._starts, places, "right") - 1
         rows = np.empty(batch_rows, np.int64)
         for turn in np.unique(epochs * len(self._starts) + blocks).tolist():
@@ -81,7 +85,9 @@ class Order:
         """Sorts raw 64-bit draws, which numpy keeps the same for all versions (its own permutation it does not)."""
         if (epoch, block) not in self._permutations:
             size = self._starts[block + 1] - self._starts[block]
-            draws = np.random.PCG64(np.random.SeedSequence([self._seed, epoch, block])).random_raw(size)
+            draws = np.random.PCG64(np.random.SeedSequence([self._seed, epoch, block])).random_raw(
+                size
+            )
             self._permutations = {(epoch, block): np.argsort(draws, kind="stable")} | dict(
                 list(self._permutations.items())[:1]
             )

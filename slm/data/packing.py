@@ -20,7 +20,9 @@ BUFFER = 1000
 """Documents to choose from while a row is filled."""
 
 
-def split(documents: Iterable[NDArray[Any]], bos: int, length: int, pieces: bool) -> Iterator[Tokens]:
+def split(
+    documents: Iterable[NDArray[Any]], bos: int, length: int, pieces: bool
+) -> Iterator[Tokens]:
     """Each document's tokens with `<|bos|>` in front; with `pieces`, those longer than a row of `length` tokens are cut
     into pieces that fill one, each with its own `<|bos|>`."""
     for document in documents:
@@ -37,7 +39,9 @@ def shuffled(pieces: Iterable[Tokens]) -> Iterator[Tokens]:
     follow one another."""
     source = iter(pieces)
     while chunk := list(islice(source, SHUFFLE)):
-        yield from sorted(chunk, key=lambda piece: hashlib.sha256(piece.astype("<i8").tobytes()).digest())
+        yield from sorted(
+            chunk, key=lambda piece: hashlib.sha256(piece.astype("<i8").tobytes()).digest()
+        )
 
 
 def pack(documents: Iterable[Tokens], length: int, counts: Counter[str]) -> Generator[Tokens]:

@@ -18,13 +18,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from slm import locks
 from slm.data import corpus as corpora
-from slm.data import folders, hub
-from slm.data.prepared import Prepared
+from slm.data import hub
+from slm.data import local as folders
+from slm.data.builder import Report, Work
+from slm.data.dataset import Prepared
 from slm.data.tokenizer import Tokenizer
-from slm.data.work import Report, Work
-from slm.devices import cores
+from slm.files import hold_lock, lock_holder
+from slm.hardware.devices import cores
 from slm.recipe import Hyperparameters
 
 WAIT_SECONDS = 0.2
@@ -68,16 +69,24 @@ def prepare(
         return prepared
     if hub.is_hub(corpus):
         source = hub.source(corpus, given, tokenizer, home)
-        folder, name, place = hub.folder(corpus, source, given, tokenizer, home), source.name, corpus
+        folder, name, place = (
+            hub.folder(corpus, source, given, tokenizer, home),
+            source.name,
+            corpus,
+        )
     else:
         states = corpora.states(corpus)
         before = folders.known(corpus, states, given, tokenizer, home)
         if before is None and (line := folders.changed(corpus, states, given, tokenizer, home)):
             report(line)
-        folder = before.folder if before else folders.new_folder(corpus, states, given, tokenizer, home)
+        folder = (
+            before.folder if before else folders.new_folder(corpus, states, given, tokenizer, home)
+        )
         name, place = corpora.name_of(corpus), folders.source_of(corpus)
     with alone(folder, report):
-        if prepared := prepared_for(corpus, given, home, tokenizer):  # by another preparation meanwhile
+        if prepared := prepared_for(
+            corpus, given, home, tokenizer
+        ):  # by another preparation meanwhile
             return prepared
         work = Work(folder, name, place, given, tokenizer, report, processes or cores())
         try:
@@ -102,8 +111,8 @@ def _check(tokenizer: Tokenizer | None, given: Hyperparameters) -> None:
 def alone(folder: Path, report: Report) -> Iterator[None]:
     """Hold the lock of a folder, which is made; another preparation of it is waited for."""
     while (lock := lock_of(folder)) is None:
-        report(f"waiting for process {locks.holder(folder / 'lock')}, which prepares the same")
-        while locks.holder(folder / "lock") is not None:
+        report(f"waiting for process {lock_holder(folder / 'lock')}, which prepares the same")
+        while lock_holder(folder / "lock") is not None:
             time.sleep(WAIT_SECONDS)
     with lock:
         yield
@@ -114,7 +123,7 @@ def lock_of(folder: Path) -> TextIO | None:
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):  # who had it removed the folder
-            lock = locks.hold(folder / "lock")
+            lock = hold_lock(folder / "lock")
             if lock is None or os.fstat(lock.fileno()).st_nlink:
                 return lock
             lock.close()

@@ -17,10 +17,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from slm import events
 from slm.data.corpus import texts_of
 from slm.data.packing import Tokens, pack, shuffled, split
 from slm.data.tokenizer import Tokenizer
+from slm.files import read_json, replacing, write_json
 
 BLOCK_ROWS = 256
 """Rows of a block: the unit of fingerprints and of the order's permutation. A shard's last block may have fewer."""
@@ -72,11 +72,15 @@ def packed(
     documents: Iterable[str], tokenizer: Tokenizer, shape: Shape, counts: Counter[str], threads: int
 ) -> Iterator[Tokens]:
     """Rows of training."""
-    pieces = split(encoded(documents, tokenizer, counts, threads), tokenizer.bos, shape.length, shape.pieces)
+    pieces = split(
+        encoded(documents, tokenizer, counts, threads), tokenizer.bos, shape.length, shape.pieces
+    )
     return pack(shuffled(pieces) if shape.pieces else pieces, shape.length, counts)
 
 
-def encoded(documents: Iterable[str], tokenizer: Tokenizer, counts: Counter[str], threads: int) -> Iterator[Tokens]:
+def encoded(
+    documents: Iterable[str], tokenizer: Tokenizer, counts: Counter[str], threads: int
+) -> Iterator[Tokens]:
     """Each document's tokens, without `<|bos|>`; `counts` gets documents and tokens, `<|bos|>` included, as taken."""
     source = iter(documents)
     with ThreadPoolExecutor(threads) as pool:
@@ -91,7 +95,7 @@ def write_rows(path: Path, rows: Iterator[Tokens], dtype: str) -> dict[str, Any]
     """Write rows to a file, whole or not at all; what a manifest says of it."""
     blocks: list[str] = []
     count = size = 0
-    with events.replacing(path) as temporary, temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         while block := list(islice(rows, BLOCK_ROWS)):
             content = np.stack(block).astype(dtype).tobytes()
             file.write(content)
@@ -102,19 +106,21 @@ def write_rows(path: Path, rows: Iterator[Tokens], dtype: str) -> dict[str, Any]
     return {"file": path.name, "rows": count, "bytes": size, "blocks": blocks}
 
 
-def pack_shard(source: Documents, path: Path, of: str, shape: Shape, threads: int) -> dict[str, Any]:
+def pack_shard(
+    source: Documents, path: Path, of: str, shape: Shape, threads: int
+) -> dict[str, Any]:
     """Pack a shard's documents into a file; what the manifest says of it, kept beside it.
 
     `of` is what the shard follows from beside its number: a file of another is written anew.
     """
     kept = path.with_suffix(".json")
-    if kept.exists() and (document := events.read_json(kept))["of"] == of:
+    if kept.exists() and (document := read_json(kept))["of"] == of:
         return document
     counts: Counter[str] = Counter()
     tokenizer = Tokenizer.read(path.with_name("tokenizer.json"))
     rows = packed(source.documents(counts), tokenizer, shape, counts, threads)
     document = write_rows(path, rows, shape.dtype) | {"of": of} | counts
-    events.write_json(kept, document)
+    write_json(kept, document)
     return document
 
 

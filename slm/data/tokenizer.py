@@ -17,9 +17,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import tiktoken
 
-PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-)
+PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 """GPT-4's split pattern with numbers in groups of at most two digits."""
 
 BOS = "<|bos|>"
@@ -92,7 +90,9 @@ class Tokenizer:
             if len(text) < 2:
                 raise
             half = len(text) // 2
-            ids = np.concatenate([self.encode_to_numpy(part) for part in (text[:half], text[half:])])
+            ids = np.concatenate(
+                [self.encode_to_numpy(part) for part in (text[:half], text[half:])]
+            )
         return ids
 
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[list[int]]:
@@ -114,7 +114,11 @@ class Tokenizer:
         """The tokeniser in a file that `document` filled. Raises ValueError where it holds none."""
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
-            special = () if document["special"] == list(SPECIAL) else tuple((n, i) for n, i in document["special"])
+            special = (
+                ()
+                if document["special"] == list(SPECIAL)
+                else tuple((n, i) for n, i in document["special"])
+            )
             tokens = tuple(base64.b64decode(token, validate=True) for token in document["tokens"])
             return _checked(cls(tokens, document["pattern"], special), str(path))
         except (KeyError, TypeError, ValueError) as error:
@@ -148,14 +152,20 @@ def _of_encoding(name: str) -> Tokenizer:
 
     if name not in tiktoken.list_encoding_names():
         known = ", ".join(tiktoken.list_encoding_names())
-        raise ValueError(f"--tokenizer {name}: no file (.json, .tiktoken), and not one of tiktoken's: {known}")
+        raise ValueError(
+            f"--tokenizer {name}: no file (.json, .tiktoken), and not one of tiktoken's: {known}"
+        )
     try:
         encoding = tiktoken.get_encoding(name)
     except OSError as error:
         why = type(error).__name__
-        raise RuntimeError(f"{name}: tiktoken could not fetch it ({why}): give a .json or .tiktoken file") from None
+        raise RuntimeError(
+            f"{name}: tiktoken could not fetch it ({why}): give a .json or .tiktoken file"
+        ) from None
     special = tuple(sorted(encoding._special_tokens.items(), key=lambda own: own[1]))
-    return _checked(Tokenizer(_by_rank(encoding._mergeable_ranks, name), encoding._pat_str, special), name)
+    return _checked(
+        Tokenizer(_by_rank(encoding._mergeable_ranks, name), encoding._pat_str, special), name
+    )
 
 
 def _by_rank(ranks: dict[bytes, int], where: str) -> tuple[bytes, ...]:
@@ -170,9 +180,13 @@ def _checked(tokenizer: Tokenizer, where: str) -> Tokenizer:
     """The tokeniser, if every text can be encoded. Raises ValueError otherwise."""
     known = {*tokenizer.tokens}
     if missing := [value for value in range(256) if bytes([value]) not in known]:
-        raise ValueError(f"{where}: {len(missing)} single bytes are no tokens, so some texts could not be encoded")
+        raise ValueError(
+            f"{where}: {len(missing)} single bytes are no tokens, so some texts could not be encoded"
+        )
     if not {*STARTS} & {*tokenizer.specials}:
-        raise ValueError(f"{where}: it has none of {' and '.join(STARTS)}, one of which starts every document")
+        raise ValueError(
+            f"{where}: it has none of {' and '.join(STARTS)}, one of which starts every document"
+        )
     return tokenizer
 
 
@@ -186,7 +200,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     text_tokens = vocab_size - len(SPECIAL)
     if text_tokens < 256:
-        raise ValueError(f"vocab_size {vocab_size}: 256 bytes and {len(SPECIAL)} special tokens do not fit")
+        raise ValueError(
+            f"vocab_size {vocab_size}: 256 bytes and {len(SPECIAL)} special tokens do not fit"
+        )
     trainable = Trainable(BPE())
     split = Split(Regex(PATTERN), behavior="isolated")
     trainable.pre_tokenizer = Sequence([split, ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -196,7 +212,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     vocabulary = trainable.get_vocab()
     if len(vocabulary) < text_tokens:
-        raise ValueError(f"vocab_size {vocab_size}: the text holds only {len(vocabulary) + len(SPECIAL)} tokens")
+        raise ValueError(
+            f"vocab_size {vocab_size}: the text holds only {len(vocabulary) + len(SPECIAL)} tokens"
+        )
     characters = _byte_of_character()
     learned = sorted((rank, token) for token, rank in vocabulary.items() if len(token) > 1)
     merged = [bytes(characters[character] for character in token) for _, token in learned]
@@ -207,4 +225,6 @@ def _byte_of_character() -> dict[str, int]:
     """GPT-2's printable stand-ins: printable bytes stand for themselves, the others from U+0100 on, in order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [value for value in range(256) if value not in printable]
-    return {chr(value): value for value in printable} | {chr(256 + i): value for i, value in enumerate(others)}
+    return {chr(value): value for value in printable} | {
+        chr(256 + i): value for i, value in enumerate(others)
+    }

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from slm.data.loader import Rows, share
 from slm.data.tokenizer import Tokenizer
-from slm.model import GPT
+from slm.model.gpt import GPT
 
 TOKENS = 2**13
 """Tokens of one forward pass."""

@@ -36,7 +36,11 @@ FIELDS = {
 """Fields of an example by the type of its task."""
 OPTIONS = {"multiple_choice": "choices", "schema": "context_options"}
 """The field that `gold` counts in."""
-CORRECTED = {"commonsense_qa": 0.403, "bigbench_language_identification": 0.25, "agi_eval_lsat_ar": 0.25}
+CORRECTED = {
+    "commonsense_qa": 0.403,
+    "bigbench_language_identification": 0.25,
+    "agi_eval_lsat_ar": 0.25,
+}
 """Baselines that DCLM corrected after the csv of CORE's bundle was written."""
 MOST_BYTES = 2**28
 """Of one file."""
@@ -120,18 +124,28 @@ def installed(home: Path, named: str | None = None) -> Bundle:
     Raises ValueError when there is none, several, or when its files were changed.
     """
     names, wanted = names_of(home), named or CORE
-    chosen = [own for own, name in names.items() if name == wanted] or [own for own in names if own.startswith(wanted)]
+    chosen = [own for own, name in names.items() if name == wanted] or [
+        own for own in names if own.startswith(wanted)
+    ]
     if len(chosen) != 1:
         known = ", ".join(f"{own} ({name})" for own, name in names.items())
         if chosen:
-            raise ValueError(f"{len(chosen)} bundles in {home} could be meant: choose one of {known} with --bundle")
-        way = f"choose one of {known} with --bundle" if known and named else "get it with `slm data core`"
+            raise ValueError(
+                f"{len(chosen)} bundles in {home} could be meant: choose one of {known} with --bundle"
+            )
+        way = (
+            f"choose one of {known} with --bundle"
+            if known and named
+            else "get it with `slm data core`"
+        )
         made = "--bundle pocket-core makes one of the run's own held-out text"
         raise ValueError(f"no bundle {named or 'of CORE'} in {home}: {way}; {made}")
     folder = _kept(home) / chosen[0]
     bundle = read(folder)
     if bundle.id != chosen[0]:
-        raise ValueError(f"{folder} was changed (its content is bundle {bundle.id}): remove it and get it again")
+        raise ValueError(
+            f"{folder} was changed (its content is bundle {bundle.id}): remove it and get it again"
+        )
     return bundle
 
 
@@ -163,11 +177,17 @@ def _opened(source: Path) -> Iterator[Read]:
 
 def _root(folder: Path) -> Path:
     """The folder that holds core.yaml: this one, else the one in it."""
-    found = [folder] if (folder / INDEX).is_file() else sorted(path.parent for path in folder.glob(f"*/{INDEX}"))
+    found = (
+        [folder]
+        if (folder / INDEX).is_file()
+        else sorted(path.parent for path in folder.glob(f"*/{INDEX}"))
+    )
     if not found:
         raise ValueError(f"{folder} is no bundle: there is no {INDEX} in it")
     if len(found) > 1:
-        raise ValueError(f"{folder} holds {len(found)} bundles: name one of {', '.join(path.name for path in found)}")
+        raise ValueError(
+            f"{folder} holds {len(found)} bundles: name one of {', '.join(path.name for path in found)}"
+        )
     return found[0]
 
 
@@ -215,8 +235,14 @@ def _checked(content: Read, where: str) -> tuple[dict[str, bytes], tuple[Task, .
     """The files that CORE reads by name, the tasks, and the bundle's name."""
     contents = {name: content(name) for name in (INDEX, BASELINES)}
     entries, name = _index(contents[INDEX], f"{where}: {INDEX}")
-    tasks = _tasks(entries, _baselines(contents[BASELINES], f"{where}: {BASELINES}"), f"{where}: {INDEX}")
-    return contents | {file: content(file) for file in sorted({task.file for task in tasks})}, tasks, name
+    tasks = _tasks(
+        entries, _baselines(contents[BASELINES], f"{where}: {BASELINES}"), f"{where}: {INDEX}"
+    )
+    return (
+        contents | {file: content(file) for file in sorted({task.file for task in tasks})},
+        tasks,
+        name,
+    )
 
 
 def _index(text: bytes, where: str) -> tuple[list[Any], str]:
@@ -229,7 +255,9 @@ def _index(text: bytes, where: str) -> tuple[list[Any], str]:
     except (AttributeError, KeyError, TypeError):
         raise ValueError(f"{where} has no list {TASKS}") from None
     if not re.fullmatch(r"[a-z][a-z0-9-]{0,31}", str(name)):
-        raise ValueError(f"{where} gives the name {name!r}: it takes a small letter, then such, digits and -")
+        raise ValueError(
+            f"{where} gives the name {name!r}: it takes a small letter, then such, digits and -"
+        )
     return entries, str(name)
 
 
@@ -240,26 +268,51 @@ def _tasks(entries: list[Any], baselines: dict[str, float], where: str) -> tuple
         raise ValueError(f"{where} has no list {TASKS}") from None
     labels = [task.label for task in tasks]
     if not 0 < len(tasks) <= MOST_TASKS or len({*labels}) < len(labels):
-        raise ValueError(f"{where} has {len(labels)} tasks, {len({*labels})} by name: 1 to {MOST_TASKS}, each once")
+        raise ValueError(
+            f"{where} has {len(labels)} tasks, {len({*labels})} by name: 1 to {MOST_TASKS}, each once"
+        )
     return tasks
 
 
 def _task(entry: dict[str, Any], baselines: dict[str, float], where: str) -> Task:
-    label, uri, shots, kind = entry["label"], entry["dataset_uri"], entry["num_fewshot"], entry.get("icl_task_type")
+    label, uri, shots, kind = (
+        entry["label"],
+        entry["dataset_uri"],
+        entry["num_fewshot"],
+        entry.get("icl_task_type"),
+    )
     delimiter = entry.get("continuation_delimiter", " ")
     if not re.fullmatch(r"\w[\w.-]*", str(label)):
-        raise ValueError(f"{where}: task {label!r} has a name of more than letters, digits, _, - and .")
+        raise ValueError(
+            f"{where}: task {label!r} has a name of more than letters, digits, _, - and ."
+        )
     if kind not in FIELDS:
-        raise ValueError(f"{where}: task {label} is of type {kind!r}, which is none of {', '.join(FIELDS)}")
-    if not (isinstance(shots, list) and len(shots) == 1 and isinstance(shots[0], int) and shots[0] >= 0):
-        raise ValueError(f"{where}: task {label} has num_fewshot {shots!r}, not a list of one number")
+        raise ValueError(
+            f"{where}: task {label} is of type {kind!r}, which is none of {', '.join(FIELDS)}"
+        )
+    if not (
+        isinstance(shots, list) and len(shots) == 1 and isinstance(shots[0], int) and shots[0] >= 0
+    ):
+        raise ValueError(
+            f"{where}: task {label} has num_fewshot {shots!r}, not a list of one number"
+        )
     parts = re.split(r"[/\\]", str(uri))
     if not all(re.fullmatch(r"[\w-][\w.-]*", part) for part in parts):
-        raise ValueError(f"{where}: task {label} reads {uri!r}, which is no plain path below {EXAMPLES}")
+        raise ValueError(
+            f"{where}: task {label} reads {uri!r}, which is no plain path below {EXAMPLES}"
+        )
     if label not in baselines:
         raise ValueError(f"{where}: task {label} has no baseline in {BASELINES}")
     known = baselines[label]
-    return Task(label, kind, f"{EXAMPLES}/{uri}", shots[0], str(delimiter), known, CORRECTED.get(label, known))
+    return Task(
+        label,
+        kind,
+        f"{EXAMPLES}/{uri}",
+        shots[0],
+        str(delimiter),
+        known,
+        CORRECTED.get(label, known),
+    )
 
 
 def _baselines(text: bytes, where: str) -> dict[str, float]:
@@ -268,7 +321,9 @@ def _baselines(text: bytes, where: str) -> dict[str, float]:
     try:
         found = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in rows}
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{where} has no columns 'Eval Task' and 'Random baseline' in percent ({error})") from None
+        raise ValueError(
+            f"{where} has no columns 'Eval Task' and 'Random baseline' in percent ({error})"
+        ) from None
     if wrong := [name for name, baseline in found.items() if not 0 <= baseline < 1]:
         raise ValueError(f"{where}: the baseline of {wrong[0]} is not from 0 to below 100")
     return found
@@ -286,7 +341,9 @@ def _examples(task: Task, content: bytes, where: str) -> list[Example]:
                 raise ValueError(f"{where}, line {number}: {problem}")
             examples.append(example)
     if len(examples) <= task.shots:
-        raise ValueError(f"{where} has {len(examples)} examples: too few for the {task.shots} shots of {task.label}")
+        raise ValueError(
+            f"{where} has {len(examples)} examples: too few for the {task.shots} shots of {task.label}"
+        )
     return examples
 
 
@@ -297,11 +354,15 @@ def _problem(task: Task, example: Any) -> str | None:
     options = OPTIONS.get(task.kind)
     for name in FIELDS[task.kind]:
         value = example.get(name)
-        if name == options and not (isinstance(value, list) and value and all(isinstance(one, str) for one in value)):
+        if name == options and not (
+            isinstance(value, list) and value and all(isinstance(one, str) for one in value)
+        ):
             return f"its {name!r} is no list of texts"
         if name not in (options, "gold") and not isinstance(value, str):
             return f"its {name!r} is no text"
-    if options and not (type(example.get("gold")) is int and 0 <= example["gold"] < len(example[options])):
+    if options and not (
+        type(example.get("gold")) is int and 0 <= example["gold"] < len(example[options])
+    ):
         return f"its 'gold' is {example.get('gold')!r}, not the place of one of its {len(example[options])} choices"
     return None
 

@@ -18,14 +18,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from slm import events
-from slm.attention import attend, kernel
-from slm.evaluate.batches import PAD, Batch, Batches, Lane, Lanes, grouped, lanes_of
+from slm.evaluate.batching import PAD, Batch, Batches, Lane, Lanes, grouped, lanes_of
 from slm.evaluate.bundle import Bundle, Task
+from slm.evaluate.prompts import FORMAT, Ints, Known, Planned, planned
 from slm.evaluate.scores import TIE, Unanswered, decided, summary, task_document
-from slm.evaluate.tasks import FORMAT, Ints, Known, Planned, planned
-from slm.layers import FEWEST, LOGITS
-from slm.model import GPT, Attended
+from slm.files import read_json, write_json
+from slm.model.attention import attend, kernel
+from slm.model.gpt import GPT, Attended
+from slm.model.layers import FEWEST, LOGITS
 
 TOKENS = {"cpu": 2**12, "cuda": 2**16}
 """Tokens of one forward pass, padding included, at most."""
@@ -72,8 +72,12 @@ class Asked:
         """The tasks, in the bundle's order. Raises ValueError for a label that is none's."""
         known = [task.label for task in self.bundle.tasks]
         if unknown := [label for label in self.labels or () if label not in known]:
-            raise ValueError(f"bundle {self.bundle.id} has no task {unknown[0]}: it has {', '.join(known)}")
-        return [task for task in self.bundle.tasks if self.labels is None or task.label in self.labels]
+            raise ValueError(
+                f"bundle {self.bundle.id} has no task {unknown[0]}: it has {', '.join(known)}"
+            )
+        return [
+            task for task in self.bundle.tasks if self.labels is None or task.label in self.labels
+        ]
 
     def without(self, labels: Sequence[str]) -> Asked:
         """All tasks but some. Raises ValueError for a label that is none's, and where none is left."""
@@ -95,7 +99,11 @@ class Asked:
         left = [task.label for task in self.bundle.tasks if task.label not in asked]
         parts = [f"{self.most} per task"] if self.most else []
         if left:
-            parts.append(f"without {','.join(left)}" if len(left) < len(asked) else f"tasks {','.join(asked)}")
+            parts.append(
+                f"without {','.join(left)}"
+                if len(left) < len(asked)
+                else f"tasks {','.join(asked)}"
+            )
         return ", ".join(parts) or "full"
 
     def settings(self) -> dict[str, Any]:
@@ -105,7 +113,9 @@ class Asked:
         return {"bundle": own.id, "name": own.name, **how}
 
 
-def judge_by(logits: Callable[[Tensor], Tensor], context: int | None, device: torch.device) -> Judge:
+def judge_by(
+    logits: Callable[[Tensor], Tensor], context: int | None, device: torch.device
+) -> Judge:
     """Of a callable from token ids (B, T) to logits (B, T, V): rows by themselves, padded at the end."""
 
     def score(batch: Batch) -> Tensor:
@@ -144,7 +154,9 @@ def _asked(logits: Tensor, targets: Tensor) -> Tensor:
     other = rest.amax(1, keepdim=True)
     ties = (gold - other).abs() <= TIE * gold.abs().clamp_min(1)
     greedy = gold > other
-    if logits.device.type != "cpu" or (gold == other).any():  # finding places is slow there, asking a GPU is
+    if (
+        logits.device.type != "cpu" or (gold == other).any()
+    ):  # finding places is slow there, asking a GPU is
         greedy = logits.argmax(1, keepdim=True) == targets
     greatest = torch.maximum(gold, other)
     total = rest.sub_(greatest).exp_().sum(1, keepdim=True).add_((gold - greatest).exp())
@@ -174,28 +186,41 @@ def _attention(model: GPT, batch: Batch, places: Tensor) -> Attended:
     part = np.full(len(batch.ids), PROMPT)
     part[batch.tails[batch.tails != PAD]] = batch.parts[batch.tails != PAD]
     own = map(_aligned, (batch.prompts, batch.tails, asking, batch.parts, part[asking]))
-    prompts, tails, questions, parts, asking_parts = (torch.from_numpy(each).to(device) for each in own)
+    prompts, tails, questions, parts, asking_parts = (
+        torch.from_numpy(each).to(device) for each in own
+    )
     length = prompts.size(1)
     every = torch.cat([prompts, tails], dim=1)
-    back = torch.empty_like(places).scatter_(0, every[every != PAD], (every != PAD).flatten().nonzero()[:, 0])
+    back = torch.empty_like(places).scatter_(
+        0, every[every != PAD], (every != PAD).flatten().nonzero()[:, 0]
+    )
     answers = (questions != PAD).flatten().nonzero()[:, 0]
     masks = {
         window: _mask(prompts, tails, parts, tails, parts, places, window).to(model.dtype)
         for window in {*windows[:last]}
         if tails.size(1)
     }
-    final = _mask(prompts, tails, parts, questions, asking_parts, places, windows[last]).to(model.dtype)
+    final = _mask(prompts, tails, parts, questions, asking_parts, places, windows[last]).to(
+        model.dtype
+    )
 
     def attended(layer: int, query_key: Tensor, values: Tensor) -> Tensor:
-        key, value = query_key[0, every, query_key.size(2) // 2 :].transpose(1, 2), values[0, every].transpose(1, 2)
+        key, value = (
+            query_key[0, every, query_key.size(2) // 2 :].transpose(1, 2),
+            values[0, every].transpose(1, 2),
+        )
         if layer == last:
             query = query_key[0, questions, : key.size(1)].transpose(1, 2)
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=final)
             return mixed.transpose(1, 2).flatten(2).flatten(0, 1)[answers][None]
         query = query_key[0, every, : key.size(1)].transpose(1, 2)
-        mixed = _causal(query[:, :, :length], key[:, :, :length], value[:, :, :length], windows[layer])
+        mixed = _causal(
+            query[:, :, :length], key[:, :, :length], value[:, :, :length], windows[layer]
+        )
         if tails.size(1):
-            tailed = F.scaled_dot_product_attention(query[:, :, length:], key, value, attn_mask=masks[windows[layer]])
+            tailed = F.scaled_dot_product_attention(
+                query[:, :, length:], key, value, attn_mask=masks[windows[layer]]
+            )
             mixed = torch.cat([mixed, tailed], dim=2)
         return mixed.transpose(1, 2).flatten(2).flatten(0, 1)[back][None]
 
@@ -218,15 +243,27 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
 
 
 def _mask(
-    prompts: Tensor, tails: Tensor, parts: Tensor, queries: Tensor, of: Tensor, places: Tensor, window: int
+    prompts: Tensor,
+    tails: Tensor,
+    parts: Tensor,
+    queries: Tensor,
+    of: Tensor,
+    places: Tensor,
+    window: int,
 ) -> Tensor:
     """What attention adds to the scores of queries (B, Q), tokens `of` some tail or the prompt, over prompts and tails
     (B, 1, Q, P + S): 0, or minus infinity."""
     own, in_tails = places[queries].int(), places[tails].int()
-    in_prompt = torch.arange(prompts.size(1), dtype=torch.int32, device=own.device).expand(prompts.shape)
+    in_prompt = torch.arange(prompts.size(1), dtype=torch.int32, device=own.device).expand(
+        prompts.shape
+    )
     age = own[:, :, None] - torch.cat([in_prompt, in_tails], dim=1)[:, None]
     of_prompt = (prompts != PAD)[:, None].expand(-1, own.size(1), -1)
-    sees = torch.cat([of_prompt, parts[:, None] == of[:, :, None]], dim=2) & (age >= 0) & (age <= window)
+    sees = (
+        torch.cat([of_prompt, parts[:, None] == of[:, :, None]], dim=2)
+        & (age >= 0)
+        & (age <= window)
+    )
     return torch.zeros(sees.shape, device=own.device).masked_fill_(~sees, -torch.inf)[:, None]
 
 
@@ -265,13 +302,19 @@ def evaluate_all(
         return left
 
     left = of_first(plan_left, rank, ranks, judge.device)
-    plans = [planned(asked.bundle, task, tokenizer, asked.most) for task in left]  # the first rank's, found again
-    documents = {task.label: events.read_json(kept[task.label]) for task in asked.tasks if task not in left}
+    plans = [
+        planned(asked.bundle, task, tokenizer, asked.most) for task in left
+    ]  # the first rank's, found again
+    documents = {
+        task.label: read_json(kept[task.label]) for task in asked.tasks if task not in left
+    }
     lanes = [lanes_of(plan, judge.context, judge.shares) for plan in plans]
     read, of = 0, sum(own.tokens for own in lanes) // ranks
     for task, plan, own in zip(left, plans, lanes, strict=True):
         try:
-            documents[task.label] = evaluate(task, plan, own, judge, rank, ranks, tokens, _later(report, read, of))
+            documents[task.label] = evaluate(
+                task, plan, own, judge, rank, ranks, tokens, _later(report, read, of)
+            )
             if rank == 0:
                 _keep(kept[task.label], documents[task.label])
         except Unanswered as error:
@@ -297,9 +340,11 @@ def of_first(work: Callable[[], Found], rank: int, ranks: int, device: torch.dev
 
 
 def _keep(path: Path, document: dict[str, Any]) -> None:
-    with suppress(OSError):  # a task that is not kept is done again after an interruption, and no more
+    with suppress(
+        OSError
+    ):  # a task that is not kept is done again after an interruption, and no more
         path.parent.mkdir(parents=True, exist_ok=True)
-        events.write_json(path, document)
+        write_json(path, document)
 
 
 def _later(report: Report, read: int, of: int) -> Report:
@@ -324,7 +369,9 @@ def evaluate(
     OutOfMemory where a lane alone is too much, Interrupted.
     """
     if not lanes.lanes:
-        raise Unanswered(f"task {task.label}: no example fits into a context of {judge.context} tokens")
+        raise Unanswered(
+            f"task {task.label}: no example fits into a context of {judge.context} tokens"
+        )
     tokens, end = tokens or TOKENS.get(judge.device.type, TOKENS["cuda"]), FULL
     while end == FULL:
         groups = grouped(lanes.lanes, tokens)
@@ -362,7 +409,9 @@ def _summed_by_all(
 
 def out_of_memory(error: Exception) -> bool:
     """Whether a device had no memory left; torch's allocator of the CPU says it in words alone."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(
+        error, MemoryError | torch.OutOfMemoryError
+    ) or "can't allocate memory" in str(error)
 
 
 def _zeros(plan: Planned, judge: Judge) -> Tensor:
@@ -371,13 +420,17 @@ def _zeros(plan: Planned, judge: Judge) -> Tensor:
 
 
 @torch.no_grad()
-def summed(plan: Planned, groups: list[list[Lane]], judge: Judge, report: Report = lambda done, of: None) -> Tensor:
+def summed(
+    plan: Planned, groups: list[list[Lane]], judge: Judge, report: Report = lambda done, of: None
+) -> Tensor:
     """Each row's sums (3, R) of what Judge.score gives for its span; 0 where a row is in no group."""
     sums = _zeros(plan, judge)
     batches, done, of = Batches(plan), 0, sum(lane.length for group in groups for lane in group)
     for group in groups:
         batch = batches.batch(group)
-        sums.index_add_(1, torch.from_numpy(batch.rows).to(judge.device), judge.score(batch).to(sums.dtype))
+        sums.index_add_(
+            1, torch.from_numpy(batch.rows).to(judge.device), judge.score(batch).to(sums.dtype)
+        )
         done += len(batch.ids)
         report(done, of)
     return sums

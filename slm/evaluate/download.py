@@ -40,7 +40,9 @@ def download(url: str, folder: Path, report: Report = lambda done, of: None) -> 
             raise RuntimeError(f"{url}: the server says {error.code} {error.reason}") from None
         except (OSError, http.client.HTTPException) as error:
             failed, why = failed + 1, str(error) or type(error).__name__
-    raise RuntimeError(f"{url} could not be fetched whole ({why}): run it again to go on, or name a copy with --from")
+    raise RuntimeError(
+        f"{url} could not be fetched whole ({why}): run it again to go on, or name a copy with --from"
+    )
 
 
 def _open(url: str, headers: dict[str, str]) -> Any:

@@ -17,13 +17,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slm.evaluate.batches import Lanes
+from slm.evaluate.batching import Lanes
 from slm.evaluate.bundle import Task
-from slm.evaluate.tasks import Planned
+from slm.evaluate.prompts import Planned
 
 TIE = 1e-5
 """Scores that lie closer, relative to the smaller, may change places with the order in which sums are taken."""
-MEANS = ("centred", "centred_error", "centred_corrected", "centred_corrected_error", "bits_per_byte", "greedy_share")
+MEANS = (
+    "centred",
+    "centred_error",
+    "centred_corrected",
+    "centred_corrected_error",
+    "bits_per_byte",
+    "greedy_share",
+)
 """Means over tasks: centred accuracy with its standard error, by the bundle's and by DCLM's corrected baselines; bits
 per byte and greedy share of the right rows."""
 Floats = NDArray[np.float64]
@@ -80,7 +87,8 @@ def core(tasks: Iterable[Score]) -> Score:
     """CORE of the centred accuracies of all its tasks."""
     scores = list(tasks)
     return Score(
-        sum(own.value for own in scores) / len(scores), sqrt(sum(own.error**2 for own in scores)) / len(scores)
+        sum(own.value for own in scores) / len(scores),
+        sqrt(sum(own.error**2 for own in scores)) / len(scores),
     )
 
 
@@ -90,7 +98,9 @@ def decided(task: Task, plan: Planned, sums: Floats, lanes: Lanes) -> list[Decis
     Raises Unanswered where a loss is no number.
     """
     examples = enumerate(lanes.skipped)
-    return [None if skipped else _decision(task, plan, example, sums) for example, skipped in examples]
+    return [
+        None if skipped else _decision(task, plan, example, sums) for example, skipped in examples
+    ]
 
 
 def _decision(task: Task, plan: Planned, example: int, sums: Floats) -> Decision:
@@ -108,14 +118,18 @@ def _decision(task: Task, plan: Planned, example: int, sums: Floats) -> Decision
         return Decision(choice == gold, False, choice, *of_gold, None)
     best, second = sorted([*means, inf])[:2]
     shares = [exp(best - mean) for mean in means]
-    return Decision(choice == gold, second - best <= TIE * best, choice, *of_gold, shares[gold] / sum(shares))
+    return Decision(
+        choice == gold, second - best <= TIE * best, choice, *of_gold, shares[gold] / sum(shares)
+    )
 
 
 def task_document(task: Task, decisions: list[Decision | None], lanes: Lanes) -> dict[str, Any]:
     """What a task says of a model: counts, accuracy by either baseline, its smoother companions, and each example."""
     found = [decision for decision in decisions if decision]
     reached = accuracy(sum(own.correct for own in found), len(found))
-    size, tokens = (sum(getattr(own, name) for own in found) for name in ("gold_bytes", "gold_tokens"))
+    size, tokens = (
+        sum(getattr(own, name) for own in found) for name in ("gold_bytes", "gold_tokens")
+    )
     return {
         "kind": task.kind,
         "shots": task.shots,
@@ -130,15 +144,29 @@ def task_document(task: Task, decisions: list[Decision | None], lanes: Lanes) ->
         "centred_corrected": centred(reached, task.corrected).value,
         "bits_per_byte": sum(own.gold_nats for own in found) / log(2) / size if size else None,
         "greedy_share": sum(own.gold_greedy for own in found) / tokens if tokens else None,
-        "gold_probability": _mean([own.gold_probability for own in found if own.gold_probability is not None]),
-        "each": {name: [own and getattr(own, name) for own in decisions] for name in Decision.__annotations__},
+        "gold_probability": _mean(
+            [own.gold_probability for own in found if own.gold_probability is not None]
+        ),
+        "each": {
+            name: [own and getattr(own, name) for own in decisions]
+            for name in Decision.__annotations__
+        },
     }
 
 
-def summary(tasks: Sequence[Task], documents: Mapping[str, Mapping[str, Any]], whole: bool) -> dict[str, Any]:
+def summary(
+    tasks: Sequence[Task], documents: Mapping[str, Mapping[str, Any]], whole: bool
+) -> dict[str, Any]:
     """What some tasks say together, None where one of them has an error; over a `whole` bundle the mean is its CORE."""
-    found = [(task, documents[task.label]) for task in tasks if "error" not in documents.get(task.label, {"error": ""})]
-    counts = {name: sum(own[name] for _, own in found) for name in ("examples", "cropped", "skipped", "ties")}
+    found = [
+        (task, documents[task.label])
+        for task in tasks
+        if "error" not in documents.get(task.label, {"error": ""})
+    ]
+    counts = {
+        name: sum(own[name] for _, own in found)
+        for name in ("examples", "cropped", "skipped", "ties")
+    }
     if len(found) < len(tasks):
         return dict.fromkeys((*MEANS, "core", "core_corrected")) | counts
     reached = [(task, Score(own["accuracy"], own["standard_error"])) for task, own in found]
@@ -146,7 +174,11 @@ def summary(tasks: Sequence[Task], documents: Mapping[str, Mapping[str, Any]], w
     new = core(centred(score, task.corrected) for task, score in reached)
     smooth = [_mean([own[name] for _, own in found]) for name in ("bits_per_byte", "greedy_share")]
     means = dict(zip(MEANS, (old.value, old.error, new.value, new.error, *smooth), strict=True))
-    return means | {"core": old.value if whole else None, "core_corrected": new.value if whole else None} | counts
+    return (
+        means
+        | {"core": old.value if whole else None, "core_corrected": new.value if whole else None}
+        | counts
+    )
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

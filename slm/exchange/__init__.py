@@ -3,7 +3,7 @@
 An export's `runs/` is laid out as a home is.
 """
 
-from slm.exchange.into import Merged, merge
-from slm.exchange.out import export
+from slm.exchange.export import export
+from slm.exchange.merge import Merged, merge
 
 __all__ = ["Merged", "export", "merge"]

@@ -6,17 +6,28 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slm.figures.comparison import draw_comparison
-from slm.figures.core import draw_core
+from slm.figures.core_curve import draw_core
 from slm.figures.curve import Curve, draw_curve
 from slm.figures.frontier import draw_frontier, has_frontier
 from slm.figures.residuals import draw_residuals
 from slm.fits import CoreFit, CurveFit
 
-__all__ = ["Curve", "draw_comparison", "draw_core", "draw_curve", "draw_fit", "draw_frontier", "draw_residuals"]
+__all__ = [
+    "Curve",
+    "draw_comparison",
+    "draw_core",
+    "draw_curve",
+    "draw_fit",
+    "draw_frontier",
+    "draw_residuals",
+]
 
 
 def draw_fit(
-    fit: CurveFit, stem: str | Path, curves: Sequence[Curve] | None = None, title: str = "What more compute buys"
+    fit: CurveFit,
+    stem: str | Path,
+    curves: Sequence[Curve] | None = None,
+    title: str = "What more compute buys",
 ) -> list[Path]:
     """Draw all that a fit knows: `stem` always; `stem`-frontier, -residuals and -core where there is something to show.
 

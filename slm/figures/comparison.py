@@ -10,7 +10,7 @@ import numpy as np
 
 from slm.figures import style
 from slm.fits import Interval
-from slm.fits.compare import AtDepth, Comparison, Trial
+from slm.fits.compare.comparison import AtDepth, Comparison, Trial
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +38,10 @@ def draw_comparison(comparison: Comparison, stem: str | Path) -> tuple[Path, Pat
             right.remove()
         style.legend(figure)
         style.settle(figure)
-        lowest = {trial.depth: (x, trial.loss) for x, trial in sorted(trials, key=lambda own: -own[1].loss)}
+        lowest = {
+            trial.depth: (x, trial.loss)
+            for x, trial in sorted(trials, key=lambda own: -own[1].loss)
+        }
         labels = [(f"d{depth}", *lowest[depth]) for depth in sorted(lowest)]
         style.place(left, labels, [(x, trial.loss) for x, trial in trials])
         return style.save(figure, stem)
@@ -50,11 +53,21 @@ def _losses(axes: Axes, comparison: Comparison) -> list[tuple[float, Trial]]:
     axes.set_xlabel(AXES[comparison.axis])
     axes.set_ylabel("validation loss")
     drawn: list[tuple[float, Trial]] = []
-    sides = (comparison.base, comparison.base_trials), (comparison.candidate, comparison.candidate_trials)
+    sides = (
+        (comparison.base, comparison.base_trials),
+        (comparison.candidate, comparison.candidate_trials),
+    )
     looks = style.dots(style.INK, mfc="white", mec=style.INK, ms=5.5), style.dots(style.SURFACE)
     for (word, trials), look in zip(sides, looks):
-        known = [(x, trial) for trial in trials if (x := getattr(trial, comparison.axis)) is not None]
-        axes.plot([x for x, _ in known], [trial.loss for _, trial in known], "o", **{**look, "label": word})
+        known = [
+            (x, trial) for trial in trials if (x := getattr(trial, comparison.axis)) is not None
+        ]
+        axes.plot(
+            [x for x, _ in known],
+            [trial.loss for _, trial in known],
+            "o",
+            **{**look, "label": word},
+        )
         drawn += known
     x, y = np.array([own for own, _ in drawn]), np.array([trial.loss for _, trial in drawn])
     height = np.ptp(y) or 0.1 * y.max()
@@ -76,12 +89,24 @@ def _multipliers(axes: Axes, rows: Sequence[AtDepth], over_all: Interval) -> Non
     axes.set_ylim(float(np.exp(spread.min() - room)), float(np.exp(spread.max() + room)))
     _factor_ticks(axes)
     axes.set_xlim(-0.6, len(rows) - 0.4)
-    axes.set_xticks(range(len(rows)), [f"d{row.depth}\n{row.flops:.0e}".replace("e+", "e") for row in rows])
+    axes.set_xticks(
+        range(len(rows)), [f"d{row.depth}\n{row.flops:.0e}".replace("e+", "e") for row in rows]
+    )
     axes.set_xlabel("depth, FLOPs")
-    axes.axhline(1, color=style.WORDS, linewidth=0.9, linestyle=style.DASHED, zorder=1, label="no difference")
+    axes.axhline(
+        1, color=style.WORDS, linewidth=0.9, linestyle=style.DASHED, zorder=1, label="no difference"
+    )
     if over_all.estimate is not None:
         low, high = over_all.low or axes.get_ylim()[0], over_all.high or axes.get_ylim()[1]
-        axes.axhspan(low, high, color=style.SURFACE_BAND, alpha=0.6, linewidth=0, zorder=0, label="over all depths")
+        axes.axhspan(
+            low,
+            high,
+            color=style.SURFACE_BAND,
+            alpha=0.6,
+            linewidth=0,
+            zorder=0,
+            label="over all depths",
+        )
         axes.axhline(over_all.estimate, color=style.SURFACE, linewidth=0.9, zorder=1)
     look = style.dots(style.INK, "at a depth, 95 % interval", ms=5, marker="o", linestyle="")
     for k, row in enumerate(rows):

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slm.figures import style
-from slm.figures.hold_outs import held_panel
+from slm.figures.holdout_panel import held_panel
+from slm.figures.isoflop_panel import label_budgets, valley_panel
 from slm.figures.style import Array
-from slm.figures.valleys import label_budgets, valley_panel
 from slm.fits import ADDITIVE, CurveFit, Law, Point
 
 if TYPE_CHECKING:
@@ -36,7 +36,9 @@ def draw_curve(
     """
     held, grid = bool(fit.law and fit.choice.hold_outs), fit.isoflop
     columns = ["law", "held"][: 1 + held], ["grid"] * (1 + held)
-    with style.page(style.PAGE if grid else style.PANEL, 3.5 + 1.2 * held, style.titled(title, fit.mixed)) as figure:
+    with style.page(
+        style.PAGE if grid else style.PANEL, 3.5 + 1.2 * held, style.titled(title, fit.mixed)
+    ) as figure:
         mosaic: list[Any] = [list(row) for row in zip(*columns[: 2 if grid else 1])]
         panels = figure.subplot_mosaic(mosaic, height_ratios=[3, 1.15][: 1 + held])
         _compute_panel(panels["law"], fit, curves or [])
@@ -46,7 +48,11 @@ def draw_curve(
             valley_panel(panels["grid"], grid, fit)
         style.legend(figure)
         style.settle(figure)
-        style.place(panels["law"], _depths(fit.points, fit.law), [(run.flops, run.loss) for run in fit.points])
+        style.place(
+            panels["law"],
+            _depths(fit.points, fit.law),
+            [(run.flops, run.loss) for run in fit.points],
+        )
         if grid:
             label_budgets(panels["grid"], grid)
         return style.save(figure, path_stem)
@@ -59,7 +65,15 @@ def _compute_panel(axes: Axes, fit: CurveFit, curves: Sequence[Curve]) -> None:
     _limits(axes, fit.points, fit.law)
     style.flops_axis(axes)
     for _, flops, loss in curves:
-        axes.plot(flops, loss, color=style.FAINT, alpha=0.45, linewidth=0.7, zorder=1, label="training loss")
+        axes.plot(
+            flops,
+            loss,
+            color=style.FAINT,
+            alpha=0.45,
+            linewidth=0.7,
+            zorder=1,
+            label="training loss",
+        )
     _runs(axes, fit.points)
     minima = fit.isoflop.minima if fit.isoflop else []
     if minima:
@@ -95,11 +109,16 @@ def _limits(axes: Axes, points: Sequence[Point], law: Law | None) -> None:
 
 def _law(axes: Axes, law: Law) -> None:
     """The law and its interval: solid among the runs, dashed and shaded beyond them."""
-    within, beyond = np.geomspace(law.smallest, law.largest, 80), np.geomspace(law.largest, 10 * law.largest, 40)
+    within, beyond = (
+        np.geomspace(law.smallest, law.largest, 80),
+        np.geomspace(law.largest, 10 * law.largest, 40),
+    )
     every = np.concatenate([within, beyond])
     axes.plot(within, law.loss(within), color=style.LAW, linewidth=1.5, zorder=4, label="law")
     axes.fill_between(every, *law.band(every), **style.band(style.LAW_BAND, "its 95 % interval"))
-    axes.plot(beyond, law.loss(beyond), color=style.LAW, linewidth=1.5, linestyle=style.DASHED, zorder=4)
+    axes.plot(
+        beyond, law.loss(beyond), color=style.LAW, linewidth=1.5, linestyle=style.DASHED, zorder=4
+    )
     edge = law.largest * 1.12
     style.beyond(axes, edge)
     middle = float(np.sqrt(edge * axes.get_xlim()[1]))
@@ -111,7 +130,11 @@ def _sentence(law: Law) -> str:
     formula = "L = E + K·C⁻ᵖ" if law.form == ADDITIVE else "L = K·C⁻ᵖ"
     lines = [f"{formula}, p = {law.p.text('.3f')}"]
     if law.form == ADDITIVE:
-        lines.append(f"E = {law.E.text('.2f')}" if law.E.identifiable else f"E ≤ {law.E.high:.2f}, not identified")
+        lines.append(
+            f"E = {law.E.text('.2f')}"
+            if law.E.identifiable
+            else f"E ≤ {law.E.high:.2f}, not identified"
+        )
     lines.append(f"2× the largest compute: {law.gain(law.largest).text('.1f', 100)} % less loss")
     return "\n".join(lines)
 
@@ -119,4 +142,6 @@ def _sentence(law: Law) -> str:
 def _depths(points: Sequence[Point], law: Law | None) -> list[style.Label]:
     """Under the compute-optimal runs and the law."""
     ladder = [point for point in points if point.budget is None]
-    return style.depth_labels(ladder, lambda run: min(run.loss, float(law.loss(run.flops))) if law else run.loss)
+    return style.depth_labels(
+        ladder, lambda run: min(run.loss, float(law.loss(run.flops))) if law else run.loss
+    )

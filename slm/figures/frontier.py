@@ -76,7 +76,9 @@ def _panel(axes: Axes, fit: CurveFit, runs: list[Point], name: str) -> None:
 def _minima(axes: Axes, grid: IsoFlop, name: str, within: Array, beyond: Array) -> None:
     """The minima and, of two or more, the power law through them."""
     found = [(valley, valley.minimum) for valley in grid.valleys if valley.minimum]
-    look = style.dots(style.LAW, "isoFLOP minimum, 95 % interval", ms=8, marker="*", linestyle="", zorder=7)
+    look = style.dots(
+        style.LAW, "isoFLOP minimum, 95 % interval", ms=8, marker="*", linestyle="", zorder=7
+    )
     for valley, _ in found:
         own = grid.interval(valley) if name == "params" else grid.intervals(valley)["tokens"]
         style.whiskers(axes, valley.flops, own, look)
@@ -88,10 +90,14 @@ def _minima(axes: Axes, grid: IsoFlop, name: str, within: Array, beyond: Array) 
     for flops, dashes in ((within, "-"), (beyond, style.DASHED)):
         line = np.exp(level + exponent.estimate * (np.log(flops) - middle))
         word = "power law of the minima" if dashes == "-" else None
-        axes.plot(flops, line, color=style.LAW, linewidth=1.2, linestyle=dashes, zorder=5, label=word)
+        axes.plot(
+            flops, line, color=style.LAW, linewidth=1.2, linestyle=dashes, zorder=5, label=word
+        )
 
 
-def _optimum(axes: Axes, surface: Surface, fit: CurveFit, name: str, within: Array, beyond: Array) -> None:
+def _optimum(
+    axes: Axes, surface: Surface, fit: CurveFit, name: str, within: Array, beyond: Array
+) -> None:
     """The surface's, with its interval."""
     every = np.concatenate([within, beyond])
     low, high = _band(fit, every)
@@ -101,13 +107,17 @@ def _optimum(axes: Axes, surface: Surface, fit: CurveFit, name: str, within: Arr
     for flops, dashes in ((within, "-"), (beyond, style.DASHED)):
         line = [getattr(surface.optimum(own), name) for own in flops]
         word = f"{surface.form} surface's optimum, 95 % interval" if dashes == "-" else None
-        axes.plot(flops, line, color=style.SURFACE, linewidth=1.2, linestyle=dashes, zorder=4, label=word)
+        axes.plot(
+            flops, line, color=style.SURFACE, linewidth=1.2, linestyle=dashes, zorder=4, label=word
+        )
 
 
 def _band(fit: CurveFit, flops: Array) -> tuple[Array, Array]:
     """Ends of the interval of N*, straight between those of the fit in logarithms; nothing beside an open end."""
     optima = fit.parametric.frontier
-    ends = np.array([[np.nan if end is None else end for end in (own.low, own.high)] for _, own in optima])
+    ends = np.array(
+        [[np.nan if end is None else end for end in (own.low, own.high)] for _, own in optima]
+    )
     known = np.log([best.flops for best, _ in optima])
     low, high = (np.exp(np.interp(np.log(flops), known, np.log(side))) for side in ends.T)
     return low, high
@@ -123,7 +133,9 @@ def _exponents(fit: CurveFit, name: str) -> str:
     if surface:
         own = surface.intervals["params_exponent"]
         if name == "tokens":
-            estimate, low, high = (None if end is None else 1 - end for end in (own.estimate, own.high, own.low))
+            estimate, low, high = (
+                None if end is None else 1 - end for end in (own.estimate, own.high, own.low)
+            )
             own = Interval(estimate, low, high, True)
         found.append(f"surface: {letter} = {own.text('.2f')}")
     return "\n".join([symbol, *found]) if found else f"{symbol}: one minimum holds no exponent"

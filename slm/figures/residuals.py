@@ -29,7 +29,9 @@ def draw_residuals(fit: CurveFit, stem: str | Path, title: str) -> tuple[Path, P
     not hold. Gives both paths. The fit must have a law or a surface.
     """
     law, surface = fit.law, fit.parametric.surface
-    rows, columns = {(True, False): (1, 1), (False, True): (1, 3), (True, True): (2, 2)}[bool(law), bool(surface)]
+    rows, columns = {(True, False): (1, 1), (False, True): (1, 3), (True, True): (2, 2)}[
+        bool(law), bool(surface)
+    ]
     width, title = style.PAGE if surface else style.PANEL, style.titled(title, fit.mixed)
     with style.page(width, 0.9 + 2.0 * rows, title) as figure:
         panels = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -60,7 +62,9 @@ def _law_panel(axes: Axes, law: Law, fit: CurveFit) -> list[style.Label]:
 
 def _surface_panel(axes: Axes, surface: Surface, points: Sequence[Point], name: str) -> None:
     """Of all runs, each budget in its shade."""
-    sizes, tokens, x = (np.array([getattr(point, key) for point in points]) for key in ("params", "tokens", name))
+    sizes, tokens, x = (
+        np.array([getattr(point, key) for point in points]) for key in ("params", "tokens", name)
+    )
     off = _off(points, surface.loss(sizes, tokens))
     _frame(axes, x, off, surface.noise.sigma)
     budgets = np.array([point.budget or 0.0 for point in points])

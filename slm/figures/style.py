@@ -67,7 +67,12 @@ def band(color: str, word: str | None = None) -> dict[str, Any]:
 
 def beside(across: float, up: float) -> dict[str, Any]:
     """Where a small text stands from the place it speaks of, in points."""
-    return {"xytext": (across, up), "textcoords": "offset points", "va": "center", "fontsize": SMALL}
+    return {
+        "xytext": (across, up),
+        "textcoords": "offset points",
+        "va": "center",
+        "fontsize": SMALL,
+    }
 
 
 def titled(title: str, mixed: Sequence[str]) -> str:
@@ -105,9 +110,17 @@ def legend(figure: Figure) -> None:
     """One legend under all panels, each word once, in as few rows as fit."""
     found: dict[str, Any] = {}
     for axes in figure.axes:
-        found |= {word: handle for handle, word in zip(*axes.get_legend_handles_labels()) if word not in found}
+        found |= {
+            word: handle
+            for handle, word in zip(*axes.get_legend_handles_labels())
+            if word not in found
+        }
     widths, page = np.array([4.0 * len(word) + 30 for word in found]), 72 * figure.get_figwidth()
-    fits = [n for n in range(1, len(found) + 1) if sum(own.max() for own in np.array_split(widths, n)) < page]
+    fits = [
+        n
+        for n in range(1, len(found) + 1)
+        if sum(own.max() for own in np.array_split(widths, n)) < page
+    ]
     if found:
         columns = max([1, *fits])
         figure.legend(
@@ -136,7 +149,9 @@ def runs_word(points: Sequence[Point]) -> str:
     return "compute-optimal runs" if dialled(points) else "runs"
 
 
-def depth_labels(points: Sequence[Point], height: Callable[[Point], float], most: int = LABELS) -> list[Label]:
+def depth_labels(
+    points: Sequence[Point], height: Callable[[Point], float], most: int = LABELS
+) -> list[Label]:
     """One label for the runs of a depth at a compute, placed at the lowest of them; `most`, evenly chosen."""
     if not dialled(points):
         return []
@@ -151,7 +166,9 @@ def depth_labels(points: Sequence[Point], height: Callable[[Point], float], most
     ]
 
 
-def place(axes: Axes, labels: Sequence[Label], taken: Iterable[tuple[float, float]], rising: bool = False) -> None:
+def place(
+    axes: Axes, labels: Sequence[Label], taken: Iterable[tuple[float, float]], rising: bool = False
+) -> None:
     """Write each text at its place, covering no other text and none of the places `taken`; the layout must be done.
 
     Under and to the left first (`rising`: the right), where a falling law leaves room; further down as long as that is
@@ -172,7 +189,9 @@ def place(axes: Axes, labels: Sequence[Label], taken: Iterable[tuple[float, floa
         texts = np.vstack([texts, (*spot, half)])
         far = abs(spot[1] - anchor[1]) > 18
         line = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.5, "shrinkB": 4} if far else None
-        axes.annotate(text, (x, y), ha="center", arrowprops=line, zorder=7, **beside(*(spot - anchor)))
+        axes.annotate(
+            text, (x, y), ha="center", arrowprops=line, zorder=7, **beside(*(spot - anchor))
+        )
 
 
 def _free(spot: Array, half: float, points: Array, texts: Array) -> bool:
@@ -190,11 +209,26 @@ def whiskers(axes: Axes, x: float, own: Interval, look: dict[str, Any]) -> None:
         return
     axes.plot([x], [own.estimate], **look)
     low, high = (own.estimate if end is None else end for end in (own.low, own.high))
-    axes.plot([x, x], [low, high], color=look["color"], linewidth=1.4, solid_capstyle="butt", zorder=look["zorder"] - 1)
-    arrow = {"arrowstyle": "<-", "color": look["color"], "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0}
+    axes.plot(
+        [x, x],
+        [low, high],
+        color=look["color"],
+        linewidth=1.4,
+        solid_capstyle="butt",
+        zorder=look["zorder"] - 1,
+    )
+    arrow = {
+        "arrowstyle": "<-",
+        "color": look["color"],
+        "linewidth": 1.2,
+        "shrinkA": 0,
+        "shrinkB": 0,
+    }
     for end, way in ((own.low, -20), (own.high, 20)):
         if end is None:
-            axes.annotate("", (x, own.estimate), (0, way), textcoords="offset points", arrowprops=arrow)
+            axes.annotate(
+                "", (x, own.estimate), (0, way), textcoords="offset points", arrowprops=arrow
+            )
 
 
 def beyond(axes: Axes, edge: float) -> None:
@@ -222,7 +256,9 @@ def flops_axis(axes: Axes) -> None:
     low, high = axes.get_xlim()
     if high / low < 50:
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("e+", "e")))
+        axes.xaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: f"{value:.0e}".replace("e+", "e"))
+        )
 
 
 def count_axis(axis: Axis) -> None:

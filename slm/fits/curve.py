@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slm.fits.caution import Caution
-from slm.fits.core import CoreFit, NoCoreFit, fit_core
-from slm.fits.diagnostics import cautions
+from slm.fits.checks.diagnostics import cautions
+from slm.fits.checks.sensitivity import Row, sensitivity
+from slm.fits.core_fit import CoreFit, NoCoreFit, fit_core
 from slm.fits.isoflop import IsoFlop, fit_isoflop
 from slm.fits.ladder import Choice, choose, law_runs
 from slm.fits.parametric import NOT_ASKED, Parametric, fit_parametric
 from slm.fits.points import Point, axes_of, check, mixture
 from slm.fits.power_law import Law
 from slm.fits.prediction import Prediction, Target
-from slm.fits.sensitivity import Row, sensitivity
 from slm.fits.surface import FORMS, PAPER, Surface, obstacle
+from slm.fits.warning import FitWarning
 
 OPTIMAL, MINIMA = "compute-optimal runs", "isoflop minima"
 """What a law goes through."""
@@ -31,7 +31,9 @@ SCATTERED = Choice(
     (),
 )
 """No law goes through runs that are not compute-optimal alike."""
-UNSIZED = Parametric(None, (), "no run has both params and tokens: only L(C) is known", "no_params", (), None)
+UNSIZED = Parametric(
+    None, (), "no run has both params and tokens: only L(C) is known", "no_params", (), None
+)
 """No surface without sizes."""
 
 
@@ -59,7 +61,7 @@ class CurveFit:
     """CORE through the loss, or why not; None where no run has a CORE."""
     sensitivity: tuple[Row, ...]
     """The headline numbers under other objectives, without the worst runs, under other counts of N."""
-    cautions: tuple[Caution, ...]
+    cautions: tuple[FitWarning, ...]
     """Everything the numbers do not hold, `warnings` of the document."""
 
     @property
@@ -100,7 +102,9 @@ class CurveFit:
             loss, tested = self.law.prediction(target.flops), self.choice.tested
             model, largest = self.law.form, self.law.largest
         else:
-            raise ValueError(f"no curve to predict {target.flops:.3g} FLOPs from: {self.choice.why}")
+            raise ValueError(
+                f"no curve to predict {target.flops:.3g} FLOPs from: {self.choice.why}"
+            )
         core = self.core.prediction(target.flops) if isinstance(self.core, CoreFit) else None
         return Prediction(target, model, loss, core, target.flops / largest, tested)
 
@@ -177,13 +181,27 @@ def fit_curves(
     through = OPTIMAL if ladder or not runs else MINIMA
     scattered = ladder and all(point.sized for point in ladder) and obstacle(ladder) is None
     choice = SCATTERED if scattered else choose(runs, through)
-    core = fit_core(points, choice.law, mixed) if any(point.core is not None for point in points) else None
+    core = (
+        fit_core(points, choice.law, mixed)
+        if any(point.core is not None for point in points)
+        else None
+    )
     rows = sensitivity(points, choice.law, isoflop, parametric, others)
     found = mixture([point.parts for point in points]) + _unsized_cautions(unsized)
     found += cautions(points, choice, isoflop, parametric, rows)
     found += core.cautions if core else []
     return CurveFit(
-        tuple(points), unsized, metric, convention, through, choice, isoflop, parametric, core, rows, tuple(found)
+        tuple(points),
+        unsized,
+        metric,
+        convention,
+        through,
+        choice,
+        isoflop,
+        parametric,
+        core,
+        rows,
+        tuple(found),
     )
 
 
@@ -202,17 +220,26 @@ def _unplaced(points: Sequence[Point], held: bool) -> tuple[Point, ...]:
 
     Raises ValueError where none is left.
     """
-    found = tuple(point for point in points if not point.sized and (held or point.budget is not None))
+    found = tuple(
+        point for point in points if not point.sized and (held or point.budget is not None)
+    )
     if len(found) == len(points):
-        raise ValueError(f"{len(points)} runs at FLOPs budgets have no params or no tokens: nothing is known of them")
+        raise ValueError(
+            f"{len(points)} runs at FLOPs budgets have no params or no tokens: nothing is known of them"
+        )
     return found
 
 
-def _unsized_cautions(unsized: Sequence[Point]) -> list[Caution]:
+def _unsized_cautions(unsized: Sequence[Point]) -> list[FitWarning]:
     if not unsized:
         return []
     runs = f"{len(unsized)} run{'s' * (len(unsized) > 1)}"
-    return [Caution("no_params", f"{runs} without params or tokens have no place on a surface or a valley: left out")]
+    return [
+        FitWarning(
+            "no_params",
+            f"{runs} without params or tokens have no place on a surface or a valley: left out",
+        )
+    ]
 
 
 def _named(points: Sequence[Point], reason: str) -> list[dict[str, str]]:
@@ -221,6 +248,15 @@ def _named(points: Sequence[Point], reason: str) -> list[dict[str, str]]:
 
 def _excluded(isoflop: IsoFlop | None) -> list[dict[str, str]]:
     valleys = isoflop.valleys if isoflop else ()
-    far = [(point, "far from the lowest loss of its budget") for valley in valleys for point in valley.left_out]
-    few = [(point, valley.reason or "") for valley in valleys if valley.parabola is None for point in valley.points]
+    far = [
+        (point, "far from the lowest loss of its budget")
+        for valley in valleys
+        for point in valley.left_out
+    ]
+    few = [
+        (point, valley.reason or "")
+        for valley in valleys
+        if valley.parabola is None
+        for point in valley.points
+    ]
     return [{"run_id": point.run_id, "reason": reason} for point, reason in far + few]

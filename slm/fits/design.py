@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from slm.fits.belief import SPREADS, Cell, believe, log_losses, rows_of, weight
-from slm.fits.caution import Caution
-from slm.fits.descent import Array
+from slm.fits.optimize import Array
 from slm.fits.points import Point, axes_of, check, mixture
+from slm.fits.posterior import SPREADS, Cell, believe, log_losses, rows_of, weight
 from slm.fits.power_law import REACH, Noise
 from slm.fits.surface import cloud_of, obstacle, quantities
+from slm.fits.warning import FitWarning
 
 KINDS = ("loss", "E", "alpha", "beta", "params_exponent")
 """What a target may be: the loss of a run, or a parameter of the surface."""
@@ -79,7 +79,9 @@ class Goal:
         if self.kind not in KINDS:
             raise ValueError(f"target is {self.kind!r}; known are {', '.join(KINDS)}")
         if (self.kind == "loss") != (self.at is not None):
-            raise ValueError(f"target {self.kind} {'takes' if self.kind == 'loss' else 'has no'} run it is wanted at")
+            raise ValueError(
+                f"target {self.kind} {'takes' if self.kind == 'loss' else 'has no'} run it is wanted at"
+            )
 
     @property
     def text(self) -> str:
@@ -123,7 +125,7 @@ class Design:
     """With evenly spaced runs instead, for the same budget."""
     noise: Noise
     """sigma of one run."""
-    cautions: tuple[Caution, ...]
+    cautions: tuple[FitWarning, ...]
     """What a reader must know before spending."""
     mixed: tuple[str, ...] = ()
     """Axes of the runs there are, where they are on several."""
@@ -140,12 +142,22 @@ class Design:
             "model": "coupled surface with a weak prior",
             "budget": self.budget,
             "flops": self.flops,
-            "sd": {"prior": self.prior, "before": self.before, "after": self.after, "evenly_spaced": self.evenly},
+            "sd": {
+                "prior": self.prior,
+                "before": self.before,
+                "after": self.after,
+                "evenly_spaced": self.evenly,
+            },
             "mixed": list(self.mixed),
             "sigma": self.noise.sigma,
             "sigma_from": self.noise.source,
             "picks": [
-                {**asdict(pick.candidate), "repeat": pick.repeat, "sd_before": pick.before, "sd_after": pick.after}
+                {
+                    **asdict(pick.candidate),
+                    "repeat": pick.repeat,
+                    "sd_before": pick.before,
+                    "sd_after": pick.after,
+                }
                 for pick in self.picks
             ],
             "warnings": [vars(caution) for caution in self.cautions],
@@ -175,7 +187,9 @@ class Board:
         inverse = np.linalg.inv(self._information(counts))
         turned, pulled = self.slopes @ inverse, (inverse @ self.aims[:, :, None])
         more = weight(counts + 1, self.sigma) - weight(counts, self.sigma)
-        gains = (self.slopes @ pulled)[:, :, 0] ** 2 * more / (1 + more * (turned * self.slopes).sum(2))
+        gains = (
+            (self.slopes @ pulled)[:, :, 0] ** 2 * more / (1 + more * (turned * self.slopes).sum(2))
+        )
         return np.asarray((gains / (self.aims[:, None] @ pulled)[:, :, 0]).mean(0))
 
     def _information(self, counts: Array) -> Array:
@@ -184,7 +198,11 @@ class Board:
 
 
 def next_runs(
-    points: Sequence[Point], candidates: Sequence[Candidate], target: Goal, budget: float, mixed: bool = False
+    points: Sequence[Point],
+    candidates: Sequence[Candidate],
+    target: Goal,
+    budget: float,
+    mixed: bool = False,
 ) -> Design:
     """The candidates, seeds of runs there are included, that leave the target the least variance for `budget` FLOPs.
 
@@ -201,12 +219,26 @@ def next_runs(
     board = _board(cells, candidates, target, centre, draws, noise.sigma)
     best = _trimmed(board, made, _best(board, made, budget))
     rival = made + _counts(cells, evenly(candidates, budget))
-    prior, before, after, even = (float(np.sqrt(board.variance(own))) for own in (0 * made, made, best, rival))
+    prior, before, after, even = (
+        float(np.sqrt(board.variance(own))) for own in (0 * made, made, best, rival)
+    )
     estimate = float(_values(target, theta, centre)[0])
     named = {_cell(run): run for run in candidates}
     picks = _picks(board, made, best, [named.get(cell) for cell in cells])
     parts = [point.parts for point in points]
-    design = Design(target, budget, estimate, picks, prior, before, after, even, noise, (), tuple(axes_of(parts)))
+    design = Design(
+        target,
+        budget,
+        estimate,
+        picks,
+        prior,
+        before,
+        after,
+        even,
+        noise,
+        (),
+        tuple(axes_of(parts)),
+    )
     return replace(design, cautions=(*mixture(parts), *_cautions(points, design)))
 
 
@@ -218,7 +250,12 @@ def evenly(candidates: Sequence[Candidate], budget: float) -> list[Candidate]:
     for levels in range(LEVELS, 0, -1):
         for top in logs[logs <= np.log(budget)][::-1]:
             spaced = np.linspace(logs[0] if levels > 1 else top, top, levels)
-            chosen = [runs[k] for k in sorted({int(np.abs(logs - level).argmin()) for level in spaced}, reverse=True)]
+            chosen = [
+                runs[k]
+                for k in sorted(
+                    {int(np.abs(logs - level).argmin()) for level in spaced}, reverse=True
+                )
+            ]
             left = budget - sum(run.flops for run in chosen)
             if len(chosen) == levels and left >= 0:
                 return chosen + _repeats(chosen, left)
@@ -240,13 +277,19 @@ def _refuse(points: Sequence[Point], candidates: Sequence[Candidate], budget: fl
         raise ValueError("there is no candidate to choose from")
     unsized = [point.run_id for point in points if not point.sized]
     if unsized:
-        raise ValueError(f"run {unsized[0]} has no params or no tokens: a design stands on runs of known size")
+        raise ValueError(
+            f"run {unsized[0]} has no params or no tokens: a design stands on runs of known size"
+        )
     different = len(set(map(_cell, points)))
     if different < FEWEST:
         first = ", ".join(run.text for run in cheap[:FEWEST])
-        raise ValueError(f"{different} different runs; a design stands on {FEWEST}: first run {first}")
+        raise ValueError(
+            f"{different} different runs; a design stands on {FEWEST}: first run {first}"
+        )
     if not cheap[0].flops <= budget < np.inf:
-        raise ValueError(f"a budget of {budget:.3g} FLOPs; the cheapest candidate is {cheap[0].text}")
+        raise ValueError(
+            f"a budget of {budget:.3g} FLOPs; the cheapest candidate is {cheap[0].text}"
+        )
 
 
 def _cell(run: Point | Candidate) -> Cell:
@@ -269,9 +312,14 @@ def _board(
 ) -> Board:
     costs = {_cell(run): float(run.flops) for run in candidates}
     step = 1e-5 * np.eye(thetas.shape[1])
-    aims = [(_values(target, theta + step, centre) - _values(target, theta - step, centre)) / 2e-5 for theta in thetas]
+    aims = [
+        (_values(target, theta + step, centre) - _values(target, theta - step, centre)) / 2e-5
+        for theta in thetas
+    ]
     slopes = log_losses(thetas, np.log(cells) - centre)[1]
-    return Board(slopes, np.array([costs.get(cell, np.inf) for cell in cells]), np.array(aims), sigma)
+    return Board(
+        slopes, np.array([costs.get(cell, np.inf) for cell in cells]), np.array(aims), sigma
+    )
 
 
 def _values(target: Goal, thetas: Array, centre: tuple[float, float]) -> Array:
@@ -287,7 +335,14 @@ def _best(board: Board, made: Array, budget: float) -> Array:
     best = min((_filled(board, made, made, budget, power) for power in POWERS), key=board.variance)
     for _ in range(ROUNDS):
         trials = [
-            _filled(board, made, np.where(np.arange(len(best)) == cell, best - 1, best), budget, power, cell)
+            _filled(
+                board,
+                made,
+                np.where(np.arange(len(best)) == cell, best - 1, best),
+                budget,
+                power,
+                cell,
+            )
             for cell in np.flatnonzero(best > made).tolist()
             for power in POWERS[::2]
         ]
@@ -298,7 +353,9 @@ def _best(board: Board, made: Array, budget: float) -> Array:
     return best
 
 
-def _filled(board: Board, made: Array, counts: Array, budget: float, power: float, barred: int | None = None) -> Array:
+def _filled(
+    board: Board, made: Array, counts: Array, budget: float, power: float, barred: int | None = None
+) -> Array:
     """Runs added to `counts` by variance removed over FLOPs^power, while budget and MOST allow."""
     counts, costs = counts.copy(), np.where(np.arange(len(counts)) == barred, np.inf, board.costs)
     candidate = np.isfinite(board.costs)
@@ -307,7 +364,9 @@ def _filled(board: Board, made: Array, counts: Array, budget: float, power: floa
         affordable = costs <= budget * (1 + 1e-12) - added[candidate] @ board.costs[candidate]
         if not affordable.any() or added.sum() >= MOST:
             return counts
-        scores = np.where(affordable, board.removed(counts) / np.where(affordable, costs, 1.0) ** power, -1.0)
+        scores = np.where(
+            affordable, board.removed(counts) / np.where(affordable, costs, 1.0) ** power, -1.0
+        )
         counts[scores.argmax()] += 1
 
 
@@ -315,14 +374,18 @@ def _trimmed(board: Board, made: Array, counts: Array) -> Array:
     """Without the runs that together are worth SLACK of the variance."""
     limit = board.variance(counts) * (1 + SLACK)
     while True:
-        fewer = [counts - (np.arange(len(counts)) == cell) for cell in np.flatnonzero(counts > made)]
+        fewer = [
+            counts - (np.arange(len(counts)) == cell) for cell in np.flatnonzero(counts > made)
+        ]
         least = min(fewer, key=board.variance, default=made)
         if board.variance(least) > limit or not fewer:
             return counts
         counts = least
 
 
-def _picks(board: Board, made: Array, best: Array, runs: Sequence[Candidate | None]) -> tuple[Pick, ...]:
+def _picks(
+    board: Board, made: Array, best: Array, runs: Sequence[Candidate | None]
+) -> tuple[Pick, ...]:
     """The runs of a design in order."""
     counts, found = made.copy(), []
     while (counts < best).any():
@@ -330,27 +393,42 @@ def _picks(board: Board, made: Array, best: Array, runs: Sequence[Candidate | No
         run, repeat, before = runs[k], bool(counts[k]), board.variance(counts)
         assert run is not None
         counts[k] += 1
-        found.append(Pick(run, repeat, float(np.sqrt(before)), float(np.sqrt(board.variance(counts)))))
+        found.append(
+            Pick(run, repeat, float(np.sqrt(before)), float(np.sqrt(board.variance(counts))))
+        )
     return tuple(found)
 
 
-def _cautions(points: Sequence[Point], design: Design) -> list[Caution]:
+def _cautions(points: Sequence[Point], design: Design) -> list[FitWarning]:
     found, picked = [], [pick.candidate for pick in design.picks]
     problem = obstacle(points)
     if problem:
-        then = obstacle([*points, *(replace(points[0], params=run.params, tokens=run.tokens) for run in picked)])
-        end = (
-            "and with these runs too: candidates at FLOPs budgets would tell" if then else "which these runs would end"
+        then = obstacle(
+            [*points, *(replace(points[0], params=run.params, tokens=run.tokens) for run in picked)]
         )
-        found.append(Caution(problem[0], f"{problem[1]}: the rest is the prior's, {end}"))
+        end = (
+            "and with these runs too: candidates at FLOPs budgets would tell"
+            if then
+            else "which these runs would end"
+        )
+        found.append(FitWarning(problem[0], f"{problem[1]}: the rest is the prior's, {end}"))
     if design.before > design.prior / 2:
-        message = f"the runs leave {design.before / design.prior:.0%} of the prior's standard deviation"
-        found.append(Caution("prior_rules", f"{message}: what to run next follows mostly from the prior"))
-    largest, at = max([point.flops for point in points] + [run.flops for run in picked]), design.target.at
+        message = (
+            f"the runs leave {design.before / design.prior:.0%} of the prior's standard deviation"
+        )
+        found.append(
+            FitWarning("prior_rules", f"{message}: what to run next follows mostly from the prior")
+        )
+    largest, at = (
+        max([point.flops for point in points] + [run.flops for run in picked]),
+        design.target.at,
+    )
     if at and at.flops > REACH * largest:
         message = f"the target is {at.flops / largest:.3g} times beyond the largest of these runs, untested by any"
-        found.append(Caution("extrapolation", message))
+        found.append(FitWarning("extrapolation", message))
     if design.flops < 0.9 * design.budget:
         message = f"{design.budget - design.flops:.3g} FLOPs are left: {MOST} runs at most, and what removes less than "
-        found.append(Caution("budget_left", f"{message}{SLACK:.0%} of the variance is not proposed"))
+        found.append(
+            FitWarning("budget_left", f"{message}{SLACK:.0%} of the variance is not proposed")
+        )
     return found

@@ -26,7 +26,12 @@ class Interval:
 
     def document(self) -> dict[str, float | bool | None]:
         """As JSON."""
-        return {"estimate": self.estimate, "low": self.low, "high": self.high, "identifiable": self.identifiable}
+        return {
+            "estimate": self.estimate,
+            "low": self.low,
+            "high": self.high,
+            "identifiable": self.identifiable,
+        }
 
     def text(self, form: str = ".3g", scale: float = 1.0) -> str:
         """`1.2 [1.1, 1.4]`, an open end as `?`."""
@@ -36,7 +41,9 @@ class Interval:
 
     def ends(self, form: str = ".3g", scale: float = 1.0) -> str:
         """`[1.1, 1.4]`, an open end as `?`."""
-        low, high = (format(end * scale, form) if end is not None else "?" for end in (self.low, self.high))
+        low, high = (
+            format(end * scale, form) if end is not None else "?" for end in (self.low, self.high)
+        )
         return f"[{low}, {high}]"
 
 

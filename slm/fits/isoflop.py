@@ -68,7 +68,14 @@ class Parabola:
         That is the signed square root of what `residual` rises by when the vertex is moved to v.
         """
         (_, b, c), g = self.coefficients, self.covariance
-        return self.centre, float(b) / self.level, float(c) / self.level, float(g[1, 1]), float(g[1, 2]), float(g[2, 2])
+        return (
+            self.centre,
+            float(b) / self.level,
+            float(c) / self.level,
+            float(g[1, 1]),
+            float(g[1, 2]),
+            float(g[2, 2]),
+        )
 
     def vertex_ends(self, rise: float) -> tuple[float | None, float | None]:
         """The ln N around the vertex to which it may be moved for this rise of `residual`; None is open.
@@ -76,9 +83,15 @@ class Parabola:
         Fieller's quadratic.
         """
         (_, b, c), g = self.coefficients / self.level, self.covariance
-        square, half, rest = (c * c - rise * g[2, 2]) * 4, (b * c - rise * g[1, 2]) * 2, b * b - rise * g[1, 1]
+        square, half, rest = (
+            (c * c - rise * g[2, 2]) * 4,
+            (b * c - rise * g[1, 2]) * 2,
+            b * b - rise * g[1, 1],
+        )
         root = float(np.sqrt(max(half * half - square * rest, 0.0)))
-        left, right = sorted((self.centre + (-half - root) / square, self.centre + (-half + root) / square))
+        left, right = sorted(
+            (self.centre + (-half - root) / square, self.centre + (-half + root) / square)
+        )
         if square > 0:
             return left, right
         if root == 0:
@@ -129,7 +142,9 @@ class Valley:
         vertex = self.parabola.vertex
         tokens = self.read(lambda point: point.tokens, vertex)
         ratio = self.read(lambda point: point.tokens / point.params, vertex)
-        return Minimum(self.flops, float(np.exp(vertex)), tokens, ratio, float(self.parabola.at(vertex)))
+        return Minimum(
+            self.flops, float(np.exp(vertex)), tokens, ratio, float(self.parabola.at(vertex))
+        )
 
     def read(self, quantity: Callable[[Point], float], size: float) -> float:
         """A quantity of the runs at ln N = size, linear in ln N. Not C/(6·N): FLOPs per token vary with the size."""
@@ -142,12 +157,17 @@ class Valley:
         log_tokens = np.log(np.interp(fine, sizes, tokens))
         slope = (log_tokens[-1] - log_tokens[0]) / (fine[-1] - fine[0])
         fine = np.concatenate([[fine[0] - 50], fine, [fine[-1] + 50]])
-        log_tokens = np.concatenate([[log_tokens[0] - 50 * slope], log_tokens, [log_tokens[-1] + 50 * slope]])
+        log_tokens = np.concatenate(
+            [[log_tokens[0] - 50 * slope], log_tokens, [log_tokens[-1] + 50 * slope]]
+        )
         return lambda u: float(np.interp(u, log_tokens[::-1], fine[::-1]))
 
     def _by_size(self, quantity: Callable[[Point], float]) -> tuple[Array, Array]:
         sizes = sorted({point.params for point in self.points})
-        values = [np.mean([quantity(point) for point in self.points if point.params == size]) for size in sizes]
+        values = [
+            np.mean([quantity(point) for point in self.points if point.params == size])
+            for size in sizes
+        ]
         return np.log(sizes), np.array(values)
 
 
@@ -176,7 +196,10 @@ class IsoFlop:
         best = valley.minimum
         if best is None or valley.parabola is None or self.noise is None:
             return Interval(None)
-        low, high = (None if end is None or abs(end) > 600 else float(np.exp(end)) for end in self._ends(valley))
+        low, high = (
+            None if end is None or abs(end) > 600 else float(np.exp(end))
+            for end in self._ends(valley)
+        )
         return Interval(best.params, low, high, low is not None and high is not None)
 
     def intervals(self, valley: Valley) -> dict[str, Interval]:
@@ -196,9 +219,15 @@ class IsoFlop:
         }
         found = {"params": self.interval(valley)}
         for name, (value, quantity) in read.items():  # both fall with N
-            high, low = (None if end is None else valley.read(quantity, end) for end in (lower, upper))
+            high, low = (
+                None if end is None else valley.read(quantity, end) for end in (lower, upper)
+            )
             found[name] = Interval(value, low, high, low is not None and high is not None)
-        reach = self.noise * valley.parabola.error_at(valley.parabola.vertex) * float(np.sqrt(self._rise))
+        reach = (
+            self.noise
+            * valley.parabola.error_at(valley.parabola.vertex)
+            * float(np.sqrt(self._rise))
+        )
         return found | {"loss": Interval(best.loss, best.loss - reach, best.loss + reach, True)}
 
     @property
@@ -213,11 +242,18 @@ class IsoFlop:
 
     def _within(self, valley: Valley, end: float | None) -> float | None:
         assert valley.parabola is not None
-        return end if end is not None and valley.parabola.lowest <= end <= valley.parabola.highest else None
+        return (
+            end
+            if end is not None and valley.parabola.lowest <= end <= valley.parabola.highest
+            else None
+        )
 
     def document(self) -> dict[str, Any]:
         """As JSON."""
-        exponents = {"params_exponent": self.params_exponent, "tokens_exponent": self.tokens_exponent}
+        exponents = {
+            "params_exponent": self.params_exponent,
+            "tokens_exponent": self.tokens_exponent,
+        }
         return {
             **{name: own.document() if own else None for name, own in exponents.items()},
             "noise": self.noise,
@@ -231,7 +267,9 @@ class IsoFlop:
             **{name: own.estimate for name, own in intervals.items()},
             "status": "ok" if valley.minimum else "unresolved",
             "reason": valley.reason,
-            "intervals": {name: own.document() for name, own in intervals.items()} if valley.minimum else None,
+            "intervals": {name: own.document() for name, own in intervals.items()}
+            if valley.minimum
+            else None,
         }
 
 
@@ -246,7 +284,10 @@ def fit_isoflop(points: Sequence[Point]) -> IsoFlop | None:
     if not valleys:
         return None
     fitted = [valley.parabola for valley in valleys if valley.parabola is not None]
-    residual, free = sum(parabola.residual for parabola in fitted), sum(parabola.free for parabola in fitted)
+    residual, free = (
+        sum(parabola.residual for parabola in fitted),
+        sum(parabola.free for parabola in fitted),
+    )
     resolved = [valley for valley in valleys if valley.code is None]
     exponents: list[Interval | None] = [None, None]
     if len(resolved) >= 2:
@@ -265,7 +306,9 @@ def minima_of(valleys: Sequence[Valley]) -> list[Minimum]:
 def fit_valleys(points: Sequence[Point]) -> tuple[Valley, ...]:
     """Every budget alone, by budget."""
     budgets = sorted({point.budget for point in points if point.budget is not None})
-    return tuple(_valley(budget, [point for point in points if point.budget == budget]) for budget in budgets)
+    return tuple(
+        _valley(budget, [point for point in points if point.budget == budget]) for budget in budgets
+    )
 
 
 def _valley(budget: float, points: list[Point]) -> Valley:
@@ -279,7 +322,10 @@ def _valley(budget: float, points: list[Point]) -> Valley:
 
 
 def _parabola(points: Sequence[Point]) -> Parabola:
-    sizes, losses = np.log([point.params for point in points]), np.array([point.loss for point in points])
+    sizes, losses = (
+        np.log([point.params for point in points]),
+        np.array([point.loss for point in points]),
+    )
     centre = float(sizes.mean())
     design = np.vander(sizes - centre, 3, increasing=True)
     coefficients: Array = np.linalg.lstsq(design, losses)[0]
@@ -304,9 +350,15 @@ def _verdict(points: Sequence[Point], parabola: Parabola | None) -> tuple[str | 
     if parabola.coefficients[2] <= 0:
         return "wrong_curvature", "the loss does not curve upwards in size: there is no minimum"
     if parabola.vertex > parabola.highest:
-        return "vertex_outside", f"the minimum lies beyond the largest size run, {max(sizes):.3g}: run larger ones"
+        return (
+            "vertex_outside",
+            f"the minimum lies beyond the largest size run, {max(sizes):.3g}: run larger ones",
+        )
     if parabola.vertex < parabola.lowest:
-        return "vertex_outside", f"the minimum lies below the smallest size run, {min(sizes):.3g}: run smaller ones"
+        return (
+            "vertex_outside",
+            f"the minimum lies below the smallest size run, {min(sizes):.3g}: run smaller ones",
+        )
     return None, None
 
 
@@ -335,11 +387,17 @@ def _exponent(
             return np.asarray((b + 2 * c * v) / np.sqrt(bb + 4 * v * bc + 4 * v * v * cc) / scale)
 
         return float(
-            2 * optimize.least_squares(misfits, np.zeros(len(across)), method="lm", ftol=1e-7, max_nfev=500).cost
+            2
+            * optimize.least_squares(
+                misfits, np.zeros(len(across)), method="lm", ftol=1e-7, max_nfev=500
+            ).cost
             - limit
         )
 
-    low, high = crossing(rise, estimate, estimate - 5, 0.05), crossing(rise, estimate, estimate + 5, 0.05)
+    low, high = (
+        crossing(rise, estimate, estimate - 5, 0.05),
+        crossing(rise, estimate, estimate + 5, 0.05),
+    )
     return Interval(estimate, low, high, low is not None and high is not None)
 
 

@@ -11,7 +11,19 @@ import numpy as np
 from slm.fits.intervals import Interval
 from slm.fits.isoflop import Minimum, Valley, minima_of
 from slm.fits.points import Point
-from slm.fits.power_law import ADDITIVE, PARAMETERS, PURE, Array, Law, Noise, aicc, fit_law, least, noise_of, predict
+from slm.fits.power_law import (
+    ADDITIVE,
+    PARAMETERS,
+    PURE,
+    Array,
+    Law,
+    Noise,
+    aicc,
+    fit_law,
+    least,
+    noise_of,
+    predict,
+)
 
 TESTED = 0.9
 """Level of the intervals that held-out runs are asked to lie in."""
@@ -80,7 +92,12 @@ class HoldOut:
             "covered": self.covered,
             "level": TESTED,
             "predicted": [
-                {"flops": run.flops, "loss": run.loss, "covered": run.covered, **run.said.document()}
+                {
+                    "flops": run.flops,
+                    "loss": run.loss,
+                    "covered": run.covered,
+                    **run.said.document(),
+                }
                 for run in self.predicted
             ],
         }
@@ -106,7 +123,13 @@ class Choice:
     @property
     def tested(self) -> float:
         """How far beyond its runs the law has been right."""
-        return validated([(run.flops / own.flops, run.covered) for own in self.hold_outs for run in own.predicted])
+        return validated(
+            [
+                (run.flops / own.flops, run.covered)
+                for own in self.hold_outs
+                for run in own.predicted
+            ]
+        )
 
 
 def validated(predicted: Sequence[tuple[float, bool]]) -> float:
@@ -126,7 +149,9 @@ def choose(runs: Sequence[Run], through: str) -> Choice:
     """The form that predicts the largest compute better, fitted; the other beside it. `through` names the runs."""
     flops, losses = columns_of(runs)
     if computes(flops) <= PARAMETERS[PURE]:
-        count = f"{computes(flops)} different compute{'s' * (computes(flops) != 1)} among the {through}"
+        count = (
+            f"{computes(flops)} different compute{'s' * (computes(flops) != 1)} among the {through}"
+        )
         why = f"{count}; a law takes 3, one with a floor 4: run more depths or budgets"
         return Choice(None, None, why, "too_few_runs", None, ())
     noise = _noise(runs)
@@ -174,16 +199,35 @@ def _form(flops: Array, losses: Array, noise: Noise) -> tuple[str, str, dict[str
     """The form, why, and each form's error at the largest compute, held out."""
     if computes(flops) <= PARAMETERS[ADDITIVE]:
         return PURE, "3 computes do not hold a floor: that takes 4", None
-    held, found = np.log(flops.max() / flops) <= SAME, {form: least(form, flops, losses, noise) for form in PARAMETERS}
-    missed = {form: predict(form, flops[~held], losses[~held], noise, flops[held]) for form in PARAMETERS}
-    errors = {form: float(np.sqrt(np.mean(np.log(own / losses[held]) ** 2))) for form, own in missed.items()}
+    held, found = (
+        np.log(flops.max() / flops) <= SAME,
+        {form: least(form, flops, losses, noise) for form in PARAMETERS},
+    )
+    missed = {
+        form: predict(form, flops[~held], losses[~held], noise, flops[held]) for form in PARAMETERS
+    }
+    errors = {
+        form: float(np.sqrt(np.mean(np.log(own / losses[held]) ** 2)))
+        for form, own in missed.items()
+    }
     floor, scale, _ = found[ADDITIVE][1]
     if min(floor, scale) == 0:
-        return PURE, "the best floor is 0" if floor == 0 else "the loss does not fall with compute", errors
+        return (
+            PURE,
+            "the best floor is 0" if floor == 0 else "the loss does not fall with compute",
+            errors,
+        )
     said = ", ".join(f"{form} {100 * error:.2g} %" for form, error in errors.items())
     if abs(errors[ADDITIVE] - errors[PURE]) > noise.sigma:
-        return min(errors, key=errors.__getitem__), f"error at the largest compute, held out: {said}", errors
-    criteria = {form: aicc(objective, len(flops), PARAMETERS[form]) for form, (_, _, objective) in found.items()}
+        return (
+            min(errors, key=errors.__getitem__),
+            f"error at the largest compute, held out: {said}",
+            errors,
+        )
+    criteria = {
+        form: aicc(objective, len(flops), PARAMETERS[form])
+        for form, (_, _, objective) in found.items()
+    }
     tie = f"held out, the largest compute tells them apart by less than the noise ({said})"
     if None in criteria.values():
         return PURE, f"{tie} and {len(flops)} runs are too few for AICc: the simpler law", errors
@@ -195,8 +239,16 @@ def _hold_outs(runs: Sequence[Run], flops: Array) -> tuple[HoldOut, ...]:
 
     With one, an interval is so wide that what came proves nothing.
     """
-    able = np.array([top for top in tops(flops)[PARAMETERS[PURE] :] if (flops <= top).sum() >= PARAMETERS[PURE] + 2])
-    chosen = able[np.unique(np.linspace(0, len(able) - 1, min(RUNGS, len(able))).round().astype(int))]
+    able = np.array(
+        [
+            top
+            for top in tops(flops)[PARAMETERS[PURE] :]
+            if (flops <= top).sum() >= PARAMETERS[PURE] + 2
+        ]
+    )
+    chosen = able[
+        np.unique(np.linspace(0, len(able) - 1, min(RUNGS, len(able))).round().astype(int))
+    ]
     return tuple(_hold_out(runs, flops, float(top)) for top in chosen)
 
 
@@ -206,4 +258,6 @@ def _hold_out(runs: Sequence[Run], flops: Array, top: float) -> HoldOut:
     form, *_ = _form(*columns, noise)
     law = fit_law(form, *columns, noise, level=TESTED)
     beyond = [(run, law.prediction(run.flops)) for run, own in zip(runs, flops) if own > top]
-    return HoldOut(top, len(kept), form, tuple(Predicted(run.flops, run.loss, said) for run, said in beyond))
+    return HoldOut(
+        top, len(kept), form, tuple(Predicted(run.flops, run.loss, said) for run, said in beyond)
+    )

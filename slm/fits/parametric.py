@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from slm.fits.descent import Array, descend
 from slm.fits.intervals import Interval
 from slm.fits.isoflop import Minimum
 from slm.fits.ladder import TESTED, tops, validated
+from slm.fits.optimize import Array, descend
 from slm.fits.points import Point
 from slm.fits.power_law import REACH, Noise, aicc
 from slm.fits.surface import (
@@ -59,7 +59,12 @@ class Rung:
 
     def document(self, form: str) -> dict[str, Any]:
         """As JSON, as a hold-out of a form; and every form's error."""
-        own = {"error": self.errors[form], "bias": self.biases[form], "covered": self.covered[form], "level": TESTED}
+        own = {
+            "error": self.errors[form],
+            "bias": self.biases[form],
+            "covered": self.covered[form],
+            "level": TESTED,
+        }
         run = {"flops": self.flops, "kept": self.kept, "held": self.held, "factor": self.factor}
         return run | {"form": form} | own | {"errors": self.errors}
 
@@ -111,13 +116,21 @@ class Parametric:
     def document(self) -> dict[str, Any]:
         """As JSON: the form chosen, flat, and every form under `alternatives`; or why there is none."""
         if self.surface is None:
-            return {"form": None, "identifiable": False, "code": self.code, "why": self.why, "alternatives": []}
+            return {
+                "form": None,
+                "identifiable": False,
+                "code": self.code,
+                "why": self.why,
+                "alternatives": [],
+            }
         return {
             **self.surface.document(),
             "why": self.why,
             "validation": [rung.document(self.surface.form) for rung in self.rungs],
             "bootstrap": _bootstrap_document(self.bootstrap),
-            "frontier": [vars(best) | {"params_interval": own.document()} for best, own in self.frontier],
+            "frontier": [
+                vars(best) | {"params_interval": own.document()} for best, own in self.frontier
+            ],
             "alternatives": [surface.document() for surface in self.surfaces],
         }
 
@@ -126,7 +139,10 @@ NOT_ASKED = Parametric(None, (), "no surface asked for", None, (), None)
 
 
 def fit_parametric(
-    points: Sequence[Point], delta: float | None = None, form: str | None = None, resamples: int = RESAMPLES
+    points: Sequence[Point],
+    delta: float | None = None,
+    form: str | None = None,
+    resamples: int = RESAMPLES,
 ) -> Parametric:
     """Every form through the runs: the one asked for, else that of the least error at the largest compute.
 
@@ -149,10 +165,19 @@ def fit_parametric(
 def validate(points: Sequence[Point], delta: float) -> tuple[Rung, ...]:
     """Leave-largest-compute-out at every compute (a budget is one) that keeps a surface, RUNGS of them at most."""
     levels = np.array([point.budget or point.flops for point in points])
-    able = [top for top in tops(levels) if _holds([point for point, own in zip(points, levels) if own <= top * 1.001])]
+    able = [
+        top
+        for top in tops(levels)
+        if _holds([point for point, own in zip(points, levels) if own <= top * 1.001])
+    ]
     if len(able) > RUNGS:
         decisive = [top for top in able if (levels > top * 1.001).mean() >= HELD][-1:]
-        able = sorted({*decisive, *(able[k] for k in np.linspace(0, len(able) - 1, RUNGS - 1).round().astype(int))})
+        able = sorted(
+            {
+                *decisive,
+                *(able[k] for k in np.linspace(0, len(able) - 1, RUNGS - 1).round().astype(int)),
+            }
+        )
     return tuple(_rung(points, levels <= top * 1.001, delta) for top in able)
 
 
@@ -161,7 +186,10 @@ def _holds(points: Sequence[Point]) -> bool:
 
 
 def _rung(points: Sequence[Point], kept: np.ndarray[Any, np.dtype[np.bool_]], delta: float) -> Rung:
-    cloud, top = cloud_of(points, delta), max(point.flops for point, own in zip(points, kept) if own)
+    cloud, top = (
+        cloud_of(points, delta),
+        max(point.flops for point, own in zip(points, kept) if own),
+    )
     weights = np.where(kept, [point.weight for point in points], 0.0)
     factors = np.array([point.flops / top for point in points])[~kept]
     errors, inside = {}, {}
@@ -183,7 +211,9 @@ def _rung(points: Sequence[Point], kept: np.ndarray[Any, np.dtype[np.bool_]], de
     )
 
 
-def _preferred(surfaces: Sequence[Surface], rungs: Sequence[Rung], noise: Noise) -> tuple[Surface, str]:
+def _preferred(
+    surfaces: Sequence[Surface], rungs: Sequence[Rung], noise: Noise
+) -> tuple[Surface, str]:
     named = {surface.form: surface for surface in surfaces}
     decisive = _decisive(rungs)
     tie = "no part of the runs holds a surface, so none could be tested at larger compute"
@@ -194,35 +224,60 @@ def _preferred(surfaces: Sequence[Surface], rungs: Sequence[Rung], noise: Noise)
         if max(errors.values()) - min(errors.values()) > noise.sigma:
             return named[min(errors, key=errors.__getitem__)], what
         tie = f"{what}; they differ by less than the noise"
-    criteria = {surface.form: aicc(surface.objective, surface.n, FORMS[surface.form]) for surface in surfaces}
+    criteria = {
+        surface.form: aicc(surface.objective, surface.n, FORMS[surface.form])
+        for surface in surfaces
+    }
     if None in criteria.values():
-        return named["additive"], f"{tie}; {surfaces[0].n} runs are too few for AICc: the simpler form"
+        return named[
+            "additive"
+        ], f"{tie}; {surfaces[0].n} runs are too few for AICc: the simpler form"
     return named[min(criteria, key=lambda form: criteria[form] or 0.0)], f"{tie}; the lower AICc"
 
 
 def _decisive(rungs: Sequence[Rung]) -> Rung | None:
-    return next((rung for rung in reversed(rungs) if rung.held >= HELD * (rung.held + rung.kept)), None)
+    return next(
+        (rung for rung in reversed(rungs) if rung.held >= HELD * (rung.held + rung.kept)), None
+    )
 
 
-def bootstrap(points: Sequence[Point], surface: Surface, resamples: int = RESAMPLES, seed: int = 0) -> Bootstrap:
+def bootstrap(
+    points: Sequence[Point], surface: Surface, resamples: int = RESAMPLES, seed: int = 0
+) -> Bootstrap:
     """Resample runs, not checkpoints, all draws in one array of weights; every draw descends from the surface."""
     budgets = [point.budget for point in points]
     strata = (
-        np.unique([own or 0.0 for own in budgets], return_inverse=True)[1] if all(budgets) else np.zeros(len(points))
+        np.unique([own or 0.0 for own in budgets], return_inverse=True)[1]
+        if all(budgets)
+        else np.zeros(len(points))
     )
     draw, counts = np.random.default_rng(seed), np.zeros((resamples, len(points)))
     for stratum in np.unique(strata):
         members = np.flatnonzero(strata == stratum)
-        counts[:, members] = draw.multinomial(len(members), np.full(len(members), 1 / len(members)), resamples)
+        counts[:, members] = draw.multinomial(
+            len(members), np.full(len(members), 1 / len(members)), resamples
+        )
     weights = counts * [point.weight for point in points]
     cloud = cloud_of(points, surface.delta, surface.raw)
-    rows, _ = descend(cloud, np.tile(surface.row, (resamples, 1)), weights, range(FORMS[surface.form]))
+    rows, _ = descend(
+        cloud, np.tile(surface.row, (resamples, 1)), weights, range(FORMS[surface.form])
+    )
     values = quantities(rows, surface.centre)
     with np.errstate(over="ignore", invalid="ignore"):
-        spreads: dict[str, Array] = {name: np.exp(own) if name in "EAB" else own for name, own in values.items()}
+        spreads: dict[str, Array] = {
+            name: np.exp(own) if name in "EAB" else own for name, own in values.items()
+        }
         errors = {name: _finite(own.std()) for name, own in spreads.items()}
-        ends = {name: [_finite(end) for end in np.quantile(own, (0.025, 0.975))] for name, own in spreads.items()}
-    return Bootstrap(resamples, len(np.unique(strata)), errors, {name: (own[0], own[1]) for name, own in ends.items()})
+        ends = {
+            name: [_finite(end) for end in np.quantile(own, (0.025, 0.975))]
+            for name, own in spreads.items()
+        }
+    return Bootstrap(
+        resamples,
+        len(np.unique(strata)),
+        errors,
+        {name: (own[0], own[1]) for name, own in ends.items()},
+    )
 
 
 def _finite(value: float) -> float | None:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from slm.fits.caution import Caution
+from slm.fits.warning import FitWarning
 
 
 class NotComparable(ValueError):
@@ -61,9 +61,13 @@ class Point:
             value = getattr(self, name)
             unknown = value is None or (name in ("params", "tokens") and math.isnan(value))
             if not unknown and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"run {self.run_id}: {name} is {value}; a fit needs positive finite numbers")
+                raise ValueError(
+                    f"run {self.run_id}: {name} is {value}; a fit needs positive finite numbers"
+                )
         if self.core is not None and not -1 <= self.core <= 1:
-            raise ValueError(f"run {self.run_id}: core is {self.core}; a centred accuracy lies from -1 to 1")
+            raise ValueError(
+                f"run {self.run_id}: core is {self.core}; a centred accuracy lies from -1 to 1"
+            )
 
     @property
     def sized(self) -> bool:
@@ -73,7 +77,11 @@ class Point:
     @property
     def setting(self) -> tuple[float, ...]:
         """What runs share that differ in nothing but the seed."""
-        return (self.depth, self.params, self.tokens, self.budget or 0.0) if self.sized else (self.depth, self.flops)
+        return (
+            (self.depth, self.params, self.tokens, self.budget or 0.0)
+            if self.sized
+            else (self.depth, self.flops)
+        )
 
     @property
     def parts(self) -> dict[str, str]:
@@ -100,7 +108,9 @@ def check(points: Sequence[Point], mixed: bool = False) -> None:
         raise ValueError(f"run {twice[0]} is given twice; a run is one point")
     told = differences([point.parts for point in points])
     if told and not mixed:
-        raise NotComparable(f"the runs are not one curve: {told}; name one experiment or one family, or {ALLOW}")
+        raise NotComparable(
+            f"the runs are not one curve: {told}; name one experiment or one family, or {ALLOW}"
+        )
 
 
 def parts_of(key: str) -> dict[str, str]:
@@ -117,7 +127,9 @@ def differences(runs: Sequence[Mapping[str, str]]) -> str:
     names = dict.fromkeys(name for own in runs for name in own)
     counts = {name: Counter(own.get(name) for own in runs) for name in names}
     differ = {name: own for name, own in counts.items() if len(own) > 1}
-    telling = [name for name, own in differ.items() if name in ORIGIN or len(own.keys() - {None}) > 1]
+    telling = [
+        name for name, own in differ.items() if name in ORIGIN or len(own.keys() - {None}) > 1
+    ]
     return "; ".join(f"{name}: {_against(differ[name])}" for name in telling or differ)
 
 
@@ -126,11 +138,17 @@ def _against(values: Counter[str | None]) -> str:
     shown = {value: _short(value) for value in values}
     if len(set(shown.values())) < len(values):
         shown = {value: value or "none" for value in values}
-    return " against ".join(f"{shown[value]} ({count} run{'s' * (count != 1)})" for value, count in values.items())
+    return " against ".join(
+        f"{shown[value]} ({count} run{'s' * (count != 1)})" for value, count in values.items()
+    )
 
 
 def _short(value: str | None) -> str:
-    return f"{value[:DIGITS]}…" if value and re.fullmatch(rf"[0-9a-f]{{{DIGITS + 2},}}", value) else value or "none"
+    return (
+        f"{value[:DIGITS]}…"
+        if value and re.fullmatch(rf"[0-9a-f]{{{DIGITS + 2},}}", value)
+        else value or "none"
+    )
 
 
 def axes_of(runs: Sequence[Mapping[str, str]]) -> list[str]:
@@ -139,9 +157,11 @@ def axes_of(runs: Sequence[Mapping[str, str]]) -> list[str]:
     return sorted(keys) if len(keys) > 1 else []
 
 
-def mixture(runs: Sequence[Mapping[str, str]]) -> list[Caution]:
+def mixture(runs: Sequence[Mapping[str, str]]) -> list[FitWarning]:
     """What a reader must know of runs of several axes: one caution, none where they are on one."""
     if not axes_of(runs):
         return []
-    why = "taken as one on your word, so that what sets them apart counts as compute, recipe or noise"
-    return [Caution("mixed-axes", f"{len(axes_of(runs))} axes are {why}: {differences(runs)}")]
+    why = (
+        "taken as one on your word, so that what sets them apart counts as compute, recipe or noise"
+    )
+    return [FitWarning("mixed-axes", f"{len(axes_of(runs))} axes are {why}: {differences(runs)}")]

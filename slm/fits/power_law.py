@@ -99,7 +99,9 @@ class Law:
 
     def loss(self, flops: Array | float) -> Array:
         """The law at C; any shape."""
-        return np.asarray(_losses(self.best[None], np.log(np.asarray(flops, float) / self.reference))[0])
+        return np.asarray(
+            _losses(self.best[None], np.log(np.asarray(flops, float) / self.reference))[0]
+        )
 
     def band(self, flops: Array) -> tuple[Array, Array]:
         """Ends of the 95 % interval of the law (not of a further run) at C."""
@@ -118,7 +120,9 @@ class Law:
     def interval(self, value: Callable[[Array], Array]) -> Interval:
         """Any function of the parameters, given (m, 3) rows (floor, scale, exponent): estimate and extremes."""
         values = value(self.region)
-        return Interval(float(value(self.best[None])[0]), float(values.min()), float(values.max()), True)
+        return Interval(
+            float(value(self.best[None])[0]), float(values.min()), float(values.max()), True
+        )
 
     @property
     def p(self) -> Interval:
@@ -154,7 +158,8 @@ class Law:
             "sigma": self.noise.sigma,
             "sigma_from": self.noise.source,
             "residual_rms": self.residual_rms,
-            "band": {name: own.tolist() for name, own in band.items()} | {"extrapolated_from": self.largest},
+            "band": {name: own.tolist() for name, own in band.items()}
+            | {"extrapolated_from": self.largest},
             "flattening": [self._flattening(times) for times in (1.0, REACH)],
         }
 
@@ -232,7 +237,9 @@ def _logs(flops: Array, losses: Array) -> tuple[float, Array, Array]:
 
 def noise_of(points: Sequence[Point], flops: Array, losses: Array, form: str) -> Noise:
     """Spread of ln loss: of seeds, with two degrees of freedom at least, else around the least-squares law."""
-    return seed_noise(points) or spread(np.log(losses / predict(form, flops, losses, LEAST_SQUARES, flops)))
+    return seed_noise(points) or spread(
+        np.log(losses / predict(form, flops, losses, LEAST_SQUARES, flops))
+    )
 
 
 def seed_noise(points: Sequence[Point]) -> Noise | None:
@@ -272,7 +279,9 @@ def _losses(rows: Array, logc: Array) -> Array:
     return np.asarray(floor + scale * np.exp(-exponent * logc))
 
 
-def _linear(exponents: Array, *, logc: Array, z: Array, delta: float, additive: bool) -> tuple[Array, Array]:
+def _linear(
+    exponents: Array, *, logc: Array, z: Array, delta: float, additive: bool
+) -> tuple[Array, Array]:
     """Best (floor, scale) >= 0 at each exponent: rows (P, 3) and their objectives (P,).
 
     Reweighted least squares on ln L ~ ln m + (m' - m)/m, linear in the new m' = floor + scale·x.
@@ -350,7 +359,9 @@ def _polish(start: Array, logc: Array, z: Array, delta: float, form: str) -> tup
     return row(best.x)[0], float(huber(residuals(best.x) * unit, delta))
 
 
-def _exponents_inside(solve: Solver, best: float, limit: float, form: str) -> tuple[float | None, float | None]:
+def _exponents_inside(
+    solve: Solver, best: float, limit: float, form: str
+) -> tuple[float | None, float | None]:
     """Ends of the exponent's profile; None where it is still inside at the end of those looked at."""
 
     def excess(exponent: float) -> float:
@@ -365,7 +376,9 @@ def _between(low: float | None, high: float | None, form: str) -> Array:
     """41 exponents from end to end, denser near the ends where the region closes."""
     first, last = (EXPONENTS[form][k] if end is None else end for k, end in ((0, low), (-1, high)))
     share = (1 - np.cos(np.linspace(0, np.pi, 41))) / 2
-    return np.asarray(first + (last - first) * share if form == PURE else first * (last / first) ** share)
+    return np.asarray(
+        first + (last - first) * share if form == PURE else first * (last / first) ** share
+    )
 
 
 def _boundary(
@@ -391,7 +404,9 @@ def _boundary(
         floor, scale = np.moveaxis(centre + radius[:, None] * rays, 1, 0)
         return huber(np.log(floor[..., None] + scale[..., None] * x[:, None]) - z, delta) <= limit
 
-    floor, scale = np.moveaxis(centre + _edge(inside, wall, np.sqrt(2 * limit))[:, None] * rays, 1, 0)
+    floor, scale = np.moveaxis(
+        centre + _edge(inside, wall, np.sqrt(2 * limit))[:, None] * rays, 1, 0
+    )
     floor = np.where(floor < 1e-6 * np.exp(z.min()), 0.0, floor)
     return np.stack(np.broadcast_arrays(floor, scale, exponents[:, None]), -1).reshape(-1, 3)
 
@@ -420,4 +435,6 @@ def _rays(centres: Array, x: Array, form: str) -> Array:
         return np.stack([np.zeros((len(unit), 2)), np.stack([unit, -unit], 1)], 1)
     angles = np.linspace(0, 2 * np.pi, 48, endpoint=False)
     lower = np.linalg.cholesky(np.swapaxes(jacobian, 1, 2) @ jacobian)
-    return np.linalg.solve(np.swapaxes(lower, 1, 2), np.stack([np.cos(angles), np.sin(angles)])[None])
+    return np.linalg.solve(
+        np.swapaxes(lower, 1, 2), np.stack([np.cos(angles), np.sin(angles)])[None]
+    )

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from slm.fits.descent import EXPONENT, GAMMA, Array, Cloud, descend, polish
 from slm.fits.intervals import LEVEL, Interval, allowance, crossing
 from slm.fits.isoflop import Minimum
+from slm.fits.optimize import EXPONENT, GAMMA, Array, Cloud, descend, polish
 from slm.fits.points import Point
 from slm.fits.power_law import LEAST_SQUARES, ROUNDING, Noise, seed_noise, spread
 
@@ -91,7 +91,11 @@ class Surface:
     @property
     def unheld(self) -> list[str]:
         """Exponents without both ends of an interval."""
-        return [name for name in ("alpha", "beta", "gamma", "params_exponent") if not self.intervals[name].identifiable]
+        return [
+            name
+            for name in ("alpha", "beta", "gamma", "params_exponent")
+            if not self.intervals[name].identifiable
+        ]
 
     def loss(self, params: Array | float, tokens: Array | float) -> Array:
         """The surface at N and D of one shape."""
@@ -103,15 +107,27 @@ class Surface:
         """The compute-optimal model at C."""
         alpha, beta = self.exponents
         product = np.log(flops / self.kappa)
-        lean = (self.row[1] - self.row[2]) / self.row[5] + alpha * self.centre[0] - beta * self.centre[1]
+        lean = (
+            (self.row[1] - self.row[2]) / self.row[5]
+            + alpha * self.centre[0]
+            - beta * self.centre[1]
+        )
         size = (np.log(alpha / beta) + lean + beta * product) / (alpha + beta)
         params, tokens = float(np.exp(size)), float(np.exp(product - size))
         return Minimum(flops, params, tokens, tokens / params, float(self.loss(params, tokens)))
 
     def prediction(self, params: float, tokens: float, level: float = LEVEL) -> Interval:
         """A further run of this N and D: y ± t·sqrt(g'Vg + sigma²) in ln loss, V from the objective's curvature."""
-        cloud = Cloud(np.log([params]) - self.centre[0], np.log([tokens]) - self.centre[1], np.ones(1), self.centre, 0)
-        loss, low, high = foretold(cloud, self.row, self.bend, self.objective, self.n - FORMS[self.form], level)
+        cloud = Cloud(
+            np.log([params]) - self.centre[0],
+            np.log([tokens]) - self.centre[1],
+            np.ones(1),
+            self.centre,
+            0,
+        )
+        loss, low, high = foretold(
+            cloud, self.row, self.bend, self.objective, self.n - FORMS[self.form], level
+        )
         return Interval(float(loss[0]), float(low[0]), float(high[0]), True)
 
     def document(self) -> dict[str, Any]:
@@ -137,11 +153,16 @@ def obstacle(points: Sequence[Point]) -> tuple[str, str] | None:
     """Why the runs cannot hold a surface, as a code and a sentence; None when they may."""
     sizes, tokens = len({point.params for point in points}), len({point.tokens for point in points})
     if min(sizes, tokens) > 1 and _width(points) < THIN:
-        message = "parameters and tokens move along one dial, so their exponents cannot be told apart"
+        message = (
+            "parameters and tokens move along one dial, so their exponents cannot be told apart"
+        )
         return "one_dial_no_exponents", message
     if min(sizes, tokens) < 3 or len(points) <= FORMS["additive"] + 1:
         count = f"{len(points)} runs of {sizes} sizes on {tokens} token counts"
-        return "too_few_runs_for_surface", f"{count}; a surface takes {FORMS['additive'] + 2}, with 3 of each"
+        return (
+            "too_few_runs_for_surface",
+            f"{count}; a surface takes {FORMS['additive'] + 2}, with 3 of each",
+        )
     return None
 
 
@@ -170,7 +191,9 @@ def fit_surface(
         raise ValueError(f"form is {form!r}; known are {', '.join(FORMS)}")
     problem = obstacle(points)
     if problem or len(points) <= FORMS[form]:
-        raise ValueError(problem[1] if problem else f"{len(points)} runs; {form} takes {FORMS[form] + 1}")
+        raise ValueError(
+            problem[1] if problem else f"{len(points)} runs; {form} takes {FORMS[form] + 1}"
+        )
     noise = noise or noise_around(points)
     cloud = cloud_of(points, noise.delta if delta is None else delta, raw)
     weights = np.array([point.weight for point in points])
@@ -180,7 +203,9 @@ def fit_surface(
         form=form,
         row=row,
         centre=cloud.centre,
-        kappa=float(np.exp(np.mean([np.log(point.flops / point.params / point.tokens) for point in points]))),
+        kappa=float(
+            np.exp(np.mean([np.log(point.flops / point.params / point.tokens) for point in points]))
+        ),
         intervals=_intervals(cloud, weights, form, row, objective),
         objective=objective,
         noise=noise,
@@ -238,7 +263,9 @@ def best_row(cloud: Cloud, weights: Array, form: str) -> tuple[Array, float, flo
     if form == "coupled":
         rows = np.concatenate([np.where(np.arange(6) == 5, gamma, rows) for gamma in TEMPERATURES])
     columns = range(FORMS[form])
-    found, objectives = descend(cloud, rows, np.broadcast_to(weights, (len(rows), weights.size)), columns)
+    found, objectives = descend(
+        cloud, rows, np.broadcast_to(weights, (len(rows), weights.size)), columns
+    )
     least = int(objectives.argmin())
     row, objective, status = polish(cloud, found[least], weights, columns)
     rounding = weights.sum() * ROUNDING**2
@@ -257,7 +284,11 @@ def _starts(cloud: Cloud, weights: Array) -> Array:
     misfits = cloud.objective(residuals, weights).reshape(BLOCKS, CELLS, BLOCKS, CELLS)
     least = misfits.transpose(0, 2, 1, 3).reshape(BLOCKS**2, CELLS**2).argmin(1)
     blocks = np.arange(BLOCKS**2)
-    chosen = (blocks // BLOCKS * CELLS + least // CELLS) * BLOCKS * CELLS + blocks % BLOCKS * CELLS + least % CELLS
+    chosen = (
+        (blocks // BLOCKS * CELLS + least // CELLS) * BLOCKS * CELLS
+        + blocks % BLOCKS * CELLS
+        + least % CELLS
+    )
     return np.asarray(rows[chosen])
 
 
@@ -272,7 +303,9 @@ def _linear(design: Array, weights: Array) -> Array:
     return np.maximum(found, 1e-3 / np.abs(design).max(2))
 
 
-def _intervals(cloud: Cloud, weights: Array, form: str, row: Array, objective: float) -> dict[str, Interval]:
+def _intervals(
+    cloud: Cloud, weights: Array, form: str, row: Array, objective: float
+) -> dict[str, Interval]:
     """Profile-likelihood intervals, all ends sought together."""
     names = [name for name in QUANTITIES if name != "gamma" or form == "coupled"]
     limit = _limit(objective, weights.size, form)
@@ -285,7 +318,9 @@ def _intervals(cloud: Cloud, weights: Array, form: str, row: Array, objective: f
         value, (least, most) = float(best[name][0]), QUANTITIES[name]
         held = lower is not None and upper is not None and least <= value <= most
         estimate = float(outward(value)) if held or name == "E" else None
-        found[name] = Interval(estimate, 0.0 if name == "E" and lower is None else lower, upper, held)
+        found[name] = Interval(
+            estimate, 0.0 if name == "E" and lower is None else lower, upper, held
+        )
     return {name: found[name] for name in QUANTITIES}
 
 
@@ -294,17 +329,29 @@ def _limit(objective: float, runs: int, form: str) -> float:
     return (objective + runs * ROUNDING**2) * allowance(runs - FORMS[form])
 
 
-def frontier(points: Sequence[Point], surface: Surface, flops: Array) -> list[tuple[Minimum, Interval]]:
+def frontier(
+    points: Sequence[Point], surface: Surface, flops: Array
+) -> list[tuple[Minimum, Interval]]:
     """The compute-optimal model at each C, and the profile-likelihood interval of its N; that of D is C/(kappa·N)."""
-    cloud, weights = cloud_of(points, surface.delta, surface.raw), np.array([point.weight for point in points])
+    cloud, weights = (
+        cloud_of(points, surface.delta, surface.raw),
+        np.array([point.weight for point in points]),
+    )
     limit = _limit(surface.objective, weights.size, surface.form)
     columns = [column for column in range(FORMS[surface.form]) if column != 1]
     found = []
     for own in flops:
-        product, best, row = float(np.log(own / surface.kappa)), surface.optimum(float(own)), surface.row
+        product, best, row = (
+            float(np.log(own / surface.kappa)),
+            surface.optimum(float(own)),
+            surface.row,
+        )
 
         def excess(size: float, product: float = product, row: Array = row) -> float:
-            return polish(cloud, row, weights, columns, partial(_tied, size, product, cloud.centre))[1] - limit
+            return (
+                polish(cloud, row, weights, columns, partial(_tied, size, product, cloud.centre))[1]
+                - limit
+            )
 
         size = float(np.log(best.params))
         ends = [crossing(excess, size, size + side * FAR, 0.02, 1e-5) for side in (-1.0, 1.0)]
@@ -313,12 +360,18 @@ def frontier(points: Sequence[Point], surface: Surface, flops: Array) -> list[tu
     return found
 
 
-def _tied(size: float, product: float, centre: tuple[float, float], row: Array) -> tuple[Array, Array]:
+def _tied(
+    size: float, product: float, centre: tuple[float, float], row: Array
+) -> tuple[Array, Array]:
     """The row with the a that makes ln N = size compute-optimal at ln(N·D) = product, and the slopes (6,) of a."""
     tied, (n, d) = row.copy(), centre
-    _, _, b, p, q, gamma = np.maximum(row, [-np.inf, -np.inf, -np.inf, EXPONENT[0], EXPONENT[0], GAMMA[0]])
+    _, _, b, p, q, gamma = np.maximum(
+        row, [-np.inf, -np.inf, -np.inf, EXPONENT[0], EXPONENT[0], GAMMA[0]]
+    )
     tied[1] = b + p * (size - n) - q * (product - size - d) - gamma * np.log(p / q)
-    return tied, np.array([0, 0, 1, size - n - gamma / p, size + d - product + gamma / q, -np.log(p / q)])
+    return tied, np.array(
+        [0, 0, 1, size - n - gamma / p, size + d - product + gamma / q, -np.log(p / q)]
+    )
 
 
 def quantities(rows: Array, centre: tuple[float, float]) -> dict[str, Array]:
@@ -358,7 +411,12 @@ def _condition(name: str, value: float, centre: tuple[float, float]) -> tuple[Ar
 
 
 def _ends(
-    cloud: Cloud, weights: Array, columns: Sequence[int], row: Array, levels: tuple[float, float], names: Sequence[str]
+    cloud: Cloud,
+    weights: Array,
+    columns: Sequence[int],
+    row: Array,
+    levels: tuple[float, float],
+    names: Sequence[str],
 ) -> list[list[float | None]]:
     """Where the profile of each quantity crosses from the least objective to the limit: [low, high], None if open.
 
@@ -369,14 +427,21 @@ def _ends(
     tasks = [(name, side) for name in names for side in (-1.0, 1.0)]
     values = _sought(row[None], cloud.centre)
     best = np.array([values[name][0] for name, _ in tasks])
-    first = np.array([side * _reach(name, row, cloud.centre, metric, levels) for name, side in tasks])
-    bounds = [(np.exp(cloud.lowest), cloud.losses.max()) if name == "E" else QUANTITIES[name] for name, _ in tasks]
+    first = np.array(
+        [side * _reach(name, row, cloud.centre, metric, levels) for name, side in tasks]
+    )
+    bounds = [
+        (np.exp(cloud.lowest), cloud.losses.max()) if name == "E" else QUANTITIES[name]
+        for name, _ in tasks
+    ]
     low, high = np.array(bounds).T
     near, depth, rows = best.copy(), np.zeros(len(tasks)), np.tile(row, (len(tasks), 1))
     far, beyond = np.full(len(tasks), np.nan), np.full(len(tasks), np.nan)
     for _ in range(ROUNDS):
         u = np.clip(_next(best, first, near, depth, far, beyond), low, high)
-        moved, normals = _moved(cloud, rows, [(name, own) for (name, _), own in zip(tasks, u)], metric)
+        moved, normals = _moved(
+            cloud, rows, [(name, own) for (name, _), own in zip(tasks, u)], metric
+        )
         moved, objectives = descend(cloud, moved, np.tile(weights, (len(u), 1)), column, normals)
         excess = np.sqrt(np.maximum(objectives - levels[0], 0) / (levels[1] - levels[0]))
         inside = excess <= 1
@@ -388,7 +453,9 @@ def _ends(
     return [found[k : k + 2] for k in range(0, len(found), 2)]
 
 
-def _moved(cloud: Cloud, rows: Array, values: Sequence[tuple[str, float]], metric: Array) -> tuple[Array, Array]:
+def _moved(
+    cloud: Cloud, rows: Array, values: Sequence[tuple[str, float]], metric: Array
+) -> tuple[Array, Array]:
     """The nearest rows in a metric of the first columns that have these values, and the normals of what is held."""
     conditions = [_condition(name, value, cloud.centre) for name, value in values]
     normals, width, moved = np.array([normal for normal, _ in conditions]), len(metric), rows.copy()
@@ -410,16 +477,22 @@ def _next(best: Array, first: Array, near: Array, depth: Array, far: Array, beyo
     stride = np.clip(pace * (1.02 - depth), 0.1 * gone, 3 * np.maximum(gone, np.abs(first)))
     stride = np.where(gone > 0, stride, np.abs(first))
     # Far beyond, the root of the excess is no longer straight.
-    between = near + np.clip((1 - depth) / (np.minimum(beyond, BENT) - depth), 0.02, 0.98) * (far - near)
+    between = near + np.clip((1 - depth) / (np.minimum(beyond, BENT) - depth), 0.02, 0.98) * (
+        far - near
+    )
     return np.where(np.isnan(far), near + np.sign(first) * stride, between)
 
 
-def _reach(name: str, row: Array, centre: tuple[float, float], metric: Array, levels: tuple[float, float]) -> float:
+def _reach(
+    name: str, row: Array, centre: tuple[float, float], metric: Array, levels: tuple[float, float]
+) -> float:
     """How far the interval of a quantity would reach, were the objective a parabola."""
     value = float(_sought(row[None], centre)[name][0])
     normal, _ = _condition(name, value, centre)
     half = value / 1000 if name == "E" else 0.5
-    (more, constant), (less, other) = (_condition(name, value + step, centre) for step in (half, -half))
+    (more, constant), (less, other) = (
+        _condition(name, value + step, centre) for step in (half, -half)
+    )
     rate = abs((more - less) @ row - (constant - other)) / (2 * half)
     own = normal[: len(metric)]
     return float(np.sqrt(2 * (levels[1] - levels[0]) * (own @ metric @ own)) / rate)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from slm.report.charts import drawings
 from slm.report.content import Report
-from slm.report.drawing import drawings
-from slm.report.found import Family, Found
+from slm.report.gather import Family, Found
 from slm.report.markdown import markdown
 from slm.report.page import page
 from slm.report.sections import report_of

@@ -6,7 +6,18 @@ import re
 
 from tabulate import tabulate
 
-from slm.report.content import Block, Cautions, Commands, Drawing, Facts, Heading, Items, Report, Table, Text
+from slm.report.content import (
+    Block,
+    Cautions,
+    Commands,
+    Drawing,
+    Facts,
+    Heading,
+    Items,
+    Report,
+    Table,
+    Text,
+)
 
 
 def markdown(report: Report) -> str:
@@ -14,7 +25,12 @@ def markdown(report: Report) -> str:
     parts = [f"# {_plain(report.name)}"]
     parts += [f"*{_plain(report.question)}*"] if report.question else []
     parts += [_plain(report.facts), *(f"**{_words(own)}**" for own in report.answer)]
-    parts += ["\n".join(f"- {_plain(own.name)}: **{_plain(own.value)}**, {_plain(own.detail)}" for own in report.keys)]
+    parts += [
+        "\n".join(
+            f"- {_plain(own.name)}: **{_plain(own.value)}**, {_plain(own.detail)}"
+            for own in report.keys
+        )
+    ]
     for section in report.sections:
         parts += [f"## {_plain(section.title)}", *map(_block, section.blocks)]
     return "\n\n".join(part for part in [*parts, f"---\n{_plain(report.made)}"] if part) + "\n"
@@ -28,7 +44,11 @@ def _plain(words: str) -> str:
 def _words(text: str) -> str:
     """The same, commands between backticks as code."""
     parts = text.split("`")
-    return "`".join(part if k % 2 else _plain(part) for k, part in enumerate(parts)) if len(parts) % 2 else _plain(text)
+    return (
+        "`".join(part if k % 2 else _plain(part) for k, part in enumerate(parts))
+        if len(parts) % 2
+        else _plain(text)
+    )
 
 
 def _block(block: Block) -> str:
@@ -41,7 +61,12 @@ def _block(block: Block) -> str:
             return "\n".join(f"- {_words(words)}" for words in block.words)
         case Table():
             rows = [[_plain(cell) for cell in row] for row in block.rows]
-            cells = tabulate(rows, [_plain(own) for own in block.headers], tablefmt="github", disable_numparse=True)
+            cells = tabulate(
+                rows,
+                [_plain(own) for own in block.headers],
+                tablefmt="github",
+                disable_numparse=True,
+            )
             return f"{_words(block.caption)}:\n\n{cells}"
         case Drawing():
             return f"![{_plain(block.alt)}](<{block.path.with_suffix('.png')}>)\n\n{_words(block.caption)}"

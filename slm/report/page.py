@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from slm.report.charts import inline, palette
 from slm.report.content import (
     Block,
     Cautions,
@@ -21,7 +22,6 @@ from slm.report.content import (
     Table,
     Text,
 )
-from slm.report.drawing import inline, palette
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 """What a browser may do for the page: apply its own style. Were markup to slip in, it would load and run nothing."""
@@ -42,14 +42,19 @@ class Html(str):
 
 def element(name: str, *children: str, **attributes: str) -> Html:
     """`<name …>children</name>`; words and values are escaped, a trailing _ of an attribute's name is dropped."""
-    given = "".join(f' {key.rstrip("_").replace("_", "-")}="{html.escape(value)}"' for key, value in attributes.items())
+    given = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{html.escape(value)}"'
+        for key, value in attributes.items()
+    )
     return Html(f"<{name}{given}>{''.join(map(_escaped, children))}</{name}>")
 
 
 def page(report: Report) -> str:
     """The whole document."""
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-    body = element("main", *_head(report), *(_section(k, own) for k, own in enumerate(report.sections)))
+    body = element(
+        "main", *_head(report), *(_section(k, own) for k, own in enumerate(report.sections))
+    )
     light, dark = palette(body)
     colours = f":root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}"
     head = [
@@ -74,7 +79,9 @@ def _escaped(words: str) -> str:
 
 def _head(report: Report) -> Iterator[Html]:
     asked = [element("p", report.question, class_="question")] if report.question else []
-    yield element("header", element("p", report.facts, class_="facts"), element("h1", report.name), *asked)
+    yield element(
+        "header", element("p", report.facts, class_="facts"), element("h1", report.name), *asked
+    )
     keys = [element("ul", *map(_key, report.keys), class_="keys")] if report.keys else []
     answer = element("div", *(element("p", *_words(own)) for own in report.answer), class_="answer")
     yield element("section", element("h2", "The answer", class_="unseen"), answer, *keys)
@@ -108,13 +115,24 @@ def _block(block: Block, name: str) -> Html:
             return _captioned(block, name)
         case Drawing():
             picture = Html(inline(block.path, name, block.alt))
-            box = element("div", picture, class_="scroll", role="region", aria_labelledby=name, tabindex="0")
+            box = element(
+                "div", picture, class_="scroll", role="region", aria_labelledby=name, tabindex="0"
+            )
             caption = element("figcaption", *_words(block.caption), id=name)
             return element("figure", box, caption)
         case Facts():
-            return element("dl", *(element("div", element("dt", key), element("dd", own)) for key, own in block.pairs))
+            return element(
+                "dl",
+                *(
+                    element("div", element("dt", key), element("dd", own))
+                    for key, own in block.pairs
+                ),
+            )
         case Cautions():
-            rows = (element("li", element("code", code), " ", *_words(words)) for code, words in block.pairs)
+            rows = (
+                element("li", element("code", code), " ", *_words(words))
+                for code, words in block.pairs
+            )
             return element("ul", *rows, class_="cautions")
         case Commands():
             return element("pre", element("code", "\n".join(block.lines)))
@@ -123,13 +141,24 @@ def _block(block: Block, name: str) -> Html:
 def _captioned(table: Table, name: str) -> Html:
     """The caption stands above the box that scrolls, so that it is read whole on a phone."""
     caption = element("p", *_words(table.caption), class_="caption", id=name)
-    box = element("div", _table(table, name), class_="scroll", role="region", aria_labelledby=name, tabindex="0")
+    box = element(
+        "div",
+        _table(table, name),
+        class_="scroll",
+        role="region",
+        aria_labelledby=name,
+        tabindex="0",
+    )
     return Html(caption + box)
 
 
 def _table(table: Table, name: str) -> Html:
-    numbers = [all(NUMBER.fullmatch(row[k]) for row in table.rows) for k in range(len(table.headers))]
-    long = [max([0, *(len(row[k]) for row in table.rows)]) > LONG for k in range(len(table.headers))]
+    numbers = [
+        all(NUMBER.fullmatch(row[k]) for row in table.rows) for k in range(len(table.headers))
+    ]
+    long = [
+        max([0, *(len(row[k]) for row in table.rows)]) > LONG for k in range(len(table.headers))
+    ]
     kinds = ("number" if right else "long" if wide else "" for right, wide in zip(numbers, long))
     looks = [{"class_": kind} if kind else {} for kind in kinds]
     heads = [element("th", words, scope="col", **look) for words, look in zip(table.headers, looks)]

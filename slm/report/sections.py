@@ -6,12 +6,13 @@ import time
 from collections import Counter
 
 from slm import __version__, fits
+from slm.exchange.importers.checks import CODES
 from slm.fits import Interval, NoCoreFit
-from slm.imports.defects import CODES
-from slm.progress import duration
-from slm.report import origin, runs
+from slm.monitor.display import duration
+from slm.report import provenance as origin
+from slm.report import run_tables as runs
 from slm.report.content import Block, Cautions, Heading, Items, Key, Report, Section, Table, Text
-from slm.report.found import (
+from slm.report.gather import (
     Columns,
     Found,
     compute,
@@ -68,7 +69,9 @@ def _facts(found: Found) -> str:
     depths = sorted({row["depth"] for row in found.rows if row["depth"] is not None})
     ends = [own["ended"] for own in found.attempts if own["ended"]]
     parts = [", ".join(each(found.rows, "recipe")), counts(len(found.rows), "run")]
-    parts += [f"d{depths[0]:g}" + (f" to d{depths[-1]:g}" if len(depths) > 1 else "")] if depths else []
+    parts += (
+        [f"d{depths[0]:g}" + (f" to d{depths[-1]:g}" if len(depths) > 1 else "")] if depths else []
+    )
     parts += [time.strftime("%d %B %Y", time.gmtime(max(ends))).lstrip("0")] if ends else []
     return " · ".join(parts)
 
@@ -80,7 +83,9 @@ def _answer(found: Found) -> list[str]:
     if len(found.families) == 1:
         (family,) = found.families
         return [fits.summary(family.fit) if family.fit else f"No curve: {family.why}."]
-    said = [f"{own.recipe}: {fits.summary(own.fit) if own.fit else own.why}" for own in found.families]
+    said = [
+        f"{own.recipe}: {fits.summary(own.fit) if own.fit else own.why}" for own in found.families
+    ]
     names = [f"{found.name}/{own.recipe}" for own in found.families[:2]]
     return [*said, f"`slm compare {' '.join(names)}` says what the change is worth."]
 
@@ -104,7 +109,9 @@ def _keys(found: Found) -> list[Key]:
     if scored:
         best = max(scored, key=lambda row: row["core"])
         error = f" ± {best['core_error']:.4f}" if best["core_error"] else ""
-        keys.append(Key(f"{best['core']:.4f}", f"highest {core_word(scored)}", f"{label(best)}{error}"))
+        keys.append(
+            Key(f"{best['core']:.4f}", f"highest {core_word(scored)}", f"{label(best)}{error}")
+        )
     seconds = [row["train_seconds"] for row in finished if row["train_seconds"] is not None]
     took = f"{duration(sum(seconds))} of training" if seconds else states(found.rows)
     keys.append(Key(f"{len(finished)} of {len(found.rows)}", "runs finished", took))
@@ -124,7 +131,9 @@ def _missing(found: Found) -> list[Block]:
     """What the experiment does not hold, and the way to it."""
     said = []
     own = [row for row in found.rows if row["source"] == "run"]
-    finished, unfinished = ([row for row in own if (row["status"] == "finished") is done] for done in (True, False))
+    finished, unfinished = (
+        [row for row in own if (row["status"] == "finished") is done] for done in (True, False)
+    )
     again = [row for row in unfinished if row["status"] in AGAIN]
     stopped = [row for row in unfinished if row["status"] in ("failed", "cancelled")]
     if again:
@@ -136,7 +145,9 @@ def _missing(found: Found) -> list[Block]:
     lost = [label(row) for row in unfinished if row["status"] == "diverged"]
     said += [f"{name} diverged, which is a result: it has no loss." for name in lost]
     if finished and not replicates(finished):
-        said.append("How much of a difference is luck: every run has one seed; `slm sweep … --seeds 3` would tell.")
+        said.append(
+            "How much of a difference is luck: every run has one seed; `slm sweep … --seeds 3` would tell."
+        )
     if finished and all(row["core"] is None for row in finished):
         said.append(f"CORE: `slm eval {finished[-1]['run_id']} --core` measures it.")
     return [Items(said)] if said else []
@@ -146,8 +157,13 @@ def _cautions(found: Found) -> list[Block]:
     """Warnings of the fits and defects of imported rows, each once."""
     fitted = [own.fit for own in found.families if own.fit]
     pairs = [(own.code, own.message) for fit in fitted for own in fit.cautions]
-    flags = Counter(flag for row in found.rows for flag in str(row["flags"] or "").split(",") if flag)
-    pairs += [(flag, f"{_meaning(flag)} ({counts(count, 'imported run')})") for flag, count in flags.items()]
+    flags = Counter(
+        flag for row in found.rows for flag in str(row["flags"] or "").split(",") if flag
+    )
+    pairs += [
+        (flag, f"{_meaning(flag)} ({counts(count, 'imported run')})")
+        for flag, count in flags.items()
+    ]
     return [Cautions(list(dict.fromkeys(pairs)))] if pairs else []
 
 
@@ -162,7 +178,9 @@ def _fits(found: Found) -> list[Block]:
         if family.fit is None:
             continue
         blocks += [Heading(family.recipe)] if len(found.families) > 1 else []
-        blocks += [Table(CAPTIONS[headers[0]], headers, rows) for headers, rows in fits.tables(family.fit)]
+        blocks += [
+            Table(CAPTIONS[headers[0]], headers, rows) for headers, rows in fits.tables(family.fit)
+        ]
         blocks += family.drawn("-residuals")
     return blocks
 
@@ -184,4 +202,9 @@ def _core(found: Found) -> list[Block]:
     curves = [own.fit.core for own in found.families if own.fit]
     refused = {own.why: None for own in curves if isinstance(own, NoCoreFit)}
     blocks += [Text(f"No curve of {core_word(scored)}: {why}.") for why in refused]
-    return [*blocks, table(f"{core_word(scored)} of the final weights: 0 is chance, 1 is perfect", columns, scored)]
+    return [
+        *blocks,
+        table(
+            f"{core_word(scored)} of the final weights: 0 is chance, 1 is perfect", columns, scored
+        ),
+    ]

@@ -13,11 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slm.attention import attend
-from slm.devices import cores
+from slm.hardware.devices import cores
+from slm.model.attention import attend
 
 HEADERS = ("rows", "heads", "tokens", "window", "head size", "ours ms", "SDPA ms", "times faster")
-SHAPES = ((16, 2, 256, 128, 64), (16, 4, 512, 128, 64), (8, 8, 1024, 256, 32), (4, 4, 2048, 512, 64))
+SHAPES = (
+    (16, 2, 256, 128, 64),
+    (16, 4, 512, 128, 64),
+    (8, 8, 1024, 256, 32),
+    (4, 4, 2048, 512, 64),
+)
 
 
 def rows() -> Iterator[tuple[float, ...]]:
@@ -32,9 +37,13 @@ def rows() -> Iterator[tuple[float, ...]]:
         yield *shape, ours, plain, plain / ours
 
 
-def seconds(attention: Callable[..., Tensor], rows: int, heads: int, length: int, window: int, head_dim: int) -> float:
+def seconds(
+    attention: Callable[..., Tensor], rows: int, heads: int, length: int, window: int, head_dim: int
+) -> float:
     """Of one forward and one backward pass."""
-    query, key, value = (torch.randn(rows, length, heads, head_dim, requires_grad=True) for _ in range(3))
+    query, key, value = (
+        torch.randn(rows, length, heads, head_dim, requires_grad=True) for _ in range(3)
+    )
     began = time.perf_counter()
     attended = attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), window)
     attended.transpose(1, 2).flatten(2).sum().backward()

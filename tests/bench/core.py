@@ -17,12 +17,13 @@ import torch
 
 from slm.data import prepare
 from slm.data.tokenizer import Tokenizer
-from slm.devices import cores
-from slm.evaluate import bundle, tasks
-from slm.evaluate.batches import lanes_of
+from slm.evaluate import bundle
+from slm.evaluate import prompts as tasks
+from slm.evaluate.batching import lanes_of
 from slm.evaluate.bundle import Bundle, Task
 from slm.evaluate.core import evaluate, judge_of
-from slm.model import GPT
+from slm.hardware.devices import cores
+from slm.model.gpt import GPT
 from slm.recipe import Hyperparameters, pocket
 from tests.one_by_one import decide
 
@@ -44,7 +45,9 @@ EXAMPLES = 50
 """Of each task, at most."""
 MODELS = {
     "pocket d4": pocket(4),
-    "pocket d4, 4,096 tokens, context 256": replace(pocket, vocab_size=4096, sequence_length=256)(4),
+    "pocket d4, 4,096 tokens, context 256": replace(pocket, vocab_size=4096, sequence_length=256)(
+        4
+    ),
 }
 
 Row = tuple[str, str, int, int, int, float, float, float, float, float, int, int]
@@ -64,7 +67,9 @@ def rows() -> Iterator[Row]:
             model = random_model(given)
             found = [row(name, own, task, tokenizer, model) for task in own.tasks]
             yield from found
-            examples, cropped, skipped, alone, plan, ours, _, _, *decided = (sum(each) for each in [*zip(*found)][2:])
+            examples, cropped, skipped, alone, plan, ours, _, _, *decided = (
+                sum(each) for each in [*zip(*found)][2:]
+            )
             times = alone, plan, ours, alone / ours, alone / (plan + ours)
             yield name, "all", examples, cropped, skipped, *times, *decided
 
@@ -82,11 +87,17 @@ def random_model(given: Hyperparameters) -> GPT:
 
 def row(name: str, own: Bundle, task: Task, tokenizer: Tokenizer, model: GPT) -> Row:
     """Both ways on the same examples, each from its texts on."""
-    examples, context = tasks.ordered(task, own.examples(task), EXAMPLES), model.given.sequence_length
+    examples, context = (
+        tasks.ordered(task, own.examples(task), EXAMPLES),
+        model.given.sequence_length,
+    )
     indices = range(len(examples))
     began = time.perf_counter()
     with torch.no_grad():
-        plain = [decide(task, examples, index, tokenizer, model, context).get("correct") for index in indices]
+        plain = [
+            decide(task, examples, index, tokenizer, model, context).get("correct")
+            for index in indices
+        ]
     alone = time.perf_counter() - began
     began = time.perf_counter()
     plan = tasks.plan(task, examples, indices, tokenizer)

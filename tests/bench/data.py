@@ -72,7 +72,9 @@ def _library() -> Iterator[str]:
     """The texts of `python` in pieces."""
     for path, *_ in corpora.states("python"):
         for text in corpora.texts_of(Path(path), Counter()):
-            yield from (text[start : start + CHARACTERS] for start in range(0, len(text), CHARACTERS))
+            yield from (
+                text[start : start + CHARACTERS] for start in range(0, len(text), CHARACTERS)
+            )
 
 
 def _write(path: Path, texts: Iterable[str]) -> None:
@@ -102,7 +104,13 @@ def _preparation(folder: Path, recipe: Recipe, tokenizer: Tokenizer) -> tuple[Pr
         best = min(best[0], own), min(best[1], beside)
     what = f"preparation, rows of {recipe.sequence_length + 1:,}, tokens/s a core"
     rates = tokens / best[0], tokens / best[1]
-    return prepared, (what, *rates, rates[0] / rates[1], "0.7", "beside reading and tiktoken's batch encoding")
+    return prepared, (
+        what,
+        *rates,
+        rates[0] / rates[1],
+        "0.7",
+        "beside reading and tiktoken's batch encoding",
+    )
 
 
 def _packing(texts: list[str], tokenizer: Tokenizer, recipe: Recipe) -> Row:
@@ -115,7 +123,14 @@ def _packing(texts: list[str], tokenizer: Tokenizer, recipe: Recipe) -> Row:
     own, packed = _seconds(lambda: sum(1 for _ in pack(pieces, length, counts)))
     beside, scanned = _seconds(lambda: sum(1 for _ in scanning(pieces, length)))
     remark = f"lost {1 - packed * length / tokens:.3%} of the tokens, scanning {1 - scanned * length / tokens:.3%}"
-    return f"packing, rows of {length:,}, tokens/s", tokens / own, tokens / beside, beside / own, "10", remark
+    return (
+        f"packing, rows of {length:,}, tokens/s",
+        tokens / own,
+        tokens / beside,
+        beside / own,
+        "10",
+        remark,
+    )
 
 
 def scanning(documents: Iterable[Tokens], length: int) -> Iterator[Tokens]:
@@ -141,9 +156,14 @@ def scanning(documents: Iterable[Tokens], length: int) -> Iterator[Tokens]:
 def _loading(prepared: Prepared, texts: list[str], tokenizer: Tokenizer, recipe: Recipe) -> Row:
     """Rows of steps as tensors, beside tokenising and packing as they are asked for."""
     length, batch = recipe.sequence_length + 1, max(1, 2**16 // recipe.sequence_length)
-    order, own_rows = Order([block.rows for block in prepared.blocks("train")], 0), Rows.of(prepared, "train")
+    order, own_rows = (
+        Order([block.rows for block in prepared.blocks("train")], 0),
+        Rows.of(prepared, "train"),
+    )
     steps = 200
-    own, _ = _seconds(lambda: deque((own_rows.pair(order.step(step, batch)) for step in range(steps)), maxlen=0))
+    own, _ = _seconds(
+        lambda: deque((own_rows.pair(order.step(step, batch)) for step in range(steps)), maxlen=0)
+    )
 
     def on_the_fly() -> int:
         ids = map(tokenizer.encode_to_numpy, texts)
@@ -171,22 +191,35 @@ def _memory(folder: Path, texts: list[str]) -> Iterator[Row]:
         peaks.append(peak)
         seconds = time.perf_counter() - began
         grown = (peaks[-1] - peaks[0]) / max(1, size - SIZES[0])
-        remark = f"{tokens / seconds:,.0f} tokens/s; grew by {grown:.1%} of the text" if grown else ""
+        remark = (
+            f"{tokens / seconds:,.0f} tokens/s; grew by {grown:.1%} of the text" if grown else ""
+        )
         yield f"memory at {size // 2**20:,} MB of text, MB", peak / 2**20, None, None, "", remark
     slope = max(0.0, (peaks[-1] - peaks[-2]) / (SIZES[-1] - SIZES[-2]))
     expected = peaks[-1] + slope * (LARGE - SIZES[-1])
-    yield "memory at 10 GB, by the growth, MB", expected / 2**20, None, None, "2,048", f"slope {slope:.1%} of the text"
+    yield (
+        "memory at 10 GB, by the growth, MB",
+        expected / 2**20,
+        None,
+        None,
+        "2,048",
+        f"slope {slope:.1%} of the text",
+    )
 
 
 def _synthetic(folder: Path, texts: list[str], size: int) -> None:
     """Documents of lines drawn from texts, in files of 32 MB, until they are so many bytes."""
-    lines = [line for text in texts[:400] for line in text.splitlines(keepends=True) if len(line) > 20]
+    lines = [
+        line for text in texts[:400] for line in text.splitlines(keepends=True) if len(line) > 20
+    ]
     draw, number, written = np.random.default_rng(0), 0, 0
     while written < size:
         number += 1
         with (folder / f"{number:03d}.jsonl").open("w") as file:
             while file.tell() < 2**25 and written < size:
-                text = "".join(lines[place] for place in draw.integers(0, len(lines), draw.integers(10, 200)))
+                text = "".join(
+                    lines[place] for place in draw.integers(0, len(lines), draw.integers(10, 200))
+                )
                 file.write(json.dumps({"text": text}) + "\n")
                 written += len(text.encode())
 

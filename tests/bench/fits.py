@@ -36,17 +36,35 @@ Array = NDArray[np.float64]
 def rows() -> Iterator[tuple[str, float, float | None, float | None]]:
     """Fit, milliseconds, the most that is wanted, and the excess."""
     folder = os.environ.get("SLM_REFERENCE")
-    points, source = (chinchilla(Path(folder)), "Chinchilla") if folder else (known(CENTURIES, 30), "synthetic")
+    points, source = (
+        (chinchilla(Path(folder)), "Chinchilla") if folder else (known(CENTURIES, 30), "synthetic")
+    )
     took, found = timed(lambda: fit_surface(points, delta=PAPER))
-    plain = [descended(points, start, np.ones(len(points))) for start in STARTS[:: len(STARTS) // TRIED]]
+    plain = [
+        descended(points, start, np.ones(len(points))) for start in STARTS[:: len(STARTS) // TRIED]
+    ]
     each, objectives = float(np.mean([own for own, _ in plain])), [value for _, value in plain]
     least = min(found.objective, *objectives)
-    typical, lowest, ours = (1e6 * (own / least - 1) for own in (median(objectives), min(objectives), found.objective))
+    typical, lowest, ours = (
+        1e6 * (own / least - 1) for own in (median(objectives), min(objectives), found.objective)
+    )
     yield f"point fit, 240 points ({source})", took, 1e3, ours
     yield "  L-BFGS, one start; median of 50", each, None, typical
-    yield f"  L-BFGS, {len(STARTS):,} starts, extrapolated; best of 50", each * len(STARTS), None, lowest
-    yield f"{RESAMPLES:,} bootstraps", timed(lambda: bootstrap(points, found, RESAMPLES))[0], 1e4, None
-    draws = np.random.default_rng(0).multinomial(len(points), np.full(len(points), 1 / len(points)), TRIED)
+    yield (
+        f"  L-BFGS, {len(STARTS):,} starts, extrapolated; best of 50",
+        each * len(STARTS),
+        None,
+        lowest,
+    )
+    yield (
+        f"{RESAMPLES:,} bootstraps",
+        timed(lambda: bootstrap(points, found, RESAMPLES))[0],
+        1e4,
+        None,
+    )
+    draws = np.random.default_rng(0).multinomial(
+        len(points), np.full(len(points), 1 / len(points)), TRIED
+    )
     each = float(np.mean([descended(points, start_of(found), weights)[0] for weights in draws]))
     yield f"  L-BFGS, {RESAMPLES:,} from the optimum, extrapolated", each * RESAMPLES, None, None
     yield "fit_curves, 30 runs", timed(lambda: fit_curves(known(CENTURIES[:3], 5)))[0], 1.5e4, None
@@ -73,7 +91,9 @@ def start_of(surface: Surface) -> tuple[float, ...]:
     return float(A), float(B), float(E), *surface.exponents
 
 
-def descended(points: Sequence[Point], start: Sequence[float], weights: Array) -> tuple[float, float]:
+def descended(
+    points: Sequence[Point], start: Sequence[float], weights: Array
+) -> tuple[float, float]:
     """CPU milliseconds and the sum of Huber losses that one L-BFGS ends at, its gradient given."""
     logn, logd, logl = np.log([[own.params, own.tokens, own.loss] for own in points]).T
 
@@ -88,5 +108,7 @@ def descended(points: Sequence[Point], start: Sequence[float], weights: Array) -
 
     began = time.process_time()
     options = {"ftol": 1e-13, "gtol": 1e-6, "maxiter": 5000, "maxfun": 20000}
-    best = optimize.minimize(objective, np.array(start, float), (), "L-BFGS-B", jac=True, options=options)
+    best = optimize.minimize(
+        objective, np.array(start, float), (), "L-BFGS-B", jac=True, options=options
+    )
     return 1e3 * (time.process_time() - began), float(best.fun) * PAPER**2

@@ -40,7 +40,11 @@ def rows() -> Iterator[tuple[str, float, float]]:
         home = Path(folder)
         prepare("python", pocket(2), home)
         own, below, supervisors = _sweep(home, depths)
-    spent = {"slm sweep": own, "supervisors": supervisors, "torchrun and trainers": below - supervisors}
+    spent = {
+        "slm sweep": own,
+        "supervisors": supervisors,
+        "torchrun and trainers": below - supervisors,
+    }
     for who, seconds in spent.items():
         yield f"{who}, d{depths}", seconds, 100 * seconds / sum(spent.values())
 
@@ -56,7 +60,7 @@ def _sweep(home: Path, depths: str) -> tuple[float, float, float]:
         while slm.poll() is None:
             for child in psutil.Process(slm.pid).children():
                 with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                    if "slm.launch.supervisor" in child.cmdline():
+                    if "slm.sweep.supervisor" in child.cmdline():
                         supervisors[child.pid] = sum(child.cpu_times()[:2])
             time.sleep(LOOK_SECONDS)
     assert slm.returncode == 0

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from slm.model import GPT
-from slm.optim import Optimizer
+from slm.model.gpt import GPT
 from slm.recipe import pocket
+from slm.train.optimizer import Optimizer
 
 HEADERS = ("part", "milliseconds", "share %")
 STEPS = 10

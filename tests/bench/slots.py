@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from slm import devices
 from slm.cli.options import depths_of
 from slm.data import Prepared, prepare
-from slm.launch.supervisor import ALLOCATOR
+from slm.hardware import devices
 from slm.recipe import pocket
+from slm.sweep.supervisor import ALLOCATOR
 from tests.attempts import ENVIRONMENT, make_attempt, plan_of, torchrun
 
 HEADERS = ("how", "wall s", "times as fast")
@@ -49,12 +49,18 @@ def rows() -> Iterator[tuple[str, float, float]]:
 def _loop(home: Path, depths: str, prepared: Prepared, cores: int) -> None:
     """As a shell script does it, in the environment that the launcher gives its trainers."""
     for depth in depths_of(depths):
-        attempt = make_attempt(home, plan_of(pocket(depth), prepared), prepared, ranks=cores, checkpoint_seconds=20)
-        command = torchrun(attempt, "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={cores}")
+        attempt = make_attempt(
+            home, plan_of(pocket(depth), prepared), prepared, ranks=cores, checkpoint_seconds=20
+        )
+        command = torchrun(
+            attempt, "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={cores}"
+        )
         subprocess.run(command, env=ALLOCATOR | ENVIRONMENT, check=True, capture_output=True)
 
 
 def _sweep(home: Path, depths: str, cores_per_run: str) -> None:
     command = [sys.executable, "-m", "slm", "sweep", "--recipe", "pocket", "--depths", depths]
     command += ["--cores-per-run", cores_per_run]
-    subprocess.run(command, env=os.environ | {"SLM_HOME": str(home)}, check=True, capture_output=True)
+    subprocess.run(
+        command, env=os.environ | {"SLM_HOME": str(home)}, check=True, capture_output=True
+    )

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slm.launch import CPU_TOKENS
-from slm.model import GPT
-from slm.optim import Optimizer
+from slm.model.gpt import GPT
 from slm.recipe import Hyperparameters
+from slm.run import CPU_TOKENS
+from slm.train.optimizer import Optimizer
 from tests.bench.trainer import shapes
 
 SECONDS, STEPS = 3.0, 5
@@ -78,7 +78,9 @@ def _peer_model(given: Hyperparameters, device: torch.device) -> Any:
         n_head=given.heads,
         n_kv_head=given.heads,
         n_embd=given.width,
-        window_pattern="".join("L" if window == given.sequence_length else "S" for window in given.windows),
+        window_pattern="".join(
+            "L" if window == given.sequence_length else "S" for window in given.windows
+        ),
     )
     with torch.device("meta"):
         model = peer.GPT(config)
@@ -90,14 +92,19 @@ def _peer_model(given: Hyperparameters, device: torch.device) -> Any:
 
 
 def measured(
-    given: Hyperparameters, device: torch.device, make: Callable[[Hyperparameters, torch.device], Step], rows: int
+    given: Hyperparameters,
+    device: torch.device,
+    make: Callable[[Hyperparameters, torch.device], Step],
+    rows: int,
 ) -> dict[str, float]:
     """Seconds of the first step, the median one and the best tenth; FLOPs a second of a matrix product; bytes."""
     if torch.cuda.is_initialized():  # by an attempt whose micro-batch did not fit
         torch.cuda.reset_peak_memory_stats()
     before, began = peak_memory(device), time.perf_counter()
     step = make(given, device)
-    ids = torch.randint(0, given.vocab_size, (given.batch_rows, given.sequence_length + 1)).to(device)
+    ids = torch.randint(0, given.vocab_size, (given.batch_rows, given.sequence_length + 1)).to(
+        device
+    )
     batch = [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in ids.split(rows)]
     seconds: list[float] = []
     while len(seconds) <= STEPS or sum(seconds[1:]) < SECONDS:
@@ -134,7 +141,9 @@ def peak_memory(device: torch.device) -> int:
     """Bytes held at most until now: by the allocator on a GPU, by the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def _synchronize(device: torch.device) -> None:

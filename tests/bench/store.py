@@ -48,39 +48,90 @@ def rows() -> Iterator[Row]:
         yield from _at_scale(Path(folder), asked)
     sys.path.append(os.environ.get("PEERS", ""))
     ours: dict[str, float] = {}
-    for name, needed, peer in (("slm", "store", _slm), ("MLflow", "mlflow", _mlflow), ("Optuna", "optuna", _optuna)):
+    for name, needed, peer in (
+        ("slm", "store", _slm),
+        ("MLflow", "mlflow", _mlflow),
+        ("Optuna", "optuna", _optuna),
+    ):
         if not find_spec(needed):
             packages = "mlflow-skinny optuna sqlalchemy alembic"
-            print(f"no {name}: pip install --target FOLDER {packages}; PEERS=FOLDER make bench", file=sys.stderr)
+            print(
+                f"no {name}: pip install --target FOLDER {packages}; PEERS=FOLDER make bench",
+                file=sys.stderr,
+            )
             continue
         with tempfile.TemporaryDirectory() as folder:
             runs = [f"{number:04d}" for number in range(RUNS // 10)]
-            for work, count, seconds, megabytes in peer(Path(folder), runs, FEW // len(runs) // len(NAMES)):
+            for work, count, seconds, megabytes in peer(
+                Path(folder), runs, FEW // len(runs) // len(NAMES)
+            ):
                 each = 1e6 * seconds / count
-                yield f"{name}: {work}", count, seconds, None, each, each / ours.setdefault(work, each), megabytes
+                yield (
+                    f"{name}: {work}",
+                    count,
+                    seconds,
+                    None,
+                    each,
+                    each / ours.setdefault(work, each),
+                    megabytes,
+                )
 
 
 def _at_scale(home: Path, asked: int) -> Iterator[Row]:
     lines = asked // RUNS // len(NAMES)
     took = _seconds(lambda: _make(home, RUNS, lines))
-    yield "make the files", asked, took, None, 1e6 * took / asked, None, _megabytes(home, "*/attempts/*/events.jsonl")
+    yield (
+        "make the files",
+        asked,
+        took,
+        None,
+        1e6 * took / asked,
+        None,
+        _megabytes(home, "*/attempts/*/events.jsonl"),
+    )
     count, took, peak = _ingest(home)
     yield "ingest; peak MB", count, took, count / 300_000, 1e6 * took / count, None, peak
     yield "  on disk", count, 0.0, None, None, None, _megabytes(home, "slm.duckdb")
     run = store.results(home=home)["run_id"][RUNS // 2]
     yield "results()", RUNS, _often(lambda: store.results(home=home)), 0.2, None, None, None
-    yield "curves(run=…)", lines, _often(lambda: store.curves(home=home, run=run)), 0.1, None, None, None
-    yield "curves(experiment)", 10 * lines, _often(lambda: store.curves("ten", home)), None, None, None, None
+    yield (
+        "curves(run=…)",
+        lines,
+        _often(lambda: store.curves(home=home, run=run)),
+        0.1,
+        None,
+        None,
+        None,
+    )
+    yield (
+        "curves(experiment)",
+        10 * lines,
+        _often(lambda: store.curves("ten", home)),
+        None,
+        None,
+        None,
+        None,
+    )
     alone = median(_more(home) for _ in range(5))
     yield "ingest of forty lines more", 40 * len(NAMES), alone, None, None, None, None
     with _readers(home):
         beside = median(_more(home) for _ in range(5))
-    yield f"  beside {READERS} readers in a loop", 40 * len(NAMES), beside, alone + 1, None, None, None
+    yield (
+        f"  beside {READERS} readers in a loop",
+        40 * len(NAMES),
+        beside,
+        alone + 1,
+        None,
+        None,
+        None,
+    )
 
 
 def _make(home: Path, runs: int, lines: int) -> None:
     """Finished runs with so many lines of events each, and an experiment of ten of them."""
-    home_of(home, Experiment("all", (pocket,), (2, 3, 4, 5), steps=lines, seeds=tuple(range(runs // 4))))
+    home_of(
+        home, Experiment("all", (pocket,), (2, 3, 4, 5), steps=lines, seeds=tuple(range(runs // 4)))
+    )
     home_of(home, Experiment("ten", (pocket,), (2,), steps=lines, seeds=tuple(range(10))))
     for number, path in enumerate(sorted(home.glob("*/attempts/001/events.jsonl"))):
         path.write_text("".join(_lines(number, lines)))
@@ -95,15 +146,28 @@ def _lines(number: int, count: int) -> Iterator[str]:
 
 def _values(number: int, count: int) -> Iterator[tuple[Any, ...]]:
     draw = np.random.default_rng(number)
-    noise = (1 + 0.1 * draw.standard_normal((5, count))) * np.array([[3.0], [0.3], [1e-3], [1e4], [0.1]])
+    noise = (1 + 0.1 * draw.standard_normal((5, count))) * np.array(
+        [[3.0], [0.3], [1e-3], [1e4], [0.1]]
+    )
     for step, (loss, norm, update, speed, took) in enumerate(noise.T.tolist(), 1):
         counted = 1024 * step, 604717056 * step
-        yield *counted, loss, min(1.0, step / 40), norm, update, speed, step * took, 303271936 + 4096 * (step // 50)
+        yield (
+            *counted,
+            loss,
+            min(1.0, step / 40),
+            norm,
+            update,
+            speed,
+            step * took,
+            303271936 + 4096 * (step // 50),
+        )
 
 
 def _ingest(home: Path) -> tuple[int, float, float]:
     """Rows, seconds and the most memory of an ingest in a process of its own, imports and all."""
-    done = subprocess.run([sys.executable, "-c", INGEST, str(home)], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", INGEST, str(home)], check=True, capture_output=True, text=True
+    )
     count, took, peak = map(float, done.stdout.split())
     return int(count), took, peak
 
@@ -132,10 +196,17 @@ def _slm(home: Path, runs: list[str], lines: int) -> Iterator[tuple[str, int, fl
     yield "write", count, _seconds(lambda: store.ingest(home)), _megabytes(home, "slm.duckdb")
     yield "all results", len(runs), _often(lambda: store.results(home=home)), None
     run = store.results(home=home)["run_id"][0]
-    yield "one run's curves", lines * len(NAMES), _often(lambda: store.curves(home=home, run=run)), None
+    yield (
+        "one run's curves",
+        lines * len(NAMES),
+        _often(lambda: store.curves(home=home, run=run)),
+        None,
+    )
 
 
-def _mlflow(folder: Path, runs: list[str], lines: int) -> Iterator[tuple[str, int, float, float | None]]:
+def _mlflow(
+    folder: Path, runs: list[str], lines: int
+) -> Iterator[tuple[str, int, float, float | None]]:
     """`log_batch` of a thousand metrics, the most that it takes, and `search_runs`; a history a name."""
     os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_LOGGING_LEVEL="ERROR")
     from mlflow import MlflowClient
@@ -149,7 +220,11 @@ def _mlflow(folder: Path, runs: list[str], lines: int) -> Iterator[tuple[str, in
             run = client.create_run(experiment).info.run_id
             made.append(run)
             steps = enumerate(_values(number, lines), 1)
-            found = [Metric(name, each, 0, step) for step, values in steps for name, each in zip(NAMES, values)]
+            found = [
+                Metric(name, each, 0, step)
+                for step, values in steps
+                for name, each in zip(NAMES, values)
+            ]
             for start in range(0, len(found), 1000):
                 client.log_batch(run, metrics=found[start : start + 1000])
             client.set_terminated(run)
@@ -163,7 +238,9 @@ def _mlflow(folder: Path, runs: list[str], lines: int) -> Iterator[tuple[str, in
     yield "one run's curves", lines * len(NAMES), _often(curves), None
 
 
-def _optuna(folder: Path, runs: list[str], lines: int) -> Iterator[tuple[str, int, float, float | None]]:
+def _optuna(
+    folder: Path, runs: list[str], lines: int
+) -> Iterator[tuple[str, int, float, float | None]]:
     """A trial a run, added whole: one series a trial, so that all its numbers are one after another."""
     import optuna
     from optuna.distributions import FloatDistribution
@@ -179,7 +256,9 @@ def _optuna(folder: Path, runs: list[str], lines: int) -> Iterator[tuple[str, in
             study.add_trial(optuna.create_trial(value=1.5, intermediate_values=values, **given))
 
     def results() -> None:
-        optuna.load_study(study_name=study.study_name, storage=storage).trials_dataframe(("number", "value", "params"))
+        optuna.load_study(study_name=study.study_name, storage=storage).trials_dataframe(
+            ("number", "value", "params")
+        )
 
     yield "write", len(runs) * lines * len(NAMES), _seconds(write), _megabytes(folder, "optuna.db")
     yield "all results", len(runs), _often(results), None

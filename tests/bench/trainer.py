@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from slm import devices
-from slm.launch.supervisor import ALLOCATOR
+from slm.hardware import devices
 from slm.recipe import Hyperparameters, nanochat, pocket
+from slm.sweep.supervisor import ALLOCATOR
 
 HEADERS = (
     "shape",
@@ -59,7 +59,9 @@ def shapes() -> dict[str, Shape]:
     for depth in (2, 3):
         found[f"16 a layer, d{depth}"] = Shape(replace(narrow(depth), batch_tokens=4096), 1)
     for depth, context, windows in ((2, 256, "L"), (4, 256, "L"), (4, 512, "L"), (4, 512, "SSSL")):
-        wide = replace(nanochat, head_dim=64, vocab_size=4096, sequence_length=context, window_pattern=windows)
+        wide = replace(
+            nanochat, head_dim=64, vocab_size=4096, sequence_length=context, window_pattern=windows
+        )
         name = f"64 a layer, d{depth}, {context} {windows if 'S' in windows else 'full'}"
         found[name] = Shape(replace(wide(depth), batch_tokens=8192), 2)
     return found
@@ -69,7 +71,9 @@ def rows() -> Iterator[Row]:
     """One row of HEADERS a shape and process."""
     checkout = os.environ.get("NANOCHAT")
     if checkout and not Path(checkout, "nanochat", "gpt.py").is_file():
-        sys.exit(f"NANOCHAT={checkout}: no nanochat/gpt.py in it; name the folder of a nanochat checkout")
+        sys.exit(
+            f"NANOCHAT={checkout}: no nanochat/gpt.py in it; name the folder of a nanochat checkout"
+        )
     for name, shape in shapes().items():
         yield row(name, shape, "slm", ALLOCATOR)
         if checkout and shape.given.width >= PEER_CHANNELS:
@@ -101,7 +105,18 @@ def row(name: str, shape: Shape, who: str, environment: dict[str, str]) -> Row:
     median, best = (shape.given.batch_tokens / found[key] for key in ("median", "best_tenth"))
     rate, top = median * shape.given.flops_per_token / 1e9, found["ceiling"] / 1e9
     mfu = _mfu(1e9 * rate) if devices.gpu_count() else None
-    return name, who, median, best, rate, top, 100 * rate / top, mfu, found["peak"] / 1e6, 1e3 * found["first_step"]
+    return (
+        name,
+        who,
+        median,
+        best,
+        rate,
+        top,
+        100 * rate / top,
+        mfu,
+        found["peak"] / 1e6,
+        1e3 * found["first_step"],
+    )
 
 
 def _mfu(flops: float) -> float | str:

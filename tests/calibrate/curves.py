@@ -14,8 +14,25 @@ from slm.fits.power_law import REACH
 from tests.calibrate.truths import DESIGNS, Design, Truth
 from tests.calibrate.workers import spread
 
-HEADERS = ("design", "interval", "given %", "open %", "cover %", "cover of closed %", "width %", "verdict")
-WARNINGS = ("warning", "should: designs", "fired %", "least", "should not: designs", "fired % ", "most")
+HEADERS = (
+    "design",
+    "interval",
+    "given %",
+    "open %",
+    "cover %",
+    "cover of closed %",
+    "width %",
+    "verdict",
+)
+WARNINGS = (
+    "warning",
+    "should: designs",
+    "fired %",
+    "least",
+    "should not: designs",
+    "fired % ",
+    "most",
+)
 NOMINAL = (90.0, 98.0)
 """Cover, per cent, that a 95 % interval whose assumptions hold must show."""
 
@@ -70,7 +87,9 @@ def intervals(repetitions: int, seed: int = 0) -> tuple[Sequence[str], list[Sequ
         for outcome in outcomes:
             for claim in outcome.claims:
                 found[claim.group, claim.name].append(claim)
-        rows += [_row(design, group, name, own, repetitions) for (group, name), own in found.items()]
+        rows += [
+            _row(design, group, name, own, repetitions) for (group, name), own in found.items()
+        ]
     return HEADERS, rows
 
 
@@ -85,7 +104,11 @@ def warnings(repetitions: int, seed: int = 0) -> tuple[Sequence[str], list[Seque
             for design, outcomes in zip(DESIGNS, simulated)
         }
         should = {design.name: shares[design.name] for design in DESIGNS if code in design.must}
-        should_not = {design.name: shares[design.name] for design in DESIGNS if code not in design.must | design.may}
+        should_not = {
+            design.name: shares[design.name]
+            for design in DESIGNS
+            if code not in design.must | design.may
+        }
         rows.append([code, *_summed(should, -1), *_summed(should_not, 1)])
     return WARNINGS, rows
 
@@ -98,7 +121,9 @@ def _summed(shares: dict[str, float], sign: int) -> list[object]:
     return [len(shares), float(np.mean(list(shares.values()))), f"{shares[name]:.0f}: {name}"]
 
 
-def _row(design: Design, group: str, name: str, claims: Sequence[Claim], repetitions: int) -> Sequence[object]:
+def _row(
+    design: Design, group: str, name: str, claims: Sequence[Claim], repetitions: int
+) -> Sequence[object]:
     closed = [claim for claim in claims if np.isfinite(claim.width)]
     cover = 100 * float(np.mean([claim.covers for claim in claims]))
     return (
@@ -137,7 +162,11 @@ def _outcome(task: tuple[int, int, int]) -> Outcome:
     design = DESIGNS[number]
     generator = np.random.default_rng([seed, number, repetition])
     fit = fit_curves(design.draw(generator))
-    claims = (*_law_claims(fit, design.truth), *_minima_claims(fit, design.truth), *_surface_claims(fit, design.truth))
+    claims = (
+        *_law_claims(fit, design.truth),
+        *_minima_claims(fit, design.truth),
+        *_surface_claims(fit, design.truth),
+    )
     further = tuple(_further_runs(fit, design, generator))
     return Outcome((*claims, *further), frozenset(caution.code for caution in fit.cautions))
 
@@ -149,18 +178,25 @@ def _further_runs(fit: CurveFit, design: Design, generator: np.random.Generator)
         flops = times * made.max()
         luck = design.noise(generator, np.append(made, flops))[-1]
         came = float(design.truth.best(flops) * np.exp(luck))
-        yield Claim("predictions", f"a run at {times:g} times", fit.predict(Target(flops)).loss, came)
+        yield Claim(
+            "predictions", f"a run at {times:g} times", fit.predict(Target(flops)).loss, came
+        )
 
 
 def _law_claims(fit: CurveFit, truth: Truth) -> Iterator[Claim]:
     for law in (fit.law, fit.choice.rival):
         if law and law.form == ADDITIVE:
             known = {"E": truth.E, "K": truth.scale(law.largest), "p": truth.p}
-            yield from (Claim("law with a floor", name, getattr(law, name), own) for name, own in known.items())
+            yield from (
+                Claim("law with a floor", name, getattr(law, name), own)
+                for name, own in known.items()
+            )
     if fit.law:
         top, far = fit.law.largest, REACH * fit.law.largest
         yield Claim("law chosen", "loss at the largest", fit.law.at(top), float(truth.best(top)))
-        yield Claim("law chosen", f"loss at {REACH:g} times", fit.law.at(far), float(truth.best(far)))
+        yield Claim(
+            "law chosen", f"loss at {REACH:g} times", fit.law.at(far), float(truth.best(far))
+        )
         yield Claim("law chosen", "gain", fit.law.gain(top), truth.gain(top))
 
 
@@ -170,8 +206,13 @@ def _minima_claims(fit: CurveFit, truth: Truth) -> Iterator[Claim]:
     for number, valley in enumerate(fit.isoflop.valleys, 1):
         if valley.minimum:
             interval = fit.isoflop.interval(valley)
-            yield Claim("minima", f"N at budget {number}", interval, float(truth.optimum(valley.flops)))
-    exponents = {"params_exponent": truth.params_exponent, "tokens_exponent": 1 - truth.params_exponent}
+            yield Claim(
+                "minima", f"N at budget {number}", interval, float(truth.optimum(valley.flops))
+            )
+    exponents = {
+        "params_exponent": truth.params_exponent,
+        "tokens_exponent": 1 - truth.params_exponent,
+    }
     for name, own in exponents.items():
         interval = getattr(fit.isoflop, name)
         if interval:
@@ -190,8 +231,12 @@ def _surface_claims(fit: CurveFit, truth: Truth) -> Iterator[Claim]:
         for name, interval in surface.intervals.items():
             if name != "gamma" or group != "additive surface":
                 yield Claim(group, name, interval, known[name])
-    for (best, interval), where in zip(found.frontier, ("least", "", "middle", "", f"{REACH:g} times the largest")):
+    for (best, interval), where in zip(
+        found.frontier, ("least", "", "middle", "", f"{REACH:g} times the largest")
+    ):
         if where:
-            yield Claim("surface chosen", f"N* at {where}", interval, float(truth.optimum(best.flops)))
+            yield Claim(
+                "surface chosen", f"N* at {where}", interval, float(truth.optimum(best.flops))
+            )
     for name, (low, high) in found.bootstrap.ends.items() if found.bootstrap else ():
         yield Claim("bootstrap", name, Interval(None, low, high, True), known[name])

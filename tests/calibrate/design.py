@@ -21,7 +21,11 @@ Runs = list[Candidate]
 
 WEAK = np.array([0.5, 1, 1, 0.5, 0.5, 0.4])
 """Prior standard deviations of the judge's theta."""
-SCENARIOS = {"loss, any run": ("loss", True), "loss, ladder": ("loss", False), "exponent": ("params_exponent", True)}
+SCENARIOS = {
+    "loss, any run": ("loss", True),
+    "loss, ladder": ("loss", False),
+    "exponent": ("params_exponent", True),
+}
 REFITS = 30
 """Noisy copies of a sweep whose refits are compared."""
 
@@ -38,7 +42,9 @@ class Truth:
     """Of ln loss."""
 
     def logs(self, runs: Runs, theta: np.ndarray | None = None) -> np.ndarray:
-        e, a, b, alpha, beta, gamma = np.exp(np.clip(self.theta if theta is None else theta, -30, 5))
+        e, a, b, alpha, beta, gamma = np.exp(
+            np.clip(self.theta if theta is None else theta, -30, 5)
+        )
         n, d = (np.log([[run.params, run.tokens] for run in runs]) - self.centre).T
         terms = np.logaddexp(np.log(a) - alpha * n, np.log(b) - beta * d)
         return np.asarray(np.log(e + np.exp(np.minimum(gamma * terms, 300))))
@@ -51,18 +57,37 @@ class Truth:
     def variance(self, runs: Runs, target: Goal) -> float:
         """Of the target with these runs, linearised at the truth."""
         steps = 1e-5 * np.eye(6)
-        slopes = np.array([self.logs(runs, self.theta + h) - self.logs(runs, self.theta - h) for h in steps]) / 2e-5
-        aim = [(self.value(target, self.theta + h) - self.value(target, self.theta - h)) / 2e-5 for h in steps]
-        return float(aim @ np.linalg.solve(slopes @ slopes.T / self.sigma**2 + np.diag(WEAK**-2), aim))
+        slopes = (
+            np.array(
+                [self.logs(runs, self.theta + h) - self.logs(runs, self.theta - h) for h in steps]
+            )
+            / 2e-5
+        )
+        aim = [
+            (self.value(target, self.theta + h) - self.value(target, self.theta - h)) / 2e-5
+            for h in steps
+        ]
+        return float(
+            aim @ np.linalg.solve(slopes @ slopes.T / self.sigma**2 + np.diag(WEAK**-2), aim)
+        )
 
     def miss(self, runs: Runs, noise: np.ndarray, target: Goal) -> float:
         """Squared error of the target, refitted to the runs with this noise."""
         logs = self.logs(runs) + self.sigma * noise
         half = np.log(0.3) + logs.mean()
-        mean = np.array([np.log(0.7) + logs.mean(), *2 * [half / 0.75 - np.log(2)], *2 * [np.log(0.47)], np.log(0.75)])
+        mean = np.array(
+            [
+                np.log(0.7) + logs.mean(),
+                *2 * [half / 0.75 - np.log(2)],
+                *2 * [np.log(0.47)],
+                np.log(0.75),
+            ]
+        )
 
         def errors(theta: np.ndarray) -> np.ndarray:
-            return np.concatenate([(self.logs(runs, theta) - logs) / self.sigma, (theta - mean) / WEAK])
+            return np.concatenate(
+                [(self.logs(runs, theta) - logs) / self.sigma, (theta - mean) / WEAK]
+            )
 
         found = optimize.least_squares(errors, mean, method="lm", ftol=1e-7, xtol=1e-7).x
         return (self.value(target, found) - self.value(target, self.theta)) ** 2
@@ -79,9 +104,13 @@ class Sweep:
     budget: float
 
     def points(self, draw: np.random.Generator) -> list[Point]:
-        losses = np.exp(self.truth.logs(self.made) + self.truth.sigma * draw.standard_normal(len(self.made)))
+        losses = np.exp(
+            self.truth.logs(self.made) + self.truth.sigma * draw.standard_normal(len(self.made))
+        )
         return [
-            Point(f"r{k}", "pocket", run.depth, run.params, run.tokens, run.flops, loss, k, None, "a")
+            Point(
+                f"r{k}", "pocket", run.depth, run.params, run.tokens, run.flops, loss, k, None, "a"
+            )
             for k, (run, loss) in enumerate(zip(self.made, losses.tolist()))
         ]
 
@@ -112,7 +141,10 @@ def ladder(low: int, high: int) -> Runs:
 
 def isoflop(budgets: list[float], depths: range) -> Runs:
     """Runs at FLOPs budgets."""
-    return [candidate(pocket(depth, flops=own), f"flops={own:.3g}") for own, depth in product(budgets, depths)]
+    return [
+        candidate(pocket(depth, flops=own), f"flops={own:.3g}")
+        for own, depth in product(budgets, depths)
+    ]
 
 
 def truth(draw: np.random.Generator, made: Runs) -> Truth:
@@ -159,7 +191,9 @@ def _scenario(task: tuple[str, int, int]) -> list[list[str]]:
         chosen = own.chosen(draw)
         after = own.truth.variance(own.made + chosen, own.target)
         for rival, runs in own.rivals().items():
-            ratios.setdefault(rival, []).append(after / own.truth.variance(own.made + runs, own.target))
+            ratios.setdefault(rival, []).append(
+                after / own.truth.variance(own.made + runs, own.target)
+            )
             if rival == "all" and number % 5 == 0:
                 errors.setdefault(rival, []).append(squared_errors(own, chosen, runs, draw))
     return [
@@ -173,7 +207,9 @@ def squared_errors(own: Sweep, chosen: Runs, rival: Runs, draw: np.random.Genera
     totals = np.zeros(2)
     for _ in range(REFITS):
         for which, runs in enumerate((chosen, rival)):
-            totals[which] += own.truth.miss(own.made + runs, draw.standard_normal(len(own.made + runs)), own.target)
+            totals[which] += own.truth.miss(
+                own.made + runs, draw.standard_normal(len(own.made + runs)), own.target
+            )
     return float(totals[0] / totals[1])
 
 

@@ -45,7 +45,9 @@ class Truth:
 
     def loss(self, params: Array | float, tokens: Array | float) -> Array:
         """L(N, D)."""
-        reducible = self.A * np.asarray(params) ** -self.alpha + self.B * np.asarray(tokens) ** -self.beta
+        reducible = (
+            self.A * np.asarray(params) ** -self.alpha + self.B * np.asarray(tokens) ** -self.beta
+        )
         return np.asarray(self.E + reducible**self.gamma)
 
     @property
@@ -56,14 +58,19 @@ class Truth:
     def optimum(self, flops: Array | float) -> Array:
         """N*(C)."""
         ratio = self.alpha * self.A / (self.beta * self.B)
-        return np.asarray(ratio ** (1 / (self.alpha + self.beta)) * (np.asarray(flops) / 6) ** self.params_exponent)
+        return np.asarray(
+            ratio ** (1 / (self.alpha + self.beta))
+            * (np.asarray(flops) / 6) ** self.params_exponent
+        )
 
     def best(self, flops: Array | float) -> Array:
         """L*(C), bent where the law has a bend."""
         smooth = np.minimum(flops, self.bend)
         params = self.optimum(smooth)
         reducible = self.loss(params, smooth / 6 / params) - self.E
-        return np.asarray(self.E + reducible * (np.asarray(flops) / smooth) ** (-self._smooth_p / 2))
+        return np.asarray(
+            self.E + reducible * (np.asarray(flops) / smooth) ** (-self._smooth_p / 2)
+        )
 
     @property
     def _smooth_p(self) -> float:
@@ -110,18 +117,32 @@ class Design:
 def noisy(points: Sequence[Point], noise: Noise, generator: np.random.Generator) -> list[Point]:
     """The runs with noise on their losses."""
     factors = np.exp(noise(generator, np.array([point.flops for point in points])))
-    return [replace(point, loss=point.loss * factor) for point, factor in zip(points, factors.tolist())]
+    return [
+        replace(point, loss=point.loss * factor) for point, factor in zip(points, factors.tolist())
+    ]
 
 
 def grid(
-    truth: Truth, budgets: Sequence[float], sizes: int, seeds: int = 1, width: float = WIDTH, off: float = 1.0
+    truth: Truth,
+    budgets: Sequence[float],
+    sizes: int,
+    seeds: int = 1,
+    width: float = WIDTH,
+    off: float = 1.0,
 ) -> list[Point]:
     """An isoFLOP grid: sizes `width` apart, centred `off` times the optimum."""
     found = []
     for budget in budgets:
         params = off * truth.optimum(budget) * np.geomspace(width**-0.5, width**0.5, sizes)
         found += [
-            _point(depth, size, budget / 6 / size, float(truth.loss(size, budget / 6 / size)), seed, budget)
+            _point(
+                depth,
+                size,
+                budget / 6 / size,
+                float(truth.loss(size, budget / 6 / size)),
+                seed,
+                budget,
+            )
             for depth, size in enumerate(params.tolist())
             for seed in range(seeds)
         ]
@@ -139,9 +160,13 @@ def ladder(truth: Truth, smallest: float, depths: int, seeds: int = 1) -> list[P
     ]
 
 
-def _point(depth: int, params: float, tokens: float, loss: float, seed: int, budget: float | None) -> Point:
+def _point(
+    depth: int, params: float, tokens: float, loss: float, seed: int, budget: float | None
+) -> Point:
     name = f"{budget or 'ladder'}-{depth}-{seed}"
-    return Point(name, "known", depth + 2, params, tokens, 6 * params * tokens, loss, seed, budget, "known")
+    return Point(
+        name, "known", depth + 2, params, tokens, 6 * params * tokens, loss, seed, budget, "known"
+    )
 
 
 def gauss(sigma: float) -> Noise:
@@ -198,7 +223,10 @@ def _ladder(
 ) -> Design:
     """Depths at pocket's scale: one dial. How far beyond its runs the law was right follows from the noise."""
     points = ladder(truth, 3e10, depths, seeds)
-    codes, perhaps = frozenset({"one_dial_no_exponents", *must.split()}), frozenset({"extrapolation", *may.split()})
+    codes, perhaps = (
+        frozenset({"one_dial_no_exponents", *must.split()}),
+        frozenset({"extrapolation", *may.split()}),
+    )
     return Design(f"ladder: {name}", truth, tuple(points), noise, frozenset(sound), codes, perhaps)
 
 
@@ -232,7 +260,11 @@ THREE = "E_unidentified extrapolation"
 """Three minima are a law without a floor."""
 FOUR = "E_unidentified extrapolation law_loose"
 """Four minima hardly hold a floor, and the last is REACH beyond the third but for rounding."""
-LOOSE, WILD, BIASED = "law_loose", "influential_run estimator_matters", "centring_drift approaches_disagree"
+LOOSE, WILD, BIASED = (
+    "law_loose",
+    "influential_run estimator_matters",
+    "centring_drift approaches_disagree",
+)
 """Of a law through few minima, of heavy tails, and of parabolas that are not the valleys' form: as the noise falls."""
 DRIFTING = f"{LOOSE} {BIASED}"
 TWO_BUDGETS, THREE_BUDGETS = grid(EPOCH, CENTURIES[1:3], 6), grid(EPOCH, CENTURIES[:3], 7)
@@ -250,7 +282,9 @@ DESIGNS = (
     _ladder("10 depths", POCKET, 10),
     _ladder("10 depths x 3 seeds", POCKET, 10, 3),
     _ladder("10 depths, heavy tails", POCKET, 10, noise=heavy(SMALL), sound=(), may=WILD),
-    _ladder("10 depths, noise shrinks", POCKET, 10, noise=shrinking(4 * SMALL, SMALL / 4), sound=()),
+    _ladder(
+        "10 depths, noise shrinks", POCKET, 10, noise=shrinking(4 * SMALL, SMALL / 4), sound=()
+    ),
     _ladder("10 depths, no floor", NO_FLOOR, 10, must="E_unidentified", sound=()),
     _ladder("10 depths, a bend", BENT, 10, sound=(), may="influential_run"),
     _grid("additive, 2 x 6", EPOCH, TWO_BUDGETS, NORMAL, must=FEW, may="surface_unidentified"),
@@ -268,12 +302,33 @@ DESIGNS = (
     ),
     _grid("coupled, 2 x 6", NANOCHAT, ENDS, NORMAL, must=f"{FEW} forms_disagree"),
     _grid(
-        "coupled, 4 x 7", NANOCHAT, grid(NANOCHAT, DOUBLINGS, 7), NORMAL, must="extrapolation", may=f"{FOUR} {BIASED}"
+        "coupled, 4 x 7",
+        NANOCHAT,
+        grid(NANOCHAT, DOUBLINGS, 7),
+        NORMAL,
+        must="extrapolation",
+        may=f"{FOUR} {BIASED}",
     ),
     _grid("heavy tails, 3 x 7", EPOCH, THREE_BUDGETS, heavy(LARGE), (), THREE, f"{LOOSE} {WILD}"),
-    _grid("noise shrinks, 3 x 7", EPOCH, THREE_BUDGETS, shrinking(4 * LARGE, LARGE / 4), (), THREE, LOOSE),
+    _grid(
+        "noise shrinks, 3 x 7",
+        EPOCH,
+        THREE_BUDGETS,
+        shrinking(4 * LARGE, LARGE / 4),
+        (),
+        THREE,
+        LOOSE,
+    ),
     _grid("off-centre by 2, 3 x 7", EPOCH, OFF, NORMAL, FORM, THREE, DRIFTING),
-    _grid("off-centre by 5, 2 x 7", EPOCH, FAR_OFF, NORMAL, FORM, "vertex_outside too_few_runs", BIASED),
+    _grid(
+        "off-centre by 5, 2 x 7",
+        EPOCH,
+        FAR_OFF,
+        NORMAL,
+        FORM,
+        "vertex_outside too_few_runs",
+        BIASED,
+    ),
     _grid("100 wide, 3 x 7", EPOCH, BROAD, NORMAL, FORM, THREE, DRIFTING),
     _grid("no floor, 3 x 7", BARE, FLOORLESS, NORMAL, SLOPES, THREE, DRIFTING),
 )

@@ -1,0 +1,110 @@
+"""Files: written whole or not at all, JSON documents, SHA-256, and locks that end with their process."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+LOCK_RETRY_SECONDS = 0.3
+"""Retry window of `hold_lock`, since `lock_holder` takes the lock for a moment."""
+NO_HOLDER = 0
+"""Process number in a lock that is being handed over; `lock_holder` waits until a real one is written."""
+PID_DIGITS = 10
+"""Width of the process number in a lock file."""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that replaces `path` when the block ends; on an error nothing changes."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON document whole or not at all, and sync it to disk."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        json.dump(document, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON document. Raises ValueError naming the file when it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's content in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hold_lock(path: Path, process: int | None = None) -> TextIO | None:
+    """Take a lock that lasts until the file is closed or the process ends; None if another process has it.
+
+    The lock file names this process, or `process`: pass NO_HOLDER for a lock that is to be handed over.
+    """
+    path.touch()
+    file = path.open("r+", encoding="utf-8")
+    deadline = time.monotonic() + LOCK_RETRY_SECONDS
+    while not _try_lock(file, fcntl.LOCK_EX):
+        if time.monotonic() > deadline:
+            file.close()
+            return None
+        time.sleep(0.01)
+    _write_pid(file, os.getpid() if process is None else process)
+    return file
+
+
+def hand_over_lock(file: TextIO, process: int) -> None:
+    """Name the process that inherited the open lock file, and close it here; the lock stays held."""
+    _write_pid(file, process)
+    file.close()
+
+
+def inherit_lock(descriptor: int) -> TextIO:
+    """Return the lock whose open file was inherited from the process that took it."""
+    file = os.fdopen(descriptor, "r+", encoding="utf-8")
+    _write_pid(file, os.getpid())
+    return file
+
+
+def lock_holder(path: Path) -> int | None:
+    """Return the process that holds a lock, None when it is free."""
+    if not path.exists():
+        return None
+    with path.open(encoding="utf-8") as file:
+        while not _try_lock(file, fcntl.LOCK_SH):
+            pid = int(os.pread(file.fileno(), PID_DIGITS, 0) or NO_HOLDER)
+            if pid != NO_HOLDER:
+                return pid
+            time.sleep(0.001)
+    return None
+
+
+def _write_pid(file: TextIO, process: int) -> None:
+    # One write over the old bytes: two processes may write at once, and a full disk already has the space.
+    os.pwrite(file.fileno(), f"{process:<{PID_DIGITS}}".encode(), 0)
+
+
+def _try_lock(file: TextIO, mode: int) -> bool:
+    try:
+        fcntl.flock(file, mode | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,419 @@
+"""`slm status`, `show`, `logs`, `stop`, `retry` and `rm`: on homes of files, and beside a real sweep."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import store
+from slm import events
+from slm.experiment import Experiment
+from slm.files import hold_lock, read_json, write_json
+from slm.monitor import follow
+from slm.monitor.display import Display
+from slm.plan import Plan, code_fingerprint
+from slm.recipe import pocket
+from slm.run import cancel_run, record_exit
+from slm.sweep.orchestrator import sweep_lock
+from tests.conftest import slm
+from tests.homes import home_of
+
+PROGRAM = [sys.executable, "-c", "from slm.cli import main; main()"]
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> tuple[Path, list[Path]]:
+    """A home of three finished runs, and their folders, cheapest first."""
+    home = home_of(tmp_path / "runs", Experiment("e", (pocket,), (2, 3, 4)))
+    runs = read_json(home / "experiments" / "e.json")["runs"]
+    return home, [home / run_id for run_id in runs]
+
+
+def begun(folder: Path, reason: str | None = None, message: str | None = None) -> Path:
+    """Make a finished run one that is half done, ended for a reason or not; its attempt."""
+    attempt = folder / "attempts" / "001"
+    (folder / "done.json").unlink()
+    if reason:
+        record_exit(attempt, 1, reason, message)
+    return attempt
+
+
+def status(home: Path, *arguments: str) -> list[dict[str, Any]]:
+    result = slm("status", "--json", *arguments, home=home)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)["runs"]
+
+
+def test_status_tells_progress_time_left_and_reasons(recorded) -> None:
+    home, (done, running, failed) = recorded
+    begun(running)
+    begun(failed, "error", "RuntimeError: a word\nand " + "another " * 20)
+    lock = hold_lock(running / "lock")
+    assert lock is not None
+    with lock:
+        rows = status(home)
+        table = slm("status", "e", home=home).stdout
+    assert [row["run_id"] for row in rows] == [done.name, running.name, failed.name]
+    assert [row["status"] for row in rows] == ["finished", "running", "failed"]
+    assert rows[0]["val_bpb"] == read_json(done / "done.json")["val_bpb"]
+    assert rows[1]["val_bpb"] is rows[1]["flops"] is rows[0]["seconds_left"] is None
+    assert rows[1]["seconds_left"] == rows[1]["steps"] - rows[1]["step"]  # a step a second
+    assert (rows[2]["reason"], rows[2]["seconds_left"]) == ("error", None)
+    assert "RuntimeError: a word and another" in table
+    assert "…" in table
+    assert "3 runs: 1 finished, 1 running, 1 failed" in table
+
+
+def test_status_brings_the_database_up_to_date_without_loading_it(recorded) -> None:
+    home, _ = recorded
+    program = (
+        "import sys; sys.argv = ['slm', 'status', '--json']\nfrom slm.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "assert not {'torch', 'duckdb', 'pandas', 'sqlalchemy', 'numpy'} & set(sys.modules)"
+    )
+    env = {**os.environ, "SLM_HOME": str(home)}
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=env, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    wait_for(lambda: store.is_current(home))
+    assert len(store.results("e", home=home)) == 3
+
+
+def test_an_ingest_sees_what_changed_after_one_that_saw_all(recorded) -> None:
+    home, (first, second, _) = recorded
+    assert not store.is_current(home)
+    store.ingest(home)
+    assert store.is_current(home)
+    with (second / "attempts" / "001" / "events.jsonl").open("a") as file:
+        file.write('{"event": "train", "step": 5, "time": 1.0, "loss": 2.5}\n')
+    assert not store.is_current(home)
+    assert store.ingest(home).events == 1
+    (first / "plan.json").write_text("{}")
+    assert len(store.ingest(home).problems) == 1
+    assert len(store.ingest(home).problems) == 1  # what cannot be read is named again
+    (home / "results.duckdb").unlink()
+    store.ingest(home)
+    assert (home / "results.duckdb").exists()
+
+
+def test_a_damaged_plan_hides_no_other_run(recorded) -> None:
+    home, (damaged, *others) = recorded
+    (damaged / "plan.json").write_text("{}")
+    result = slm("status", "--json", home=home)
+    assert [run["run_id"] for run in json.loads(result.stdout)["runs"]] == [
+        folder.name for folder in others
+    ]
+    assert damaged.name in result.stderr
+    shown = slm("show", damaged.name, home=home)
+    assert (shown.returncode, len(shown.stderr.splitlines())) == (2, 1)
+    assert "'recipe'" in shown.stderr
+
+
+def test_show_tells_where_attempts_were_how_long_they_took_and_why_they_ended(recorded) -> None:
+    home, (folder, *_) = recorded
+    attempt = begun(folder, "error", "ValueError: no such thing")
+    document = read_json(attempt / "attempt.json")
+    changes = {"created": time.time() - 60, "ids": ["0", "3"], "estimated_seconds": 3700.0}
+    write_json(attempt / "attempt.json", document | changes)
+    (attempt / "log").write_text("".join(f"line {number}\n" for number in range(100)))
+    shown = slm("show", folder.name, home=home).stdout
+    assert "failed" in shown.splitlines()[0]
+    assert "attempt 1: error after 1 min" in shown
+    assert "estimated at 1 h 01 min" in shown
+    assert "2 x NVIDIA H100 80GB HBM3 (0, 3), 1 threads, 4 rows a pass, on h" in shown
+    assert "ValueError: no such thing" in shown
+    assert "line 99" in shown
+    assert "line 50" not in shown
+
+
+def test_logs_are_events_in_words_and_then_the_raw_log(recorded) -> None:
+    home, (folder, *_) = recorded
+    attempt = folder / "attempts" / "001"
+    writer = events.Writer(attempt / "events.jsonl")
+    core = {
+        "step": 7,
+        "tokens": 1,
+        "flops": 1.0,
+        "metric": "pocket-core",
+        "bits_per_byte": 1.0,
+        "seconds": 2.5,
+    }
+    writer.write("working", step=7, what="core", share=0.25)
+    writer.write("core", **core, mode="500 per task", core=0.125, core_error=0.01)
+    writer.write("core", **core, mode="full", core=None, core_error=None)
+    writer.write("warning", step=7, message="free some space")
+    writer.write("failed", reason="diverged", message="loss is nan")
+    (attempt / "log").write_text("one\ntwo\n\x1b[31mthree\x1b[m\n")
+    head, *lines = slm("logs", folder.name[:6], "-n", "5", home=home).stdout.splitlines()
+    assert head.startswith(f"run {folder.name}: pocket d2")
+    assert [line[10:] for line in lines[:5]] == [
+        "step 7, CORE 25%",
+        "step 7, pocket-core (500 per task) 0.1250 +- 0.0100 in 2.5 s",
+        "step 7, pocket-core (full) without a value in 2.5 s",
+        "warning: free some space",
+        "diverged: loss is nan",
+    ]
+    assert lines[5:] == ["| one", "| two", "| three"]
+    document = json.loads(slm("logs", folder.name, "--json", "-n", "1", home=home).stdout)
+    assert (document["attempt"], document["events"][0]["reason"], len(document["log"])) == (
+        1,
+        "diverged",
+        1,
+    )
+    assert (
+        slm("logs", folder.name, "-f", home=home).stdout.splitlines()[-1]
+        == f"run {folder.name}: finished"
+    )
+
+
+def test_rm_frees_a_run_and_the_database_forgets_it(recorded) -> None:
+    home, (kept, removed, _) = recorded
+    store.ingest(home)
+    (removed / "model.safetensors").write_bytes(bytes(5_000_000))
+    result = slm("rm", removed.name, "--json", home=home)
+    assert result.returncode == 2
+    assert "--yes" in result.stderr
+    assert removed.exists()
+    freed = json.loads(slm("rm", removed.name, "--yes", "--json", home=home).stdout)
+    assert freed["runs"] == [removed.name]
+    assert freed["bytes"] > 5_000_000
+    assert not removed.exists()
+    assert removed.name not in store.results("e", home=home)["run_id"].tolist()
+    assert status(home, "e")[0]["run_id"] == kept.name
+    assert len(status(home, "e")) == 2
+
+
+def test_rm_of_checkpoints_keeps_what_was_measured(recorded) -> None:
+    home, (folder, *_) = recorded
+    (folder / "model.safetensors").write_bytes(bytes(1000))
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "step").write_bytes(bytes(500))
+    freed = json.loads(slm("rm", folder.name, "--checkpoints", "--yes", "--json", home=home).stdout)
+    assert freed["bytes"] == 1500
+    assert not (folder / "model.safetensors").exists()
+    assert not list((folder / "checkpoints").iterdir())
+    assert status(home)[0]["status"] == "finished"
+
+
+def test_what_is_at_work_is_not_removed(recorded) -> None:
+    home, (folder, *_) = recorded
+    begun(folder)
+    lock = hold_lock(folder / "lock")
+    assert lock is not None
+    with lock:
+        held = slm("rm", folder.name, "--yes", home=home)
+    with sweep_lock(home):
+        swept = slm("rm", folder.name, "--yes", home=home)
+    for result in (held, swept):
+        assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+        assert "slm stop" in result.stderr
+        assert str(os.getpid()) in result.stderr
+    assert folder.exists()
+
+
+def test_a_run_at_work_on_another_machine_is_not_signalled_but_named(recorded) -> None:
+    home, (folder, *_) = recorded
+    begun(folder)
+    lock = hold_lock(folder / "lock")
+    assert lock is not None
+    with lock:
+        result = slm("stop", folder.name, home=home)
+    assert result.returncode == 1
+    assert (
+        f"run {folder.name} is at work on h: type `slm stop {folder.name}` there" in result.stderr
+    )
+
+
+def test_retry_forgives_what_failed_and_says_what_to_type(recorded) -> None:
+    home, (first, second, _) = recorded
+    begun(first, "error", "woe")
+    begun(second, "diverged", "loss is nan")
+    result = slm("retry", "--failed", home=home)
+    assert f"1 runs to be trained again: {first.name}" in result.stdout
+    assert f"slm sweep --plan {first / 'plan.json'}" in result.stdout
+    assert [row["status"] for row in status(home)] == ["interrupted", "diverged", "finished"]
+    with sweep_lock(home):
+        result = slm("retry", second.name, home=home)
+    assert f"process {os.getpid()} conducts" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("logs", "000000000000"), "000000000000"),
+        (("logs", "RUN", "--attempt", "7"), "--attempt 7"),
+        (("logs", "RUN", "-f", "--json"), "--follow --json"),
+        (("stop", "../x"), "../x"),
+        (("retry",), "--failed"),
+        (("retry", "RUN"), "is finished"),
+        (("retry", "RUN", "--failed"), "--failed"),
+        (("rm", "none"), "none"),
+        (("status", "nonesuch"), "nonesuch"),
+        (("status", "--watch", "--json"), "--watch --json"),
+        (("sweep", "--depths", "2", "--detach", "--json"), "--detach --json"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_it(
+    recorded, arguments: tuple[str, ...], named: str
+) -> None:
+    home, (folder, *_) = recorded
+    result = slm(*(folder.name if word == "RUN" else word for word in arguments), home=home)
+    assert (result.returncode, len(result.stderr.strip().splitlines())) == (2, 1)
+    assert named in result.stderr
+
+
+def test_watching_a_home_where_nothing_is_at_work_ends(recorded) -> None:
+    home, _ = recorded
+    result = slm("status", "--watch", home=home)
+    assert (result.returncode, result.stdout) == (0, "")
+    assert "nothing is at work" in result.stderr
+
+
+def test_a_watch_is_told_how_runs_ended_that_it_saw_last_or_never(
+    recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, (seen, unseen, _) = recorded
+    plans = [Plan.read(folder / "plan.json") for folder in (seen, unseen)]
+    done = (seen / "done.json").read_text()
+    begun(seen)
+    lock = hold_lock(seen / "lock")
+    assert lock is not None
+    shown = io.StringIO()
+    display = Display(plans, set(), shown)
+
+    def until() -> bool:
+        if display.at_work:
+            (seen / "done.json").write_text(done)
+            lock.close()
+        return lock.closed
+
+    monkeypatch.setattr(follow, "WATCH_SECONDS", 0)
+    follow.watch(plans, home, display, until)
+    assert display.at_work == 0
+    ends = [line for line in shown.getvalue().splitlines() if ": finished" in line]
+    assert [line.split()[0] for line in ends] == [unseen.name, seen.name]
+
+
+def test_a_plan_counts_what_was_stopped_as_such(tmp_path: Path) -> None:
+    home = home_of(tmp_path, Experiment("e", (pocket,), (2, 3, 4)), code=code_fingerprint())
+    folders = [home / run_id for run_id in read_json(home / "experiments" / "e.json")["runs"]]
+    for folder in folders[1:]:
+        shutil.rmtree(folder / "attempts")
+        (folder / "done.json").unlink()
+    cancel_run(folders[1])
+    again = [word for folder in folders for word in ("--plan", str(folder))]
+    result = slm("sweep", *again, "--name", "e", "--dry-run", home=home)
+    assert "3 runs on" in result.stdout
+    assert ": 1 done, 1 cancelled, 1 to train, " in result.stdout
+
+
+def wait_for(something: Callable[[], Any]) -> Any:
+    """What something gives as soon as it is true."""
+    deadline = time.monotonic() + 60
+    while not (found := something()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory, prepared) -> dict[str, Any]:
+    """A sweep of two long runs of which the first is stopped, then the whole; what everybody who looked on was told."""
+    home = tmp_path_factory.mktemp("watched")
+    (home / "data").symlink_to(prepared.folder.parent)
+    told: dict[str, Any] = {"home": home}
+
+    def started(*arguments: str) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        env = {**os.environ, "SLM_HOME": str(home)}
+        return subprocess.Popen(
+            [*PROGRAM, *arguments], stdout=pipe, stderr=pipe, text=True, env=env
+        )
+
+    def training() -> list[str]:
+        return [row["run_id"] for row in status(home) if row["status"] == "running" and row["step"]]
+
+    long = (
+        "--recipe",
+        "pocket",
+        "--depths",
+        "4",
+        "--steps",
+        "5000",
+        "--seeds",
+        "2",
+        "--data",
+        "python",
+    )
+    sweep = started("sweep", *long, "--cores", "1")
+    wait_for(lambda: sweep.poll() is not None or list(home.glob("*/attempts/001/events.jsonl")))
+    [told["first"]] = wait_for(training)
+    watchers = {"watch": started("status", "--watch"), "logs": started("logs", told["first"], "-f")}
+    impatient = started("status", "--watch")
+    assert impatient.stderr is not None
+    impatient.stderr.readline()  # it watches
+    impatient.send_signal(signal.SIGINT)
+    told["impatient"] = (*impatient.communicate(timeout=60), impatient.returncode)
+    told["stop one"] = slm("stop", told["first"], "--json", home=home)
+    [told["second"]] = wait_for(training)
+    told["stop all"] = slm("stop", home=home)
+    for name, process in {"sweep": sweep, **watchers}.items():
+        told[name] = (*process.communicate(timeout=60), process.returncode)
+    return told
+
+
+def test_a_stopped_run_is_left_by_the_sweep_which_goes_on_with_the_others(watched) -> None:
+    document = json.loads(watched["stop one"].stdout)
+    [run] = document["runs"]
+    assert (run["run_id"], run["status"]) == (watched["first"], "cancelled")
+    assert 0 < run["step"] < run["steps"]
+    assert watched["second"] != watched["first"]
+    assert f"asked to checkpoint and stop: {watched['first']}" in watched["stop one"].stderr
+
+
+def test_stop_without_a_run_has_the_conductor_checkpoint_and_end(watched) -> None:
+    assert watched["stop all"].returncode == 0
+    assert f"{watched['second']} at step" in watched["stop all"].stdout
+    assert "`slm sweep` typed again goes on" in watched["stop all"].stdout
+    assert watched["sweep"][2] == 130
+    assert list((watched["home"] / watched["second"] / "checkpoints").iterdir())
+    assert {row["run_id"]: row["status"] for row in status(watched["home"])} == {
+        watched["first"]: "cancelled",
+        watched["second"]: "interrupted",
+    }
+
+
+def test_a_watcher_is_told_both_runs_and_ends_with_the_sweep(watched) -> None:
+    _, lines, code = watched["watch"]
+    assert code == 0
+    assert f"{watched['first']} pocket d4 steps=5000 seed" in lines
+    assert "at work already" in lines
+    assert "cancelled after" in lines
+    assert f"{watched['second']} pocket d4" in lines
+    assert lines.splitlines()[-1] == "nothing is at work"
+
+
+def test_an_interrupted_watcher_ends_alone_and_well(watched) -> None:
+    _, lines, code = watched["impatient"]
+    assert code == 0
+    assert lines.splitlines()[-1] == "watched no more; what is at work goes on"
+
+
+def test_followed_logs_end_with_their_run(watched) -> None:
+    out, _, code = watched["logs"]
+    assert code == 0
+    assert "started on 1 x cpu" in out
+    assert "tokens/s" in out
+    assert out.splitlines()[-1] == f"run {watched['first']}: cancelled"

@@ -1,0 +1,161 @@
+"""Attention is that of the plain formula in float64, by every kernel that this machine can run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import Tensor
+
+from slm.model import attention
+from slm.model.attention import BLOCK, attend, kernel
+
+SHAPES = [
+    (2, 3, 200, 16, 50),
+    (1, 2, 3 * BLOCK, 8, BLOCK),
+    (1, 2, 2 * BLOCK + 1, 8, 2 * BLOCK - 1),
+    (2, 1, 70, 8, 200),
+    (1, 2, 70, 8, 1),
+    (1, 2, 65, 8, 0),
+    (1, 1, 65, 4, 64),
+    (1, 1, 65, 4, 63),
+    (3, 2, 1, 8, 0),
+    (2, 2, 5, 8, 2),
+]
+"""Rows, heads, tokens, head size, window: ragged blocks, a window of nothing, of all, of more than all, one token."""
+
+
+def inputs(rows: int, heads: int, length: int, head_dim: int, scale: float = 1.0) -> list[Tensor]:
+    """Query, key, value and the gradient of the output (B, h, T, q), laid out as the trainer's are: (B, T, h, q)."""
+    draw = torch.Generator().manual_seed(1)
+    shape = (rows, length, heads, head_dim)
+    return [
+        scale * torch.randn(shape, generator=draw, dtype=torch.float64).transpose(1, 2)
+        for _ in range(4)
+    ]
+
+
+def plain(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+    """One query at a time, over the keys that it sees."""
+    found = []
+    for place in range(query.size(2)):
+        seen = slice(max(0, place - window), place + 1)
+        scores = (query[:, :, place, None] * key[:, :, seen]).sum(-1) / math.sqrt(query.size(3))
+        found.append((torch.softmax(scores, -1)[..., None] * value[:, :, seen]).sum(2))
+    return torch.stack(found, dim=2)
+
+
+def outcome(attention: Callable[..., Tensor], tensors: list[Tensor], window: int) -> list[Tensor]:
+    """The output and the gradients of query, key and value."""
+    *given, grad = tensors
+    leaves = [x.detach().clone().requires_grad_() for x in given]
+    found = attention(*leaves, window)
+    return [found.detach(), *torch.autograd.grad(found, leaves, grad)]
+
+
+def near(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    for own, other in zip(found, expected, strict=True):
+        error = (own.double().cpu() - other).abs().max().item()
+        assert error <= tolerance * max(1.0, other.abs().max().item())
+
+
+def force(monkeypatch: pytest.MonkeyPatch, device: str, kind: str, dtype: torch.dtype) -> None:
+    monkeypatch.setitem(attention._chosen, (device, dtype), kind)
+
+
+@pytest.mark.parametrize("kind", ["banded", "sdpa"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 5e-6)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cpu_kernels_are_the_plain_formula(
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    tolerance: float,
+    kind: str,
+) -> None:
+    *shape, window = shape
+    force(monkeypatch, "cpu", kind, dtype)
+    tensors = inputs(*shape)
+    near(
+        outcome(attend, [x.to(dtype) for x in tensors], window),
+        outcome(plain, tensors, window),
+        tolerance,
+    )
+
+
+@pytest.mark.parametrize("kind", ["flash3", "flex", "sdpa"])
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 300, 64, 100), (1, 2, 1024, 128, 256), (1, 2, 256, 64, 256)]
+)
+def test_gpu_kernels_are_the_plain_formula(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], kind: str
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip(f"no CUDA device to run {kind} on")
+    major, _ = torch.cuda.get_device_capability()
+    module = {"flash3": "flash_attn_interface", "flex": "triton"}.get(kind, "torch")
+    if (kind == "flash3" and major != 9) or find_spec(module) is None:
+        pytest.skip(f"{kind} is not for sm_{major}0, or {module} is not installed")
+    force(monkeypatch, "cuda", kind, torch.bfloat16)
+    *shape, window = shape
+    tensors = [x.bfloat16() for x in inputs(*shape)]
+    expected = outcome(plain, [x.double() for x in tensors], window)
+    near(outcome(attend, [x.cuda() for x in tensors], window), expected, 0.03)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("length", "window"), [(300, 100), (256, 128), (130, 0)])
+def test_the_block_mask_of_flex_attention_is_the_window(length: int, window: int) -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    query, key, value, _ = inputs(1, 2, length, 16)
+    mask = attention._flex_mask(length, window, torch.device("cpu"))
+    found = flex_attention(query, key, value, block_mask=mask)
+    assert isinstance(found, Tensor)
+    near([found], [plain(query, key, value, window)], 1e-10)
+
+
+@pytest.mark.parametrize("window", [30, 100])
+def test_scores_of_any_size_are_safe(window: int) -> None:
+    tensors = inputs(1, 2, 100, 8, scale=100.0)
+    near(outcome(attend, tensors, window), outcome(plain, tensors, window), 1e-7)
+
+
+def test_one_process_gives_the_same_bits_again_and_without_gradients() -> None:
+    tensors = [x.float() for x in inputs(4, 4, 300, 32)]
+    first, second = (outcome(attend, tensors, 100) for _ in range(2))
+    with torch.no_grad():
+        alone = attend(*tensors[:3], 100)
+    assert all(torch.equal(own, other) for own, other in zip(first, second))
+    assert torch.equal(alone, first[0])
+    assert not alone.requires_grad
+
+
+def test_what_is_kept_follows_the_window_and_not_the_square_of_the_length() -> None:
+    query, key, value, _ = inputs(2, 3, 1000, 8)
+    attended, kept = torch.ops.slm.banded(query, key, value, 100)
+    assert kept.numel() <= 2 * 3 * 1000 * (100 + BLOCK)
+    assert attended.transpose(1, 2).is_contiguous()
+
+
+def test_the_operator_tells_torch_the_truth_about_itself() -> None:
+    """Its schema, its shapes without data, its gradients, and both under tracing."""
+    given = [x.requires_grad_() for x in inputs(2, 2, 100, 8)[:3]]
+    torch.library.opcheck(torch.ops.slm.banded.default, (*given, 30))
+
+
+def test_compiling_breaks_no_graph_and_changes_no_bit() -> None:
+    tensors = [x.float() for x in inputs(2, 2, 150, 16)]
+    kernel(torch.device("cpu"), torch.float32)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for window in (40, 150):
+        found, expected = outcome(compiled, tensors, window), outcome(attend, tensors, window)
+        assert all(torch.equal(own, other) for own, other in zip(found, expected))
+
+
+def test_the_kernel_is_named_for_devices_that_need_no_looking() -> None:
+    assert kernel(torch.device("cpu"), torch.float32) == "banded"
+    assert kernel(torch.device("mps"), torch.float16) == "sdpa"

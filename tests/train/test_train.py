@@ -1,0 +1,314 @@
+"""The trainer, launched as users launch it: through supervisor and torchrun, on real rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from safetensors import safe_open
+
+from slm import events
+from slm.data import Prepared
+from slm.experiment import Experiment
+from slm.files import lock_holder
+from slm.hardware.runtime import RuntimeModel
+from slm.hardware.slot import MicroBatch
+from slm.plan import Plan
+from slm.recipe import Recipe, pocket
+from slm.run import make_attempt, read_exit, run_holder
+from slm.sweep.local import Local, Machine
+from slm.sweep.micro_batch import MicroBatches
+from slm.sweep.orchestrator import Orchestrator, Outcome
+from slm.sweep.planning import Corpora, make_plans, record
+
+ONE = Machine("cpu", "test", ("0",), None)
+TWO = Machine("cpu", "test", ("0", "1"), None)
+Listener = Callable[[Path, dict[str, Any]], None]
+
+
+class Watcher:
+    """A sweep's view that remembers events and lets a test act on them."""
+
+    def __init__(self, act: Listener = lambda folder, event: None) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.outcomes: list[tuple[str, str | None]] = []
+        self.notes: list[str] = []
+        self._act = act
+        self._attempt = Path()
+
+    def run_started(self, plan, attempt: Path, adopted: bool) -> None:
+        self._attempt = attempt
+
+    def event(self, plan, event: dict[str, Any]) -> None:
+        self.events.append(event)
+        self._act(self._attempt, event)
+
+    def run_ended(self, plan, outcome: str, message: str | None) -> None:
+        self.outcomes.append((outcome, message))
+
+    def note(self, line: str) -> None:
+        self.notes.append(line)
+
+    def refresh(self) -> None:
+        pass
+
+
+def train(
+    home: Path,
+    where: Machine,
+    watcher: Watcher,
+    recipe: Recipe = pocket,
+    depth: int = 2,
+    steps: int = 70,
+    checkpoint_seconds: float = 1e9,
+) -> tuple[Path, Outcome]:
+    """Train one run in a home; its folder and what became of it."""
+    experiment = Experiment("test", (recipe,), (depth,), steps=steps)
+    corpora = Corpora(experiment, home)
+    plans = make_plans(experiment, lambda asked: corpora.prepare(asked, lambda line: None))
+    record(experiment, plans, home)
+    return home / plans[0].run_id, conduct(plans, corpora, home, where, watcher, checkpoint_seconds)
+
+
+def conduct(
+    plans: list[Plan],
+    corpora: Corpora,
+    home: Path,
+    where: Machine,
+    watcher: Watcher,
+    checkpoint_seconds: float = 1e9,
+    size: int | None = None,
+) -> Outcome:
+    """Train plans on a machine, each on all of it or on so many of its cores."""
+    launcher = Local(where, (size or len(where.ids),), RuntimeModel(home), MicroBatches())
+    return Orchestrator(
+        plans,
+        corpora.of,
+        home,
+        launcher,
+        watcher,
+        lambda: None,
+        checkpoint_seconds,
+        poll_seconds=0.05,
+    ).run()
+
+
+def of(watcher: Watcher, kind: str) -> list[dict[str, Any]]:
+    return [event for event in watcher.events if event["event"] == kind]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, prepared: Prepared) -> Path:
+    """The folder of a run that two ranks trained without a disturbance."""
+    home = tmp_path_factory.mktemp("undisturbed")
+    (home / "data").symlink_to(prepared.folder.parent)
+    folder, _ = train(home, TWO, Watcher(), checkpoint_seconds=0)
+    return folder
+
+
+def test_two_ranks_train_as_one(home: Path, undisturbed: Path) -> None:
+    watcher = Watcher()
+    train(home, ONE, watcher)
+    both = list(events.Reader(undisturbed / "attempts" / "001" / "events.jsonl").new())
+    one, two = (
+        [event["loss"] for event in log if event["event"] == "train"]
+        for log in (watcher.events, both)
+    )
+    [evaluation_one], [evaluation_two] = (
+        [e for e in log if e["event"] == "eval"] for log in (watcher.events, both)
+    )
+    assert pocket(2, steps=70).batch_rows >= 2
+    assert both[0]["ranks"] == 2
+    assert two[:10] == pytest.approx(one[:10], rel=1e-5)
+    assert evaluation_one["rows"] == evaluation_two["rows"] == pocket(2).validation_rows
+    assert evaluation_two["val_bpb"] == pytest.approx(
+        evaluation_one["val_bpb"], abs=0.01
+    )  # the noise of seeds
+
+
+def test_a_finished_run_keeps_final_weights_and_no_checkpoint(undisturbed: Path) -> None:
+    with safe_open(undisturbed / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"run_id": undisturbed.name}
+        sizes = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+    assert sizes == pocket(2).parameters.total
+    assert not list((undisturbed / "checkpoints").iterdir())
+
+
+def test_a_run_killed_half_way_ends_as_an_undisturbed_one(home: Path, undisturbed: Path) -> None:
+    killed: list[int] = []
+
+    def kill_trainers(attempt: Path, event: dict[str, Any]) -> None:
+        if event["event"] == "checkpoint" and event["step"] >= 30 and not killed:
+            supervisor = lock_holder(attempt.parent.parent / "lock")
+            assert supervisor is not None
+            workers = [
+                process.pid for process in psutil.Process(supervisor).children(recursive=True)
+            ]
+            killed.extend(workers)
+            for pid in workers:
+                os.kill(pid, signal.SIGKILL)
+
+    watcher = Watcher(kill_trainers)
+    folder, outcome = train(home, TWO, watcher, checkpoint_seconds=0)
+    done, quiet = (json.loads((path / "done.json").read_text()) for path in (folder, undisturbed))
+    first, second = of(watcher, "started")
+    assert len(killed) >= 3
+    assert first["resumed_from"] is None
+    assert second["resumed_from"] >= 30
+    assert outcome.trained == [folder.name]
+    same = ("run_id", "val_bpb", "val_loss", "train_loss", "tokens", "flops", "weights_sha256")
+    assert {key: done[key] for key in same} == {key: quiet[key] for key in same}
+
+
+def test_a_killed_torchrun_leaves_no_worker_and_frees_the_run(home: Path) -> None:
+    left: list[psutil.Process] = []
+
+    def kill_torchrun(attempt: Path, event: dict[str, Any]) -> None:
+        if event["event"] == "train" and not left:
+            supervisor = lock_holder(attempt.parent.parent / "lock")
+            assert supervisor is not None
+            [torchrun] = psutil.Process(supervisor).children()
+            left.extend(torchrun.children(recursive=True))
+            torchrun.kill()
+            psutil.wait_procs(left, timeout=30)
+            assert not any(worker.is_running() for worker in left)
+
+    watcher = Watcher(kill_torchrun)
+    folder, outcome = train(home, TWO, watcher, steps=300)
+    assert len(left) == 2
+    ended = read_exit(folder / "attempts" / "001")
+    assert ended is not None
+    assert "SIGKILL" in ended["message"]
+    assert outcome.trained == [folder.name]
+
+
+def test_a_stop_checkpoints_and_the_next_sweep_goes_on(home: Path) -> None:
+    def interrupt(attempt: Path, event: dict[str, Any]) -> None:
+        if event["event"] == "train" and event["step"] == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    first = Watcher(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(home, ONE, first, steps=500)
+    assert first.outcomes[0][0] == "interrupted"
+    [folder] = [path.parent for path in home.glob("*/plan.json")]
+    ended = read_exit(folder / "attempts" / "001")
+    assert ended is not None
+    assert ended["reason"] == "interrupted"
+    assert run_holder(folder) is None
+    [checkpoint] = (folder / "checkpoints").iterdir()
+    second = Watcher(interrupt_at(of(first, "train")[-1]["step"]))
+    with pytest.raises(KeyboardInterrupt):
+        train(home, ONE, second, steps=500)
+    assert f"{of(second, 'started')[0]['resumed_from']:09d}" in checkpoint.name
+
+
+def test_a_stop_before_the_first_step_is_heard(home: Path) -> None:
+    class Impatient(Watcher):
+        def run_started(self, plan, attempt: Path, adopted: bool) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(home, ONE, Impatient(), steps=5000, depth=1)
+    [folder] = [path.parent for path in home.glob("*/plan.json")]
+    assert run_holder(folder) is None
+    assert not (folder / "done.json").exists()
+
+
+def interrupt_at(step: int) -> Listener:
+    def interrupt(attempt: Path, event: dict[str, Any]) -> None:
+        if event["event"] == "train" and event["step"] > step:
+            signal.raise_signal(signal.SIGINT)
+
+    return interrupt
+
+
+def test_a_diverged_run_is_a_result_and_is_not_tried_again(home: Path) -> None:
+    wild = replace(pocket, name="wild", matrix_lr=1e30)
+    watcher = Watcher()
+    folder, outcome = train(home, ONE, watcher, recipe=wild, steps=10)
+    assert watcher.outcomes[0][0] == "diverged"
+    assert outcome.not_finished[folder.name].startswith("diverged: loss is nan")
+    assert not (folder / "done.json").exists()
+    again = Watcher()
+    train(home, ONE, again, recipe=wild, steps=10)
+    assert again.outcomes == watcher.outcomes
+    assert len(list((folder / "attempts").iterdir())) == 1
+
+
+def test_data_that_changed_after_planning_are_refused(tmp_path: Path, home: Path) -> None:
+    experiment = Experiment("test", (pocket,), (2,), steps=5)
+    corpora = Corpora(experiment, home)
+    [plan] = make_plans(experiment, lambda asked: corpora.prepare(asked, lambda line: None))
+    other = replace(plan, data=replace(plan.data, validation="0123456789abcdef"))
+    record(experiment, [other], home)
+    watcher = Watcher()
+    outcome = conduct([other], corpora, home, ONE, watcher)
+    assert "holds other rows than the plan was made for" in outcome.not_finished[other.run_id]
+
+
+def test_rows_that_changed_on_disk_are_refused(tmp_path: Path, prepared: Prepared) -> None:
+    shutil.copytree(prepared.folder, tmp_path / "data" / prepared.folder.name)
+    path = tmp_path / "data" / prepared.folder.name / "train-00000.bin"
+    path.write_bytes(bytes(path.stat().st_size))
+    folder, outcome = train(tmp_path, ONE, Watcher(), steps=2)
+    assert "train-00000.bin was changed" in outcome.not_finished[folder.name]
+
+
+def test_a_plan_of_another_trainer_is_refused(tmp_path: Path, home: Path) -> None:
+    experiment = Experiment("test", (pocket,), (2,), steps=5)
+    corpora = Corpora(experiment, home)
+    [plan] = make_plans(experiment, lambda asked: corpora.prepare(asked, lambda line: None))
+    other = replace(plan, code="0123456789abcdef")
+    record(experiment, [other], home)
+    outcome = conduct([other], corpora, home, ONE, Watcher())
+    assert "sources changed" in outcome.not_finished[other.run_id]
+
+
+def test_a_run_that_is_held_is_not_started_twice(home: Path) -> None:
+    seen: list[int] = []
+
+    def start_again(attempt: Path, event: dict[str, Any]) -> None:
+        if event["event"] == "started" and not seen:
+            plan = make_plan(home)
+            second = make_attempt(plan, home, data_folder(home), ONE.slot([0]), MicroBatch(1))
+            command = [sys.executable, "-m", "slm.sweep.supervisor", str(second)]
+            found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+            seen.append(found.returncode)
+            assert "is held by process" in found.stderr
+
+    watcher = Watcher(start_again)
+    folder, outcome = train(home, ONE, watcher, steps=60)
+    assert seen == [1]
+    assert outcome.trained == [folder.name]
+
+
+def make_plan(home: Path):
+    experiment = Experiment("test", (pocket,), (2,), steps=60)
+    corpora = Corpora(experiment, home)
+    return make_plans(experiment, lambda asked: corpora.prepare(asked, lambda line: None))[0]
+
+
+def data_folder(home: Path) -> Path:
+    return next((home / "data").glob("*/manifest.json")).parent
+
+
+def test_events_of_a_torn_last_line_come_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    reader = events.Reader(path)
+    assert list(reader.new()) == []
+    path.write_text('{"event": "a"}\n{"event": ')
+    assert [event["event"] for event in reader.new()] == ["a"]
+    with path.open("a") as file:
+        file.write('"b"}\n')
+    assert [event["event"] for event in reader.new()] == ["b"]

@@ -1,0 +1,115 @@
+"""What the trainer cannot do it says once: one `failed` event and, through the supervisor, one line in exit.json."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from slm import events
+from slm.data import Prepared
+from slm.plan import Plan
+from slm.recipe import pocket
+from slm.run import read_exit
+from tests.attempts import ENVIRONMENT, log, make_attempt, plan_of, train
+
+
+def plan(prepared: Prepared) -> Plan:
+    """One step of two rows."""
+    return plan_of(replace(pocket(1, steps=1), batch_tokens=256), prepared)
+
+
+def refused(folder: Path) -> tuple[str, str]:
+    """Reason and message of an attempt that its supervisor saw end before the first step."""
+    command = [sys.executable, "-m", "slm.sweep.supervisor", str(folder)]
+    result = subprocess.run(
+        command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
+    )
+    ended = read_exit(folder)
+    assert (result.returncode, result.stderr) == (1, "")
+    assert ended is not None
+    assert only_failure(folder) == (ended["reason"], ended["message"])
+    return ended["reason"], ended["message"]
+
+
+def only_failure(folder: Path) -> tuple[str, str]:
+    """Reason and message of the one event of an attempt."""
+    [event] = events.Reader(folder / "events.jsonl").new()
+    assert event["event"] == "failed"
+    assert "\n" not in event["message"]
+    return event["reason"], event["message"]
+
+
+def test_an_unknown_device_is_refused_with_those_there_are(
+    tmp_path: Path, prepared: Prepared
+) -> None:
+    reason, message = refused(
+        make_attempt(tmp_path, plan(prepared), prepared, ranks=2, device="tpu")
+    )
+    assert reason == "error"
+    assert "tpu" in message
+    assert "cpu" in message
+
+
+def test_more_ranks_than_rows_are_refused_with_both_numbers(
+    tmp_path: Path, prepared: Prepared
+) -> None:
+    folder = make_attempt(tmp_path, plan(prepared), prepared, ranks=3)
+    assert train(folder, ranks=3).returncode == 1
+    reason, message = only_failure(folder)
+    assert reason == "error"
+    assert "3 ranks" in message
+    assert "2 rows" in message
+
+
+def test_data_that_are_gone_are_named(tmp_path: Path, prepared: Prepared) -> None:
+    gone = tmp_path / "moved"
+    reason, message = refused(
+        make_attempt(tmp_path, plan(prepared), prepared, ranks=2, data_folder=str(gone))
+    )
+    assert reason == "data"
+    assert str(gone) in message
+
+
+def test_a_checkpoint_of_another_plan_is_refused_and_kept(
+    tmp_path: Path, prepared: Prepared
+) -> None:
+    long = replace(pocket(1, steps=10**4), batch_tokens=128)
+    own, other = (
+        make_attempt(tmp_path, plan_of(long, prepared, seed), prepared, checkpoint_seconds=0)
+        for seed in (0, 1)
+    )
+    theirs = stopped_at_a_checkpoint(other)
+    checkpoints = Path(shutil.copytree(theirs, own.parent.parent / "checkpoints"))
+    reason, message = refused(own)
+    assert reason == "data"
+    assert other.parent.parent.name in message
+    assert contents(checkpoints) == contents(theirs) != {}
+
+
+def stopped_at_a_checkpoint(folder: Path) -> Path:
+    """The checkpoints of an attempt that was told to stop after its first one."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "slm.sweep.supervisor", str(folder)], env=ENVIRONMENT
+    )
+    deadline = time.monotonic() + 60
+    while not log(folder, "checkpoint") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) == 1
+    return folder.parent.parent / "checkpoints"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_plan_that_cannot_be_read_is_refused(tmp_path: Path, prepared: Prepared) -> None:
+    folder = make_attempt(tmp_path, plan(prepared), prepared)
+    (folder.parent.parent / "plan.json").write_text("{}")
+    reason, message = refused(folder)
+    assert reason == "data"
+    assert "plan.json" in message
