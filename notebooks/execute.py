@@ -37,7 +37,7 @@ def main() -> None:
             notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": FOLDER}}
         ).execute()
         nbformat.write(notebook, executed / path.name)
-        print(f"{path.name}: executed, see {executed / path.name}")  # noqa: T201
+        print(f"{path.name}: executed, see {executed / path.name}")
 
 
 if __name__ == "__main__":

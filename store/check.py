@@ -163,7 +163,7 @@ def _compare(connection: duckdb.DuckDBPyConnection, found: Checked, moved: set[s
         sides = [_grouped(side, table, [name for name, _ in columns]) for side in ("own", "anew")]
         query = f"""SELECT about, coalesce(o.n, 0), coalesce(a.n, 0)
                     FROM ({sides[0]}) o FULL JOIN ({sides[1]}) a USING (about)
-                    WHERE o.n IS DISTINCT FROM a.n OR o.content IS DISTINCT FROM a.content ORDER BY about"""  # noqa: S608
+                    WHERE o.n IS DISTINCT FROM a.n OR o.content IS DISTINCT FROM a.content ORDER BY about"""
         lines = []
         for about, here, there in connection.execute(query).fetchall():
             if not {about, *re.split("[ /.]", about)} & moved:
@@ -188,7 +188,7 @@ def _grouped(database: str, table: str, columns: list[str]) -> str:
     ]
     about = " || ' ' || ".join(f'CAST("{key}" AS VARCHAR)' for key in keys) or "''"
     content = "sum(CAST(hash(t) AS HUGEINT))"
-    return f'SELECT {about} AS about, count(*) AS n, {content} AS content FROM {database}."{table}" t GROUP BY about'  # noqa: S608
+    return f'SELECT {about} AS about, count(*) AS n, {content} AS content FROM {database}."{table}" t GROUP BY about'
 
 
 def _moved(home: Path, connection: duckdb.DuckDBPyConnection, began: float) -> set[str]:

@@ -34,7 +34,7 @@ def results(experiment: str | None = None, home: Path | None = None) -> pandas.D
         if experiment is None:
             where, params = _own(home)
             order = "coalesce(flops_planned, flops), recipe, depth, seed, run_id"
-            return run(f"SELECT * FROM results{where} ORDER BY {order}", params)  # noqa: S608
+            return run(f"SELECT * FROM results{where} ORDER BY {order}", params)
         query = """SELECT results.* FROM results
                    JOIN memberships m ON m.home = results.home AND m.run_id = results.run_id
                    WHERE m.home = ? AND m.experiment = ?
@@ -60,7 +60,7 @@ def curves(
                 f"{where} {'AND' if where else 'WHERE'} run_id IN ({marks})",
                 [*params, *runs],
             )
-        return ask(f"SELECT * FROM curves{where} ORDER BY depth, run_id, step", params)  # noqa: S608
+        return ask(f"SELECT * FROM curves{where} ORDER BY depth, run_id, step", params)
 
 
 def _members(ask: Run, experiment: str, home: str) -> list[str]:

@@ -104,7 +104,7 @@ def _connected(url: str) -> Iterator[Connection]:
 
 def _is_made(connection: Connection) -> bool:
     """From the catalogue's rows: names that were looked up before may be remembered as missing."""
-    there = f"SELECT count(*) FROM pg_tables WHERE schemaname = '{SCHEMA}' AND tablename = 'schema_version'"  # noqa: S608
+    there = f"SELECT count(*) FROM pg_tables WHERE schemaname = '{SCHEMA}' AND tablename = 'schema_version'"
     return bool(connection.exec_driver_sql(there).scalar())
 
 

@@ -150,7 +150,7 @@ def _chosen(
     if values is not None:
         rules.append(f"{about} = ANY($wanted)")
         params["wanted"] = list(values)
-    return f'SELECT * FROM "{table}"' + (f" WHERE {' AND '.join(rules)}" if rules else ""), params  # noqa: S608, names
+    return f'SELECT * FROM "{table}"' + (f" WHERE {' AND '.join(rules)}" if rules else ""), params
 
 
 def dictionary() -> dict[str, dict[str, str]]:

@@ -398,14 +398,14 @@ def _append(to: Target, table: str, query: str) -> int:
     """Append the rows of a query of what is staged to a table; how many they were."""
     columns = ", ".join(Base.metadata.tables[table].c.keys())
     if to.staging is to.connection:
-        statement = f"INSERT INTO {table} ({columns}) SELECT {columns} FROM ({query})"  # noqa: S608
+        statement = f"INSERT INTO {table} ({columns}) SELECT {columns} FROM ({query})"
         return int(to.connection.exec_driver_sql(statement).scalar() or 0)
     from store import server
 
     path = to.folder / "slm.duckdb.copy"
     try:
         statement = (
-            f"COPY (SELECT {columns} FROM ({query})) TO '{quoted(path)}' (FORMAT csv, HEADER false)"  # noqa: S608
+            f"COPY (SELECT {columns} FROM ({query})) TO '{quoted(path)}' (FORMAT csv, HEADER false)"
         )
         copied = to.staging.exec_driver_sql(statement)
         server.copy(to.connection, f"COPY {table} ({columns}) FROM STDIN (FORMAT csv)", path)

@@ -385,7 +385,7 @@ def main() -> None:
     check_nobody_left(given.home)
     store.ingest(given.home)
     lines, attempts = check_events(given.home), check_attempts(given.home)
-    print(json.dumps(vars(tally) | {"lines": lines, "attempts": attempts}))  # noqa: T201
+    print(json.dumps(vars(tally) | {"lines": lines, "attempts": attempts}))
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def test_a_sweep_killed_fifty_times_on_a_disk_that_fills_up_ends_as_a_quiet_one(
         assert store.rebuild(disturbed).events == lines == chaos.check_events(disturbed)
         assert chaos.results(disturbed) == chaos.results(home)
     with capsys.disabled():
-        print(f"\n{tally}, {attempts} attempts, {lines} lines of events")  # noqa: T201
+        print(f"\n{tally}, {attempts} attempts, {lines} lines of events")
 
 
 def test_prose_is_swept_and_fitted_beside_the_library_and_never_pooled_with_it(

@@ -14,9 +14,10 @@ from typing import Annotated, Any
 
 import typer
 
-from slm.cli.options import Json, print_json, quantity
+from slm.cli.options import Json, print_json
 from slm.cli.runs import rows_of, run_folder, run_ids_of, states_of, track_of
 from slm.files import read_json
+from slm.text import count
 
 LOOK_SECONDS = 0.3
 Runs = Annotated[list[str] | None, typer.Argument(help="Run_ids, or their first digits.")]
@@ -228,7 +229,7 @@ def rm(
     if as_json:
         print_json({"home": str(home), "runs": [folder.name for folder in folders], "bytes": freed})
     else:
-        print(f"freed {quantity(freed)}B")
+        print(f"freed {count(freed)}B")
 
 
 def _refuse_held(folders: Sequence[Path]) -> None:
@@ -266,7 +267,7 @@ def _what_goes(folder: Path, sizes: dict[str, int], checkpoints: bool) -> str:
     from slm.run import run_state
 
     status = run_state(folder).status
-    parts = ", ".join(f"{part} {quantity(sizes[part])}B" for part in _parts(checkpoints))
+    parts = ", ".join(f"{part} {count(sizes[part])}B" for part in _parts(checkpoints))
     lost = (
         "; it begins anew" if checkpoints and status != "finished" and sizes["checkpoints"] else ""
     )

@@ -141,7 +141,7 @@ def _print_bundle(got: Bundle, as_json: bool) -> None:
 
 def progress(unit: str) -> Callable[[int, int], None]:
     """Says now and then how much is done, and how long the rest will take."""
-    from slm.monitor.display import duration
+    from slm.text import duration
 
     began = said = time.monotonic()
 

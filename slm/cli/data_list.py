@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slm.cli.data import left_out, progress, report_line
-from slm.cli.options import DEEPEST, Json, depths_of, print_json, print_table, quantity, table
+from slm.cli.options import DEEPEST, Json, depths_of, print_json, print_table, table
 from slm.recipe import RECIPES, Hyperparameters
+from slm.text import count
 
 if TYPE_CHECKING:
     from slm.data import Prepared
@@ -45,7 +46,7 @@ def list_data(as_json: Json = False) -> None:
     )
     print_table([_cells(document) for document in documents], headers)
     print(
-        f"\n{len(found)} folders, {quantity(sum(entry.size for entry in found))}B in {home() / 'data'}"
+        f"\n{len(found)} folders, {count(sum(entry.size for entry in found))}B in {home() / 'data'}"
     )
 
 
@@ -74,13 +75,13 @@ def _summary(entry: Entry, home: Path) -> dict[str, Any]:
 
 
 def _cells(own: dict[str, Any]) -> list[str | None]:
-    name, size = Path(own["folder"]).name, f"{quantity(own['bytes'])}B"
+    name, size = Path(own["folder"]).name, f"{count(own['bytes'])}B"
     if "train" not in own:
         return [name, None, None, None, None, None, size, None, own["state"]]
     shape = own["shape"]
     cells = [
         name,
-        quantity(own["train"]["tokens"]),
+        count(own["train"]["tokens"]),
         f"{shape['sequence_length']:,}",
         f"{shape['vocab_size']:,}",
     ]
@@ -200,7 +201,7 @@ def _compressed(name: str, vocab_size: int | None, ratio: float | None) -> dict[
 
 def _lines(own: dict[str, Any]) -> list[str]:
     """A folder for people."""
-    lines = [f"{own['folder']}: {own['state']}, {quantity(own['bytes'])}B"]
+    lines = [f"{own['folder']}: {own['state']}, {count(own['bytes'])}B"]
     if "train" not in own:
         way = {"of another version": "`slm data remove` frees its space"}
         return [*lines, f"  {way.get(own['state'], 'the same `slm data prepare` goes on with it')}"]
@@ -235,7 +236,7 @@ def _reach_lines(own: dict[str, Any]) -> list[str]:
         )
     for row in own["depths"]:
         lines.append(
-            f"    depth {row['depth']}: {quantity(row['tokens'])} tokens, {row['epochs']:.2f} epochs"
+            f"    depth {row['depth']}: {count(row['tokens'])} tokens, {row['epochs']:.2f} epochs"
         )
     return lines
 
@@ -317,7 +318,7 @@ def remove(
             if runs
             else ""
         )
-        print(f"{entry.folder} ({entry.state}): {quantity(entry.size)}B{said}", file=sys.stderr)
+        print(f"{entry.folder} ({entry.state}): {count(entry.size)}B{said}", file=sys.stderr)
         if not yes and not sys.stdin.isatty():
             raise ValueError("there is nobody to ask: --yes removes without asking")
         if not yes:
@@ -326,7 +327,7 @@ def remove(
     if as_json:
         print_json({"home": str(home), "folder": str(entry.folder), "bytes": entry.size})
     else:
-        print(f"freed {quantity(entry.size)}B")
+        print(f"freed {count(entry.size)}B")
 
 
 def _refuse_read(home: Path, runs: Sequence[str]) -> None:

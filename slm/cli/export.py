@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from slm.cli.data import progress
-from slm.cli.options import Json, print_json, quantity, report_problems
+from slm.cli.options import Json, print_json, report_problems
+from slm.text import count
 
 
 def export(
@@ -34,7 +35,7 @@ def export(
     files = {row["name"]: row["bytes"] for row in document["files"]}
     runs = sum(name.startswith("runs/") and name.endswith("/plan.json") for name in files)
     tables = sum(name.startswith("tables/") for name in files)
-    size = quantity(sum(files.values()))
+    size = count(sum(files.values()))
     print(
         f"{folder}: {runs} runs, {tables} tables, {len(files)} files of {size}B; home {document['home']['id']}"
     )

@@ -133,11 +133,3 @@ def table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
     from tabulate import tabulate
 
     return tabulate(rows, headers=headers, missingval="-", disable_numparse=True, stralign="right")
-
-
-def quantity(value: float) -> str:
-    """A count for people: 36.7M, 1.23e+12."""
-    for limit, unit in ((1e3, ""), (1e6, "k"), (1e9, "M"), (1e12, "B")):
-        if value < limit:
-            return f"{value * 1e3 / limit:.4g}{unit}"
-    return f"{value:.3g}"

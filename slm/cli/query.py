@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slm.cli.options import Json, print_json, quantity, report_problems
+from slm.cli.options import Json, print_json, report_problems
 from slm.cli.output import Format, write
 from slm.files import replacing
+from slm.text import count
 
 if TYPE_CHECKING:
     import pyarrow
@@ -134,5 +135,5 @@ def vacuum(as_json: Json = False) -> None:
     if places.server():
         print("the rows lie on a server, which keeps its own files dense: VACUUM is its matter")
     print(
-        f"freed {quantity(max(freed.database, 0))}B of the database, {quantity(freed.leftovers)}B of leftovers"
+        f"freed {count(max(freed.database, 0))}B of the database, {count(freed.leftovers)}B of leftovers"
     )

@@ -207,8 +207,8 @@ def _print_status(rows: list[Row], conductor: int | None) -> None:
 
 
 def _cells(row: Row) -> dict[str, str | None]:
-    from slm.monitor.display import duration
     from slm.monitor.screen import one_line
+    from slm.text import duration
 
     left, why = row["seconds_left"], one_line(row["message"] or "")
     formats = {"val_bpb": ".4f", "flops": ".3g", "train_seconds": ".1f"}
@@ -308,7 +308,7 @@ def show(
 
 def _facts(document: Row) -> list[str]:
     """Shape, attempts and result of a run, in words."""
-    from slm.monitor.display import duration
+    from slm.text import duration
 
     given = document["plan"]["hyperparameters"]
     lines = [
@@ -328,8 +328,8 @@ def _facts(document: Row) -> list[str]:
 
 def _attempt_lines(attempt: Row) -> list[str]:
     """Where an attempt was, how it ended, and how long that took beside the estimate for the whole run."""
-    from slm.monitor.display import duration
     from slm.monitor.screen import one_line
+    from slm.text import duration
 
     ended, own = attempt["exit"], ", ".join(attempt.get("ids") or ())
     state = "no word yet" if ended is None else ended["reason"] or "finished"

@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from slm.cli.options import (
-    Depths,
-    Json,
-    RecipeName,
-    depths_of,
-    print_json,
-    print_table,
-    quantity,
-    recipe_of,
-)
+from slm.cli.options import Depths, Json, RecipeName, depths_of, print_json, print_table, recipe_of
 from slm.hardware.memory import peak_memory
 from slm.recipe import Hyperparameters
+from slm.text import count
 
 
 def size(
@@ -67,7 +59,7 @@ def _row(given: Hyperparameters, device: str) -> list[str]:
         f"{counts.total:,}",
         f"{counts.scaling:,}",
         f"{given.flops_per_token:.4e}",
-        quantity(given.tokens),
+        count(given.tokens),
         f"{given.batch_tokens:,}",
         f"{given.steps:,}",
         f"{given.flops:.3g}",

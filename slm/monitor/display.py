@@ -14,6 +14,7 @@ from slm.monitor.run_progress import RunProgress
 from slm.monitor.screen import DIM, GREEN, Screen
 from slm.plan import Plan
 from slm.run import read_attempt
+from slm.text import duration
 
 LINE_SECONDS = 15.0
 """Pause between two plain lines about runs at work; they take turns."""
@@ -224,15 +225,6 @@ def label(plan: Plan) -> str:
     """A run's name for people."""
     horizon = "" if plan.horizon == "compute-optimal" else f" {plan.horizon}"
     return f"{plan.recipe} d{plan.hyperparameters.depth}{horizon} seed {plan.seed}"
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, the two largest."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def _ending(run: _AtWork | None, outcome: str, message: str | None) -> str:

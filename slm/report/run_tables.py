@@ -7,7 +7,6 @@ from statistics import fmean, stdev
 
 from slm.figures.style import flops_text
 from slm.hardware import devices
-from slm.monitor.display import duration
 from slm.report.content import Block, Text
 from slm.report.gather import (
     Columns,
@@ -27,6 +26,7 @@ from slm.report.gather import (
     varying,
     where,
 )
+from slm.text import duration
 
 
 def of_runs(found: Found) -> list[Block]:

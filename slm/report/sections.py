@@ -8,7 +8,6 @@ from collections import Counter
 from slm import __version__, fits
 from slm.exchange.importers.checks import CODES
 from slm.fits import Interval, NoCoreFit
-from slm.monitor.display import duration
 from slm.report import provenance as origin
 from slm.report import run_tables as runs
 from slm.report.content import Block, Cautions, Heading, Items, Key, Report, Section, Table, Text
@@ -27,6 +26,7 @@ from slm.report.gather import (
     table,
     varying,
 )
+from slm.text import duration
 
 CAPTIONS = {
     "law": "Laws of loss against compute C",

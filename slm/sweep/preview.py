@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from slm.cli.options import quantity, table
+from slm.cli.options import table
 from slm.cli.runs import states_of
+from slm.text import count
 
 if TYPE_CHECKING:
     from slm.experiment import Asked, Experiment
@@ -228,7 +229,7 @@ def show(own: Planned, say: Callable[[str], None]) -> None:
 
 
 def _totals(rows: list[Row], forecast: Forecast) -> str:
-    from slm.monitor.display import duration
+    from slm.text import duration
 
     left = [row for row in rows if row.waiting]
     flops = sum(row.waiting.left * row.asked.hyperparameters.flops for row in left if row.waiting)
@@ -248,7 +249,7 @@ def _totals(rows: list[Row], forecast: Forecast) -> str:
         most = max(
             rows, key=lambda row: row.asked.hyperparameters.tokens
         ).asked.hyperparameters.tokens
-        parts += [f"data not prepared yet: {quantity(most)} tokens for the longest"]
+        parts += [f"data not prepared yet: {count(most)} tokens for the longest"]
     return ", ".join(parts)
 
 
@@ -270,7 +271,7 @@ def _basis(estimates: RuntimeModel, forecast: Forecast) -> str:
 
 
 def _cells(row: Row, forecast: Forecast) -> list[str | None]:
-    from slm.monitor.display import duration
+    from slm.text import duration
 
     asked, share = row.asked, forecast.shares.get(row.name)
     given = asked.hyperparameters
@@ -282,8 +283,8 @@ def _cells(row: Row, forecast: Forecast) -> list[str | None]:
         str(asked.seed),
     ]
     cells += [
-        quantity(given.parameters.total),
-        quantity(given.tokens),
+        count(given.parameters.total),
+        count(given.tokens),
         f"{given.batch_tokens:,}",
         f"{given.steps:,}",
     ]
@@ -305,7 +306,7 @@ def _cells(row: Row, forecast: Forecast) -> list[str | None]:
 
 def ask(forecast: Forecast, yes: bool) -> None:
     """Ask before a sweep of more than a day. Raises ValueError where nobody can be asked, Abort for a no."""
-    from slm.monitor.display import duration
+    from slm.text import duration
 
     if yes or forecast.seconds <= DAY:
         return

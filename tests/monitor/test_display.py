@@ -134,7 +134,7 @@ def test_what_ended_and_what_is_said_scrolls_above_the_block(runs: tuple[Path, l
         )
         display.run_ended(plans[0], "finished", None)
         display.note("a note")
-        print("somebody else's line", file=sys.stderr)  # noqa: T201
+        print("somebody else's line", file=sys.stderr)
         display.run_ended(plans[1], "failed", "two\nlines of \x1b[31mwoe\x1b[m")
         display.refresh()
         first, note, other, second, foot = terminal.shown()
@@ -185,7 +185,7 @@ def test_a_terminal_that_was_closed_ends_nothing_and_is_silent(
         display.refresh()
         display.note("nobody hears this")
         display.run_ended(plans[0], "finished", None)
-        print("nor this", file=sys.stderr)  # noqa: T201
+        print("nor this", file=sys.stderr)
         display.refresh()
 
 

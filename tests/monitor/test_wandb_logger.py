@@ -29,7 +29,7 @@ BLOCK = 2**15
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from slm.mirror import WandbLogger
+from slm.monitor.wandb_logger import WandbLogger
 from slm.plan import Plan
 home = Path(sys.argv[1])
 

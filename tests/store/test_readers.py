@@ -91,7 +91,7 @@ def test_ten_readers_beside_a_long_sweep(home: Path, capsys: pytest.CaptureFixtu
             sum(tally["reads"] for tally in tallies),
             max(tally["slowest"] for tally in tallies),
         )
-        print(f"\n{reads} reads, the slowest took {slowest:.2f} s")  # noqa: T201
+        print(f"\n{reads} reads, the slowest took {slowest:.2f} s")
 
 
 @pytest.mark.soak
@@ -127,7 +127,7 @@ def test_ingests_killed_a_hundred_times_hold_every_event_once(
     assert store.rebuild(tmp_path).events == lines
     assert all_rows(tmp_path) == rows
     with capsys.disabled():
-        print(f"\n{ends}, {len({*seen})} snapshots, {lines} lines of events; {longest:.2f} s")  # noqa: T201
+        print(f"\n{ends}, {len({*seen})} snapshots, {lines} lines of events; {longest:.2f} s")
 
 
 def kill(home: Path, work: str, after: float) -> str:

@@ -167,7 +167,7 @@ def test_who_asks_for_a_lock_on_its_way_gets_the_process_that_takes_it(tmp_path:
     path.write_text("99999999")  # somebody long dead
     lock = hold_lock(path, NO_HOLDER)
     assert lock is not None
-    taking = "import sys, time; from slm import locks; time.sleep(0.2); held = inherit_lock(int(sys.argv[1]))"
+    taking = "import sys, time; from slm.files import inherit_lock; time.sleep(0.2); held = inherit_lock(int(sys.argv[1]))"
     command = [sys.executable, "-c", f"{taking}; sys.stdin.read()", str(lock.fileno())]
     with subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[lock.fileno()]) as taker:
         lock.close()  # as when the one who passes it on is killed
@@ -180,7 +180,7 @@ def test_what_is_said_after_the_terminal_closed_is_in_the_log(tmp_path: Path) ->
     program = """
 import sys
 from pathlib import Path
-from slm.conduct import Signals
+from slm.sweep.orchestrator import Signals
 signals = Signals(Path(sys.argv[1]))
 with signals.heard():
     print("ready", flush=True)
