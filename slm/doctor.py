@@ -23,7 +23,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Literal
 
-from slm.experiment import Asked, Experiment
+from slm.experiment import Experiment, RequestedRun
 from slm.files import lock_holder, read_json
 from slm.hardware import devices
 from slm.hardware.slot import Slot
@@ -106,7 +106,7 @@ def machine(home: Path, url: str | None = None) -> list[tuple[str, Check]]:
 
 def plan(experiment: Experiment, home: Path, core: bool) -> list[tuple[str, Check]]:
     """The checks of an experiment's runs here; `core` asks for a bundle, too."""
-    asked = experiment.asked()
+    asked = experiment.requested_runs()
     checks: list[tuple[str, Check]] = [
         ("plan: data", lambda: enough_data(experiment, asked, home)),
         ("plan: memory", lambda: enough_memory(asked)),
@@ -533,7 +533,7 @@ def torch_loads() -> Iterator[Finding]:
         yield Finding("torch", "ok", f"{said[-1]} ({time.monotonic() - began:.1f} s)")
 
 
-def enough_data(experiment: Experiment, asked: Sequence[Asked], home: Path) -> Iterator[Finding]:
+def enough_data(experiment: Experiment, asked: Sequence[RequestedRun], home: Path) -> Iterator[Finding]:
     """Whether the corpus is there, prepared, and long enough for every run."""
     from slm.sweep.planning import Corpora, plan_of
 
@@ -560,7 +560,7 @@ def enough_data(experiment: Experiment, asked: Sequence[Asked], home: Path) -> I
         )
 
 
-def enough_memory(asked: Sequence[Asked]) -> Iterator[Finding]:
+def enough_memory(asked: Sequence[RequestedRun]) -> Iterator[Finding]:
     """Whether every run has a share of the devices of which the memory holds one row a pass."""
     from slm.sweep import local
 
@@ -596,7 +596,7 @@ def too_much(given: Hyperparameters, slot: Slot) -> str | None:
     return None
 
 
-def enough_disk(asked: Sequence[Asked], home: Path) -> Iterator[Finding]:
+def enough_disk(asked: Sequence[RequestedRun], home: Path) -> Iterator[Finding]:
     """Whether the weights of all runs fit beside two checkpoints of the largest on every device."""
     from slm.sweep import local
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestedRun:
     """One run of an experiment, before its data are known."""
 
     recipe: str
@@ -81,17 +81,17 @@ class Experiment:
         names = [*(recipe.name for recipe in self.recipes), *(plan.recipe for plan in self.plans)]
         return list(dict.fromkeys(names))
 
-    def asked(self) -> list[Asked]:
+    def requested_runs(self) -> list[RequestedRun]:
         """Every run, cheapest first. Raises ValueError for what a recipe refuses."""
         runs = [
-            Asked(recipe.name, label, seed, recipe(depth, **horizon))
+            RequestedRun(recipe.name, label, seed, recipe(depth, **horizon))
             for recipe in self.recipes
             for depth in self.depths
             for label, horizon in self._horizons()
             for seed in self.seeds
         ]
         runs += [
-            Asked(plan.recipe, plan.horizon, plan.seed, plan.hyperparameters, plan)
+            RequestedRun(plan.recipe, plan.horizon, plan.seed, plan.hyperparameters, plan)
             for plan in self.plans
         ]
         return sorted(runs, key=lambda run: run.hyperparameters.flops)

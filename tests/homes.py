@@ -33,7 +33,7 @@ def home_of(
 ) -> Path:
     """Finish every run of an experiment in a home; ln loss has Gauss noise of the run's own, `core` has none."""
     runs = []
-    for asked in experiment.asked():
+    for asked in experiment.requested_runs():
         data = DataIdentity("python", "tok", "rows", validation, 1024, 10_000, 0.5)
         plan = Plan(asked.recipe, asked.horizon, asked.seed, asked.hyperparameters, data, code)
         luck = np.random.default_rng(int(plan.run_id, 16)).standard_normal()

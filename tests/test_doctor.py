@@ -226,7 +226,7 @@ def test_the_data_of_a_plan(home: Path, tmp_path: Path) -> None:
     def said(experiment: Experiment, home: Path = home) -> Finding:
         return only(
             doctor.examine(
-                [("plan: data", lambda: doctor.enough_data(experiment, experiment.asked(), home))]
+                [("plan: data", lambda: doctor.enough_data(experiment, experiment.requested_runs(), home))]
             )
         )
 
@@ -242,11 +242,11 @@ def test_the_data_of_a_plan(home: Path, tmp_path: Path) -> None:
 
 
 def test_memory_and_disk_of_a_plan(tmp_path: Path) -> None:
-    large = replace(LITTLE, recipes=(nanochat,), depths=tuple(range(60, 101, 4))).asked()
+    large = replace(LITTLE, recipes=(nanochat,), depths=tuple(range(60, 101, 4))).requested_runs()
     checks: tuple[tuple[Callable[..., Iterator[Finding]], tuple[Any, ...]], ...]
     checks = ((doctor.enough_memory, ()), (doctor.enough_disk, (tmp_path,)))
     for check, more in checks:
-        assert only(check(LITTLE.asked(), *more)).state == "ok"
+        assert only(check(LITTLE.requested_runs(), *more)).state == "ok"
         found = only(check(large, *more))
         assert (found.state, "GB" in found.message) == ("problem", True)
     assert doctor.too_much(pocket(2), Slot("cpu", 1, 1, memory=10**6)) is not None

@@ -44,10 +44,10 @@ class Ranks:
     ) -> Result:
         """Call `compute` on rank 0 and return its result on every rank.
 
-        One of `errors` that rank 0 raises is raised on every rank; any other error ends rank 0 alone, and torchrun
-        then kills the others.
+        One of `errors` that rank 0 raises is raised on every rank; any other error ends rank 0
+        alone, and torchrun then kills the other ranks.
         """
-        outcome: list[Any] = [None, None]
+        outcome: list[Any] = [None, None]  # the result, or the error
         if self.is_first:
             try:
                 outcome[0] = compute()
@@ -55,10 +55,9 @@ class Ranks:
                 outcome[1] = error
         if self.world_size > 1:
             dist.broadcast_object_list(outcome, device=device)
-        result, error = outcome
-        if error is not None:
-            raise error
-        return cast(Result, result)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return cast(Result, outcome[0])
 
     def sum(self, tensor: torch.Tensor) -> None:
         """Replace a tensor by its sum over all ranks, in place."""

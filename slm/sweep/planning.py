@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slm.data import Prepared, prepare, prepared_for, row_shape, tokenizer_of
-from slm.experiment import Asked, Experiment
+from slm.experiment import Experiment, RequestedRun
 from slm.files import read_json, write_json
 from slm.plan import Plan, code_fingerprint
 from slm.recipe import Hyperparameters
@@ -23,12 +23,12 @@ class Corpora:
         self._tokenizer = tokenizer_of(experiment.tokenizer) if experiment.tokenizer else None
         self._home = home
         asked = sorted(
-            (own.hyperparameters for own in experiment.asked()), key=lambda given: given.train_rows
+            (own.hyperparameters for own in experiment.requested_runs()), key=lambda given: given.train_rows
         )
         self._longest = {_key(given): given for given in asked}
         self._found: dict[tuple[int, ...], Prepared | None] = {}
 
-    def prepare(self, asked: Asked, report: Callable[[str], None]) -> Prepared:
+    def prepare(self, asked: RequestedRun, report: Callable[[str], None]) -> Prepared:
         """Prepared data, made now if they are not there yet."""
         key = _key(asked.hyperparameters)
         prepared = self._found.get(key)
@@ -49,7 +49,7 @@ class Corpora:
         assert prepared is not None
         return prepared
 
-    def find(self, asked: Asked) -> Prepared | None:
+    def find(self, asked: RequestedRun) -> Prepared | None:
         """Prepared data, if they are there."""
         key = _key(asked.hyperparameters)
         if key not in self._found:
@@ -98,7 +98,7 @@ def _plan_in(file: Path, data: str | None) -> Plan:
     return plan
 
 
-def plan_of(asked: Asked, prepared: Prepared) -> Plan:
+def plan_of(asked: RequestedRun, prepared: Prepared) -> Plan:
     """The plan of a run on prepared data.
 
     Raises ValueError for a horizon beyond the data, and where a run is to be repeated whose rows are not these.
@@ -138,10 +138,10 @@ def _other_rows(wanted: Plan, here: Plan) -> str:
     )
 
 
-def make_plans(experiment: Experiment, data: Callable[[Asked], Prepared]) -> list[Plan]:
+def make_plans(experiment: Experiment, data: Callable[[RequestedRun], Prepared]) -> list[Plan]:
     """The plans of an experiment, cheapest first, each once. Raises ValueError for a horizon beyond the data."""
     plans: dict[str, Plan] = {}
-    for asked in experiment.asked():
+    for asked in experiment.requested_runs():
         plan = plan_of(asked, data(asked))
         plans.setdefault(plan.run_id, plan)
     return list(plans.values())

@@ -17,7 +17,7 @@ from slm.cli.runs import states_of
 from slm.text import count
 
 if TYPE_CHECKING:
-    from slm.experiment import Asked, Experiment
+    from slm.experiment import Experiment, RequestedRun
     from slm.hardware.runtime import Past, Price, RuntimeModel
     from slm.plan import Plan
     from slm.run import RunState
@@ -38,7 +38,7 @@ FINISHED = ("finished", "diverged", "cancelled")
 class Row:
     """A run of a sweep that is planned."""
 
-    asked: Asked
+    asked: RequestedRun
     """What is asked."""
     plan: Plan | None
     """Its plan; None while its data are not prepared."""
@@ -91,8 +91,8 @@ def _rows(experiment: Experiment, corpora: Corpora, home: Path) -> list[Row]:
     """Every run once."""
     from slm.sweep.planning import plan_of
 
-    found: dict[str, tuple[Asked, Plan | None, bool]] = {}
-    for place, asked in enumerate(experiment.asked()):
+    found: dict[str, tuple[RequestedRun, Plan | None, bool]] = {}
+    for place, asked in enumerate(experiment.requested_runs()):
         prepared = corpora.find(asked)
         plan = plan_of(asked, prepared) if prepared else asked.plan
         found.setdefault(plan.run_id if plan else str(place), (asked, plan, prepared is not None))
@@ -101,7 +101,7 @@ def _rows(experiment: Experiment, corpora: Corpora, home: Path) -> list[Row]:
 
 
 def _row(
-    asked: Asked,
+    asked: RequestedRun,
     plan: Plan | None,
     prepared: bool,
     name: str,
@@ -129,7 +129,7 @@ def _labels(rows: list[Row]) -> dict[str, str]:
     recipes = len({row.asked.recipe for row in rows}) > 1
     horizons = len({row.asked.horizon for row in rows}) > 1
 
-    def label(asked: Asked) -> str:
+    def label(asked: RequestedRun) -> str:
         parts = [asked.recipe] if recipes else []
         parts += [f"d{asked.hyperparameters.depth}"]
         parts += [asked.horizon.partition("=")[2] or asked.horizon] if horizons else []
