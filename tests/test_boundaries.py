@@ -1,4 +1,7 @@
-"""Who may import whom: each rule of the house, over the syntax trees of every module, lazy imports included."""
+"""Import rules: who may import whom, checked on the syntax trees of every module.
+
+Lazy imports and imports for type checking count.
+"""
 
 from __future__ import annotations
 
@@ -12,121 +15,138 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STDLIB = set(sys.stdlib_module_names)
 
-LEAVES = {
+STDLIB_ONLY = {
     "slm.recipe": set(),
     "slm.events": set(),
-    "slm.hardware.devices": set(),
-    "slm.hardware.memory": {"slm.recipe"},
+    "slm.files": set(),
+    "slm.text": set(),
     "slm.plan": {"slm.recipe"},
-    "slm.experiment": {"slm.recipe"},
-    "slm.sweep.schedule": set(),
-    "slm.locks": set(),
-    "slm.sweep.interrupt": set(),
+    "slm.experiment": {"slm.recipe", "slm.plan"},
 }
-"""Modules of the standard library alone, and what of ours they may use."""
-TORCH = {
-    "slm.model.attention",
-    "slm.model.layers",
+"""Modules of the standard library alone, and the modules of the project they may import."""
+HARDWARE = {"slm.recipe", "slm.events", "slm.files", "slm.text"}
+"""What `slm.hardware` may import beside itself and the standard library (psutil for memory)."""
+FITS = {"slm.text"}
+"""What `slm.fits` may import beside itself, numpy and scipy."""
+TORCH = (
     "slm.model",
-    "slm.train.optimizer",
-    "slm.model.checkpoints",
-    "slm.model.weights",
-    "slm.model.sample",
-    "slm.evaluate.evaluator",
-    "slm.evaluate.distributed",
     "slm.train",
     "slm.data.loader",
     "slm.evaluate.bpb",
     "slm.evaluate.core",
+    "slm.evaluate.evaluator",
+    "slm.evaluate.distributed",
+)
+"""Modules and packages that may import torch."""
+HEAVY = {
+    "torch",
+    "numpy",
+    "pandas",
+    "duckdb",
+    "sqlalchemy",
+    "scipy",
+    "matplotlib",
+    "rich",
+    "jinja2",
+    "tiktoken",
+    "pyarrow",
 }
+
+Graph = dict[str, set[str]]
 
 
 def modules(root: Path = ROOT) -> dict[str, Path]:
+    """Return every module of slm and store by name."""
     paths = (path for package in ("slm", "store") for path in (root / package).rglob("*.py"))
-    return {_name(path.relative_to(root)): path for path in paths}
+    return {module_name(path.relative_to(root)): path for path in paths}
 
 
-def _name(path: Path) -> str:
+def module_name(path: Path) -> str:
     return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports(name: str, path: Path, known: set[str]) -> set[str]:
-    """Modules that a file imports anywhere in it, those for type checking left out."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = []
-    found: set[str] = set()
-    for node in ast.walk(tree):
+def imports_of(name: str, path: Path, known: set[str]) -> set[str]:
+    """Return the modules that a file imports anywhere in it."""
+    imported: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
-                parents = (name if path.name == "__init__.py" else name.rpartition(".")[0]).split(
-                    "."
-                )
-                base = ".".join(
-                    [*parents[: len(parents) - node.level + 1], *([base] if base else [])]
-                )
-            deeper = {f"{base}.{alias.name}" for alias in node.names} & known
-            found |= deeper or {base}
-    return found
+                package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+                parents = package.split(".")
+                parents = parents[: len(parents) - node.level + 1]
+                base = ".".join([*parents, *([base] if base else [])])
+            submodules = {f"{base}.{alias.name}" for alias in node.names} & known
+            imported |= submodules or {base}
+    return imported
 
 
-def graph(root: Path = ROOT) -> dict[str, set[str]]:
+def graph(root: Path = ROOT) -> Graph:
     paths = modules(root)
-    return {name: imports(name, path, set(paths)) for name, path in paths.items()}
+    return {name: imports_of(name, path, set(paths)) for name, path in paths.items()}
 
 
-def violations(graph: dict[str, set[str]]) -> list[str]:
-    """Every broken rule as a sentence."""
+def inside(module: str, *packages: str) -> bool:
+    """Whether a module is one of the packages or below one."""
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def violations(graph: Graph) -> list[str]:
+    """Return every broken rule as a sentence."""
     broken: list[str] = []
-    for name, used in graph.items():
-        tops = {module.partition(".")[0] for module in used}
-        ours = {module for module in used if module.partition(".")[0] in ("slm", "store")}
-        if name.startswith("store") and "slm" in tops:
+    for name, imported in graph.items():
+        tops = {module.partition(".")[0] for module in imported} - STDLIB
+        project = {module for module in imported if inside(module, "slm", "store")}
+        libraries = tops - {"slm", "store"}
+        if inside(name, "store") and "slm" in tops:
             broken.append(f"{name} imports slm: store is a leaf")
-        if name in LEAVES and (tops - STDLIB - {"slm"} or ours - LEAVES[name] - {name}):
-            broken.append(f"{name} imports more than the standard library and {LEAVES[name]}")
-        if name.startswith("slm.fits") and (
-            tops - STDLIB - {"numpy", "scipy", "slm"} or _outside(ours, "slm.fits")
+        if name in STDLIB_ONLY and (libraries or project - STDLIB_ONLY[name] - {name}):
+            broken.append(f"{name} imports more than the standard library")
+        if inside(name, "slm.hardware") and (
+            libraries - {"psutil"}
+            or any(not inside(module, "slm.hardware", *HARDWARE) for module in project)
+        ):
+            broken.append(f"{name} imports more than the standard library and the recipe")
+        if inside(name, "slm.fits") and (
+            libraries - {"numpy", "scipy"}
+            or any(not inside(module, "slm.fits", *FITS) for module in project)
         ):
             broken.append(f"{name} imports more than numpy, scipy and fits")
-        drawing, own = tops - STDLIB - {"numpy", "matplotlib", "slm"}, ("slm.fits", "slm.figures")
-        if name.startswith("slm.figures") and (drawing or _outside(ours, own)):
-            broken.append(f"{name} imports more than matplotlib and fits")
-        if "torch" in tops and name not in TORCH:
-            broken.append(f"{name} imports torch")
-        if not name.startswith(("slm.cli", "slm.__main__")) and any(
-            module.startswith("slm.cli") for module in ours
+        if inside(name, "slm.figures") and (
+            libraries - {"numpy", "matplotlib"}
+            or any(not inside(module, "slm.fits", "slm.figures", *FITS) for module in project)
         ):
-            broken.append(f"{name} imports cli")
-        if "slm.train" in ours:
+            broken.append(f"{name} imports more than matplotlib and fits")
+        if "torch" in tops and not inside(name, *TORCH):
+            broken.append(f"{name} imports torch")
+        if not inside(name, "slm.cli", "slm.__main__"):
+            if any(inside(module, "slm.cli") for module in project):
+                broken.append(f"{name} imports cli")
+            if "typer" in tops:
+                broken.append(f"{name} imports typer")
+        if not inside(name, "slm.train") and any(inside(module, "slm.train") for module in project):
             broken.append(f"{name} imports train: only torchrun reaches it")
     return broken + [f"cycle: {' -> '.join(cycle)}" for cycle in cycles(graph)]
 
 
-def _outside(ours: set[str], package: str | tuple[str, ...]) -> set[str]:
-    return {module for module in ours if not module.startswith(package)}
-
-
-def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Import cycles between modules of ours."""
-    found: list[list[str]] = []
+def cycles(graph: Graph) -> list[list[str]]:
+    """Return the import cycles between modules of the project."""
+    result: list[list[str]] = []
     done: set[str] = set()
 
     def visit(name: str, path: list[str]) -> None:
         if name in path:
-            found.append([*path[path.index(name) :], name])
+            result.append([*path[path.index(name) :], name])
         elif name not in done:
-            for used in sorted(graph[name] & set(graph)):
-                visit(used, [*path, name])
+            for imported in sorted(graph[name] & set(graph)):
+                visit(imported, [*path, name])
             done.add(name)
 
     for name in sorted(graph):
         visit(name, [])
-    return found
+    return result
 
 
 def test_every_rule_holds() -> None:
@@ -138,13 +158,20 @@ def test_every_rule_holds() -> None:
     [
         ("store/query.py", "import slm.plan", "store is a leaf"),
         ("slm/recipe.py", "import numpy", "slm.recipe imports more"),
-        ("slm/plan.py", "def f():\n    from slm import sweep", "slm.plan imports more"),
+        ("slm/plan.py", "def f():\n    from slm import results", "slm.plan imports more"),
+        ("slm/hardware/slot.py", "import torch", "slm.hardware.slot imports more"),
         ("slm/fits/points.py", "import pandas", "slm.fits.points imports more"),
-        ("slm/figures/style.py", "from slm import store", "slm.figures.style imports more"),
-        ("slm/sweep.py", "import torch.nn", "slm.sweep imports torch"),
-        ("slm/sweep.py", "def f():\n    from slm.cli import app", "imports cli"),
-        ("slm/launch/__init__.py", "from slm import train", "only torchrun"),
+        ("slm/figures/style.py", "import store", "slm.figures.style imports more"),
+        ("slm/sweep/planning.py", "import torch.nn", "slm.sweep.planning imports torch"),
+        ("slm/sweep/planning.py", "def f():\n    from slm.cli import app", "imports cli"),
+        ("slm/results.py", "import typer", "imports typer"),
+        ("slm/run.py", "from slm.train import trainer", "only torchrun"),
         ("slm/data/corpus.py", "def f():\n    from slm.data import prepare", "cycle"),
+        (
+            "slm/sweep/launcher.py",
+            "if TYPE_CHECKING:\n    from slm.sweep.orchestrator import Orchestrator",
+            "cycle",
+        ),
     ],
 )
 def test_each_rule_can_be_broken(tmp_path: Path, module: str, line: str, complaint: str) -> None:
@@ -158,7 +185,7 @@ def test_each_rule_can_be_broken(tmp_path: Path, module: str, line: str, complai
 
 
 def loaded_by(program: str) -> set[str]:
-    """Top-level modules that a fresh process has loaded after a program."""
+    """Return the modules that a fresh process has loaded after a program."""
     source = f"import sys\n{program}\nprint(*sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", source], capture_output=True, text=True, check=True
@@ -167,18 +194,19 @@ def loaded_by(program: str) -> set[str]:
 
 
 def test_the_trainer_loads_no_database_and_no_command_line() -> None:
-    loaded = loaded_by("import slm.train")
+    loaded = loaded_by("import slm.train.trainer")
     assert "torch" in loaded
-    assert not {"sqlalchemy", "duckdb", "typer", "pandas", "matplotlib"} & loaded
+    assert not {"sqlalchemy", "duckdb", "typer", "pandas", "matplotlib", "rich"} & loaded
 
 
 @pytest.mark.parametrize(
     "program",
     [
         "import slm.cli",
-        "import slm.sweep, slm.sweep.orchestrator, slm.sweep.forecast, slm.sweep.supervisor, slm.monitor.display, slm.experiment, slm.data",
-        "import slm.evaluate.bundle, slm.evaluate.download, slm.evaluate.scores",
-        "import slm.fits, slm.figures",
+        "import slm.sweep.orchestrator, slm.sweep.preview, slm.sweep.supervisor",
+        "import slm.monitor.display, slm.experiment, slm.data, slm.run",
+        "import slm.evaluate.bundle, slm.evaluate.request, slm.evaluate.records",
+        "import slm.fits, slm.figures, slm.report, slm.results",
         "import store",
     ],
 )
@@ -187,16 +215,4 @@ def test_planning_and_reading_load_no_torch(program: str) -> None:
 
 
 def test_the_command_line_loads_nothing_heavy() -> None:
-    heavy = {
-        "torch",
-        "numpy",
-        "pandas",
-        "duckdb",
-        "sqlalchemy",
-        "scipy",
-        "matplotlib",
-        "rich",
-        "tiktoken",
-        "pyarrow",
-    }
-    assert not heavy & loaded_by("import slm.cli")
+    assert not HEAVY & loaded_by("import slm.cli")

@@ -1,54 +1,183 @@
-"""What is written is true of what is there."""
+"""The documentation is true: its command lines run, and it names every command and module."""
 
 from __future__ import annotations
 
+import base64
+import io
+import os
 import re
+import shlex
+import shutil
 import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import pyarrow
 import pytest
 import typer
+from pyarrow import parquet
 
-from slm.cli import app
+from slm.cli import app, main
+from slm.data import Prepared
+from tests.hub import Hub, environment, serving
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = {
+    path.name: path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+}
+RUN = "0123456789ab"
+"""The run id that the documentation writes."""
+UNREACHABLE = {"slm data core": 1}
+"""Commands that need a host on the internet, and their exit code without one."""
 
 
-def commands(of: typer.Typer, prefix: str = "slm") -> dict[str, str]:
-    """Every command with the first line of its help."""
-    found = {
+def commands(group: typer.Typer, prefix: str = "slm") -> dict[str, str]:
+    """Return every command with its help."""
+    helps = {
         f"{prefix} {command.name}": (command.callback.__doc__ or "").strip()
-        for command in of.registered_commands
+        for command in group.registered_commands
     }
-    for group in of.registered_groups:
-        found |= commands(group.typer_instance, f"{prefix} {group.name}")
-    return found
+    for subgroup in group.registered_groups:
+        helps |= commands(subgroup.typer_instance, f"{prefix} {subgroup.name}")
+    return helps
 
 
-def test_every_command_is_in_the_readme_and_has_help() -> None:
+def lines_of(page: str) -> list[str]:
+    """Return the `slm` command lines of a page's shell blocks, without comments."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", page, re.M | re.S)
+    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    return [
+        shlex.join(shlex.split(line, comments=True)) for line in lines if line.startswith("slm ")
+    ]
+
+
+LINES = [(name, line) for name in sorted(PAGES) for line in lines_of(PAGES[name])]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory, prepared: Prepared) -> tuple[Path, str]:
+    """Return a folder with what the pages name, and the id of a run that has weights."""
+    folder = tmp_path_factory.mktemp("docs")
+    home = folder / "runs"
+    shutil.copytree(ROOT / "tests" / "golden" / "home", home)
+    shutil.copytree(prepared.folder.parent, home / "data", dirs_exist_ok=True)
+    shutil.copytree(ROOT / "experiments", folder / "experiments")
+    (folder / "texts").mkdir()
+    for path in (ROOT / "slm").glob("*.py"):
+        (folder / "texts" / f"{path.stem}.txt").write_text(path.read_text())
+    ranks = (f"{base64.b64encode(bytes([byte])).decode()} {byte}" for byte in range(256))
+    (folder / "gpt2.tiktoken").write_text("\n".join(ranks))
+    (folder / "runs.csv").write_text(
+        (ROOT / "tests" / "golden" / "data" / "points.csv").read_text()
+    )
+    shutil.copy(ROOT / "tests" / "golden" / "data" / "results.csv", folder / "results.csv")
+    sweep = "sweep --recipe pocket --depths 1 --steps 10 --name tiny --cores 1"
+    subprocess.run(
+        [sys.executable, "-m", "slm", *sweep.split()],
+        cwd=folder,
+        env={"SLM_HOME": str(home), "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    [run] = [path.parent for path in home.glob("*/final.safetensors")]
+    return folder, run.name
+
+
+@pytest.mark.parametrize(("page", "line"), LINES, ids=[f"{name}: {line}" for name, line in LINES])
+def test_a_command_line_of_the_documentation_runs(
+    page: str,
+    line: str,
+    workplace: tuple[Path, str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Run a line as it is written; a sweep is planned (`--dry-run`) instead of trained."""
+    folder, run_id = workplace
+    shutil.copytree(folder, tmp_path / "work", symlinks=True)
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("SLM_HOME", str(tmp_path / "work" / "runs"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    command = shlex.split(line.replace(RUN, run_id))
+    if command[1] == "sweep" and "--dry-run" not in command:
+        command.append("--dry-run")
+    if "climbmix" in command:
+        code, output = run_against_a_hub(command, tmp_path)
+    else:
+        code, output = run_in_process(command, monkeypatch)
+    assert code == UNREACHABLE.get(line, 0), output
+
+
+def run_in_process(command: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
+    """Run a command line in this process, confirming questions; return exit code and output."""
+    output = io.StringIO()
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+    with redirect_stdout(output), redirect_stderr(output):
+        try:
+            main()
+        except SystemExit as end:
+            return int(end.code or 0), output.getvalue()
+    return 0, output.getvalue()
+
+
+def run_against_a_hub(command: list[str], folder: Path) -> tuple[int, str]:
+    """Run a command line in its own process, with a hub on loopback that serves two files."""
+    shards = {f"shard_{number:05d}.parquet": small_shard(number) for number in range(2)}
+    with serving(Hub("karpathy/climbmix-400b-shuffle", shards)) as hub:
+        result = subprocess.run(
+            [sys.executable, "-m", *command],
+            env={**os.environ, **environment(hub, folder / "cache"), "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    return result.returncode, result.stdout + result.stderr
+
+
+def small_shard(number: int) -> bytes:
+    """Return a Parquet file of texts."""
+    sources = sorted((ROOT / "slm").rglob("*.py"))[number::2]
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.table({"text": [path.read_text() for path in sources]}), buffer)
+    return buffer.getvalue()
+
+
+def test_every_command_is_documented_and_has_help() -> None:
+    text = "\n".join(PAGES.values())
     for command, help_text in commands(app).items():
-        assert f"{command} " in README, command
+        assert f"{command} " in text or f"{command}`" in text or f"{command}\n" in text, command
         assert help_text, command
 
 
-def test_every_command_of_the_readme_exists() -> None:
-    known = commands(app)
-    for line in re.findall(r"^slm [a-z].*", README, re.M):
-        assert any(line.startswith(command) for command in known), line
+def test_every_link_and_image_leads_somewhere() -> None:
+    for name, text in PAGES.items():
+        folder = ROOT if name == "README.md" else ROOT / "docs"
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+            assert target.startswith("https://") or (folder / target).exists(), (name, target)
 
 
-@pytest.mark.parametrize("path", re.findall(r"^\| `([^`]+)` \|", README, re.M))
-def test_every_place_of_the_map_is_there(path: str) -> None:
-    assert (ROOT / path).exists()
-
-
-def test_every_image_of_the_readme_is_there_and_no_placeholder_is_left() -> None:
-    for image in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
-        assert (ROOT / image).exists(), image
+def test_no_placeholder_is_left_in_a_page() -> None:
     for path in ROOT.rglob("*.md"):
         if not {".venv", "runs"} & set(path.relative_to(ROOT).parts):
             assert not re.search(r"@[A-Z0-9]+@", path.read_text()), path
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 120
+
+
+def test_the_architecture_page_lists_the_modules_that_exist() -> None:
+    listed: set[str] = set()
+    for folder, names in re.findall(r"^\| `(\S+)/` \| ([^|]+) \|", PAGES["architecture.md"], re.M):
+        listed |= {f"{folder}/{name}" for name in re.findall(r"`(\w+)`", names)}
+    modules = {
+        str(path.relative_to(ROOT).with_suffix(""))
+        for package in ("slm", "store")
+        for path in (ROOT / package).rglob("*.py")
+        if path.name not in ("__init__.py", "__main__.py")
+    }
+    assert listed == modules
 
 
 def test_make_lists_every_target_with_what_it_does() -> None:
