@@ -1,27 +1,39 @@
-"""Plans -> attempts: their folders, where they run, how they are and how they ended.
+"""A run folder: its attempts, its state, and what users may do with it.
 
-`local.py` and `slurm.py` start them, `supervisor.py` sees each to its end.
+    HOME/<run_id>/plan.json                  the run; its folder's name is the hash of its content
+    HOME/<run_id>/attempts/NNN/attempt.json  devices, micro-batch, host, versions
+                               events.jsonl  written by the trainer
+                               log           standard output and error of torchrun
+                               exit.json     written by the supervisor
+    HOME/<run_id>/checkpoints/               of an unfinished run
+    HOME/<run_id>/done.json                  the result, and the only meaning of finished
+    HOME/<run_id>/cancelled, retry.json      requests of `slm stop RUN` and `slm retry`
+    HOME/<run_id>/lock, train.lock           held by the supervisor and by rank 0
+
+State is derived from these files and the processes that hold the locks; nothing stores it.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from slm.files import lock_holder, read_json, write_json
 from slm.hardware.slot import Slot
 
-if TYPE_CHECKING:  # every supervisor loads this file
+if TYPE_CHECKING:  # a supervisor loads this file and needs neither
     from slm.hardware.slot import MicroBatch
     from slm.plan import Plan
 
@@ -37,47 +49,192 @@ STATES = (
     "diverged",
     "cancelled",
 )
-"""What a run can be. `interrupted` will go on; `diverged` is a result; `cancelled` waits for `slm retry`."""
+"""States of a run.
+
+`interrupted` will resume, `diverged` is a result, `cancelled` waits for `slm retry`.
+"""
+CANCELLED = ("cancelled", "stopped by `slm stop`; `slm retry` lets a sweep train it again")
+"""Reason and message of a run that `slm stop RUN` cancelled."""
+IMPORTED_ID = re.compile("x[0-9a-f]{1,11}")
+"""run_id of a run that was imported, or its first digits."""
 
 
-CANCELLED = ("cancelled", "stopped as asked; `slm retry` lets a sweep train it again")
-"""Reason and message of a run of which `slm stop` was said."""
+class AttemptDocument(TypedDict):
+    """attempt.json: the devices, settings and code of one attempt."""
+
+    attempt: int
+    created: float
+    """Unix seconds."""
+    device: str
+    device_name: str
+    ranks: int
+    threads: int
+    ids: NotRequired[list[str]]
+    nodes: NotRequired[int]
+    memory: NotRequired[int | None]
+    micro_batch: int
+    evaluation_tokens: int
+    checkpoint_seconds: float
+    estimated_seconds: NotRequired[float | None]
+    """Run time of the whole run that was expected."""
+    core: NotRequired[dict[str, Any] | None]
+    """CORE request: bundle (an id), every (steps), max_per_task and without (tasks)."""
+    host: str
+    platform: str
+    python: str
+    versions: dict[str, str]
+    commit: str | None
+    diff: str | None
+    data_folder: str
+    compiled_folder: str
+    launcher: str
+
+
+class ExitDocument(TypedDict):
+    """exit.json: how an attempt ended."""
+
+    attempt: int
+    time: float
+    """Unix seconds."""
+    code: int
+    """Exit code of torchrun; 0 if a signal killed it."""
+    signal: int | None
+    reason: str | None
+    """One of events.REASONS; None for a finished run."""
+    message: str | None
+
+
+class DoneDocument(TypedDict):
+    """done.json: the result of a finished run."""
+
+    run_id: str
+    attempt: int
+    time: float
+    """Unix seconds."""
+    step: int
+    tokens: int
+    flops: float
+    train_seconds: float
+    wall_seconds: float
+    val_bpb: float
+    val_loss: float
+    train_loss: float
+    core: float | None
+    tokens_per_second: float
+    flops_per_second: float
+    peak_memory_bytes: int
+    parameters_total: int
+    weights: str
+    weights_sha256: str
+
+
+class Provenance(TypedDict):
+    """Commit and uncommitted changes of the running code; None outside a checkout."""
+
+    commit: str | None
+    diff: str | None
 
 
 @dataclass(frozen=True)
 class RunState:
-    """How a run is."""
+    """State of a run, and why it is not finished."""
 
     status: str
     """One of STATES."""
     reason: str | None = None
-    """Why its newest attempt ended without finishing: one of events.REASONS."""
+    """Reason of the newest attempt's end, one of events.REASONS."""
     message: str | None = None
-    """The reason in words."""
+
+
+# Finding runs
+
+
+def list_runs(home: Path, experiment: str | None = None) -> list[Path]:
+    """Return the run folders of a home, or of one experiment in its order.
+
+    Raises ValueError if there is no such home or experiment.
+    """
+    if not home.is_dir():
+        raise ValueError(f"{home}: no such folder; `slm sweep` makes it, SLM_HOME names another")
+    if experiment is None:
+        return sorted(path.parent for path in home.glob("*/plan.json"))
+    declared = {path.stem: path for path in sorted(home.glob("experiments/*.json"))}
+    if experiment not in declared:
+        names = ", ".join(declared) or "none"
+        raise ValueError(f"no experiment {experiment!r}; there are {names}")
+    folders = [home / run_id for run_id in read_json(declared[experiment])["runs"]]
+    return [folder for folder in folders if (folder / "plan.json").exists()]
+
+
+def find_run(home: Path, run: str) -> Path:
+    """Return the folder of the run whose run_id starts with `run`.
+
+    Raises ValueError unless exactly one does.
+    """
+    matches = [path.parent for path in home.glob(f"{run}*/plan.json")] if run.isalnum() else []
+    if not matches and IMPORTED_ID.fullmatch(run):
+        raise ValueError(
+            f"run {run!r} is imported, without weights and log: "
+            "`slm query` reads its row of `results`"
+        )
+    if len(matches) != 1:
+        number = len(matches) or "none"
+        raise ValueError(f"run {run!r}: {number} in {home}; `slm status` lists them")
+    return matches[0]
+
+
+def plans(home: Path) -> list[Plan]:
+    """Return the plans of a home that this version can read, by run_id."""
+    return read_plans(sorted(path.parent for path in home.glob("*/plan.json")))[0]
+
+
+def read_plans(run_folders: Iterable[Path]) -> tuple[list[Plan], list[str]]:
+    """Return the plans of run folders, and one error message for each that cannot be read."""
+    from slm.plan import Plan
+
+    readable, problems = [], []
+    for folder in run_folders:
+        try:
+            readable.append(Plan.read(folder / "plan.json"))
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
+    return readable, problems
+
+
+def run_label(plan: Mapping[str, Any]) -> str:
+    """Return the name of a run for people, from its plan's document: "pocket d4 seed 0".
+
+    Raises KeyError or TypeError if the document is no plan.
+    """
+    horizon = "" if plan["horizon"] == "compute-optimal" else f" {plan['horizon']}"
+    return f"{plan['recipe']} d{plan['hyperparameters']['depth']}{horizon} seed {plan['seed']}"
+
+
+# Attempts
 
 
 def make_attempt(
     plan: Plan,
     home: Path,
     data_folder: Path,
-    where: Slot,
-    rows: MicroBatch,
+    slot: Slot,
+    micro_batch: MicroBatch,
     launcher: str = "local",
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     estimated_seconds: float | None = None,
     core: dict[str, Any] | None = None,
 ) -> Path:
-    """The next attempt's folder with its attempt.json, made under another name and renamed.
+    """Create the folder of a run's next attempt, with its attempt.json.
 
-    `core` is what the trainer measures beside val_bpb: bundle (an id), every (steps), max_per_task and without (tasks).
+    `core` is the CORE request of the trainer (`AttemptDocument.core`); None for val_bpb alone.
     """
     from importlib.metadata import version
 
-    document = asdict(where) | {
+    document = asdict(slot) | {
         "created": time.time(),
-        "ranks": where.ranks_of(plan.hyperparameters),
-        "micro_batch": rows.training,
-        "evaluation_tokens": rows.evaluation_tokens,
+        "ranks": slot.ranks_of(plan.hyperparameters),
+        "micro_batch": micro_batch.training,
+        "evaluation_tokens": micro_batch.evaluation_tokens,
         "checkpoint_seconds": checkpoint_seconds,
         "estimated_seconds": estimated_seconds,
         "core": core,
@@ -93,23 +250,25 @@ def make_attempt(
     return add_attempt(home / plan.run_id, document)
 
 
-def add_attempt(run_folder: Path, document: dict[str, Any]) -> Path:
-    """A new attempt of a run with this attempt.json, under the next number."""
+def add_attempt(run_folder: Path, document: Mapping[str, Any]) -> Path:
+    """Create the next attempt of a run with this attempt.json, numbered.
+
+    The folder is renamed into place, so that no attempt lacks its attempt.json.
+    """
     attempts = run_folder / "attempts"
     attempts.mkdir(parents=True, exist_ok=True)
-    last = last_attempt(run_folder)
-    number = 1 + (int(last.name) if last else 0)
-    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=attempts))
+    number = _last_number(run_folder) + 1
+    temporary = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=attempts))
     try:
-        write_json(unfinished / "attempt.json", {"attempt": number, **document})
-        return unfinished.rename(attempts / f"{number:03d}")
+        write_json(temporary / "attempt.json", {**document, "attempt": number})
+        return temporary.rename(attempts / f"{number:03d}")
     except OSError:
-        shutil.rmtree(unfinished)
+        shutil.rmtree(temporary)
         raise
 
 
-def code_provenance() -> dict[str, Any]:
-    """Commit and uncommitted changes of the code that runs, null where it is not a checkout's own."""
+def code_provenance() -> Provenance:
+    """Return commit and uncommitted changes of the running code; None where git tracks none."""
     package = Path(__file__).parent
 
     def git(*arguments: str) -> str | None:
@@ -117,45 +276,61 @@ def code_provenance() -> dict[str, Any]:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         return result.stdout if result.returncode == 0 else None
 
-    try:
-        if git("ls-files", "--error-unmatch", "recipe.py") is None:
-            return {"commit": None, "diff": None}
-        commit = git("rev-parse", "HEAD")
-        return {
-            "commit": commit.strip() if commit else None,
-            "diff": (commit and git("diff", "HEAD")) or None,
-        }
-    except FileNotFoundError:
+    commit = None
+    with suppress(FileNotFoundError):  # git is not installed
+        if git("ls-files", "--error-unmatch", "recipe.py") is not None:
+            commit = git("rev-parse", "HEAD")
+    if not commit:
         return {"commit": None, "diff": None}
-
-
-def run_holder(run_folder: Path) -> int | None:
-    """Process that holds a run: its supervisor, or a trainer that outlived it; None when nobody does."""
-    supervisor = lock_holder(run_folder / "lock")
-    return lock_holder(run_folder / "train.lock") if supervisor is None else supervisor
+    return {"commit": commit.strip(), "diff": git("diff", "HEAD") or None}
 
 
 def list_attempts(run_folder: Path) -> list[Path]:
-    """Folders of a run's attempts, oldest first."""
+    """Return the folders of a run's attempts, oldest first."""
     return sorted((run_folder / "attempts").glob("[0-9]*"), key=lambda path: int(path.name))
 
 
 def last_attempt(run_folder: Path) -> Path | None:
-    """Folder of a run's newest attempt."""
+    """Return the folder of a run's newest attempt."""
     return next(reversed(list_attempts(run_folder)), None)
 
 
-def read_exit(attempt: Path) -> dict[str, Any] | None:
-    """How an attempt ended, None while it has not said."""
+def _last_number(run_folder: Path) -> int:
+    attempt = last_attempt(run_folder)
+    return int(attempt.name) if attempt else 0
+
+
+def read_attempt(attempt: Path) -> AttemptDocument:
+    """Read attempt.json. Raises ValueError if it is not JSON."""
+    document: AttemptDocument = read_json(attempt / "attempt.json")
+    return document
+
+
+def attempt_slot(attempt: Path) -> Slot:
+    """Return the slot of an attempt."""
+    document = read_attempt(attempt)
+    fields = {name: value for name, value in document.items() if name in Slot.__dataclass_fields__}
+    return Slot(**fields | {"ids": tuple(document.get("ids", ()))})  # type: ignore[arg-type]
+
+
+def read_log(attempt: Path) -> list[str]:
+    """Return the lines that torchrun and the trainers printed."""
+    path = attempt / "log"
+    return path.read_text(errors="replace").splitlines() if path.exists() else []
+
+
+def read_exit(attempt: Path) -> ExitDocument | None:
+    """Return how an attempt ended; None without an exit.json."""
     path = attempt / "exit.json"
     return read_json(path) if path.exists() else None
 
 
-def record_exit(
-    attempt: Path, code: int, reason: str | None, message: str | None
-) -> dict[str, Any]:
-    """Write how an attempt ended; a negative code is the signal that killed torchrun, reason None a finished run."""
-    document = {
+def record_exit(attempt: Path, code: int, reason: str | None, message: str | None) -> ExitDocument:
+    """Write exit.json.
+
+    A negative code is the signal that killed torchrun; reason None means a finished run.
+    """
+    document: ExitDocument = {
         "attempt": int(attempt.name),
         "time": time.time(),
         "code": max(code, 0),
@@ -167,37 +342,62 @@ def record_exit(
     return document
 
 
+def checkpoint_step(run_folder: Path) -> int:
+    """Return the step of a run's newest checkpoint, read from its file name; 0 without one."""
+    names = [path.name for path in (run_folder / "checkpoints").glob("step-*.safetensors")]
+    return max((int(name[5:14]) for name in names), default=0)
+
+
+# State
+
+
 def is_done(run_folder: Path) -> bool:
-    """Whether a run is finished: done.json alone says so."""
+    """Whether a run is finished: it has a done.json."""
     return (run_folder / "done.json").exists()
 
 
 def is_cancelled(run_folder: Path) -> bool:
-    """Whether `slm stop` was said of a run, and `slm retry` not since."""
+    """Whether a run was cancelled by `slm stop RUN` and not retried since."""
     return (run_folder / "cancelled").exists()
 
 
-def cancel_run(run_folder: Path) -> None:
-    """Let no sweep train a run until `retry`. Whoever holds it is asked to checkpoint and end."""
-    (run_folder / "cancelled").touch()
-    stop_run(run_folder)
-
-
-def retry_run(run_folder: Path) -> None:
-    """Forgive a run its ends so far: a sweep trains it again."""
-    (run_folder / "cancelled").unlink(missing_ok=True)
-    last = last_attempt(run_folder)
-    write_json(run_folder / "retry.json", {"attempt": int(last.name) if last else 0})
-
-
 def retry_requested(run_folder: Path) -> bool:
-    """Whether `slm retry` was said of a run since its newest attempt began."""
-    path, last = run_folder / "retry.json", last_attempt(run_folder)
-    return path.exists() and int(read_json(path)["attempt"]) >= (int(last.name) if last else 0)
+    """Whether `slm retry` was called since the run's newest attempt began."""
+    path = run_folder / "retry.json"
+    return path.exists() and int(read_json(path)["attempt"]) >= _last_number(run_folder)
+
+
+def run_holder(run_folder: Path) -> int | None:
+    """Return the process that holds a run: its supervisor, or a trainer that outlived it."""
+    supervisor = lock_holder(run_folder / "lock")
+    return lock_holder(run_folder / "train.lock") if supervisor is None else supervisor
+
+
+def is_on_this_machine(run_folder: Path) -> bool:
+    """Whether the newest attempt runs here, so that its lock names a process of this machine."""
+    attempt = last_attempt(run_folder)
+    if attempt is None:
+        return False
+    document = read_attempt(attempt)
+    return (document.get("launcher"), document.get("host")) == ("local", socket.gethostname())
+
+
+def other_host(run_folder: Path) -> str | None:
+    """Return the host that holds a run, if it is another machine without Slurm."""
+    attempt = last_attempt(run_folder)
+    if attempt is None or read_exit(attempt) or is_done(run_folder):
+        return None
+    document = read_attempt(attempt)
+    if document["launcher"] != "local" or document["host"] == socket.gethostname():
+        return None
+    return document["host"] if run_holder(run_folder) else None
 
 
 def run_state(run_folder: Path, job: str | None = None) -> RunState:
-    """How a run is, by its files, its locks, and what a cluster says of its job: "queued", "running" or None."""
+    """Derive the state of a run from its files and locks.
+
+    `job` is the state of its Slurm job: "queued", "running", or None without one.
+    """
     if is_done(run_folder):
         return RunState("finished")
     attempt = last_attempt(run_folder)
@@ -212,41 +412,53 @@ def run_state(run_folder: Path, job: str | None = None) -> RunState:
         return RunState("planned")
     if ended is None or retry_requested(run_folder):
         return RunState("interrupted")
-    status = (
-        ended["reason"] if ended["reason"] in ("interrupted", "diverged", "cancelled") else "failed"
-    )
-    return RunState(status, ended["reason"], ended["message"])
+    reason = ended["reason"]
+    status = reason if reason in ("interrupted", "diverged", "cancelled") else "failed"
+    return RunState(status, reason, ended["message"])
+
+
+# Requests
+
+
+def cancel_run(run_folder: Path) -> None:
+    """Stop a run, and let no sweep train it until `retry_run`."""
+    (run_folder / "cancelled").touch()
+    stop_run(run_folder)
 
 
 def stop_run(run_folder: Path, at_once: bool = False) -> None:
-    """Ask whoever holds a run on this machine to checkpoint and end, or to end at once; nothing where nobody does."""
+    """Tell the process that holds a run here to checkpoint and exit, or to exit at once."""
     process = run_holder(run_folder)
     if process is not None and is_on_this_machine(run_folder):
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGINT if at_once else signal.SIGTERM)
 
 
-def is_on_this_machine(run_folder: Path) -> bool:
-    """Whether a run's newest attempt is of this machine, where the number in its lock means its process."""
-    attempt = last_attempt(run_folder)
-    document = read_attempt(attempt) if attempt else {}
-    return (document.get("launcher"), document.get("host")) == ("local", socket.gethostname())
+def retry_run(run_folder: Path) -> None:
+    """Clear a run's failures and its cancellation, so that the next sweep trains it again."""
+    (run_folder / "cancelled").unlink(missing_ok=True)
+    write_json(run_folder / "retry.json", {"attempt": _last_number(run_folder)})
 
 
-def checkpoint_step(run_folder: Path) -> int:
-    """Steps done at a run's newest checkpoint, by its name; 0 without one."""
-    names = [path.name for path in (run_folder / "checkpoints").glob("step-*.safetensors")]
-    return max((int(name[5:14]) for name in names), default=0)
+def run_sizes(run_folder: Path) -> dict[str, int]:
+    """Return the bytes of a run's weights, checkpoints and records (all its other files)."""
+    sizes = {"weights": 0, "checkpoints": 0, "records": 0}
+    parts = {"model.safetensors": "weights", "checkpoints": "checkpoints"}
+    for path in run_folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            top = path.relative_to(run_folder).parts[0]
+            sizes[parts.get(top, "records")] += path.stat().st_size
+    return sizes
 
 
-def read_attempt(attempt: Path) -> dict[str, Any]:
-    """What attempt.json says."""
-    document: dict[str, Any] = read_json(attempt / "attempt.json")
-    return document
+def remove_run(run_folder: Path) -> None:
+    """Remove a run folder. plan.json goes first: what an interrupted removal leaves is no run."""
+    (run_folder / "plan.json").unlink(missing_ok=True)
+    shutil.rmtree(run_folder)
 
 
-def attempt_slot(attempt: Path) -> Slot:
-    """The slot of an attempt."""
-    document = read_attempt(attempt)
-    known = {name: document[name] for name in Slot.__dataclass_fields__ if name in document}
-    return Slot(**known | {"ids": tuple(known.get("ids", ()))})
+def remove_weights(run_folder: Path) -> None:
+    """Remove the weights and checkpoints of a run."""
+    (run_folder / "model.safetensors").unlink(missing_ok=True)
+    for path in (run_folder / "checkpoints").glob("*"):
+        path.unlink()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from slm.hardware.slot import Slot
 from slm.recipe import Hyperparameters
+from slm.run import ExitDocument
 
 if TYPE_CHECKING:
     from slm.hardware.runtime import RuntimeModel
@@ -38,7 +39,7 @@ class Launcher(Protocol):
     def stop(self, attempt: Path, at_once: bool = False) -> None:
         """Ask an attempt to checkpoint and end, or to end at once."""
 
-    def reap(self, attempt: Path) -> dict[str, Any]:
+    def reap(self, attempt: Path) -> ExitDocument:
         """Record the end of an attempt that ended without a word; its exit.json."""
 
 

@@ -7,14 +7,14 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slm.files import NO_HOLDER, hand_over_lock, hold_lock
 from slm.hardware import devices
 from slm.hardware.runtime import START, RuntimeModel
 from slm.hardware.slot import Slot
 from slm.recipe import Hyperparameters
-from slm.run import record_exit, run_holder, stop_run
+from slm.run import ExitDocument, record_exit, run_holder, stop_run
 from slm.sweep.micro_batch import MicroBatches
 from slm.sweep.schedule import Job, Placement, schedule
 
@@ -199,7 +199,7 @@ class Local:
         """Ask an attempt to checkpoint and end, or to end at once."""
         stop_run(attempt.parent.parent, at_once)
 
-    def reap(self, attempt: Path) -> dict[str, Any]:
+    def reap(self, attempt: Path) -> ExitDocument:
         """Record the end of an attempt that ended without a word."""
         why = "supervisor and trainer ended without a word: killed, or a full disk"
         return record_exit(attempt, 1, "interrupted", why)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slm import events
 from slm.files import read_json, write_json
@@ -27,6 +27,7 @@ from slm.hardware.slot import Slot
 from slm.recipe import Hyperparameters
 from slm.run import (
     CANCELLED,
+    ExitDocument,
     add_attempt,
     is_cancelled,
     is_done,
@@ -342,7 +343,7 @@ class Slurm:
         elif self._held(attempt):
             stop_run(_run_folder(attempt), at_once)
 
-    def reap(self, attempt: Path) -> dict[str, Any]:
+    def reap(self, attempt: Path) -> ExitDocument:
         """Record the end of an attempt that ended without a word: Slurm knows why, for some minutes."""
         reason, message = "interrupted", "ended without a word, and Slurm has forgotten its job"
         job = self._jobs.get(_run_folder(attempt))
@@ -423,9 +424,8 @@ def begin(folder: Path) -> int:
             record_exit(
                 attempt, 1, "interrupted", "Slurm took its nodes away, and runs its job again"
             )
-        document = read_attempt(attempt)
-        del document["attempt"]
-        attempt = add_attempt(run_folder, document | {"created": time.time()})
+        document = {**read_attempt(attempt), "created": time.time()}
+        attempt = add_attempt(run_folder, document)
     _note_job(attempt, os.environ["SLURM_JOB_ID"])
     sys.stdout.write(f"{attempt}\n")
     return 0
