@@ -25,7 +25,7 @@ STDLIB_ONLY = {
 }
 """Modules of the standard library alone, and the modules of the project they may import."""
 HARDWARE = {"slm.recipe", "slm.events", "slm.files", "slm.text"}
-"""What `slm.hardware` may import beside itself and the standard library (psutil for memory)."""
+"""What `slm.hardware` may import beside itself, the standard library, numpy and psutil."""
 FITS = {"slm.text"}
 """What `slm.fits` may import beside itself, numpy and scipy."""
 TORCH = (
@@ -105,7 +105,7 @@ def violations(graph: Graph) -> list[str]:
         if name in STDLIB_ONLY and (libraries or project - STDLIB_ONLY[name] - {name}):
             broken.append(f"{name} imports more than the standard library")
         if inside(name, "slm.hardware") and (
-            libraries - {"psutil"}
+            libraries - {"numpy", "psutil"}
             or any(not inside(module, "slm.hardware", *HARDWARE) for module in project)
         ):
             broken.append(f"{name} imports more than the standard library and the recipe")

@@ -139,7 +139,7 @@ def sweep(
     """Train a family as recorded runs. Typed again, it trains nothing twice and finishes what is unfinished."""
     from slm.evaluate.request import wanted
     from slm.experiment import Experiment, load
-    from slm.hardware.runtime import RuntimeModel, price_of
+    from slm.hardware.runtime import RuntimeModel, parse_price
     from slm.sweep import preview as planning
     from slm.sweep.planning import Corpora, repetition
     from store import home
@@ -184,7 +184,7 @@ def sweep(
     if measured:
         measured.check(home(), [family.name for family in experiment.recipes])
     corpora, estimates = Corpora(experiment, home()), RuntimeModel(home())
-    asked_price = price_of(price) if price else None
+    asked_price = parse_price(price) if price else None
     own = {"--gpus": gpus, "--cores": cores}
     own |= {
         "--gpus-per-run": _given(gpus_per_run, "auto"),

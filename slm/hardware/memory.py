@@ -1,212 +1,243 @@
-"""What a model takes of one rank's memory, before it is built: the closed forms, and the micro-batch that fits.
+"""Peak memory of one rank in closed form, before the model is built, and the micro-batch that fits.
 
-Symbols as in recipe.py, and: r rows a pass, n = r·T its tokens, R ranks, t layers with a value embedding, W = d² a
-square matrix, E = V·d a table. c bytes hold a number of the computation: 4 on a CPU, 2 on CUDA. A stream X = n·d·c
-is one tensor (B, T, d).
+Symbols as in recipe.py, and: r rows a pass, n = r·T its tokens, R ranks, t layers with a value
+embedding, W = d² a square matrix, E = V·d a table. c bytes hold a number of the computation: 4 on a
+CPU, 2 on CUDA. A stream X = n·d·c is one tensor (B, T, d).
 
-Held always     parameters, gradients and Muon's momentum, 4 bytes each; AdamW's two moments like their parameters:
-                4 bytes, or 2 where CUDA stores the embeddings (wte, value_embeds) in bfloat16. Over R ranks a large
-                buffer is padded to R equal parts, of whole matrices, and a rank holds the state of its own part.
-A layer keeps   its input, norm, rotated queries and keys, attention's output: 5 X; the MLP's norm and active: 5 X;
-                values: 1 X, and their embedding 1 X. Factors of norms and gates: n·(2 + 2h) and n·h numbers.
-                Attention: the weights of the band, or the h·n sums of exponentials.
-                x0 and the token's norm, 2 X, lie under all layers; the first one's input is x0. CUDA adds the
-                matrices in bfloat16, 12·W·L·c.
-Backward        a layer's passage takes 8 X + 4·W·c more (the gradient of its MLP), and leaves its matrices' gradients,
-                12·W·c, and its table's, E·c, which are held until all layers are through.
-                The worst layer counts: the last where activations outweigh weights, else the first.
-End of it       all those gradients beside one stack of 4·W·L float32 numbers, or the tables' twice; and 4 X.
-Head            what all layers keep, 2 X and the head's gradient, under the logits of a chunk or 1 X.
-Update          Muon on the stack of the MLP, S = 8·W·L/R numbers: its update, two copies and two Gram matrices of
-                S/4, 14·S bytes; on CUDA, where copies are bfloat16, 12·S. Ranks on CPUs add gloo's copies,
-                which live until the step ends: all gradients, and under them S's or all parameters.
+Resident        parameters, gradients and Muon's momentum, 4 bytes each; AdamW's two moments like
+                their parameters: 4 bytes, or 2 where CUDA stores the embeddings (wte, value_embeds)
+                in bfloat16. Over R ranks a large buffer is padded to R equal parts, of whole
+                matrices, and a rank holds the optimiser state of its own part.
+Layer           its input, norm, rotated queries and keys, and attention's output: 5 X; the MLP's
+                norm and activations: 5 X; values: 1 X, and their embedding 1 X. Factors of norms
+                and gates: n·(2 + 2h) and n·h numbers. Attention: the softmax weights of the band,
+                or the h·n sums of exponentials. All of it is saved for the backward pass. Below all
+                layers lie x0 and the token's norm, 2 X; the first layer's input is x0. CUDA adds
+                the matrices in bfloat16, 12·W·L·c.
+Backward        passing a layer takes 8 X + 4·W·c more (the gradient of its MLP), and leaves the
+                gradients of its matrices, 12·W·c, and of its table, E·c, which live until all
+                layers are through. The worst layer counts: the last where activations outweigh
+                weights, else the first.
+Backward's end  all those gradients next to one stack of 4·W·L float32 numbers, or the tables'
+                twice; and 4 X.
+Head            all that layers save, 2 X and the head's gradient, below the logits of a chunk or 1
+                X.
+Update          Muon on the stack of the MLP, S = 8·W·L/R numbers: its update, two copies and two
+                Gram matrices of S/4, 14·S bytes; on CUDA, where copies are bfloat16, 12·S. Ranks on
+                CPUs add gloo's copies, which live until the step ends: all gradients, and below
+                them S's or all parameters.
 Evaluation      2^13 tokens (or one row) without gradients: 20 X, or in a band 14 X and its weights.
-Peak            what is always held, and the largest of the others.
+Peak            the resident memory, and the largest of the other phases.
 
-Measured on CPUs alone (`python -m tests.memory`): the CUDA branch is the same account in bfloat16 without what
-`torch.compile` saves, and that of MPS the CPU's with h·T²·r weights kept a layer. Neither has met a device yet.
+Measured on CPUs alone (`python -m tests.memory`): the CUDA branch is the same account in bfloat16
+without what `torch.compile` saves, and that of MPS the CPU's with h·T²·r weights saved a layer.
+Neither has been measured on a device yet.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 
+from slm.hardware.block_sizes import (
+    ATTENTION_BLOCK,
+    EVALUATION_TOKENS,
+    SHARED_ELEMENTS,
+    logit_tokens,
+)
 from slm.recipe import Hyperparameters
 
-EVALUATION_TOKENS = 2**13
-"""Tokens of one pass of an evaluation, at most (at least one row)."""
-SHARED = 2**17
-"""Elements from which ranks share the update of a buffer."""
-BLOCK = 64
-"""Queries of one block of the band."""
-LOGITS = {"cpu": 2**19, "cuda": 2**28, "mps": 2**28}
-"""Logits held at once, of at least FEWEST tokens."""
-FEWEST = 128
-"""Tokens whose logits are made at once, at least."""
-COMPUTED = {"cpu": 4, "cuda": 2, "mps": 4}
-"""Bytes of a number of the computation, by device."""
-FILLED = {"cpu": 0.6, "cuda": 0.8, "mps": 0.8}
-"""Share of a memory that an estimate may fill. The estimate errs by 15 % at most; glibc, told to keep what it is given,
-took up to 1.65 times the tensors, as blocks that torch returns have no room for equal ones with their alignment."""
+ELEMENT_BYTES = {"cpu": 4, "cuda": 2, "mps": 4}
+"""Bytes of one number of the computation, by device."""
+USABLE_SHARE = {"cpu": 0.6, "cuda": 0.8, "mps": 0.8}
+"""Share of the memory that an estimate may fill. The estimate errs by 15 % at most; glibc,
+configured to retain freed memory, took up to 1.65 times the tensors: blocks that torch frees have
+no room for equal ones with their alignment."""
 PROCESS = 2**29
 """Bytes of a rank that has no tensors yet: torch, its libraries, on a GPU the context."""
 
 
-def peak_memory(given: Hyperparameters, rows: int, device: str, ranks: int = 1) -> int:
-    """Bytes of tensors on one rank at their peak, in training with `rows` a pass on "cpu", "cuda" or "mps".
+def peak_memory(hp: Hyperparameters, rows: int, device: str, ranks: int = 1) -> int:
+    """Return the peak bytes of tensors on one rank, in training with `rows` a pass.
 
-    On a CPU within 15 % of the allocator's peak above 500 MB; the process itself comes on top.
+    `device` is "cpu", "cuda" or "mps". On a CPU within 15 % of the allocator's peak above 500 MB;
+    the process itself (PROCESS) comes on top.
     """
-    return _held(given, device, ranks) + max(
-        _backward(given, rows, device),
-        _end_of_backward(given, rows, device),
-        _head(given, rows, device),
-        _update(given, device, ranks),
-        _evaluation(given, device),
-    )
+    return RankMemory(hp, rows, device, ranks).peak()
 
 
-def largest_micro_batch(given: Hyperparameters, memory: int, device: str, ranks: int = 1) -> int:
-    """The most rows a pass that `memory` bytes of one rank hold: all its rows of a step, or a power of two of them,
-    so that passes are even wherever the ranks are a power of two. One row may fill it; more keep to FILLED.
+def largest_micro_batch(hp: Hyperparameters, memory: int, device: str, ranks: int = 1) -> int:
+    """Return the most rows a pass that fit into `memory` bytes of one rank.
+
+    It is all the rank's rows of a step, or a power of two, so that passes are even wherever the
+    ranks are a power of two. One row may fill the memory; more stay within USABLE_SHARE.
 
     Raises ValueError where not even one row fits.
     """
 
-    def needs(rows: int) -> int:
-        return peak_memory(given, rows, device, ranks)
+    def peak(rows: int) -> int:
+        return peak_memory(hp, rows, device, ranks)
 
-    share = -(-given.batch_rows // ranks)
-    choices = [*(2**power for power in range((share - 1).bit_length())), share]
-    if (need := PROCESS + needs(1)) > memory:
+    if (need := PROCESS + peak(1)) > memory:
         raise ValueError(
-            f"depth {given.depth}: one row of {given.sequence_length} tokens needs {need / 1e9:.3g} GB a rank, and "
-            f"there are {memory / 1e9:.3g}: take fewer ranks on a machine, more machines, or a smaller depth"
+            f"depth {hp.depth}: one row of {hp.sequence_length} tokens needs {need / 1e9:.3g} GB a "
+            f"rank, and there are {memory / 1e9:.3g}: take fewer ranks on a machine, more "
+            "machines, or a smaller depth"
         )
-    return choices[
-        max(1, bisect_right(choices, FILLED[device] * (memory - PROCESS), key=needs)) - 1
-    ]
+    share = -(-hp.batch_rows // ranks)
+    choices = [*(2**power for power in range((share - 1).bit_length())), share]
+    usable = USABLE_SHARE[device] * (memory - PROCESS)
+    fitting = bisect_right(choices, usable, key=peak)
+    return choices[max(1, fitting) - 1]
 
 
-def _held(given: Hyperparameters, device: str, ranks: int) -> int:
-    """Parameters, gradients and the optimisers' state."""
-    square, counts = given.width**2, given.parameters
-    matrices = 12 * square * given.depth
-    embeddings = counts.wte + counts.value_embeds
-    stored = COMPUTED[device]
-    return (
-        _buffer(matrices // 3, square, 4, 1, ranks)
-        + _buffer(2 * matrices // 3, 4 * square, 4, 1, ranks)
-        + _buffer(counts.transformer_matrices - matrices + counts.scalars, 1, 4, 2, ranks)
-        + _buffer(counts.lm_head, 1, 4, 2, ranks)
-        + _buffer(embeddings, 1, stored, 2, ranks)
-    )
+@dataclass(frozen=True)
+class RankMemory:
+    """The terms of the account above, in bytes, for one rank and `rows` a pass."""
 
+    hp: Hyperparameters
+    rows: int
+    device: str
+    ranks: int = 1
 
-def _buffer(numbers: int, unit: int, size: int, moments: int, ranks: int) -> int:
-    """A buffer, its gradients, and `moments` of the same size of the part that is this rank's."""
-    if numbers < SHARED:
-        return numbers * size * (2 + moments)
-    part = -(-numbers // (ranks * unit)) * unit
-    return part * size * (2 * ranks + moments)
+    def peak(self) -> int:
+        """Return the resident memory and the largest of the phases."""
+        phases = (
+            self.backward(),
+            self.backward_end(),
+            self.head(),
+            self.update(),
+            self.evaluation(),
+        )
+        return self.resident() + max(phases)
 
+    def resident(self) -> int:
+        """Parameters, gradients and the state of both optimisers."""
+        counts = self.hp.parameters
+        matrices = 12 * self.square * self.hp.depth
+        scalars_and_gates = counts.transformer_matrices - matrices + counts.scalars
+        return (
+            self._buffer(matrices // 3, self.square, moments=1)
+            + self._buffer(2 * matrices // 3, 4 * self.square, moments=1)
+            + self._buffer(scalars_and_gates)
+            + self._buffer(counts.lm_head)
+            + self._buffer(counts.wte + counts.value_embeds, size=self.element)
+        )
 
-def _stream(given: Hyperparameters, rows: int, device: str) -> int:
-    return rows * given.sequence_length * given.width * COMPUTED[device]
+    def _buffer(self, numbers: int, unit: int = 1, size: int = 4, moments: int = 2) -> int:
+        """A buffer and its gradients, and `moments` of the size of this rank's part of it."""
+        if numbers < SHARED_ELEMENTS:
+            return numbers * size * (2 + moments)
+        part = -(-numbers // (self.ranks * unit)) * unit
+        return part * size * (2 * self.ranks + moments)
 
+    @cached_property
+    def element(self) -> int:
+        """Bytes of one number of the computation."""
+        return ELEMENT_BYTES[self.device]
 
-def _kept(given: Hyperparameters, rows: int, device: str, layer: int) -> int:
-    """What a layer keeps for the backward pass."""
-    tokens, heads, embeds = rows * given.sequence_length, given.heads, layer in given.value_layers
-    streams = 11 + embeds - (layer == 0)
-    factors = 4 * tokens * (2 + 2 * heads + embeds * heads)
-    return (
-        streams * _stream(given, rows, device)
-        + factors
-        + _weights(given, rows, device, given.windows[layer])
-    )
+    @cached_property
+    def square(self) -> int:
+        """Numbers of one square matrix, W."""
+        return self.hp.width**2
 
+    @cached_property
+    def stream(self) -> int:
+        """One tensor (B, T, d)."""
+        return self.rows * self.hp.sequence_length * self.hp.width * self.element
 
-def _weights(given: Hyperparameters, rows: int, device: str, window: int) -> int:
-    """What attention keeps beside its inputs and output: softmax weights where they exist, else a sum a query."""
-    length, heads = given.sequence_length, rows * given.heads
-    if device == "mps":
-        return heads * length**2 * COMPUTED[device]
-    if device == "cpu" and window < length - 1:
-        return 4 * heads * _pairs(length, window)
-    return 4 * heads * length
+    @cached_property
+    def cast_matrices(self) -> int:
+        """The matrices in bfloat16, on CUDA."""
+        return 24 * self.square * self.hp.depth if self.device == "cuda" else 0
+
+    @cached_property
+    def below_layers(self) -> int:
+        """x0, the token's norm, and the cast matrices, which live below all layers."""
+        return 2 * self.stream + self.cast_matrices
+
+    def layer(self, layer: int) -> int:
+        """Tensors that a layer saves for the backward pass."""
+        hp = self.hp
+        has_table = layer in hp.value_layers
+        streams = 11 + has_table - (layer == 0)
+        factors = 2 + 2 * hp.heads + has_table * hp.heads
+        tokens = self.rows * hp.sequence_length
+        attention = self.attention_weights(hp.windows[layer])
+        return streams * self.stream + 4 * tokens * factors + attention
+
+    def attention_weights(self, window: int) -> int:
+        """Softmax weights where they exist, else one sum of exponentials a query."""
+        length = self.hp.sequence_length
+        heads = self.rows * self.hp.heads
+        if self.device == "mps":
+            return heads * length**2 * self.element
+        if self.device == "cpu" and window < length - 1:
+            return 4 * heads * _band_pairs(length, window)
+        return 4 * heads * length
+
+    @cached_property
+    def gradients(self) -> int:
+        """Gradients of matrices and value embeddings, which live until all layers are through."""
+        numbers = 12 * self.square * self.hp.depth + self.hp.parameters.value_embeds
+        return numbers * self.element
+
+    def backward(self) -> int:
+        """The worst layer: activations up to it, its passage, and gradients of later layers."""
+        hp = self.hp
+        table = hp.vocab_size * hp.width * self.element
+        activations = 0
+        gradients = self.gradients
+        worst = 0
+        for layer in range(hp.depth):
+            activations += self.layer(layer)
+            gradients -= 12 * self.square * self.element + (layer in hp.value_layers) * table
+            worst = max(worst, activations + gradients)
+        passage = 8 * self.stream + 4 * self.square * self.element
+        return self.below_layers + worst + passage
+
+    def backward_end(self) -> int:
+        """Every gradient next to one float32 stack, or the tables' gradients twice."""
+        stack = 16 * self.square * self.hp.depth
+        tables = self.hp.parameters.value_embeds * self.element
+        return max(self.gradients + stack, 2 * tables) + 4 * self.stream
+
+    def head(self) -> int:
+        """The logits of a chunk above everything that the layers save."""
+        hp = self.hp
+        on_cuda = self.device == "cuda"
+        tokens = self.rows * hp.sequence_length
+        chunk = logit_tokens(self.device, hp.vocab_size)
+        logits = (20 if on_cuda else 16) * min(chunk, tokens) * hp.vocab_size
+        if tokens <= chunk:
+            logits //= 2
+        activations = sum(self.layer(layer) for layer in range(hp.depth))
+        cast = 2 * hp.parameters.lm_head if on_cuda else 0
+        gradient = 4 * hp.parameters.lm_head
+        top = max(cast + logits, self.stream)
+        return self.below_layers + activations + 2 * self.stream + gradient + top
+
+    def update(self) -> int:
+        """Muon's temporaries, and gloo's copies where ranks are on CPUs."""
+        matrices = -(-2 * self.hp.depth // self.ranks)
+        stack = 4 * self.square * matrices * (12 if self.device == "cuda" else 14)
+        copies = 4 * self.hp.parameters.total if self.device == "cpu" and self.ranks > 1 else 0
+        return copies + max(copies, stack)
+
+    def evaluation(self) -> int:
+        """One forward pass of an evaluation, whose rows are its own."""
+        rows = max(1, EVALUATION_TOKENS // self.hp.sequence_length)
+        batch = RankMemory(self.hp, rows, self.device)
+        weights = max(batch.attention_weights(window) for window in self.hp.windows)
+        return self.cast_matrices + max(20 * batch.stream, 14 * batch.stream + weights)
 
 
 @cache
-def _pairs(length: int, window: int) -> int:
-    """Queries and keys that the blocks of a band bring together."""
-    spans = [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
-    return sum((stop - start) * (stop - max(0, start - window)) for start, stop in spans)
-
-
-def _under(given: Hyperparameters, rows: int, device: str) -> int:
-    """What lies under all layers: x0, the token's norm, and matrices that were cast."""
-    cast = 12 * given.width**2 * given.depth * 2 if device == "cuda" else 0
-    return 2 * _stream(given, rows, device) + cast
-
-
-def _backward(given: Hyperparameters, rows: int, device: str) -> int:
-    """The worst layer: what it and those before it keep, its passage, and the gradients that those after it left."""
-    stream, square = _stream(given, rows, device), given.width**2 * COMPUTED[device]
-    kept, passed, worst = 0, _gradients(given, device), 0
-    for layer in range(given.depth):
-        kept += _kept(given, rows, device, layer)
-        passed -= (
-            12 * square
-            + (layer in given.value_layers) * given.vocab_size * given.width * COMPUTED[device]
-        )
-        worst = max(worst, kept + passed)
-    return _under(given, rows, device) + worst + 8 * stream + 4 * square
-
-
-def _gradients(given: Hyperparameters, device: str) -> int:
-    """Gradients of matrices and value embeddings that wait for each other."""
-    return (12 * given.width**2 * given.depth + given.parameters.value_embeds) * COMPUTED[device]
-
-
-def _end_of_backward(given: Hyperparameters, rows: int, device: str) -> int:
-    stack, tables = (
-        4 * given.width**2 * given.depth * 4,
-        given.parameters.value_embeds * COMPUTED[device],
-    )
-    return max(_gradients(given, device) + stack, 2 * tables) + 4 * _stream(given, rows, device)
-
-
-def _head(given: Hyperparameters, rows: int, device: str) -> int:
-    tokens, vocab, stream = (
-        rows * given.sequence_length,
-        given.vocab_size,
-        _stream(given, rows, device),
-    )
-    kept = sum(_kept(given, rows, device, layer) for layer in range(given.depth))
-    chunk = max(FEWEST, LOGITS[device] // vocab)
-    logits = (
-        (20 if device == "cuda" else 16)
-        * min(chunk, tokens)
-        * vocab
-        // (1 if tokens > chunk else 2)
-    )
-    cast = 2 * given.parameters.lm_head if device == "cuda" else 0
-    gradient = 4 * given.parameters.lm_head
-    return _under(given, rows, device) + kept + 2 * stream + gradient + max(cast + logits, stream)
-
-
-def _update(given: Hyperparameters, device: str, ranks: int) -> int:
-    matrices = -(-2 * given.depth // ranks)
-    stack = 4 * given.width**2 * matrices * (12 if device == "cuda" else 14)
-    copied = 4 * given.parameters.total if device == "cpu" and ranks > 1 else 0
-    return copied + max(copied, stack)
-
-
-def _evaluation(given: Hyperparameters, device: str) -> int:
-    rows = max(1, EVALUATION_TOKENS // given.sequence_length)
-    stream = _stream(given, rows, device)
-    cast = 12 * given.width**2 * given.depth * 2 if device == "cuda" else 0
-    weights = max(_weights(given, rows, device, window) for window in given.windows)
-    return cast + max(20 * stream, 14 * stream + weights)
+def _band_pairs(length: int, window: int) -> int:
+    """Return the query-key pairs that the blocks of a band compute."""
+    pairs = 0
+    for start in range(0, length, ATTENTION_BLOCK):
+        stop = min(start + ATTENTION_BLOCK, length)
+        pairs += (stop - start) * (stop - max(0, start - window))
+    return pairs

@@ -1,17 +1,21 @@
-"""How long a run will take and what it costs: a model of FLOPs over throughput, corrected by every finished run.
+"""Run time and cost of a run: FLOPs over throughput, corrected by every finished run.
 
 Symbols: C training FLOPs of a run, d width, L depth, S steps, w workers (ranks times threads).
 
-DevicePrior           seconds at work = warm-up + S·L·(overhead of a layer) + C / rate,
-                rate = share·peak·w^efficiency·d / (d + half width): small matrices use less of a device.
-Correction      ln(measured / guessed) of the finished runs on a device of the same name is, around the run to be
-                estimated, level + slopes·(differences in ln d, ln batch, ln w) + noise: Bayesian linear regression with
-                the prior deviations below. One run shifts everything, more of them teach the slopes. Far runs have
-                more noise. The noise is Student's (by reweighting), so that one run on a busy machine bends little.
-Whole run       the time at work, and START.
+Prior           trainer seconds = warm-up + S·L·(overhead of a layer) + C / rate,
+                rate = share·peak·w^efficiency·d / (d + half width): small matrices use less of a
+                device.
+Correction      ln(measured / prior) of the finished runs on a device of the same name is, around
+                the run to be estimated, level + slopes·(differences in ln d, ln batch, ln w) +
+                noise: Bayesian linear regression with the prior deviations below. One run shifts
+                every estimate, more of them fit the slopes. Runs of other sizes have more noise.
+                The noise is Student's (by reweighting), so that one run on a busy machine bends
+                little.
+Whole run       the trainer's seconds, and STARTUP_SECONDS.
 
-Other devices inform nothing. Tests hold the median error from the third run on, each run estimated from the smaller
-ones, to 20 %: in published times of eleven models on eight H100s, and in pocket sweeps on one and two quiet cores.
+Runs on other devices do not count. Tests hold the median error from the third run on, each run
+estimated from the smaller ones, to 20 %: in published times of eleven models on eight H100s, and in
+pocket sweeps on one and two quiet cores.
 """
 
 from __future__ import annotations
@@ -20,12 +24,13 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from slm import text
 from slm.files import read_json
 from slm.hardware import devices
 
@@ -33,13 +38,13 @@ if TYPE_CHECKING:
     from slm.hardware.slot import Slot
     from slm.recipe import Hyperparameters
 
-START = 4.0
-"""Seconds of torchrun and imports before the trainer is at work: 2.5 to 5 on two cores."""
+STARTUP_SECONDS = 4.0
+"""Seconds of torchrun and imports before the trainer starts: 2.5 to 5 on two cores."""
 
 
 @dataclass(frozen=True)
 class DevicePrior:
-    """What is taken for a kind of device until runs on it are measured."""
+    """Throughput of a kind of device until runs on it are measured."""
 
     peak: float
     """FLOPs a second of one device, or one CPU thread, whose own peak is not known."""
@@ -50,12 +55,19 @@ class DevicePrior:
     efficiency: float
     """Exponent of the speed-up by workers."""
     layer_seconds: float
-    """Time a layer and step beyond its FLOPs: the many small operations."""
+    """Seconds a layer and step beyond its FLOPs: the many small operations."""
     warm_up: float
-    """Seconds at work before the first step."""
+    """Seconds of the trainer before the first step."""
+
+    def seconds(self, run: Hyperparameters | FinishedRun, name: str, workers: int) -> float:
+        """Return the trainer's seconds for a run on a device of a name."""
+        peak = devices.peak_flops(name) or self.peak
+        speed_up = workers**self.efficiency
+        rate = self.share * peak * speed_up * run.width / (run.width + self.half_width)
+        return self.warm_up + run.steps * run.depth * self.layer_seconds + run.flops / rate
 
 
-GUESSES = {
+PRIORS = {
     "cpu": DevicePrior(
         peak=80e9, share=1.0, half_width=80, efficiency=0.6, layer_seconds=2.5e-3, warm_up=0.5
     ),
@@ -66,204 +78,199 @@ GUESSES = {
         peak=1e14, share=0.7, half_width=384, efficiency=0.92, layer_seconds=5e-4, warm_up=30.0
     ),
 }
-"""By device. `cuda` comes within a tenth of nanochat's published MFU (41, 46 and 51 % at d12, d18 and d24 on eight
-H100s, 53 % at d16 on one); its warm-up, which is compiling, is a guess. `cpu` is what pocket reached on a machine with
-AVX-512: another may have a quarter of it. `mps` is a guess throughout."""
+"""Prior of each device. `cuda` comes within a tenth of nanochat's published MFU (41, 46 and 51 % at
+d12, d18 and d24 on eight H100s, 53 % at d16 on one); its warm-up, which is compiling, is a guess.
+`cpu` is what pocket reached on a machine with AVX-512: another may have a quarter of it. `mps` is a
+guess throughout."""
 
-LEVEL, SLOPES = 1.5, (0.5, 0.2, 0.3)
-"""Prior deviations: how far a guess may be off, in ln seconds, and how much that may change for e times the width, the
-batch, the workers."""
+LEVEL = 1.5
+"""Prior deviation of the level: the prior's possible error, in ln seconds."""
+SLOPES = (0.5, 0.2, 0.3)
+"""Prior deviations of the slopes: the error's possible change, in ln seconds, for e times the
+width, the batch, the workers."""
 NOISE = 0.1
-"""Scatter of equal runs, in ln seconds; at e times the width, the batch or the workers its variance is doubled."""
+"""Scatter of equal runs, in ln seconds; at e times the width, the batch or the workers its variance
+is doubled."""
 ROUNDS = 20
-"""Reweightings; few change anything where no run is far off."""
+"""Reweightings; a few of them suffice where no run is an outlier."""
 
 
 @dataclass(frozen=True)
-class Past:
-    """A finished run as its home has it."""
+class FinishedRun:
+    """Size and run time of a finished run, as its home records them."""
 
     flops: float
-    """Training FLOPs."""
     width: int
-    """Model dimension."""
     depth: int
-    """Layers."""
     batch_tokens: int
-    """Tokens a step."""
     steps: int
-    """Optimiser steps."""
     device_name: str
-    """What it ran on, as `devices.name` says."""
+    """The device as `devices.name` names it."""
     ranks: int
-    """Processes."""
     threads: int
-    """Threads a process."""
+    """Threads of each rank."""
     wall_seconds: float
-    """Time of the trainer at work, evaluation and checkpoints included, START not."""
+    """Seconds of the trainer, evaluation and checkpoints included, STARTUP_SECONDS not."""
     estimated_seconds: float | None
-    """What its start was told it would take, START included; None where nothing was, or it took several attempts."""
+    """Estimate that was made at its start, STARTUP_SECONDS included; None without one, or where the
+    run took several attempts."""
+
+    @property
+    def workers(self) -> int:
+        """Ranks times threads."""
+        return self.ranks * self.threads
+
+    @classmethod
+    def read(cls, folder: Path) -> FinishedRun | None:
+        """Read a run's files; None where they do not give its time on one kind of device."""
+        try:
+            done = read_json(folder / "done.json")
+            hp = read_json(folder / "plan.json")["hyperparameters"]
+            numbers = range(1, int(done["attempt"]) + 1)
+            paths = [folder / "attempts" / f"{number:03d}" / "attempt.json" for number in numbers]
+            attempts = [read_json(path) for path in paths]
+            setups = {(item["device_name"], item["ranks"], item["threads"]) for item in attempts}
+            ((name, ranks, threads),) = setups
+            estimate = attempts[0].get("estimated_seconds") if len(attempts) == 1 else None
+            run = cls(
+                flops=float(done["flops"]),
+                width=int(hp["width"]),
+                depth=int(hp["depth"]),
+                batch_tokens=int(hp["batch_tokens"]),
+                steps=int(hp["steps"]),
+                device_name=name,
+                ranks=ranks,
+                threads=threads,
+                wall_seconds=float(done["wall_seconds"]),
+                estimated_seconds=estimate and float(estimate),
+            )
+            positive = (run.flops, run.width, run.batch_tokens, run.workers, run.wall_seconds)
+            return run if all(0 < number < math.inf for number in positive) else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
 
 
 class Throughput:
-    """Estimates times from what is known of devices and from finished runs."""
+    """Run times from the priors of devices and from finished runs."""
 
-    def __init__(self, past: Sequence[Past]) -> None:
-        self._past: defaultdict[str, list[Past]] = defaultdict(list)
-        for run in past:
-            self._past[run.device_name].append(run)
+    def __init__(self, runs: Sequence[FinishedRun]) -> None:
+        self._runs: defaultdict[str, list[FinishedRun]] = defaultdict(list)
+        for run in runs:
+            self._runs[run.device_name].append(run)
 
     def seconds(
-        self, given: Hyperparameters, device: str, device_name: str, ranks: int, threads: int = 1
+        self, hp: Hyperparameters, device: str, device_name: str, ranks: int, threads: int = 1
     ) -> float:
-        """Seconds of a whole run on "cpu", "cuda" or "mps", start-up included."""
-        guessed = _at_work(given, device, device_name, ranks * threads)
-        here = _place(given, ranks * threads)
-        errors, differences = [], []
-        for run in self._past.get(device_name, ()):
-            workers = run.ranks * run.threads
-            errors.append(math.log(run.wall_seconds / _at_work(run, device, device_name, workers)))
-            differences.append([there - own for there, own in zip(_place(run, workers), here)])
-        return START + guessed * (math.exp(_level(errors, differences)) if errors else 1.0)
+        """Return the seconds of a whole run on "cpu", "cuda" or "mps", start-up included."""
+        prior = PRIORS[device]
+        seconds = prior.seconds(hp, device_name, ranks * threads)
+        point = _coordinates(hp, ranks * threads)
+        errors = []
+        differences = []
+        for run in self._runs.get(device_name, ()):
+            error = run.wall_seconds / prior.seconds(run, device_name, run.workers)
+            errors.append(math.log(error))
+            run_point = _coordinates(run, run.workers)
+            differences.append([x - x0 for x, x0 in zip(run_point, point, strict=True)])
+        correction = math.exp(_level(errors, differences)) if errors else 1.0
+        return STARTUP_SECONDS + seconds * correction
 
     def basis(self, device: str, device_name: str) -> str:
-        """What estimates for a device rest on: "5 runs", "its peak", or "a guess"."""
-        if runs := len(self._past.get(device_name, ())):
-            return "1 run" if runs == 1 else f"{runs} runs"
+        """Return the basis of a device's estimates: "5 runs", "its peak", or "a guess"."""
+        if count := len(self._runs.get(device_name, ())):
+            return text.plural(count, "run")
         return "its peak" if device == "cuda" and devices.peak_flops(device_name) else "a guess"
 
 
 class RuntimeModel:
-    """The times of runs on slots, as the finished runs of a home teach them."""
+    """Run times on slots, corrected by the finished runs of a home."""
 
     def __init__(self, home: Path) -> None:
         self._home = home
-        self._found: dict[str, Past] = {}
+        self._runs: dict[str, FinishedRun] = {}
+        self._seconds: dict[tuple[Hyperparameters, Slot], float] = {}
+        self.throughput = Throughput([])
+        """The model fitted to the finished runs."""
         self.learn()
 
+    @property
+    def runs(self) -> list[FinishedRun]:
+        """The finished runs; unreadable ones, and those that changed their device, are left out."""
+        return list(self._runs.values())
+
     def learn(self) -> None:
-        """Look at what has finished."""
-        self._found |= _finished(self._home, self._found)
-        self.past = list(self._found.values())
-        """The finished runs."""
-        self.throughput = Throughput(self.past)
-        """What they taught."""
-        self._known: dict[tuple[Hyperparameters, Slot], float] = {}
+        """Read the runs that have finished since the last call; a finished run never changes."""
+        folders = os.listdir(self._home) if self._home.is_dir() else []
+        for name in sorted({*folders} - self._runs.keys()):
+            if run := FinishedRun.read(self._home / name):
+                self._runs[name] = run
+        self.throughput = Throughput(self.runs)
+        self._seconds.clear()
 
-    def __call__(self, given: Hyperparameters, slot: Slot) -> float:
-        """Seconds of a whole run on a slot."""
-        if (given, slot) not in self._known:
-            device, name, ranks = slot.device, slot.device_name, slot.ranks_of(given)
-            self._known[given, slot] = self.throughput.seconds(
-                given, device, name, ranks, slot.threads
+    def __call__(self, hp: Hyperparameters, slot: Slot) -> float:
+        """Return the seconds of a whole run on a slot."""
+        if (hp, slot) not in self._seconds:
+            self._seconds[hp, slot] = self.throughput.seconds(
+                hp, slot.device, slot.device_name, slot.ranks_of(hp), slot.threads
             )
-        return self._known[given, slot]
+        return self._seconds[hp, slot]
 
 
-def _at_work(run: Hyperparameters | Past, device: str, device_name: str, workers: int) -> float:
-    """The guess of a run's seconds at work."""
-    guess = GUESSES[device]
-    peak = devices.peak_flops(device_name) or guess.peak
-    rate = (
-        guess.share * peak * workers**guess.efficiency * run.width / (run.width + guess.half_width)
-    )
-    return guess.warm_up + run.steps * run.depth * guess.layer_seconds + run.flops / rate
-
-
-def _place(run: Hyperparameters | Past, workers: int) -> tuple[float, float, float]:
-    """Where a run lies among others that a guess may be wrong for."""
+def _coordinates(run: Hyperparameters | FinishedRun, workers: int) -> tuple[float, float, float]:
+    """Return ln d, ln batch and ln w of a run."""
     return math.log(run.width), math.log(run.batch_tokens), math.log(workers)
 
 
 def _level(errors: list[float], differences: list[list[float]]) -> float:
-    """The error, in ln seconds, to expect where the differences are none."""
+    """Return the error, in ln seconds, to expect where the differences are zero."""
     import numpy as np
 
-    y, x = np.array(errors), np.array(differences)
-    terms = np.column_stack(
-        [np.full(len(y), LEVEL), x * SLOPES]
-    )  # in units of the prior's deviations
+    y = np.array(errors)
+    x = np.array(differences)
+    # terms are in units of the prior's deviations, so that their prior precision is the identity
+    terms = np.column_stack([np.full(len(y), LEVEL), x * SLOPES])
     variance = NOISE**2 * (1 + (x**2).sum(1))
     mean = np.array([np.median(y) / LEVEL, *(0.0 for _ in SLOPES)])
     for _ in range(ROUNDS):
-        weights = (
-            2 / (1 + (y - terms @ mean) ** 2 / variance) / variance
-        )  # Student's, one degree of freedom
+        # the weights of Student's distribution with one degree of freedom
+        weights = 2 / (1 + (y - terms @ mean) ** 2 / variance) / variance
         precision = terms.T @ (weights[:, None] * terms) + np.eye(len(mean))
         mean = np.linalg.solve(precision, terms.T @ (weights * y))
     return float(mean[0] * LEVEL)
 
 
-def past_error(past: Sequence[Past]) -> float | None:
-    """Median of |estimated / actual - 1| over the runs that had an estimate; None where none had."""
-    errors = [
-        abs(run.estimated_seconds / (START + run.wall_seconds) - 1)
-        for run in past
-        if run.estimated_seconds
-    ]
+def median_error(runs: Sequence[FinishedRun]) -> float | None:
+    """Return the median of |estimated / actual - 1| over the runs with an estimate, else None."""
+    errors = []
+    for run in runs:
+        if run.estimated_seconds:
+            actual = STARTUP_SECONDS + run.wall_seconds
+            errors.append(abs(run.estimated_seconds / actual - 1))
     return median(errors) if errors else None
-
-
-def past_runs(home: Path) -> list[Past]:
-    """The finished runs of a home, by its files; what cannot be read, or changed its device on the way, is left out."""
-    return list(_finished(home, {}).values())
-
-
-def _finished(home: Path, known: Mapping[str, Past]) -> dict[str, Past]:
-    """The finished runs of a home by run_id, those left out that are known: what is finished stays as it is."""
-    folders = sorted(set(os.listdir(home)) - known.keys()) if home.is_dir() else []
-    return {name: run for name in folders if (run := _past(home / name))}
-
-
-def _past(folder: Path) -> Past | None:
-    """A run by its files; None where they do not say how long it took on one kind of device."""
-    try:
-        done, given = (
-            read_json(folder / "done.json"),
-            read_json(folder / "plan.json")["hyperparameters"],
-        )
-        count = int(done["attempt"])
-        attempts = [
-            read_json(folder / "attempts" / f"{k:03d}" / "attempt.json")
-            for k in range(1, count + 1)
-        ]
-        ((name, ranks, threads),) = {
-            (attempt["device_name"], attempt["ranks"], attempt["threads"]) for attempt in attempts
-        }
-        width, depth, batch, steps = (
-            int(given[key]) for key in ("width", "depth", "batch_tokens", "steps")
-        )
-        estimated = attempts[0].get("estimated_seconds") if count == 1 else None
-        took, estimated = float(done["wall_seconds"]), estimated and float(estimated)
-        run = Past(
-            float(done["flops"]), width, depth, batch, steps, name, ranks, threads, took, estimated
-        )
-        numbers = (run.flops, run.width, run.batch_tokens, run.ranks, run.threads, run.wall_seconds)
-        return run if all(0 < number < math.inf for number in numbers) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
 
 
 @dataclass(frozen=True)
 class Price:
-    """What an hour costs."""
+    """Price of an hour, in any currency."""
 
     amount: float
-    """Of any currency, an hour."""
     per_device: bool
-    """Whether of one device, or of the whole machine."""
+    """Whether the amount is for one device, or for the whole machine."""
 
     def of(self, seconds: float, devices_used: int, devices_total: int) -> float:
-        """The cost of a time on some of a machine's devices: of those, or their share of the machine."""
+        """Return the cost of the devices used: theirs, or their share of the machine's."""
         units = devices_used if self.per_device else devices_used / devices_total
         return self.amount * units * seconds / 3600
 
 
-def price_of(text: str) -> Price:
-    """The price in "24/h" or "24", of the whole machine, or "3/gpu/h", of one device. Raises ValueError for another."""
-    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)(/gpu)?(/h)?", text.strip())
-    if found is None:
+def parse_price(price: str) -> Price:
+    """Parse "24/h" or "24" (the whole machine) and "3/gpu/h" (one device).
+
+    Raises ValueError for any other text.
+    """
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)(/gpu)?(/h)?", price.strip())
+    if match is None:
         raise ValueError(
-            f"--price {text!r}: write 24/h for the whole machine, or 3/gpu/h for one device"
+            f"--price {price!r}: write 24/h for the whole machine, or 3/gpu/h for one device"
         )
-    return Price(float(found[1]), found[2] is not None)
+    return Price(float(match[1]), per_device=match[2] is not None)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slm.hardware.memory import peak_memory
-from slm.hardware.runtime import START, Price
+from slm.hardware.runtime import STARTUP_SECONDS, Price
 from slm.hardware.slot import Slot
 from slm.recipe import Hyperparameters
 from slm.sweep.launcher import Waiting
@@ -82,7 +82,7 @@ def in_queue(waiting: Sequence[Waiting], launcher: Slurm, price: Price | None) -
     shares = {}
     for run in waiting:
         slot = launcher.cluster.slot(run.given)
-        seconds = START + run.left * (launcher.seconds(run.given, slot) - START)
+        seconds = STARTUP_SECONDS + run.left * (launcher.seconds(run.given, slot) - STARTUP_SECONDS)
         cost = price.of(seconds, slot.ranks, slot.ranks // slot.nodes) if price else None
         shares[run.name] = Share(slot, None, seconds, _peak(run.given, slot, launcher.memory), cost)
     total = sum(own.cost or 0.0 for own in shares.values()) if price else None

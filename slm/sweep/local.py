@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from slm.files import NO_HOLDER, hand_over_lock, hold_lock
 from slm.hardware import devices
-from slm.hardware.runtime import START, RuntimeModel
+from slm.hardware.runtime import STARTUP_SECONDS, RuntimeModel
 from slm.hardware.slot import Slot
 from slm.recipe import Hyperparameters
 from slm.run import ExitDocument, record_exit, run_holder, stop_run
@@ -145,7 +145,7 @@ class Local:
         if not seconds:
             self.memory.rows(run.given, slots[max(sizes)])  # says what is missing
         left = {
-            size // self.unit: START + run.left * (whole - START) for size, whole in seconds.items()
+            size // self.unit: STARTUP_SECONDS + run.left * (whole - STARTUP_SECONDS) for size, whole in seconds.items()
         }
         return Job(run.name, left)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from slm.hardware.memory import EVALUATION_TOKENS, largest_micro_batch
+from slm.hardware.block_sizes import EVALUATION_TOKENS
+from slm.hardware.memory import largest_micro_batch
 from slm.hardware.slot import MicroBatch, Slot
 from slm.recipe import Hyperparameters
 

@@ -18,7 +18,7 @@ from slm.text import count
 
 if TYPE_CHECKING:
     from slm.experiment import Experiment, RequestedRun
-    from slm.hardware.runtime import Past, Price, RuntimeModel
+    from slm.hardware.runtime import FinishedRun, Price, RuntimeModel
     from slm.plan import Plan
     from slm.run import RunState
     from slm.sweep.forecast import Forecast
@@ -141,7 +141,7 @@ def _labels(rows: list[Row]) -> dict[str, str]:
 
 def document(own: Planned) -> dict[str, Any]:
     """The plan for --json."""
-    from slm.hardware.runtime import past_error
+    from slm.hardware.runtime import median_error
 
     past = _past(own.estimates, own.forecast)
     return {
@@ -150,7 +150,7 @@ def document(own: Planned) -> dict[str, Any]:
         "runs": [_document(row, own.forecast) for row in own.rows],
         "seconds": own.forecast.seconds,
         "cost": own.forecast.cost,
-        "estimates": {"past_runs": len(past), "median_error": past_error(past)},
+        "estimates": {"past_runs": len(past), "median_error": median_error(past)},
     }
 
 
@@ -253,19 +253,19 @@ def _totals(rows: list[Row], forecast: Forecast) -> str:
     return ", ".join(parts)
 
 
-def _past(estimates: RuntimeModel, forecast: Forecast) -> list[Past]:
+def _past(estimates: RuntimeModel, forecast: Forecast) -> list[FinishedRun]:
     """The finished runs on the devices that a forecast is for: they alone inform it."""
     names = {own.slot.device_name for own in forecast.shares.values()}
-    return [run for run in estimates.past if run.device_name in names]
+    return [run for run in estimates.runs if run.device_name in names]
 
 
 def _basis(estimates: RuntimeModel, forecast: Forecast) -> str:
     """What the estimates rest on, and how far past ones were off."""
-    from slm.hardware.runtime import past_error
+    from slm.hardware.runtime import median_error
 
     slots = {(own.slot.device, own.slot.device_name) for own in forecast.shares.values()}
     rest = ", ".join(sorted({estimates.throughput.basis(*slot) for slot in slots}))
-    error = past_error(_past(estimates, forecast))
+    error = median_error(_past(estimates, forecast))
     off = "none was checked yet" if error is None else f"past ones were off by {error:.0%} (median)"
     return f"times rest on {rest}; {off}"
 
