@@ -55,7 +55,7 @@ def compare(
     if markdown and as_json:
         raise ValueError("--markdown and --json: choose one")
     sides = _of_file(file, names) if file is not None else _of_store(base, candidate)
-    found = fits.compare(sides.base, sides.candidate, sides.names, mixed=allow_mixed)
+    found = fits.compare(sides.base, sides.candidate, sides.names, allow_mixed=allow_mixed)
     times, refused = _in_time(sides, allow_mixed)
     document = found.document() | {"excluded": sides.excluded}
     document |= {name: times[name].document() if name in times else None for name in TIMES}
@@ -344,13 +344,11 @@ def _measured(frame: pandas.DataFrame, depth: int) -> list[str]:
     from slm.hardware import devices
 
     own = frame[frame["depth"] == depth]
-    peaks = [devices.peak_flops(fitting.known(name, "")) for name in own["device_name"]]
-    used = [
-        speed / (peak * ranks)
-        for speed, peak, ranks in zip(own["flops_per_second"], peaks, own["ranks"])
-        if peak
+    shares = [
+        devices.mfu(speed, fitting.known(name, ""), ranks)
+        for speed, name, ranks in zip(own["flops_per_second"], own["device_name"], own["ranks"])
     ]
-    used = [share for share in used if fitting.known(share, None) is not None]
+    used = [share for share in shares if fitting.known(share, None) is not None]
     return [
         f"{own['core'].mean():.4f}" if own["core"].notna().all() else "-",
         f"{own['tokens_per_second'].mean():,.0f}"

@@ -43,8 +43,9 @@ class _AtWork:
     track: RunProgress
     began: float
     """When the attempt was made, unix seconds."""
-    peak: float | None
-    """FLOPs a second that its devices promise, where that is known."""
+    device: str
+    """The device's name."""
+    ranks: int
     told: float = 0.0
     """When a plain line was last about it, monotonic seconds."""
 
@@ -62,9 +63,8 @@ class _AtWork:
 
     @property
     def mfu(self) -> float | None:
-        """Share of its devices' peak."""
-        rate = self.flops_per_second
-        return rate / self.peak if rate and self.peak else None
+        """Model FLOPs utilisation, where the devices' peak is known."""
+        return devices.mfu(self.flops_per_second, self.device, self.ranks)
 
 
 class Display:
@@ -101,10 +101,7 @@ class Display:
         device, ranks = document["device_name"] or document["device"], document["ranks"]
         track = self._tracks.setdefault(plan.run_id, RunProgress(plan.hyperparameters.steps))
         track.doing = "starting"
-        peak = devices.peak_flops(device)
-        self._at_work[plan.run_id] = _AtWork(
-            plan, track, document["created"], peak and peak * ranks
-        )
+        self._at_work[plan.run_id] = _AtWork(plan, track, document["created"], device, ranks)
         if plan.run_id in self._flops:  # not another sweep's, which is watched
             self._began = min(self._began, document["created"])
         self._ended.pop(plan.run_id, None)
@@ -280,7 +277,7 @@ def _cells(run: _AtWork) -> Cells:
         "loss": "" if track.loss is None else f"{track.loss:.3f}",
         "curve": "",
         "tok/s": f"{rate:,.0f}" if rate else "",
-        **({"MFU": f"{mfu:.1%}" if mfu else ""} if run.peak else {}),
+        **({"MFU": f"{mfu:.1%}" if mfu else ""} if devices.peak_flops(run.device) else {}),
         "GB": f"{track.memory_bytes / 1e9:.2f}" if track.memory_bytes else "",
         "left": _doing(track) if track.doing else ("" if left is None else duration(left)),
     }

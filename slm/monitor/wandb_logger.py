@@ -72,7 +72,7 @@ class WandbLogger:
             timeout,
         )
         self._runs: dict[Plan, Any] = {}
-        self._peaks: dict[Plan, float | None] = {}
+        self._devices: dict[Plan, tuple[str, int]] = {}
         self._jobs: SimpleQueue[tuple[Callable[..., None], Plan, Any] | None] = SimpleQueue()
         self._warnings: SimpleQueue[str] = SimpleQueue()
         self._thread = Thread(target=self._work, daemon=True)
@@ -135,8 +135,7 @@ class WandbLogger:
 
     def _begin(self, plan: Plan, attempt: Path) -> None:
         made = read_attempt(attempt)
-        peak = devices.peak_flops(made["device_name"])
-        self._peaks[plan] = peak and peak * made["ranks"]
+        self._devices[plan] = (made["device_name"], made["ranks"])
         if plan in self._runs:
             return
         os.environ.setdefault(
@@ -168,10 +167,11 @@ class WandbLogger:
         }
         if self._runs[plan] is None or not values:
             return
-        if (peak := self._peaks[plan]) and "tokens_per_second" in event:
-            values["train/mfu"] = (
-                100 * event["tokens_per_second"] * plan.hyperparameters.flops_per_token / peak
-            )
+        if "tokens_per_second" in event:
+            flops = event["tokens_per_second"] * plan.hyperparameters.flops_per_token
+            mfu = devices.mfu(flops, *self._devices[plan])
+            if mfu is not None:
+                values["train/mfu"] = 100 * mfu
         self._runs[plan].log({"step": event["step"], **values}, step=event["step"])
 
     def _end(self, plan: Plan, outcome: str) -> None:

@@ -113,9 +113,7 @@ def throughput(finished: Sequence[Row]) -> list[Block]:
 
 
 def _mfu(row: Row) -> float | None:
-    """Share of the devices' peak; None where that is not known."""
-    peak, speed = devices.peak_flops(row["device_name"] or ""), row["flops_per_second"]
-    return speed / (peak * row["ranks"]) if peak and speed and row["ranks"] else None
+    return devices.mfu(row["flops_per_second"], row["device_name"], row["ranks"])
 
 
 def attempts(found: Found) -> list[Block]:
