@@ -464,14 +464,14 @@ def slurm() -> Iterator[Finding]:
 def database(home: Path) -> Iterator[Finding]:
     """Whether the store, in the home or on the server that SLM_STORE names, answers and holds the files as they are."""
     import store
-    from store import paths as places
+    from store import paths
 
     try:
-        if url := places.server():
+        if url := paths.server_url():
             from store import server
 
-            what = f"{server.reached(url)} answers"
-        elif places.snapshot(home).exists():
+            what = f"{server.ping(url)} answers"
+        elif paths.snapshot(home).exists():
             runs = store.sql("select count(*) as n from runs", home=home)["n"].iloc[0]
             what = f"runs: {runs}"
         else:

@@ -1,400 +1,230 @@
-"""What the commands about curves share: finished runs as typed points, and fits as records."""
+"""Results of a home as functions: the door for notebooks and scripts, and what the commands print.
+
+    from slm import results
+
+    fit = results.fit_curves("isoflop")
+    fit.table("budget (FLOPs)")    # a pandas DataFrame
+    fit.plot()                     # a matplotlib Figure
+    fit.to_json()                  # the document of `slm fit-curves isoflop --json`
+
+Every function brings the database of its home up to date first. The home is the argument `home`, else
+$SLM_HOME, else ./runs. Fits, comparisons and designs of experiments are recorded in the home under `fits/`,
+as the commands record them; figures are files only after `save`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
+import re
+import shlex
 import time
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import metadata
+from math import log
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from slm.cli.options import report_problems
 from slm.files import write_json
+from slm.hardware.devices import mfu
+from slm.recipe import RECIPES, Hyperparameters, Recipe
+from slm.selection import (
+    COUNTS,
+    METRICS,
+    Note,
+    Runs,
+    budget_of,
+    describe_excluded,
+    flag_warnings,
+    ingest,
+    known,
+    ladder_rows,
+    only_experiment,
+    runs_of_experiments,
+    runs_of_file,
+    single_recipe,
+    to_trials,
+    training_curves,
+    usable_rows,
+)
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.figure import Figure
 
-    from slm.fits import Point
+    from slm.evaluate.paired import Paired
+    from slm.fits import Candidate, Comparison, CurveFit, Design, Goal, Point, Prediction, Target, Trial
+    from slm.report import ExperimentData, Report
 
-SMOOTHING = 12
-"""A training curve is averaged over this share of its logged steps."""
-COUNTS = {
-    "matrices+head": ("parameters_scaling", "scaling"),
-    "total": ("parameters_total", "total"),
-    "matrices": ("parameters_matrices", "transformer_matrices"),
-}
-"""What N may count, the column of `results` that has it, and its name among a recipe's parameters."""
-METRICS = {"val_bpb": "val_bpb", "loss": "val_loss", "core": "val_bpb"}
-"""What a fit may be of, and the column of `results` that is its loss; CORE is read through the loss."""
-NAMED = 4
-"""Runs named of those left out for one reason, or flagged."""
-CORES = ("core", "core_error", "core_key")
-"""Columns of `results` on CORE, or on what is measured in its place."""
-NONE = "none"
-"""`--map budget=none`: the runs of a file have no budgets."""
-
-
-@dataclass(frozen=True)
-class Runs:
-    """What is to be fitted."""
-
-    points: list[Point]
-    """Runs."""
-    convention: str
-    """What their N counts."""
-    stem: Path
-    """Where the figure goes, without ending."""
-    experiments: list[str] = field(default_factory=list)
-    """Where they are from; a fit of a file is not recorded."""
-    excluded: list[dict[str, str]] = field(default_factory=list)
-    """Runs left out, each with its reason."""
-    rows: pandas.DataFrame | None = None
-    """Rows of `results` that they are, where they are from the store."""
-    warnings: list[dict[str, str]] = field(default_factory=list)
-    """What the rows say of themselves: flags of the runs that are used."""
-    others: dict[str, list[float]] = field(default_factory=dict)
-    """N of every run by the other conventions that all runs have."""
-    speed: float | None = None
-    """FLOPs a second of the largest run; None where it is not known."""
-    ratio: float | None = None
-    """Tokens a parameter of a ladder that is not the recipe's."""
-    data: str = "python"
-    """Corpus that the experiment names."""
+Table = tuple[list[str], list[list[str]]]
+"""Headers and rows."""
+MAX_DEPTH = 100
+"""Depth of the deepest model considered."""
+NO_CORE = "no run has a CORE; `slm eval RUN --core` measures it"
+TIMES = {"wall_clock": "training time", "cost": "device time"}
+"""What a comparison multiplies besides compute, in words."""
+SCATTER = 1.1
+"""Ratio of training times of one depth and recipe from which a warning is given."""
+GRID_BUDGETS = 3
+"""isoFLOP budgets that a design considers besides those of the existing runs."""
+RATIO_RANGE = 16
+"""Largest factor between a candidate's tokens per parameter and the recipe's."""
 
 
-def of_experiments(
-    names: Sequence[str], counting: str = "matrices+head", metric: str = "val_bpb"
+def points(
+    *experiments: str,
+    params: str = "matrices+head",
+    metric: str = "val_bpb",
+    home: Path | str | None = None,
 ) -> Runs:
-    """The finished runs of experiments in the store; of the only one there is when none is named.
+    """Return the finished runs of experiments that a fit can use, as typed points.
 
-    Raises ValueError for an experiment that is not there or has no finished run that a fit can use.
+    `params` is what N counts (one of COUNTS), `metric` one of METRICS. Without a name it is the only
+    experiment of the home. Raises ValueError for an unknown name or an experiment without such a run.
+
+    Example: `points("isoflop").table()`.
     """
-    home = ingested()
-    names = list(dict.fromkeys(names)) or [only_experiment(home)]
-    finished = finished_of(names, home)
-    complete, excluded = usable_of(finished, ("flops", METRICS[metric]))
-    ladder, beside = ladder_of(complete)
-    excluded += beside
-    if ladder.empty:
-        raise ValueError(_nothing_to_fit(names, complete, excluded))
-    return Runs(
-        points=points_of(ladder, COUNTS[counting][0], METRICS[metric]),
-        convention=counting,
-        stem=home / "figures" / "+".join(names),
-        experiments=names,
-        excluded=excluded,
-        rows=ladder,
-        warnings=flagged(ladder),
-        others=_other_counts(ladder, counting),
-        speed=_speed(ladder),
-        ratio=next(
-            (float(own[6:]) for own in ladder["horizon"].dropna() if own.startswith("ratio=")), None
-        ),
-        data=_data_of(names[0], home),
-    )
+    _check_choice("metric", metric, METRICS)
+    _check_choice("params", params, COUNTS)
+    return runs_of_experiments(experiments, ingest(home), params, metric)
 
 
-def of_file(file: Path, columns: dict[str, str]) -> Runs:
-    """The runs of a CSV. Raises ValueError as `fits.read_points` does."""
-    from slm.fits import read_points
+@dataclass
+class FitRecord:
+    """A fit of `fit_curves`, with its predictions."""
 
-    budgets = columns.get("budget") != NONE
-    named = {name: column for name, column in columns.items() if budgets or name != "budget"}
-    table = read_points(file, named, budgets)
-    outliers = [
-        {"run_id": point.run_id, "reason": "marked as an outlier"} for point in table.outliers
-    ]
-    return Runs(
-        list(table.points), "params as the file gives them", Path(file.stem), excluded=outliers
-    )
+    fit: CurveFit
+    runs: Runs
+    predictions: list[Prediction]
+    reach: list[dict[str, Any]]
+    """Compute at which the family reaches a CORE, with depth, hours and price where known."""
+    document: dict[str, Any]
+    """The record in `fits/`: hash, time, versions and every number."""
+    figures: list[Path] = field(default_factory=list)
+    """Files that `save` has written."""
 
+    def tables(self) -> list[Table]:
+        """Return all tables as headers and rows of text: predictions, laws, minima, surfaces, hold-outs."""
+        from slm import fits
 
-def _nothing_to_fit(
-    names: Sequence[str], complete: pandas.DataFrame, excluded: Sequence[dict[str, str]]
-) -> str:
-    """Why experiments have no run for a fit."""
-    wanted = " and ".join(repr(name) for name in names)
-    if not excluded:
-        return f"experiment {wanted} has no finished run to fit: `slm status {names[0]}` says why"
-    if complete.empty:
-        way = (
-            "; --metric loss takes nats a token"
-            if any(run["reason"] == "no val_bpb" for run in excluded)
-            else ""
-        )
-        return f"experiment {wanted} has no run to fit: {'; '.join(left_out(excluded))}{way}"
-    horizons = ", ".join(sorted(set(complete["horizon"])))
-    return f"experiment {wanted} has runs at {horizons}: a fit takes one ratio, or FLOPs budgets"
+        tables = fits.tables(self.fit, self.predictions)
+        return [*tables, _reach_table(self.reach, self.fit)] if self.reach else tables
 
+    def table(self, name: str | None = None) -> pandas.DataFrame:
+        """Return a table by its first header: "law", "budget (FLOPs)", "surface", ...; the first by default."""
+        return _frame(self.tables(), name)
 
-def _other_counts(ladder: pandas.DataFrame, counting: str) -> dict[str, list[float]]:
-    columns = {name: ladder[column] for name, (column, _) in COUNTS.items() if name != counting}
-    return {name: own.tolist() for name, own in columns.items() if own.notna().all()}
+    def plot(self, name: str = "curve") -> Figure:
+        """Plot "curve", "frontier", "residuals" or "core". Raises ValueError for one that the fit lacks."""
+        from slm import figures
 
+        return figures.plot_fit(self.fit, name, training_curves(self.runs), self.runs.stem.name)
 
-def _speed(ladder: pandas.DataFrame) -> float | None:
-    """FLOPs a second of the largest run, where it is known."""
-    import pandas
+    def save(self, stem: Path | None = None) -> list[Path]:
+        """Write all figures as PNG and SVG; to `figures/` of the home by default."""
+        from slm import figures
 
-    speed = ladder.sort_values("flops")["flops_per_second"].iloc[-1]
-    return None if pandas.isna(speed) else float(speed)
+        stem = stem or self.runs.stem
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        self.figures = figures.draw_fit(self.fit, stem, training_curves(self.runs), stem.name)
+        return self.figures
 
-
-def check_file(file: Path | None, names: str | None, other: str | None) -> None:
-    """Refuse --from beside names of the store or where there is no such file, and --map without it."""
-    if file is not None and other is not None:
-        raise ValueError(f"{other} and --from {file}: read one or the other")
-    if names is not None and file is None:
-        raise ValueError(f"--map {names}: it goes with --from")
-    if file is not None and not file.is_file():
-        raise ValueError(f"--from {file}: no such file")
+    def to_json(self) -> dict[str, Any]:
+        """Return the document of `slm fit-curves --json`."""
+        return self.document | {"figures": [str(path) for path in self.figures]}
 
 
-def print_warnings(document: dict[str, Any]) -> None:
-    """A paragraph each."""
-    for warning in document["warnings"]:
-        print(f"\n{warning['code']}: {warning['message']}")
+def fit_curves(
+    *experiments: str,
+    file: Path | None = None,
+    columns: dict[str, str] | None = None,
+    metric: str | None = None,
+    params: str | None = None,
+    form: str = "auto",
+    paper: bool = False,
+    at: Sequence[float] = (),
+    depths: Sequence[int] = (),
+    reach: Sequence[float] = (),
+    price: float | None = None,
+    allow_mixed: bool = False,
+    home: Path | str | None = None,
+) -> FitRecord:
+    """Fit loss against compute: law, isoFLOP minima, surface and CORE, with intervals and warnings.
 
+    The runs are those of experiments, or of a CSV `file` whose `columns` map the names of a point's fields
+    to the file's. `metric`, `params`, `form` and `paper` are those of `fits.fit_curves`. `at` predicts the
+    optimum at these FLOPs, `depths` these depths trained compute-optimally; `reach` finds the compute at
+    which these CORE are reached, with the cost at `price` per hour on the devices of the largest run.
 
-def left_out(excluded: Sequence[dict[str, str]]) -> list[str]:
-    """Runs left out, a line for each reason, the first of them named."""
-    reasons: dict[str, list[str]] = defaultdict(list)
-    for run in excluded:
-        reasons[run["reason"]].append(run["run_id"])
-    return [
-        f"{len(runs)} run{'s' * (len(runs) > 1)}, {reason}: {_listed(runs)}"
-        for reason, runs in reasons.items()
-    ]
+    Raises ValueError for contradicting options and runs that cannot be fitted, NotComparable (a ValueError)
+    for runs on several axes unless `allow_mixed`.
 
-
-def _listed(words: Sequence[str]) -> str:
-    return ", ".join(words[:NAMED]) + (", …" if len(words) > NAMED else "")
-
-
-def columns_of(text: str | None) -> dict[str, str]:
-    """`loss=val_bpb,params=n` as a dictionary. Raises ValueError for what is not name=column."""
-    columns = {}
-    for pair in text.split(",") if text else ():
-        name, _, column = (part.strip() for part in pair.partition("="))
-        if not (name and column):
-            raise ValueError(f"--map {text}: write name=column, as in loss=val_bpb")
-        columns[name] = column.strip("'\"")
-    return columns
-
-
-def ingested() -> Path:
-    """The home, its database up to date with its files."""
-    import store
-
-    home = store.home()
-    report_problems(store.ingest(home).problems)
-    return home
-
-
-def finished_of(names: Sequence[str], home: Path) -> pandas.DataFrame:
-    """Finished runs of experiments, each once."""
-    import pandas
-
-    import store
-
-    frames = [store.results(name, home=home) for name in names]
-    frame = pandas.concat(frames).drop_duplicates("run_id", ignore_index=True)
-    return frame[frame["status"] == "finished"]
-
-
-def usable_of(
-    finished: pandas.DataFrame, needed: Sequence[str]
-) -> tuple[pandas.DataFrame, list[dict[str, str]]]:
-    """The runs that no flag forbids and that have the columns needed, and the others with the reason."""
-    from slm.exchange.importers.checks import weighing
-
-    allowed, excluded = finished["usable"].astype(bool), []
-    for row in finished[~allowed].to_dict("records"):
-        excluded.append(
-            {"run_id": row["run_id"], "reason": f"flagged {weighing(row['flags'], 'forbids')}"}
-        )
-    left = finished[allowed]
-    for column in needed:
-        excluded += [
-            {"run_id": run, "reason": f"no {column}"} for run in left[left[column].isna()]["run_id"]
-        ]
-        left = left[left[column].notna()]
-    return left, excluded
-
-
-def flagged(used: pandas.DataFrame) -> list[dict[str, str]]:
-    """A warning that lists the runs used although something is known against them; none without any."""
-    from slm.exchange.importers.checks import weighing
-
-    known = {
-        run: weighing(flags, "warns")
-        for run, flags in zip(used["run_id"], used["flags"])
-        if isinstance(flags, str)
-    }
-    found = [f"{run} ({flags})" for run, flags in known.items() if flags]
-    if not found:
-        return []
-    message = f"{len(found)} of {len(used)} runs are used although they are flagged: {_listed(found)}; look at their source"
-    return [{"code": "flagged_runs", "message": message}]
-
-
-def ladder_of(finished: pandas.DataFrame) -> tuple[pandas.DataFrame, list[dict[str, str]]]:
-    """The runs that a fit may use, and the others with the reason.
-
-    Runs at FLOPs budgets, and one ladder: the compute-optimal runs, or those of the only ratio where there are none.
-    An imported run whose horizon nobody wrote down is one of the ladder.
+    Example: `fit_curves("ladder", at=[1e20]).table("prediction")`.
     """
-    horizons = set(finished["horizon"].dropna())
-    ratios = {horizon for horizon in horizons if horizon.startswith("ratio=")}
-    ladder = (
-        ratios if len(ratios) == 1 and "compute-optimal" not in horizons else {"compute-optimal"}
+    from slm import fits
+
+    _check_choice("metric", metric, METRICS)
+    _check_choice("params", params, COUNTS)
+    if price is not None and not reach:
+        raise ValueError(f"price {price:g}: it needs a CORE to reach")
+    if paper and form == "power":
+        raise ValueError("paper and form power: the paper's objective is that of a surface")
+    counting = params or "matrices+head"
+    if file is None:
+        metric = metric or "val_bpb"
+        runs = runs_of_experiments(experiments, ingest(home), counting, metric)
+    else:
+        if params is not None:
+            raise ValueError(f"params {params}: a file's N is its column; map params to another one")
+        columns = columns or {}
+        metric = metric or ("val_bpb" if columns.get("loss") == "val_bpb" else "loss")
+        runs = runs_of_file(file, columns, metric)
+    targets = [fits.Target(flops) for flops in at]
+    targets += [_depth_target(runs, depth, counting) for depth in depths]
+    fit = fits.fit_curves(
+        runs.points, runs.convention, metric, form, paper, runs.other_counts, allow_mixed
     )
-    usable = (
-        finished["horizon"].isin(ladder)
-        | finished["horizon"].map(budget_of).notna()
-        | finished["horizon"].isna()
-    )
-    others = finished[~usable].to_dict("records")
-    reasons = [
-        {"run_id": row["run_id"], "reason": f"{row['horizon']} is not compute-optimal"}
-        for row in others
-    ]
-    return finished[usable], reasons
+    if metric == "core":
+        _require_core(fit, "metric core")
+    predictions = [fit.predict(_best_model(fit, target, counting)) for target in targets]
+    reached = [_reached(fit, core, runs.speed, price) for core in reach]
+    return _fit_record(fit, runs, predictions, reached)
 
 
-def points_of(
-    finished: pandas.DataFrame, params: str = "parameters_scaling", loss: str = "val_bpb"
-) -> list[Point]:
-    """Finished runs of the view `results` as points; `params` and `loss` are columns of it.
+def _fit_record(
+    fit: CurveFit,
+    runs: Runs,
+    predictions: Sequence[Prediction] = (),
+    reached: Sequence[dict[str, Any]] = (),
+) -> FitRecord:
+    """Record a fit in the home of its runs."""
+    document = fit.document()
+    document["predictions"] = [prediction.document() for prediction in predictions]
+    document["reach"] = list(reached)
+    document["points"]["excluded"] += runs.excluded
+    document["warnings"] += runs.warnings
+    document = record("fit-curves", runs.experiments, document, runs.home)
+    return FitRecord(fit, runs, list(predictions), list(reached), document)
 
-    An imported run without a depth has depth 1, one without a seed has seed 0, as in a file.
+
+def fit_recipes(experiment: str, allow_mixed: bool = False, home: Path | None = None) -> list[FitRecord]:
+    """Fit each recipe of an experiment alone.
+
+    Raises as `fit_curves` does.
+
+    Example: `[fit.runs.points[0].recipe for fit in fit_recipes("crippled")]`.
     """
-    from slm.fits import Point
+    from slm import fits
 
-    told = finished[[name for name in CORES if name in finished]]
-    measured: list[dict[Any, Any]] = (
-        told.astype(object).where(told.notna(), None).to_dict("records")
-    )
-    return [
-        Point(
-            run_id=row["run_id"],
-            recipe=row["recipe"],
-            depth=int(known(row["depth"], 1)),
-            params=float(known(row[params], math.nan)),
-            tokens=float(known(row["tokens"], math.nan)),
-            flops=row["flops"],
-            loss=row[loss],
-            seed=int(known(row["seed"], 0)),
-            budget=budget_of(row["horizon"]),
-            comparison_key=row["comparison_key"],
-            **cores,
+    runs = runs_of_experiments([experiment], ingest(home))
+    fitted = []
+    for recipe in dict.fromkeys(point.recipe for point in runs.points):
+        part = _of_recipe(runs, recipe)
+        fit = fits.fit_curves(
+            part.points, part.convention, others=part.other_counts, allow_mixed=allow_mixed
         )
-        for row, cores in zip(finished.to_dict("records"), measured)
-    ]
-
-
-def known(value: Any, otherwise: Any) -> Any:
-    """A cell of a DataFrame, something else where it is missing."""
-    import pandas
-
-    return otherwise if pandas.isna(value) else value
-
-
-def budget_of(horizon: Any) -> float | None:
-    """FLOPs of `flops=1e12`; None for another horizon, and for none."""
-    name, _, value = str(horizon).partition("=")
-    return float(value) if name == "flops" else None
-
-
-def family_of(points: Sequence[Point], option: str) -> str:
-    """The one recipe of runs. Raises ValueError, naming the option that needs it, where there are several."""
-    names = sorted({point.recipe for point in points})
-    if len(names) > 1:
-        raise ValueError(
-            f"{option}: the runs are of recipes {' and '.join(names)}; it takes those of one"
-        )
-    return names[0]
-
-
-def _data_of(experiment: str, home: Path) -> str:
-    """Corpus as the experiment was asked for."""
-    import store
-
-    named = [store.home_of(experiment, home), experiment]
-    frame = store.sql(
-        "select declared from experiments where home = ? and name = ?", named, home=home
-    )
-    declared = frame["declared"].iloc[0]
-    return str(
-        (json.loads(declared) if isinstance(declared, str) else declared or {}).get(
-            "data", "python"
-        )
-    )
-
-
-def only_experiment(home: Path) -> str:
-    """Its name. Raises ValueError where there are several, or none."""
-    import store
-
-    own = [store.identity(home)]
-    names = store.sql("select name from experiments where home = ? order by name", own, home=home)[
-        "name"
-    ].tolist()
-    if len(names) != 1:
-        raise ValueError(f"name an experiment: there are {', '.join(names) or 'none'} in {home}")
-    return str(names[0])
-
-
-def training_curves(runs: Runs, metric: str) -> list[tuple[int, Any, Any]]:
-    """Depth, FLOPs and smoothed training loss of each run that has them, for the figure's background; a file has none.
-
-    Nats a token become the loss's unit by the run's own ratio of the two on the validation rows.
-    """
-    import store
-
-    if runs.rows is None:
-        return []
-    loss: str = METRICS[metric]
-    logged: dict[Any, pandas.DataFrame] = {}
-    for name in runs.experiments:
-        logged |= dict(iter(store.curves(name).dropna(subset=["loss", "flops"]).groupby("run_id")))
-    curves = []
-    for row in runs.rows.to_dict("records"):
-        run = logged.get(row["run_id"])
-        if run is None or known(row["val_loss"], None) is None:
-            continue
-        smooth = run["loss"].rolling(max(1, len(run) // SMOOTHING), min_periods=1).mean()
-        curves.append(
-            (
-                int(known(row["depth"], 1)),
-                run["flops"].to_numpy(),
-                smooth.to_numpy() * row[loss] / row["val_loss"],
-            )
-        )
-    return curves
-
-
-def recorded(kind: str, experiments: Sequence[str], document: dict[str, Any]) -> dict[str, Any]:
-    """A fit with its kind, hash, time and versions; of experiments of the home, kept as a file and in the store."""
-    import store
-
-    versions = {name: metadata.version(name) for name in ("slm", "numpy", "scipy")}
-    content = {"kind": kind, "experiments": list(experiments), "versions": versions, **document}
-    digest = hashlib.sha256(
-        json.dumps(content, sort_keys=True, allow_nan=False).encode()
-    ).hexdigest()[:12]
-    record = {"hash": digest, "created": time.time(), **content}
-    if not experiments:
-        return record
-    home = store.home()
-    (home / "fits").mkdir(exist_ok=True)
-    path = home / "fits" / f"{digest}.json"
-    if not path.exists():
-        write_json(path, record)
-    store.ingest(home)
-    return record
+        fitted.append(_fit_record(fit, replace(part, warnings=[])))
+    return fitted

@@ -1,21 +1,21 @@
 """The results database: run folders in, tables out. README.md is its data dictionary."""
 
-from store.check import Checked, Freed, check, vacuum
+from store.check import CheckReport, VacuumReport, check, vacuum
 from store.ingest import Counts, ingest, is_current, rebuild
-from store.paths import QueryError, StoreError, home, identity
-from store.query import curves, home_of, results, sql
+from store.paths import QueryError, StoreError, home, home_id
+from store.query import curves, experiment_home, results, sql
 
 __all__ = [
-    "Checked",
+    "CheckReport",
     "Counts",
-    "Freed",
     "QueryError",
     "StoreError",
+    "VacuumReport",
     "check",
     "curves",
+    "experiment_home",
     "home",
-    "home_of",
-    "identity",
+    "home_id",
     "ingest",
     "is_current",
     "rebuild",

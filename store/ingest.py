@@ -1,4 +1,7 @@
-"""Files into rows: one short-lived writer at a time, then a snapshot for everyone else. Light until it is called."""
+"""Files into rows: one short-lived writer at a time, then a snapshot for all readers.
+
+Importing this module loads no database library.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from store import paths as places
+from store import paths
 from store.documents import File, rows_of, scan
 from store.paths import StoreError
 
@@ -28,62 +31,70 @@ PATIENCE = 30.0
 
 @dataclass(frozen=True)
 class Counts:
-    """What an ingest wrote."""
+    """Rows that an ingest wrote, and its problems."""
 
     runs: int
     """Plans, new or changed."""
     finished: int
     """Runs with a result, new or changed."""
     events: int
-    """New lines of events."""
+    """New lines of events files."""
     metrics: int
-    """Numbers in them."""
+    """Numbers in these lines."""
     problems: list[str]
-    """Files that could not become rows, a line each; they are tried again at the next ingest. And a line where the
-    database was made anew, being an older version's or another home's."""
+    """One line for each file that was refused (the next ingest tries it again), and one when the
+    database was rebuilt because it belonged to an older version or another home."""
 
 
 def ingest(home: Path, patience: float = PATIENCE) -> Counts:
     """Bring the database of a home up to date with its files, and publish it if anything changed.
 
-    Whatever the moment at which it is killed, the next one loses nothing and counts nothing twice. Raises StoreError
-    when another process writes for longer than `patience` seconds, the disk is full, or the database needs a rebuild.
+    An ingest may be killed at any moment: the next one loses nothing and counts nothing twice.
+    Raises StoreError when another process writes for longer than `patience` seconds, the disk is
+    full, or the database needs a rebuild.
     """
-    with _alone(home, patience) as deadline:
-        places.identified(home)
+    with hold_store_lock(home, patience) as deadline:
+        paths.ensure_home_id(home)
         files = _files(home)
-        return Counts(0, 0, 0, 0, []) if _are_read(home, files) else _ingest(home, files, deadline)
+        if _is_up_to_date(home, files):
+            return Counts(0, 0, 0, 0, [])
+        return _ingest(home, files, deadline)
 
 
 def is_current(home: Path) -> bool:
-    """Whether the database of a home holds its files as they are, and an ingest would do nothing."""
-    return _are_read(home, _files(home))
+    """Whether the database of a home is up to date, so that an ingest would do nothing."""
+    return _is_up_to_date(home, _files(home))
 
 
 def rebuild(home: Path, patience: float = PATIENCE) -> Counts:
-    """Make the database anew from the files, whatever state it is in; on a server, this home's rows alone.
+    """Recreate the database from the files, whatever state it is in; on a server, only this home's
+    rows.
 
     Raises StoreError as `ingest` does.
     """
-    with _alone(home, patience) as deadline:
-        places.identified(home)
-        return _ingest(home, _files(home), deadline, anew=True)
+    with hold_store_lock(home, patience) as deadline:
+        paths.ensure_home_id(home)
+        return _ingest(home, _files(home), deadline, from_scratch=True)
 
 
 @contextmanager
-def _alone(home: Path, patience: float) -> Iterator[float]:
-    """Hold the home's store.lock, which ends with its process; gives the end of patience, in monotonic seconds."""
+def hold_store_lock(home: Path, patience: float) -> Iterator[float]:
+    """Hold the home's store.lock, which a dying process releases; yield the deadline in monotonic
+    seconds.
+
+    Raises StoreError when there is no such home, or another process holds the lock for longer than
+    `patience`.
+    """
     if not home.is_dir():
-        raise StoreError(
-            f"{home}: there is no such folder; `slm sweep` makes it, SLM_HOME names another"
-        )
+        raise StoreError(f"{home}: no such folder; `slm sweep` makes it, SLM_HOME names another")
     deadline = time.monotonic() + patience
     with (home / "store.lock").open("a+", encoding="utf-8") as file:
         while not _try_lock(file.fileno()):
             file.seek(0)
+            process = file.read()
             _wait(
                 deadline,
-                f"{home}: process {file.read()} is writing the database; try again when it has ended",
+                f"{home}: process {process} is writing the database; try again when it has ended",
             )
         file.truncate(0)
         file.write(str(os.getpid()))
@@ -99,9 +110,9 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
-def _wait(deadline: float, complaint: str) -> None:
+def _wait(deadline: float, message: str) -> None:
     if time.monotonic() > deadline:
-        raise StoreError(complaint)
+        raise StoreError(message)
     time.sleep(random.uniform(0.05, 0.25))
 
 
@@ -109,90 +120,100 @@ def _files(home: Path) -> dict[str, File]:
     return {file.name: file for file in scan(home)}
 
 
-def _are_read(home: Path, files: dict[str, File]) -> bool:
-    """Whether an ingest without a problem saw just these files, and its databases are there as it left them.
+def _is_up_to_date(home: Path, files: dict[str, File]) -> bool:
+    """Whether the last ingest read exactly these files without a problem, and its databases are
+    unchanged.
 
-    It saves opening the database, whose libraries take longer to load than a thousand files to look at.
+    This saves opening the database, whose libraries take longer to load than a thousand files to
+    stat.
     """
-    seen = places.seen(home)
-    return seen.exists() and seen.read_text() == _fingerprint(home, files)
+    state = paths.ingest_state(home)
+    return state.exists() and state.read_text() == _fingerprint(home, files)
 
 
 def _fingerprint(home: Path, files: dict[str, File]) -> str:
-    """Of the files as they were when looked at, of the databases, and of the schema's sources."""
-    schema = [Path(__file__).with_name(name) for name in ("paths.py", "schema.py", "views.sql")]
-    paths = [path for path in (places.live(home), places.snapshot(home), *schema) if path.exists()]
-    found = [f"{path.name} {path.stat().st_size}:{path.stat().st_mtime_ns}" for path in paths]
-    lines = [
-        places.server() or "",
-        *found,
-        *(f"{file.name} {file.state}" for file in files.values()),
-    ]
+    """Return a hash of the files' states, of the databases, and of the schema's sources."""
+    sources = [Path(__file__).with_name(name) for name in ("paths.py", "schema.py", "views.sql")]
+    lines = [paths.server_url() or ""]
+    for path in (paths.database(home), paths.snapshot(home), *sources):
+        if path.exists():
+            stat = path.stat()
+            lines.append(f"{path.name} {stat.st_size}:{stat.st_mtime_ns}")
+    lines += [f"{file.name} {file.state}" for file in files.values()]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _ingest(home: Path, files: dict[str, File], deadline: float, anew: bool = False) -> Counts:
-    """Open, write what is new, close, publish. A database that someone opened by hand is waited for."""
+def _ingest(
+    home: Path, files: dict[str, File], deadline: float, from_scratch: bool = False
+) -> Counts:
+    """Open, write what is new, close, publish. Waits while somebody has the database open."""
     import duckdb
     from sqlalchemy.exc import DBAPIError
 
     from store.writer import Outdated
 
-    said: list[str] = []
+    notes: list[str] = []
     while True:
         try:
-            if anew and not places.server():
-                _remove(home)
-            counts = _write(home, files, anew)
-            if not places.server():
-                _publish(home)
+            if from_scratch and not paths.server_url():
+                _remove_database(home)
+            counts = _write(home, files, from_scratch)
+            if not paths.server_url():
+                publish(home)
             if not counts.problems:
-                places.seen(home).write_text(_fingerprint(home, files))
-            return replace(counts, problems=said + counts.problems)
+                paths.ingest_state(home).write_text(_fingerprint(home, files))
+            return replace(counts, problems=notes + counts.problems)
         except Outdated as error:
-            said, anew = [str(error)], True
+            notes = [str(error)]
+            from_scratch = True
         except BlockingIOError as error:
             _wait(deadline, str(error))
         except (DBAPIError, duckdb.Error, OSError) as error:
-            why = places.first_line(error.orig if isinstance(error, DBAPIError) else error)
+            reason = paths.first_line(error.orig if isinstance(error, DBAPIError) else error)
             raise StoreError(
-                f"{home}: the database could not be written, its last snapshot stays: {why}"
+                f"{home}: the database could not be written ({reason}); "
+                "its last snapshot stays readable"
             ) from None
 
 
-def _remove(home: Path) -> None:
-    """The database that only an ingest opens; what readers see stays until the next is published."""
-    live = places.live(home)
-    for path in (live, live.with_name(f"{live.name}.wal")):
+def _remove_database(home: Path) -> None:
+    """Remove the database; readers keep its snapshot until the next one is published."""
+    database = paths.database(home)
+    for path in (database, database.with_name(f"{database.name}.wal")):
         path.unlink(missing_ok=True)
 
 
-def _write(home: Path, files: dict[str, File], anew: bool) -> Counts:
+def _write(home: Path, files: dict[str, File], from_scratch: bool) -> Counts:
     from store import writer
 
-    with writer.opened(home, places.identified(home)) as target:
-        known = {} if anew else writer.cursors(target)
+    with writer.open_target(home, paths.ensure_home_id(home)) as target:
+        # 1) see what was read before, and whose rows have lost their file
+        cursors = {} if from_scratch else writer.read_cursors(target)
         lost = {
-            writer.owner(name)
-            for name, cursor in known.items()
+            writer.owner_of(name)
+            for name, cursor in cursors.items()
             if _is_lost(files.get(name), *cursor)
         }
-        known = {name: cursor for name, cursor in known.items() if writer.owner(name) not in lost}
-        changes, unreadable = _changes(files, known)
-        counted, refused = Counter[str](), list[str]()
-        if changes or lost or anew:
-            counted, refused = writer.write(target, changes, None if anew else lost)
+        cursors = {
+            name: cursor for name, cursor in cursors.items() if writer.owner_of(name) not in lost
+        }
+        # 2) read what is new
+        changes, unreadable = _changes(files, cursors)
+        # 3) write it
+        counts, refused = Counter[str](), list[str]()
+        if changes or lost or from_scratch:
+            counts, refused = writer.write(target, changes, None if from_scratch else lost)
     return Counts(
-        counted["plan"],
-        counted["done"],
-        counted["lines"],
-        counted["metrics"],
+        counts["plan"],
+        counts["done"],
+        counts["lines"],
+        counts["metrics"],
         [*unreadable, *refused],
     )
 
 
 def _is_lost(file: File | None, size: int, state: str) -> bool:
-    """Whether rows were read that their file does not hold any more: files of events only grow."""
+    """Whether a file no longer holds the rows read from it: it is gone, shrunk, or replaced."""
     if file is None:
         return True
     if file.kind == "events":
@@ -200,14 +221,14 @@ def _is_lost(file: File | None, size: int, state: str) -> bool:
     return file.kind in ("experiment", "evaluation", "import") and file.state != state
 
 
-def _changes(files: dict[str, File], known: Cursors) -> tuple[list[Change], list[str]]:
-    """What is new in files, documents read already; and the documents that cannot be read."""
+def _changes(files: dict[str, File], cursors: Cursors) -> tuple[list[Change], list[str]]:
+    """Return files with new content, documents already read, and a line per unreadable document."""
     from store.writer import Change
 
     changes: list[Change] = []
     problems: list[str] = []
     for name, file in files.items():
-        size, state = known.get(name, (0, ""))
+        size, state = cursors.get(name, (0, ""))
         if file.kind == "events":
             if file.size > size:
                 changes.append(Change(file, start=size))
@@ -219,12 +240,19 @@ def _changes(files: dict[str, File], known: Cursors) -> tuple[list[Change], list
     return changes, problems
 
 
-def _publish(home: Path) -> None:
-    """Copy the closed database for readers, who keep what they have open; a copy has the time of what it copies."""
-    live, snapshot = places.live(home), places.snapshot(home)
-    before, now = (path.stat() if path.exists() else None for path in (snapshot, live))
-    assert now is not None
-    if before is None or (before.st_size, before.st_mtime_ns) != (now.st_size, now.st_mtime_ns):
-        temporary = snapshot.with_name(f"{snapshot.name}.new")
-        shutil.copy2(live, temporary)
-        temporary.replace(snapshot)
+def publish(home: Path) -> None:
+    """Copy the closed database for readers; an open snapshot stays readable.
+
+    The copy takes over size and modification time, so an equal one is recognised and not copied
+    again.
+    """
+    database = paths.database(home)
+    snapshot = paths.snapshot(home)
+    source = database.stat()
+    if snapshot.exists():
+        copy = snapshot.stat()
+        if (copy.st_size, copy.st_mtime_ns) == (source.st_size, source.st_mtime_ns):
+            return
+    temporary = snapshot.with_name(f"{snapshot.name}.new")
+    shutil.copy2(database, temporary)
+    temporary.replace(snapshot)

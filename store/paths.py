@@ -1,4 +1,4 @@
-"""Where the files of the store are, and what can go wrong. Standard library only."""
+"""Paths of the store's files, its settings and its errors. Standard library only."""
 
 from __future__ import annotations
 
@@ -17,106 +17,118 @@ if TYPE_CHECKING:
     import pandas
 
 Parameters = Sequence[Any] | Mapping[str, Any]
-"""Of a query: values of `?`, or of `$name`."""
-Run = Callable[[str, Parameters | None], "pandas.DataFrame"]
-"""A query and its parameters to its rows."""
+"""Values bound to a query's `?` (a sequence) or `$name` (a mapping)."""
+RunQuery = Callable[[str, Parameters | None], "pandas.DataFrame"]
+"""Function that runs a query with its parameters and returns the rows."""
 
 VERSION = 3
-"""Of the tables and views."""
-SERVER = "postgresql+psycopg://"
+"""Version of the tables and views."""
+POSTGRES_SCHEME = "postgresql+psycopg://"
+REBUILD_HINT = "`slm store rebuild` recreates it from the run folders"
 
 
 class StoreError(RuntimeError):
-    """The store cannot do it; the message is one line that says the way out."""
+    """A request that the store cannot fulfil; the message is one line and says what to do."""
 
 
 class QueryError(StoreError, ValueError):
-    """What was asked of the store is wrong: the SQL, a name."""
+    """A wrong request: invalid SQL, or a name that does not exist."""
 
 
 def home() -> Path:
-    """The folder of runs: $SLM_HOME, else ./runs."""
+    """Return the folder of runs: $SLM_HOME, ./runs when unset."""
     return Path(os.environ.get("SLM_HOME") or "runs")
 
 
-def server() -> str | None:
-    """The PostgreSQL that holds the results of several homes: $SLM_STORE. None: a DuckDB file in each home.
+def server_url() -> str | None:
+    """Return the address of the shared PostgreSQL, $SLM_STORE; None means a DuckDB file in each
+    home.
 
-    Raises StoreError for another address, and where its package is missing.
+    Raises StoreError for any other kind of address, and when psycopg is not installed.
     """
     url = os.environ.get("SLM_STORE") or None
-    if url and not url.startswith(SERVER):
+    if url and not url.startswith(POSTGRES_SCHEME):
         kind = url.partition(":")[0]
         raise StoreError(
-            f"SLM_STORE={kind}:…: write {SERVER}USER@HOST/DATABASE, or unset it for a file in each home"
+            f"SLM_STORE={kind}:…: write {POSTGRES_SCHEME}USER@HOST/DATABASE, "
+            "or unset it for a file in each home"
         )
     if url and find_spec("psycopg") is None:
         raise StoreError("SLM_STORE needs the package psycopg: pip install 'slm[postgres]'")
     return url
 
 
-def identity(home: Path) -> str | None:
-    """What a home's rows are known by, None before its first ingest. Raises StoreError where home.json says nothing."""
+def home_id(home: Path) -> str | None:
+    """Return the id in home.json, None before the first ingest.
+
+    Raises StoreError for an invalid file.
+    """
     path = home / "home.json"
     try:
-        known = json.loads(path.read_bytes())["id"]
+        value = json.loads(path.read_bytes())["id"]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):
-        known = None
-    if not isinstance(known, str) or not re.fullmatch("[0-9a-f]{8}", known):
+        value = None
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{8}", value):
         raise StoreError(
-            f"{path}: its id should be 8 hex digits; without the file, the next ingest gives another"
+            f"{path}: its id should be 8 hex digits; remove the file, and the next ingest writes "
+            "a new one"
         )
-    return known
+    return value
 
 
-def identified(home: Path) -> str:
-    """What a home's rows are known by, from now on if it had no name."""
-    known = identity(home)
-    if known is None:
-        known = secrets.token_hex(4)
+def ensure_home_id(home: Path) -> str:
+    """Return the id of a home, and write home.json with a new one if there is none."""
+    value = home_id(home)
+    if value is None:
+        value = secrets.token_hex(4)
         temporary = home / "home.json.new"
         name = f"{_user()}@{platform.node()}:{home.resolve()}"
-        temporary.write_text(json.dumps({"id": known, "name": name}), encoding="utf-8")
+        temporary.write_text(json.dumps({"id": value, "name": name}), encoding="utf-8")
         temporary.replace(home / "home.json")
-    return known
+    return value
 
 
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have a number alone
+    except (KeyError, OSError):  # in a container the user may have a number but no name
         return str(os.getuid())
 
 
-def live(home: Path) -> Path:
-    """The database that only an ingest opens."""
+def database(home: Path) -> Path:
+    """Return the path of the database that only an ingest opens."""
     return home / "slm.duckdb"
 
 
 def snapshot(home: Path) -> Path:
-    """The published copy that everyone reads."""
+    """Return the path of the published copy that all readers open."""
     return home / "results.duckdb"
 
 
-def seen(home: Path) -> Path:
-    """What the last ingest saw, as a hash."""
+def ingest_state(home: Path) -> Path:
+    """Return the path of the file with the hash of what the last ingest read."""
     return home / "slm.duckdb.seen"
 
 
-def quoted(path: Path) -> str:
-    """A path inside the quotes of a statement that takes no parameter there."""
+def escape(path: Path) -> str:
+    """Return a path for a quoted SQL literal, in statements that take no parameters there."""
     return str(path).replace("'", "''")
 
 
-def damaged(path: Path, why: object) -> StoreError:
-    """The error for a database that can only be made anew."""
+def damaged(path: Path, reason: object) -> StoreError:
+    """Return the error for a database that has to be rebuilt."""
+    return StoreError(f"{path}: {first_line(reason)}; {REBUILD_HINT}")
+
+
+def no_results(name: object) -> StoreError:
+    """Return the error for a home or server without tables."""
     return StoreError(
-        f"{path}: {first_line(why)}; `slm store rebuild` makes it anew from the run folders"
+        f"{name}: no results yet: `slm sweep` makes some, `slm store rebuild` reads old ones"
     )
 
 
 def first_line(error: object) -> str:
-    """First line of an error's message."""
+    """Return the first line of an error's message."""
     return str(error).strip().partition("\n")[0]

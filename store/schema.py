@@ -1,14 +1,17 @@
-"""Tables of the results database. The run folders are the truth; these rows are their index and hold nothing else.
+"""Tables of the results database.
 
-Natural keys, no foreign keys and no secondary indexes: DuckDB refuses updates and alterations that touch them. Metrics
-and examples have no primary key either: an ingest cursor, moved in the same transaction, keeps every row once.
-PostgreSQL holds many homes, DuckDB one: every row says whose it is.
+The run folders are the truth; these rows are their index and hold nothing else.
+
+Natural keys, no foreign keys and no secondary indexes: DuckDB refuses updates and alterations that
+touch them. Metrics and examples have no primary key either: an ingest cursor, moved in the same
+transaction, makes every row appear once. PostgreSQL holds many homes, DuckDB one: every row names
+its home.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 from sqlalchemy import (
     JSON,
@@ -26,24 +29,22 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from store.paths import VERSION
 
 VIEWS = Path(__file__).parent / "views.sql"
-INFINITY = "cast('infinity' as double precision)"
+POSITIVE = "{0} > 0 and {0} < cast('infinity' as double precision)"
+"""Rule that also refuses NaN: both databases order it after infinity."""
+Key = Annotated[str, mapped_column(primary_key=True)]
 
 
-def _check(name: str, *columns: str, rule: str) -> CheckConstraint:
-    """A rule, `{}` standing for a column, of each of some columns; one that is NULL keeps it."""
+def _check(name: str, columns: str, rule: str) -> CheckConstraint:
+    """Return a constraint that applies a rule, `{}` being the column, to columns; NULL passes."""
     return CheckConstraint(
-        " and ".join(f"({rule.format(column)})" for column in columns), name=name
+        " and ".join(f"({rule.format(column)})" for column in columns.split()), name=name
     )
 
 
-POSITIVE = f"{{0}} > 0 and {{0}} < {INFINITY}"
-"""Both databases order NaN after infinity."""
-
-
 class Base(DeclarativeBase):
-    """Python types to column types."""
+    """Base of all tables, with the column type of each Python type."""
 
-    type_annotation_map = {
+    type_annotation_map: ClassVar[dict[Any, Any]] = {
         int: BigInteger,
         float: Double,
         str: String,
@@ -52,26 +53,26 @@ class Base(DeclarativeBase):
 
 
 class SchemaVersion(Base):
-    """One row: the version that made this database."""
+    """The version that made this database, in one row."""
 
     __tablename__ = "schema_version"
     version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
 
 
 class Home(Base):
-    """A folder of runs whose rows are here."""
+    """A folder of runs whose rows are in this database."""
 
     __tablename__ = "homes"
-    home: Mapped[str] = mapped_column(primary_key=True)
+    home: Mapped[Key]
     name: Mapped[str]
 
 
 class Cursor(Base):
-    """How far a file has been read."""
+    """Position up to which a file has been read."""
 
     __tablename__ = "cursors"
-    home: Mapped[str] = mapped_column(primary_key=True)
-    file: Mapped[str] = mapped_column(primary_key=True)
+    home: Mapped[Key]
+    file: Mapped[Key]
     offset: Mapped[int]
     state: Mapped[str]
 
@@ -80,8 +81,8 @@ class Experiment(Base):
     """An experiment."""
 
     __tablename__ = "experiments"
-    home: Mapped[str] = mapped_column(primary_key=True)
-    name: Mapped[str] = mapped_column(primary_key=True)
+    home: Mapped[Key]
+    name: Mapped[Key]
     question: Mapped[str | None]
     recipe: Mapped[str | None]
     declared: Mapped[dict[str, Any] | None]
@@ -89,12 +90,12 @@ class Experiment(Base):
 
 
 class Membership(Base):
-    """A run that an experiment asks for."""
+    """A run that belongs to an experiment."""
 
     __tablename__ = "memberships"
-    home: Mapped[str] = mapped_column(primary_key=True)
-    experiment: Mapped[str] = mapped_column(primary_key=True)
-    run_id: Mapped[str] = mapped_column(primary_key=True)
+    home: Mapped[Key]
+    experiment: Mapped[Key]
+    run_id: Mapped[Key]
     position: Mapped[int] = mapped_column(Integer)
 
 
@@ -103,25 +104,13 @@ class Run(Base):
 
     __tablename__ = "runs"
     __table_args__ = (
+        _check("positive_horizon", "tokens flops steps tokens_asked batch_tokens", "{} > 0"),
         _check(
-            "positive_horizon",
-            "tokens",
-            "flops",
-            "steps",
-            "tokens_asked",
-            "batch_tokens",
-            rule="{} > 0",
-        ),
-        _check(
-            "counted_parameters",
-            "parameters_scaling",
-            "parameters_total",
-            "flops_per_token",
-            rule="{} > 0",
+            "counted_parameters", "parameters_scaling parameters_total flops_per_token", "{} > 0"
         ),
     )
-    home: Mapped[str] = mapped_column(primary_key=True)
-    run_id: Mapped[str] = mapped_column(primary_key=True)
+    home: Mapped[Key]
+    run_id: Mapped[Key]
     recipe: Mapped[str]
     horizon: Mapped[str]
     seed: Mapped[int]
@@ -158,11 +147,9 @@ class Attempt(Base):
     """One attempt at a run, and how it ended."""
 
     __tablename__ = "attempts"
-    __table_args__ = (
-        _check("nothing_negative", "ranks", "threads", "estimated_seconds", rule="{} >= 0"),
-    )
-    home: Mapped[str] = mapped_column(primary_key=True)
-    run_id: Mapped[str] = mapped_column(primary_key=True)
+    __table_args__ = (_check("nothing_negative", "ranks threads estimated_seconds", "{} >= 0"),)
+    home: Mapped[Key]
+    run_id: Mapped[Key]
     attempt: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     created: Mapped[float | None]
     launcher: Mapped[str | None]
@@ -188,14 +175,16 @@ class Attempt(Base):
 
 
 class Metric(Base):
-    """One number of one event, long format; no key, see above."""
+    """One number of one event, in long format; no primary key, see the module's docstring."""
 
     __tablename__ = "metrics"
     __table_args__ = (
         CheckConstraint("step >= 0", name="no_negative_step"),
         Index("metrics_of_a_run", "home", "run_id").ddl_if(dialect="postgresql"),
     )
-    __mapper_args__ = {"primary_key": ["home", "run_id", "attempt", "time", "event", "name"]}
+    __mapper_args__: ClassVar = {
+        "primary_key": ["home", "run_id", "attempt", "time", "event", "name"]
+    }
     home: Mapped[str]
     run_id: Mapped[str]
     attempt: Mapped[int]
@@ -207,19 +196,17 @@ class Metric(Base):
 
 
 class Finished(Base):
-    """What a finished run reached."""
+    """The results of a finished run."""
 
     __tablename__ = "finished"
     __table_args__ = (
-        _check("positive_spending", "step", "tokens", "flops", rule="{} > 0"),
-        _check("finished_with_a_value", "val_bpb", "val_loss", rule=POSITIVE),
-        _check(
-            "nothing_negative", "train_seconds", "wall_seconds", "peak_memory_bytes", rule="{} >= 0"
-        ),
-        _check("core_is_a_share", "core", rule="{} between -1 and 1"),
+        _check("positive_spending", "step tokens flops", "{} > 0"),
+        _check("finished_with_a_value", "val_bpb val_loss", POSITIVE),
+        _check("nothing_negative", "train_seconds wall_seconds peak_memory_bytes", "{} >= 0"),
+        _check("core_is_a_share", "core", "{} between -1 and 1"),
     )
-    home: Mapped[str] = mapped_column(primary_key=True)
-    run_id: Mapped[str] = mapped_column(primary_key=True)
+    home: Mapped[Key]
+    run_id: Mapped[Key]
     attempt: Mapped[int]
     time: Mapped[float]
     step: Mapped[int]
@@ -238,27 +225,20 @@ class Finished(Base):
 
 
 class Evaluation(Base):
-    """What some weights reached when they were evaluated."""
+    """One evaluation of some weights."""
 
     __tablename__ = "evaluations"
     __table_args__ = (
-        _check("a_value_where_there_is_one", "val_bpb", "val_loss", "rows", rule=POSITIVE),
+        _check("a_value_where_there_is_one", "val_bpb val_loss rows", POSITIVE),
         CheckConstraint("metric <> 'val_bpb' or val_bpb is not null", name="val_bpb_with_a_value"),
         CheckConstraint(
             "position('tasks ' in mode) > 0 or core between -1 and 1", name="core_is_a_share"
         ),
-        _check(
-            "nothing_negative",
-            "step",
-            "seconds",
-            "core_error",
-            "core_corrected_error",
-            rule="{} >= 0",
-        ),
+        _check("nothing_negative", "step seconds core_error core_corrected_error", "{} >= 0"),
     )
-    home: Mapped[str] = mapped_column(primary_key=True)
-    run_id: Mapped[str] = mapped_column(primary_key=True)
-    evaluation: Mapped[str] = mapped_column(primary_key=True)
+    home: Mapped[Key]
+    run_id: Mapped[Key]
+    evaluation: Mapped[Key]
     metric: Mapped[str]
     step: Mapped[int]
     weights: Mapped[str | None]
@@ -289,26 +269,18 @@ class Evaluation(Base):
 
 
 class EvaluationTask(Base):
-    """What an evaluation says of one task, or why it says nothing."""
+    """The results of one task of an evaluation, or why there are none."""
 
     __tablename__ = "evaluation_tasks"
     __table_args__ = (
-        _check("shares", "accuracy", "greedy_share", "gold_probability", rule="{} between 0 and 1"),
-        _check(
-            "nothing_negative",
-            "examples",
-            "cropped",
-            "skipped",
-            "ties",
-            "standard_error",
-            rule="{} >= 0",
-        ),
+        _check("shares", "accuracy greedy_share gold_probability", "{} between 0 and 1"),
+        _check("nothing_negative", "examples cropped skipped ties standard_error", "{} >= 0"),
         CheckConstraint("accuracy is not null or error is not null", name="answered_or_why_not"),
     )
-    home: Mapped[str] = mapped_column(primary_key=True)
-    run_id: Mapped[str] = mapped_column(primary_key=True)
-    evaluation: Mapped[str] = mapped_column(primary_key=True)
-    task: Mapped[str] = mapped_column(primary_key=True)
+    home: Mapped[Key]
+    run_id: Mapped[Key]
+    evaluation: Mapped[Key]
+    task: Mapped[Key]
     kind: Mapped[str | None]
     shots: Mapped[int | None]
     examples: Mapped[int | None]
@@ -326,13 +298,13 @@ class EvaluationTask(Base):
 
 
 class EvaluationExample(Base):
-    """What a model made of one example; no key, see above."""
+    """A model's result on one example; no primary key, see the module's docstring."""
 
     __tablename__ = "evaluation_examples"
     __table_args__ = (
         Index("examples_of_an_evaluation", "home", "run_id").ddl_if(dialect="postgresql"),
     )
-    __mapper_args__ = {"primary_key": ["home", "run_id", "evaluation", "task", "example"]}
+    __mapper_args__: ClassVar = {"primary_key": ["home", "run_id", "evaluation", "task", "example"]}
     home: Mapped[str]
     run_id: Mapped[str]
     evaluation: Mapped[str]
@@ -352,8 +324,8 @@ class Fit(Base):
     """A recorded fit."""
 
     __tablename__ = "fits"
-    home: Mapped[str] = mapped_column(primary_key=True)
-    hash: Mapped[str] = mapped_column(primary_key=True)
+    home: Mapped[Key]
+    hash: Mapped[Key]
     created: Mapped[float | None]
     experiments: Mapped[list[str]] = mapped_column(JSON)
     document: Mapped[dict[str, Any]]
@@ -363,8 +335,8 @@ class Import(Base):
     """A file of results measured elsewhere."""
 
     __tablename__ = "imports"
-    home: Mapped[str] = mapped_column(primary_key=True)
-    hash: Mapped[str] = mapped_column(primary_key=True)
+    home: Mapped[Key]
+    hash: Mapped[Key]
     experiment: Mapped[str]
     format: Mapped[str]
     source: Mapped[str]
@@ -378,41 +350,27 @@ class Import(Base):
 
 
 class Imported(Base):
-    """A run of an import."""
+    """An imported run."""
 
     __tablename__ = "imported"
     __table_args__ = (
         CheckConstraint(
-            "status <> 'finished' or val_bpb is not null or val_loss is not null or core is not null",
+            "status <> 'finished' or val_bpb is not null or val_loss is not null "
+            "or core is not null",
             name="finished_with_a_value",
         ),
-        _check("a_value_where_there_is_one", "val_bpb", "val_loss", "train_loss", rule=POSITIVE),
-        _check("core_is_a_share", "core", rule="{} between -1 and 1"),
-        _check(
-            "positive",
-            "depth",
-            "batch_tokens",
-            "tokens_asked",
-            "flops_per_token",
-            "ranks",
-            rule="{} > 0",
-        ),
-        _check(
-            "no_negative_spending",
-            "steps",
-            "tokens",
-            "flops",
-            "train_seconds",
-            "wall_seconds",
-            rule="{} >= 0",
-        ),
+        _check("a_value_where_there_is_one", "val_bpb val_loss train_loss", POSITIVE),
+        _check("core_is_a_share", "core", "{} between -1 and 1"),
+        _check("positive", "depth batch_tokens tokens_asked flops_per_token ranks", "{} > 0"),
+        _check("no_negative_spending", "steps tokens flops train_seconds wall_seconds", "{} >= 0"),
         CheckConstraint(
-            "status <> 'finished' or (coalesce(steps, 1) > 0 and coalesce(tokens, 1) > 0 and coalesce(flops, 1) > 0)",
+            "status <> 'finished' or (coalesce(steps, 1) > 0 and coalesce(tokens, 1) > 0 "
+            "and coalesce(flops, 1) > 0)",
             name="finished_with_spending",
         ),
     )
-    home: Mapped[str] = mapped_column(primary_key=True)
-    run_id: Mapped[str] = mapped_column(primary_key=True)
+    home: Mapped[Key]
+    run_id: Mapped[Key]
     hash: Mapped[str]
     row: Mapped[int]
     label: Mapped[str | None]
@@ -458,7 +416,7 @@ class Imported(Base):
 
 
 def create(connection: Connection) -> None:
-    """Every table and view, in a database that has none."""
+    """Create every table and view, in a database that has none."""
     Base.metadata.create_all(connection, checkfirst=False)
     for view in VIEWS.read_text(encoding="utf-8").split("\n---\n"):
         connection.exec_driver_sql(view)

@@ -8,52 +8,51 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from store import paths as places
-from store import query
+from store import paths, query
 
 if TYPE_CHECKING:
     import pandas
     import pyarrow
 
-    Read = Callable[[str, places.Parameters | None], pyarrow.RecordBatchReader]
+    Read = Callable[[str, paths.Parameters | None], pyarrow.RecordBatchReader]
 
 BATCH = 100_000
-"""Rows that are in memory at a time."""
+"""Rows in memory at a time."""
 DICTIONARY = Path(__file__).parent / "README.md"
-"""What the columns mean."""
-ABOUT = ("experiment", "hash", "run_id")
-"""Columns that say what a row is about; the first that a table has decides whether it belongs to an experiment."""
+"""Document with the meaning of every column."""
+KEY_COLUMNS = ("experiment", "hash", "run_id")
+"""Columns that name the subject of a row; the first one in a table decides whether a row belongs
+to an experiment."""
 Report = Callable[[int, int], None]
-"""Told how many of how many parts are done."""
+"""Progress callback: parts done, and parts in all."""
 
 
 @contextmanager
 def reader(home: Path | None = None) -> Iterator[Read]:
-    """Reads queries, each as batches of Arrow, all from the same moment; what one gives ends with the next.
+    """Yield a function that runs queries and returns Arrow batches, all from the same moment.
 
-    NULL and NaN stay two things, whole numbers stay whole. Raises as `store.sql` does, while it is read too.
+    The batches of one query end when the next one is run. NULL and NaN stay distinct, whole numbers
+    stay whole. Raises as `store.sql` does, while batches are read too.
     """
-    if url := places.server():
+    if url := paths.server_url():
         from store import server
 
-        with server.reading(url) as run:
-            yield lambda sql, params: _as_arrow(run(sql, params))
+        with server.open_for_reading(url) as run_query:
+            yield lambda sql, params: _as_arrow(run_query(sql, params))
     else:
-        with query._attached(home or places.home()) as connection, query._told():
-            yield lambda sql, params: query._executed(connection, sql, params).to_arrow_reader(
-                BATCH
-            )
+        with query.attach_snapshot(home or paths.home()) as connection, query.translate_errors():
+            yield lambda sql, params: query.execute(connection, sql, params).to_arrow_reader(BATCH)
 
 
 def _as_arrow(rows: pandas.DataFrame) -> pyarrow.RecordBatchReader:
-    """Rows of a server, which come whole; NaN is NULL there."""
+    """Convert the rows of a server, which arrive all at once and have NULL for NaN."""
     import pyarrow
 
     return pyarrow.Table.from_pandas(rows, preserve_index=False).to_reader(BATCH)
 
 
 def write_parquet(rows: pyarrow.RecordBatchReader, file: Path | IO[bytes]) -> int:
-    """Write rows as a Parquet file; how many there were."""
+    """Write rows as a Parquet file, and return their number."""
     from pyarrow import parquet
 
     count = 0
@@ -64,16 +63,16 @@ def write_parquet(rows: pyarrow.RecordBatchReader, file: Path | IO[bytes]) -> in
     return count
 
 
-def first(rows: pyarrow.RecordBatchReader, most: int) -> pyarrow.RecordBatchReader:
-    """The first rows of what is read."""
+def first(rows: pyarrow.RecordBatchReader, limit: int) -> pyarrow.RecordBatchReader:
+    """Return the first `limit` rows."""
     import pyarrow
 
     def batches() -> Iterator[pyarrow.RecordBatch]:
-        left = most
+        remaining = limit
         for batch in rows:
-            yield batch[:left]
-            left -= min(left, batch.num_rows)
-            if not left:
+            yield batch[:remaining]
+            remaining -= min(remaining, batch.num_rows)
+            if not remaining:
                 return
 
     return pyarrow.RecordBatchReader.from_batches(rows.schema, batches())
@@ -82,40 +81,47 @@ def first(rows: pyarrow.RecordBatchReader, most: int) -> pyarrow.RecordBatchRead
 def export(
     home: Path,
     folder: Path,
-    only: Mapping[str, Sequence[str]] | None,
+    selection: Mapping[str, Sequence[str]] | None,
     report: Report = lambda done, of: None,
 ) -> list[dict[str, Any]]:
-    """Write own tables and views as `<name>.parquet`; what each is and its columns mean, in words.
+    """Write the home's tables and views as `<name>.parquet`, and return a description of each with
+    its columns.
 
-    `only`: the values of the ABOUT columns that are wanted, those of one's own home all else. What a table that has
-    none of these columns says is about more than they are, and left out.
+    `selection` maps KEY_COLUMNS to the values to export; None exports everything. Tables without a
+    key column are left out of a selection, since their rows are about more than it.
     """
     with reader(home) as read:
         columns = _columns(read)
         meanings = dictionary()
-        wanted = [name for name in columns if only is None or _about(name, columns[name])]
+        names = [
+            name
+            for name in columns
+            if selection is None or _key_column(name, columns[name]) is not None
+        ]
+        filters = {"home": paths.home_id(home), **(selection or {})}
         tables = []
-        for number, name in enumerate(wanted):
-            report(number, len(wanted))
-            kind, about = columns[name][0]["kind"], {"home": places.identity(home), **(only or {})}
+        for number, name in enumerate(names):
+            report(number, len(names))
             rows = write_parquet(
-                read(*_chosen(name, columns[name], about)), folder / f"{name}.parquet"
+                read(*_select(name, columns[name], filters)), folder / f"{name}.parquet"
             )
+            table_meanings = meanings.get(name, {})
             described = [
                 {
                     "name": column["name"],
                     "type": column["type"],
-                    "meaning": meanings.get(name, {}).get(column["name"]),
+                    "meaning": table_meanings.get(column["name"]),
                 }
                 for column in columns[name]
             ]
+            kind = columns[name][0]["kind"]
             tables.append({"name": name, "kind": kind, "rows": rows, "columns": described})
     return tables
 
 
 def _columns(read: Read) -> dict[str, list[dict[str, Any]]]:
-    """The columns of every table and view, in their order."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    """Return the columns of every table and view, in order."""
+    columns: dict[str, list[dict[str, Any]]] = {}
     listing = """SELECT t.table_name, c.column_name AS name, lower(c.data_type) AS type,
                         CASE WHEN t.table_type = 'VIEW' THEN 'view' ELSE 'table' END AS kind
                  FROM information_schema.tables t
@@ -124,40 +130,41 @@ def _columns(read: Read) -> dict[str, list[dict[str, Any]]]:
                  WHERE t.table_catalog = current_database() AND t.table_schema = current_schema()
                  ORDER BY t.table_name, c.ordinal_position"""
     for row in read(listing, None).read_all().to_pylist():
-        found.setdefault(row.pop("table_name"), []).append(row)
-    return found
+        columns.setdefault(row.pop("table_name"), []).append(row)
+    return columns
 
 
-def _about(table: str, columns: Sequence[Mapping[str, Any]]) -> str | None:
-    """The column that says what a table's rows are about."""
+def _key_column(table: str, columns: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the column that names the subject of a table's rows."""
+    if table == "experiments":
+        return "name"
     names = {column["name"] for column in columns}
-    return (
-        "name" if table == "experiments" else next((name for name in ABOUT if name in names), None)
-    )
+    return next((name for name in KEY_COLUMNS if name in names), None)
 
 
-def _chosen(
-    table: str, columns: Sequence[Mapping[str, Any]], wanted: Mapping[str, Any]
+def _select(
+    table: str, columns: Sequence[Mapping[str, Any]], filters: Mapping[str, Any]
 ) -> tuple[str, dict[str, Any]]:
-    """The query of a table's rows that are wanted, and its parameters."""
+    """Return the query of a table's selected rows, and its parameters."""
     params: dict[str, Any] = {}
     rules = []
-    if wanted["home"] is not None and any(column["name"] == "home" for column in columns):
+    if filters["home"] is not None and any(column["name"] == "home" for column in columns):
         rules.append("home = $home")
-        params["home"] = wanted["home"]
-    about = _about(table, columns)
-    values = wanted.get("experiment" if about == "name" else about or "")
+        params["home"] = filters["home"]
+    key = _key_column(table, columns)
+    values = filters.get("experiment" if key == "name" else key or "")
     if values is not None:
-        rules.append(f"{about} = ANY($wanted)")
-        params["wanted"] = list(values)
-    return f'SELECT * FROM "{table}"' + (f" WHERE {' AND '.join(rules)}" if rules else ""), params
+        rules.append(f"{key} = ANY($selected)")
+        params["selected"] = list(values)
+    condition = f" WHERE {' AND '.join(rules)}" if rules else ""
+    return f'SELECT * FROM "{table}"{condition}', params  # noqa: S608
 
 
 def dictionary() -> dict[str, dict[str, str]]:
-    """What every column means, by table or view, as README.md says it."""
+    """Return the meaning of every column in README.md, by table or view."""
     meanings: dict[str, dict[str, str]] = {}
     for section in DICTIONARY.read_text(encoding="utf-8").split("\n## ")[1:]:
-        if named := re.match(r"(?:View|Table) `(\w+)`", section):
+        if title := re.match(r"(?:View|Table) `(\w+)`", section):
             rows = re.findall(r"^\| (\w+) \| (.+?) \|$", section, re.M)
-            meanings[named[1]] = {column: meaning for column, meaning in rows if column != "column"}
+            meanings[title[1]] = {column: meaning for column, meaning in rows if column != "column"}
     return meanings

@@ -1,4 +1,4 @@
--- What people ask. Standard SQL: DuckDB and PostgreSQL both speak it. Views are separated by a line of dashes.
+-- The views, in standard SQL that DuckDB and PostgreSQL both accept. A line of dashes separates them.
 
 create view latest_attempts as
 select * from (
@@ -9,7 +9,7 @@ select * from (
 where recency = 1
 ---
 create view metrics_latest as
--- Only runs with a second attempt are ranked: a rank over every row would cost seconds for ten million.
+-- Rank only runs with a second attempt: ranking every row takes seconds for ten million of them.
 with repeated as (select distinct home, run_id from metrics where attempt > 1)
 select m.home, m.run_id, m.attempt, m.event, m.time, m.step, m.name, m.value from metrics m
 where not exists (select 1 from repeated r where r.home = m.home and r.run_id = m.run_id)

@@ -114,7 +114,7 @@ def _of_store(base: str | None, candidate: str | None) -> _Sides:
     if base is None or candidate is None:
         raise ValueError("two names are needed: `slm compare BASE CANDIDATE`, or --from FILE.csv")
     home = fitting.ingested()
-    query, own = "select experiment, run_id from memberships where home = ?", [store.identity(home)]
+    query, own = "select experiment, run_id from memberships where home = ?", [store.home_id(home)]
     finished, members = store.results(home=home), store.sql(query, own, home=home)
     finished = finished[finished["status"] == "finished"]
     named = [_named(name, finished, members) for name in (base, candidate)]

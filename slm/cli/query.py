@@ -124,7 +124,7 @@ def check(as_json: Json = False) -> None:
 def vacuum(as_json: Json = False) -> None:
     """Make the database's file dense, and remove what interrupted commands left; says what that frees."""
     import store
-    from store import paths as places
+    from store import paths
 
     freed = store.vacuum(store.home())
     if as_json:
@@ -132,7 +132,7 @@ def vacuum(as_json: Json = False) -> None:
         return
     for name in freed.names:
         print(f"removed {name}")
-    if places.server():
+    if paths.server_url():
         print("the rows lie on a server, which keeps its own files dense: VACUUM is its matter")
     print(
         f"freed {count(max(freed.database, 0))}B of the database, {count(freed.leftovers)}B of leftovers"

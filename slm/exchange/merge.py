@@ -25,7 +25,7 @@ from slm.plan import canonical
 from slm.run import checkpoint_step
 from slm.sweep import orchestrator as conduct
 from store.documents import rows_of, scan
-from store.paths import identified
+from store.paths import ensure_home_id
 
 Report = Callable[[int, int], None]
 """Told how many of how many files are done."""
@@ -61,7 +61,7 @@ def merge(folder: Path, home: Path, report: Report = lambda done, of: None) -> M
     theirs, digests = _checked(folder, report)
     merged = Merged()
     with conduct.sweep_lock(home) as ours:
-        identified(home)
+        ensure_home_id(home)
         given = _Given(folder / "runs", home, digests, ours)
         runs = sorted({run for name in digests if (run := run_of(name))})
         for number, run in enumerate(runs):

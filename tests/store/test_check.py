@@ -57,16 +57,16 @@ def test_a_torn_last_line_of_an_attempt_that_ended_is_noted_and_is_no_problem(ke
         ),
         (
             "update metrics set value = 9 where run_id = 'run2' and name = 'loss' and step = 3",
-            "not those of the files",
+            "but their content differs from the files",
         ),
         (
             "update finished set val_bpb = 1.25 where run_id = 'run1'",
-            "finished of run1 1: 1 rows, but not those",
+            "finished of run1 1: 1 rows, but their content differs",
         ),
         ("delete from runs where run_id = 'run0'", "runs of run0: 0 rows, the files give 1"),
         ("update cursors set \"offset\" = 5 where file like 'run1/%events.jsonl'", "run1"),
-        ("drop view curves", "a view of curves is not that of this version"),
-        ("alter table runs add column more int", "table runs is not that of this version"),
+        ("drop view curves", "a view of curves differs from this version's"),
+        ("alter table runs add column more int", "table runs differs from this version's"),
     ],
 )
 def test_what_the_files_do_not_say_is_named_with_the_way_out(
@@ -98,7 +98,7 @@ def test_a_snapshot_that_is_not_the_database_is_named(kept: Path) -> None:
         file.write(b"damaged")
     os.utime(kept / "results.duckdb", ns=(stat.st_atime_ns, stat.st_mtime_ns))
     [problem] = store.check(kept).problems
-    assert "results.duckdb is not what slm.duckdb holds" in problem
+    assert "results.duckdb differs from slm.duckdb" in problem
 
 
 def test_a_database_of_a_newer_version_is_one_problem(kept: Path) -> None:

@@ -188,11 +188,11 @@ def test_an_upgrade_gives_the_rows_of_a_home_that_had_no_database(
 def test_a_home_that_lost_its_name_is_one_home_again(tmp_path: Path) -> None:
     write_run(tmp_path, "aaa")
     store.ingest(tmp_path)
-    before = store.identity(tmp_path)
+    before = store.home_id(tmp_path)
     (tmp_path / "home.json").unlink()
     [said] = store.ingest(tmp_path).problems
-    assert "made anew" in said
-    after = store.identity(tmp_path)
+    assert "belonged to another home" in said
+    after = store.home_id(tmp_path)
     assert after != before
     assert store.sql("select home from runs union select home from homes", home=tmp_path)[
         "home"

@@ -120,7 +120,7 @@ def test_an_evaluation_becomes_a_row_its_tasks_and_its_examples(tmp_path: Path) 
         "select * from evaluation_examples order by example", home=tmp_path
     ).to_dict("records")
     whose = {
-        "home": store.identity(tmp_path),
+        "home": store.home_id(tmp_path),
         "run_id": "aaa",
         "evaluation": "core-000000004-k",
         "task": "one",

@@ -106,8 +106,8 @@ def test_writers_of_two_threads_count_once(tmp_path: Path) -> None:
 
 def test_a_writer_out_of_patience_names_the_one_who_writes(tmp_path: Path) -> None:
     holding = (
-        f"import sys, time; from pathlib import Path; from store.ingest import _alone\n"
-        f"with _alone(Path({str(tmp_path)!r}), 1):\n    print('held', flush=True); sys.stdin.read()"
+        f"import sys, time; from pathlib import Path; from store.ingest import hold_store_lock\n"
+        f"with hold_store_lock(Path({str(tmp_path)!r}), 1):\n    print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", holding], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

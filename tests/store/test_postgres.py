@@ -113,7 +113,7 @@ def test_a_rebuild_touches_its_own_home_alone(tmp_path: Path, postgresql: str) -
     for home in (mine, theirs):
         write_core(home, 0.1)
         store.ingest(home)
-    mine_id, theirs_id = (store.identity(home) or "" for home in (mine, theirs))
+    mine_id, theirs_id = (store.home_id(home) or "" for home in (mine, theirs))
     before, own = rows_of(mine, theirs_id), rows_of(mine, mine_id)
     assert len(before["runs"]) == 2
     for folder in mine.iterdir():
@@ -141,7 +141,7 @@ def test_an_experiment_is_the_homes_own_else_the_only_others_else_named(
     assert store.results("one", other)["run_id"].tolist() == ["bbb"]
     assert store.results("third", mine)["run_id"].tolist() == ["ccc"]
     assert store.curves("third", mine)["run_id"].unique().tolist() == ["ccc"]
-    assert store.home_of("third", mine) == store.identity(third)
+    assert store.experiment_home("third", mine) == store.home_id(third)
     with pytest.raises(store.QueryError, match=rf"{tmp_path}/mine.*{tmp_path}/other|other.*mine"):
         store.results("one", third)
     with pytest.raises(store.QueryError, match="there are one, third"):
@@ -183,7 +183,7 @@ def test_two_copies_of_a_home_never_write_at_once(tmp_path: Path, postgresql: st
     home = write_home(tmp_path, "aaa")
     store.ingest(home)
     append(home / "aaa" / "attempts" / "001", event(5))
-    with server.opened(postgresql, store.identity(home) or ""):
+    with server.open_for_writing(postgresql, store.home_id(home) or ""):
         with pytest.raises(store.StoreError, match="another process writes home"):
             store.ingest(home, patience=0.1)
         waiting = threading.Thread(target=store.ingest, args=(home,))
@@ -257,9 +257,9 @@ def test_a_query_that_would_write_leaves_everything(tmp_path: Path, postgresql: 
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("postgresql+psycopg://u:secret@/d?host=/nowhere", "does not let us in.*No such file"),
+        ("postgresql+psycopg://u:secret@/d?host=/nowhere", "cannot connect.*No such file"),
         ("postgresql+psycopg://u:secret@127.0.0.1:1/d", "Connection refused"),
-        ("postgresql+psycopg://u:secret@h:port/d", "is no address"),
+        ("postgresql+psycopg://u:secret@h:port/d", "is not an address"),
         (
             "mysql://u:secret@h/d",
             r"SLM_STORE=mysql:.*write postgresql\+psycopg://USER@HOST/DATABASE",
@@ -309,7 +309,7 @@ def test_a_server_that_goes_away_during_an_ingest_loses_nothing(
     append(home / "aaa" / "attempts" / "001", event(5))
     from store import server
 
-    send = server.copy
+    send = server.copy_file
 
     def cut(*given: Any) -> None:
         with psycopg.connect(postgresql.replace("+psycopg", ""), autocommit=True) as connection:
@@ -317,10 +317,10 @@ def test_a_server_that_goes_away_during_an_ingest_loses_nothing(
             connection.execute(others + " and datname = current_database()")
         send(*given)
 
-    monkeypatch.setattr(server, "copy", cut)
+    monkeypatch.setattr(server, "copy_file", cut)
     with pytest.raises(store.StoreError, match="could not be written"):
         store.ingest(home)
-    monkeypatch.setattr(server, "copy", send)
+    monkeypatch.setattr(server, "copy_file", send)
     assert len(store.curves(home=home)) == 4
     store.ingest(home)
     assert len(store.curves(home=home)) == 5
