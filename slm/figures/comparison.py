@@ -1,120 +1,113 @@
-"""Two recipes: what their runs came to, and how much compute the change is worth at each depth."""
+"""Figure of a comparison: the losses of both recipes, and the compute multiplier at each depth."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from slm.figures import style
-from slm.fits import Interval
-from slm.fits.compare.comparison import AtDepth, Comparison, Trial
+from slm.fits import DepthEffect, Comparison, Interval, Trial
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 AXES = {"flops": "training compute (FLOPs)", "seconds": "training time (s)"}
 CUT = 3.0
-"""How many times further from 1 than the estimates an interval is drawn; one that goes further is cut."""
+"""Largest ratio of an interval's reach to that of the estimates, in logarithms; a longer interval
+is cut."""
 
 
-def draw_comparison(comparison: Comparison, stem: str | Path) -> tuple[Path, Path]:
-    """Two recipes into `stem`.png and .svg, the verdict above; gives both paths.
+def plot_comparison(comparison: Comparison) -> Figure:
+    """Plot two recipes under the verdict.
 
-    Left: the loss of every run against FLOPs or seconds. Right: the multiplier per depth with its 95 % interval, an
-    open end as an arrow, over that of all depths together.
+    Left: the loss of every run against FLOPs or seconds. Right: the multiplier per depth with its
+    95 % interval, an open end as an arrow, over that of all depths.
     """
-    name = "compute" if comparison.axis == "flops" else "time"
-    with style.page(style.PAGE, 3.6, comparison.verdict.sentence) as figure:
+    with style.page(style.PAGE_WIDTH, 3.6, comparison.decision.sentence) as figure:
         left, right = figure.subplots(1, 2)
-        trials = _losses(left, comparison)
+        trials = _draw_losses(left, comparison)
         if comparison.per_depth:
-            _multipliers(right, comparison.per_depth, comparison.multiplier)
+            _draw_multipliers(right, comparison.per_depth, comparison.multiplier)
+            name = "compute" if comparison.axis == "flops" else "time"
             right.set_ylabel(f"{name} multiplier")
             right.set_title(f"over all depths: {comparison.multiplier.text('.3g')}")
         else:
             right.remove()
         style.legend(figure)
-        style.settle(figure)
-        lowest = {
-            trial.depth: (x, trial.loss)
-            for x, trial in sorted(trials, key=lambda own: -own[1].loss)
-        }
+        style.freeze_layout(figure)
+        by_loss = sorted(trials, key=lambda drawn: -drawn[1].loss)
+        lowest = {trial.depth: (x, trial.loss) for x, trial in by_loss}
         labels = [(f"d{depth}", *lowest[depth]) for depth in sorted(lowest)]
-        style.place(left, labels, [(x, trial.loss) for x, trial in trials])
-        return style.save(figure, stem)
+        style.place_labels(left, labels, [(x, trial.loss) for x, trial in trials])
+        return figure
 
 
-def _losses(axes: Axes, comparison: Comparison) -> list[tuple[float, Trial]]:
-    """Every run of both; gives what was drawn, each with its place on the axis."""
+def _draw_losses(axes: Axes, comparison: Comparison) -> list[tuple[float, Trial]]:
+    """Draw every run of both recipes; return each with its x."""
     axes.set_xscale("log")
     axes.set_xlabel(AXES[comparison.axis])
     axes.set_ylabel("validation loss")
+    hollow = style.markers(style.INK, comparison.base, mfc="white", mec=style.INK, ms=5.5)
+    filled = style.markers(style.SURFACE, comparison.candidate)
     drawn: list[tuple[float, Trial]] = []
-    sides = (
-        (comparison.base, comparison.base_trials),
-        (comparison.candidate, comparison.candidate_trials),
-    )
-    looks = style.dots(style.INK, mfc="white", mec=style.INK, ms=5.5), style.dots(style.SURFACE)
-    for (word, trials), look in zip(sides, looks):
-        known = [
+    for trials, look in (
+        (comparison.base_trials, hollow),
+        (comparison.candidate_trials, filled),
+    ):
+        located = [
             (x, trial) for trial in trials if (x := getattr(trial, comparison.axis)) is not None
         ]
-        axes.plot(
-            [x for x, _ in known],
-            [trial.loss for _, trial in known],
-            "o",
-            **{**look, "label": word},
-        )
-        drawn += known
-    x, y = np.array([own for own, _ in drawn]), np.array([trial.loss for _, trial in drawn])
+        losses = [trial.loss for _, trial in located]
+        axes.plot([x for x, _ in located], losses, "o", **look)
+        drawn += located
+    x = np.array([x for x, _ in drawn])
+    y = np.array([trial.loss for _, trial in drawn])
     height = np.ptp(y) or 0.1 * y.max()
     axes.set_xlim(x.min() / 2, x.max() * 1.6)
     axes.set_ylim(y.min() - 0.2 * height, y.max() + 0.08 * height)
-    style.flops_axis(axes)
+    style.flops_ticks(axes)
     return drawn
 
 
-def _multipliers(axes: Axes, rows: Sequence[AtDepth], over_all: Interval) -> None:
-    """Depths side by side, their FLOPs under them."""
-    known = [end for row in rows if (end := row.multiplier.estimate) is not None]
-    known += [over_all.estimate] if over_all.estimate is not None else []
-    reach = CUT * max([abs(float(np.log(own))) for own in known] + [0.05])
-    ends = [end for row in rows for end in (row.multiplier.low, row.multiplier.high) if end]
-    spread = np.clip(np.log([1.0, *known, *ends]), -reach, reach)
-    room = 0.12 * np.ptp(spread) + 0.01
+def _draw_multipliers(axes: Axes, rows: Sequence[DepthEffect], overall: Interval) -> None:
+    """Draw the multiplier of each depth, its FLOPs below it, over that of all depths."""
     axes.set_yscale("log")
-    axes.set_ylim(float(np.exp(spread.min() - room)), float(np.exp(spread.max() + room)))
-    _factor_ticks(axes)
+    axes.set_ylim(*_multiplier_limits(rows, overall))
+    _tick_factors(axes)
     axes.set_xlim(-0.6, len(rows) - 0.4)
-    axes.set_xticks(
-        range(len(rows)), [f"d{row.depth}\n{row.flops:.0e}".replace("e+", "e") for row in rows]
-    )
+    ticks = [f"d{row.depth}\n{style.one_digit(row.flops)}" for row in rows]
+    axes.set_xticks(range(len(rows)), ticks)
     axes.set_xlabel("depth, FLOPs")
-    axes.axhline(
-        1, color=style.WORDS, linewidth=0.9, linestyle=style.DASHED, zorder=1, label="no difference"
-    )
-    if over_all.estimate is not None:
-        low, high = over_all.low or axes.get_ylim()[0], over_all.high or axes.get_ylim()[1]
-        axes.axhspan(
-            low,
-            high,
-            color=style.SURFACE_BAND,
-            alpha=0.6,
-            linewidth=0,
-            zorder=0,
-            label="over all depths",
-        )
-        axes.axhline(over_all.estimate, color=style.SURFACE, linewidth=0.9, zorder=1)
-    look = style.dots(style.INK, "at a depth, 95 % interval", ms=5, marker="o", linestyle="")
+    line = {"linewidth": 0.9, "zorder": 1}
+    axes.axhline(1, color=style.TEXT, linestyle=style.DASHED, label="no difference", **line)
+    if overall.estimate is not None:
+        low = overall.low or axes.get_ylim()[0]
+        high = overall.high or axes.get_ylim()[1]
+        band = {"color": style.SURFACE_BAND, "alpha": 0.6, "linewidth": 0, "zorder": 0}
+        axes.axhspan(low, high, label="over all depths", **band)
+        axes.axhline(overall.estimate, color=style.SURFACE, **line)
+    label = "at a depth, 95 % interval"
+    look = style.markers(style.INK, label, ms=5, marker="o", linestyle="")
     for k, row in enumerate(rows):
-        style.whiskers(axes, k, row.multiplier, look)
+        style.draw_interval(axes, k, row.multiplier, look)
 
 
-def _factor_ticks(axes: Axes) -> None:
-    """A logarithmic axis of factors near 1, ticked as a linear one."""
+def _multiplier_limits(rows: Sequence[DepthEffect], overall: Interval) -> tuple[float, float]:
+    """Return limits that hold all estimates, and intervals up to CUT times as far from 1."""
+    intervals = [row.multiplier for row in rows]
+    estimates = [one.estimate for one in (*intervals, overall) if one.estimate is not None]
+    reach = CUT * max([0.05, *np.abs(np.log(estimates))])
+    ends = [end for one in intervals for end in (one.low, one.high) if end]
+    spread = np.clip(np.log([1.0, *estimates, *ends]), -reach, reach)
+    room = 0.12 * np.ptp(spread) + 0.01
+    return float(np.exp(spread.min() - room)), float(np.exp(spread.max() + room))
+
+
+def _tick_factors(axes: Axes) -> None:
+    """Tick a logarithmic axis of factors near 1 like a linear one."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
     axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]))

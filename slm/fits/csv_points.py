@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from slm.fits.compare.comparison import Trial
+from slm.fits.compare.trials import Trial
 from slm.fits.points import Point
 
 REQUIRED = ("params", "tokens", "flops", "loss")

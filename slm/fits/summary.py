@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from slm.fits.checks.diagnostics import gains
-from slm.fits.compare.comparison import Comparison
+from slm.fits.compare.result import Comparison
 from slm.fits.core_fit import CoreFit
 from slm.fits.curve import CurveFit
 from slm.fits.design import Design
 from slm.fits.intervals import Interval
-from slm.fits.parametric import Parametric
+from slm.fits.parametric import ParametricFit
 from slm.fits.power_law import PURE, REACH, Law
 from slm.fits.prediction import Prediction
 
@@ -31,7 +31,7 @@ def summary(fit: CurveFit) -> str:
             f"The optimal size grows as C^{params.text('.2f')}, its tokens as C^{tokens.text('.2f')} "
             f"(N: {fit.convention})."
         )
-    sentences += [] if fit.law else [f"No law L(C): {fit.choice.why}."]
+    sentences += [] if fit.law else [f"No law L(C): {fit.selection.why}."]
     return " ".join(sentences)
 
 
@@ -52,12 +52,12 @@ def _gain(law: Law, metric: str) -> str:
 
 def tables(fit: CurveFit, predictions: Sequence[Prediction] = ()) -> list[Table]:
     """(headers, rows) of strings: predictions, laws, isoFLOP minima, surfaces, hold-outs; those that there are."""
-    laws = [law for law in (fit.law, fit.choice.rival) if law]
+    laws = [law for law in (fit.law, fit.selection.rival) if law]
     found = [_predictions(fit, predictions)] if predictions else []
     found += [_laws(fit, laws)] if laws else []
     found += [_minima(fit)] if fit.isoflop else []
     found += [_surfaces(fit.parametric)] if fit.parametric.surface else []
-    return found + ([_hold_outs(fit)] if fit.choice.hold_outs else [])
+    return found + ([_hold_outs(fit)] if fit.selection.hold_outs else [])
 
 
 def _predictions(fit: CurveFit, predictions: Sequence[Prediction]) -> Table:
@@ -69,8 +69,8 @@ def _predictions(fit: CurveFit, predictions: Sequence[Prediction]) -> Table:
             own.core.text() if own.core else "",
             own.model,
             f"{own.factor:.3g}",
-            f"{own.tested:.3g}",
-            "beyond what was validated" if own.beyond else "",
+            f"{own.validated_factor:.3g}",
+            "beyond what was validated" if own.beyond_validated else "",
         ]
         for own in predictions
     ]
@@ -88,7 +88,7 @@ def _predictions(fit: CurveFit, predictions: Sequence[Prediction]) -> Table:
 
 
 def _hold_outs(fit: CurveFit) -> Table:
-    documents = [own.document() for own in fit.choice.hold_outs]
+    documents = [own.document() for own in fit.selection.hold_outs]
     rows = [
         [
             f"{own['flops']:.3g}",
@@ -113,7 +113,7 @@ def _hold_outs(fit: CurveFit) -> Table:
 
 
 def _laws(fit: CurveFit, laws: list[Law]) -> Table:
-    errors = fit.choice.errors or {}
+    errors = fit.selection.errors or {}
     rows = [
         [
             law.form,
@@ -132,7 +132,7 @@ def _laws(fit: CurveFit, laws: list[Law]) -> Table:
 def _minima(fit: CurveFit) -> Table:
     rows = []
     assert fit.isoflop is not None
-    for valley in fit.isoflop.valleys:
+    for valley in fit.isoflop.curves:
         intervals = fit.isoflop.intervals(valley)
         known = [intervals[name].text() for name in ("params", "tokens", "ratio")] + [
             intervals["loss"].text(".4f")
@@ -142,7 +142,7 @@ def _minima(fit: CurveFit) -> Table:
     return ["budget (FLOPs)", "optimal N [95 %]", "tokens", "tokens/N", fit.loss, "status"], rows
 
 
-def _surfaces(parametric: Parametric) -> Table:
+def _surfaces(parametric: ParametricFit) -> Table:
     rows = [
         [
             surface.form,
@@ -151,7 +151,7 @@ def _surfaces(parametric: Parametric) -> Table:
             "1" if surface.form == "additive" else surface.intervals["gamma"].text(),
             surface.intervals["params_exponent"].text(),
             f"{100 * surface.residual_rms:.2g} %",
-            f"{100 * parametric.decisive.errors[surface.form]:.2g} %"
+            f"{100 * parametric.decisive[surface.form].error:.2g} %"
             if parametric.decisive
             else "not tested",
         ]
@@ -178,19 +178,19 @@ def comparison_table(found: Comparison) -> Table:
         [
             f"d{own.depth}",
             f"{own.flops:.3g}",
-            f"{own.base} : {own.candidate}",
+            f"{own.base_runs} : {own.candidate_runs}",
             own.difference.text("+.2f", 100),
             own.multiplier.text(".3f"),
-            f"{own.evidence:.2g}",
+            f"{own.e_value:.2g}",
             own.claim or "",
         ]
         for own in found.per_depth
     ]
-    runs = f"{sum(own.base for own in found.per_depth)} : {sum(own.candidate for own in found.per_depth)}"
+    runs = f"{sum(own.base_runs for own in found.per_depth)} : {sum(own.candidate_runs for own in found.per_depth)}"
     overall = [
         found.difference.text("+.2f", 100),
         found.multiplier.text(".3f"),
-        f"{found.evidence.whole:.2g}",
+        f"{found.evidence.pooled:.2g}",
     ]
     rows.append(["all", "", runs, *overall, ""])
     headers = [

@@ -23,7 +23,7 @@ from slm.figures import (
 )
 from slm.figures.core_curve import LEVELS
 from slm.fits import Comparison, CoreFit, Interval, Point, Trial, fit_curves
-from slm.fits.compare import comparison as compare
+from slm.fits.compare.comparison import compare
 
 FLOPS = np.geomspace(3e10, 5e12, 5)
 
@@ -184,7 +184,7 @@ def test_what_was_foretold_of_runs_held_out_stands_under_the_law(tmp_path: Path)
     hit, off = ladder(), ladder()
     off[-2:] = [replace(run, loss=1.2 * run.loss) for run in off[-2:]]
     fits = fit_curves(hit), fit_curves(off)
-    held = [run for hold_out in fits[0].choice.hold_outs for run in hold_out.predicted]
+    held = [run for hold_out in fits[0].selection.hold_outs for run in hold_out.predicted]
     said = words(draw_curve(fits[0], tmp_path / "hit")[1])
     assert (
         f"held out: {sum(run.covered for run in held)} of {len(held)} inside the predicted interval"
@@ -244,7 +244,7 @@ def test_a_comparison_says_its_verdict_and_shows_every_depth(tmp_path: Path) -> 
     found = comparison()
     png, svg = draw_comparison(found, tmp_path / "against")
     said = words(svg)
-    assert " ".join(found.verdict.sentence.split()[:6]) in said
+    assert " ".join(found.decision.sentence.split()[:6]) in said
     for text in (
         "old",
         "new",

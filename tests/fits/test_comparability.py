@@ -13,13 +13,13 @@ import numpy as np
 import pandas
 import pytest
 
-from slm import results as fitting
+from slm import selection
 from slm.experiment import Experiment
 from slm.figures import draw_comparison, draw_fit
 from slm.fits import Candidate, Goal, NotComparable, Point, Trial, fit_curves, next_runs, summary
 from slm.fits.checks.diagnostics import lack_of_fit
 from slm.fits.checks.sensitivity import law_residuals
-from slm.fits.compare import comparison as compare
+from slm.fits.compare.comparison import compare
 from slm.fits.ladder import columns_of
 from slm.fits.points import differences, parts_of
 from slm.fits.power_law import seed_noise
@@ -127,7 +127,7 @@ def test_a_mixed_fit_says_so_wherever_it_is_read(tmp_path: Path) -> None:
     points = [
         replace(own, core=max(0.0, 0.8 - 0.5 * own.loss)) for own in [*ladder(), *grid(THERE)]
     ]
-    fit = fit_curves(points, mixed=True)
+    fit = fit_curves(points, allow_mixed=True)
     assert summary(fit).startswith("Mixed axes")
     first = fit.document()["warnings"][0]
     assert first["code"] == "mixed-axes"
@@ -140,7 +140,7 @@ def test_a_mixed_fit_says_so_wherever_it_is_read(tmp_path: Path) -> None:
 
 
 def test_a_fit_of_one_axis_says_nothing_of_mixing_though_it_was_allowed(tmp_path: Path) -> None:
-    fit = fit_curves(ladder(), mixed=True)
+    fit = fit_curves(ladder(), allow_mixed=True)
     assert fit.document() == fit_curves(ladder()).document()
     assert fit.document()["mixed"] == []
     assert "mixed" not in words(draw_fit(fit, tmp_path / "fit")[1]).lower()
@@ -150,7 +150,7 @@ def test_a_mixed_comparison_says_so_in_its_verdict_and_its_figure(tmp_path: Path
     sides = trials(HERE, "b"), trials(THERE, "c", 0.97)
     with pytest.raises(NotComparable, match=r"validation: 1a2b3c4d… .8 runs"):
         compare(*sides, ("old", "new"))
-    found = compare(*sides, ("old", "new"), mixed=True)
+    found = compare(*sides, ("old", "new"), allow_mixed=True)
     assert found.document()["warnings"][0]["code"] == "mixed-axes"
     assert found.document()["verdict"]["sentence"].startswith("Mixed axes: new")
     assert found.document()["mixed"] == sorted(found.mixed) != []
@@ -162,7 +162,7 @@ def test_a_design_on_mixed_runs_says_so() -> None:
     points = [*ladder(), *grid(THERE)]
     with pytest.raises(NotComparable):
         next_runs(points, candidates, Goal("loss", candidates[0]), 1e15)
-    design = next_runs(points, candidates, Goal("loss", candidates[0]), 1e15, mixed=True)
+    design = next_runs(points, candidates, Goal("loss", candidates[0]), 1e15, allow_mixed=True)
     assert len(design.document()["mixed"]) == 2
     assert design.document()["warnings"][0]["code"] == "mixed-axes"
 
@@ -179,7 +179,7 @@ def test_the_law_of_compute_takes_neither_params_nor_tokens() -> None:
     }
     auto = fit_curves(ladder(size=math.nan))
     assert auto.document()["power_law"] == sized.document()["power_law"]
-    assert "no_params" in {own.code for own in auto.cautions}
+    assert "no_params" in {own.code for own in auto.warnings}
     assert json.loads(json.dumps(auto.document(), allow_nan=False)) == auto.document()
 
 
@@ -208,7 +208,7 @@ def test_beside_valleys_runs_of_unknown_size_are_left_out_and_named() -> None:
     excluded = [own for own in fit.document()["points"]["excluded"] if own["reason"] == "no params"]
     assert [own["run_id"] for own in excluded] == [own.run_id for own in unknown]
     assert fit.document()["isoflop"] == fit_curves(grid()).document()["isoflop"]
-    assert "no_params" in {own.code for own in fit.cautions}
+    assert "no_params" in {own.code for own in fit.warnings}
     with pytest.raises(ValueError, match="21 runs at FLOPs budgets have no params"):
         fit_curves([replace(own, params=math.nan) for own in grid()])
 
@@ -241,10 +241,10 @@ def imported(**columns: Any) -> pandas.DataFrame:
 
 
 def test_an_import_is_fitted_as_its_file_is(tmp_path: Path) -> None:
-    usable, excluded = fitting.usable_of(imported(), ("flops", "val_bpb"))
-    rows, beside = fitting.ladder_of(usable)
+    usable, excluded = selection.usable_rows(imported(), ("flops", "val_bpb"))
+    rows, beside = selection.ladder_rows(usable)
     assert excluded == beside == []
-    fit = fit_curves(fitting.points_of(rows)).document()
+    fit = fit_curves(selection.to_points(rows)).document()
     table = imported(
         params=[own.params for own in ladder()], tokens=[own.tokens for own in ladder()]
     )
@@ -262,22 +262,22 @@ def test_an_import_is_fitted_as_its_file_is(tmp_path: Path) -> None:
 
 def test_a_run_that_a_flag_forbids_is_left_out_with_the_flag() -> None:
     flags = [None, "zero_loss,failed,recomputed", "recomputed,unlabelled-seed", *["recomputed"] * 5]
-    usable, excluded = fitting.usable_of(
+    usable, excluded = selection.usable_rows(
         imported(flags=flags, usable=[True, False, *[True] * 6]), ("val_bpb",)
     )
     assert excluded == [{"run_id": "x1", "reason": "flagged zero_loss,failed"}]
-    assert fitting.left_out(excluded) == ["1 run, flagged zero_loss,failed: x1"]
-    (warning,) = fitting.flagged(usable)
+    assert selection.describe_excluded(excluded) == ["1 run, flagged zero_loss,failed: x1"]
+    (warning,) = selection.flag_warnings(usable)
     assert warning["code"] == "flagged_runs"
     assert "1 of 7 runs" in warning["message"]
     assert "x2 (unlabelled-seed)" in warning["message"]
-    assert fitting.flagged(imported()) == []
+    assert selection.flag_warnings(imported()) == []
 
 
 def test_a_run_without_a_number_that_is_needed_is_left_out_by_its_name() -> None:
     losses = [math.nan, *[1.0] * 7]
     flops = [1e12, math.nan, *FLOPS[2:]]
-    usable, excluded = fitting.usable_of(
+    usable, excluded = selection.usable_rows(
         imported(val_bpb=losses, flops=flops), ("flops", "val_bpb")
     )
     assert [(own["run_id"], own["reason"]) for own in excluded] == [
@@ -288,10 +288,10 @@ def test_a_run_without_a_number_that_is_needed_is_left_out_by_its_name() -> None
 
 
 def test_horizons_of_an_import_are_budgets_where_they_say_so_else_one_ladder() -> None:
-    rows, excluded = fitting.ladder_of(
+    rows, excluded = selection.ladder_rows(
         imported(horizon=["flops=1e12", None, "compute-optimal", *[None] * 4, "steps=9"])
     )
-    assert [own.budget for own in fitting.points_of(rows)] == [1e12, *[None] * 6]
+    assert [own.budget for own in selection.to_points(rows)] == [1e12, *[None] * 6]
     assert [own["run_id"] for own in excluded] == ["x7"]
 
 

@@ -1,141 +1,139 @@
-"""What a comparison claims, in one code and one sentence; and which further seeds would be expected to decide it."""
+"""The decision of a comparison, and the further seeds expected to reach one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from slm.fits.compare.e_values import BETTING, ENOUGH, e_value
-from slm.fits.compare.effects import Effect, Gaps
-
-Array = NDArray[np.float64]
+from slm.fits.compare.e_values import CLAIM_THRESHOLD, POOLED_SHARE, e_value
+from slm.fits.compare.result import Advice, Comparison, Decision
+from slm.fits.compare.trials import AXES, flops_by_depth, format_depths
+from slm.text import plural
 
 EQUAL = 0.05
-"""Shares of compute that make no difference."""
-SEEDS = 8
-"""Further seeds a side that are still affordable."""
-COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
+"""Share of compute below which a difference is none."""
+MAX_SEEDS = 8
+"""Most further seeds per recipe that count as affordable."""
 
 
-@dataclass(frozen=True)
-class Advice:
-    """The cheapest further seeds that are expected to decide, were estimate and noise as they seem."""
-
-    depth: int | None
-    """Where; None is at every depth."""
-    seeds: int
-    """Further seeds of each recipe."""
-    flops: float
-    """What they cost."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The answer."""
-
-    code: str
-    """better_every_depth, better_overall, better_some_depths, gain_shrinks, worse_every_depth, worse_overall,
-    worse_some_depths, mixed, equal or cannot_tell."""
-    sentence: str
-    """In words."""
-    advice: Advice | None
-    """Where it cannot tell and seeds would."""
-
-
-def decide(
-    names: tuple[str, str],
-    amount: str,
-    claims: Mapping[int, str | None],
-    whole: str | None,
-    shrinking: str | None,
-    within: float | None,
-    measured: bool,
-    advice: Advice | None,
-) -> Verdict:
-    """The verdict on (base, candidate).
-
-    `amount` is the effect in words, `claims` what is shown (`better` or `worse`) at each depth and `whole` over all,
-    `shrinking` the words for a gain shown to shrink, `within` how far from equal the recipes may be, as a share of
-    compute, `measured` whether the runs hold their noise at all.
-    """
-    base, candidate = names
-    places = {
-        word: [depth for depth, claim in claims.items() if claim == word]
-        for word in ("better", "worse")
+def decide(comparison: Comparison) -> Decision:
+    """Return the decision that the claims allow, or the seeds that would allow one."""
+    evidence = comparison.evidence
+    depths = {
+        direction: [effect.depth for effect in comparison.per_depth if effect.claim == direction]
+        for direction in ("better", "worse")
     }
-    shown = [word for word, own in places.items() if own or whole == word]
-    if len(shown) > 1:
-        where = " and ".join(
-            f"{word} {'at ' + spoken(own) if own else 'over all depths'}"
-            for word, own in places.items()
-        )
-        return Verdict("mixed", f"{candidate} is {where} than {base}: {amount}", None)
-    for word in shown:
-        here, lead = places[word], f"{candidate} is {word} than {base}"
-        if word == "better" and whole == word and shrinking:
-            return Verdict(
-                "gain_shrinks",
-                f"{lead}, but the gain shrinks with depth, {shrinking}: {amount}",
-                None,
-            )
-        if len(here) == len(claims) > 1:
-            return Verdict(f"{word}_every_depth", f"{lead} at every depth: {amount}", None)
-        if whole == word and len(claims) > 1:
-            alone = f"shown alone at {spoken(here)}" if here else "not shown at any depth alone"
-            return Verdict(f"{word}_overall", f"{lead} over all depths, {alone}: {amount}", None)
-        rest = "not shown elsewhere" if len(claims) > 1 else "the only depth compared"
-        return Verdict(
-            f"{word}_some_depths", f"{lead} at {spoken(here)} only, {rest}: {amount}", None
-        )
-    if within is not None and within < EQUAL:
-        return Verdict(
-            "equal", f"{candidate} and {base} are equal within {100 * within:.2g} %: {amount}", None
-        )
-    return Verdict(
-        "cannot_tell", f"cannot tell{_help(advice, within, measured)} ({amount})", advice
-    )
+    pooled = None
+    if min(evidence.pooled, evidence.combined) >= CLAIM_THRESHOLD:
+        pooled = "better" if comparison.pooled.estimate > 0 else "worse"
+    claimed = [direction for direction in depths if depths[direction] or direction == pooled]
+    if len(claimed) > 1:
+        decision = _mixed(comparison, depths)
+    elif claimed:
+        (direction,) = claimed
+        decision = _one_direction(comparison, direction, depths[direction], direction == pooled)
+    else:
+        decision = _no_claim(comparison)
+    if comparison.axes.mixed:
+        return replace(decision, sentence=f"Mixed axes: {decision.sentence}")
+    return decision
 
 
-def _help(advice: Advice | None, within: float | None, measured: bool) -> str:
-    if not measured:
-        return ": one run of each holds no noise, more seeds or depths would"
-    if advice:
-        place = f"d{advice.depth}" if advice.depth else "every depth"
-        return f": {COUNTS[advice.seeds]} more seed{'s' * (advice.seeds > 1)} at {place} would"
-    bound = "" if within is None else f"; the effect, if any, is below {100 * within:.2g} %"
-    return f", and no affordable number of seeds is expected to{bound}"
+def _mixed(comparison: Comparison, depths: dict[str, list[int]]) -> Decision:
+    parts = []
+    for direction, claimed in depths.items():
+        extent = f"at {format_depths(claimed)}" if claimed else "over all depths"
+        parts.append(f"{direction} {extent}")
+    lead = f"{comparison.candidate} is {' and '.join(parts)} than {comparison.base}"
+    return Decision("mixed", f"{lead}: {_effect(comparison)}")
 
 
-def spoken(given: Sequence[int]) -> str:
-    """`d4`, `d4 and d8`, `d4, d8 and d12`."""
-    words = [f"d{depth}" for depth in given]
-    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
+def _one_direction(
+    comparison: Comparison, direction: str, depths: list[int], pooled: bool
+) -> Decision:
+    shrinking = _shrinking(comparison)
+    several = len(comparison.per_depth) > 1
+    if direction == "better" and pooled and shrinking:
+        code = "gain_shrinks"
+        extent = f", but the gain shrinks with depth, {shrinking}"
+    elif several and len(depths) == len(comparison.per_depth):
+        code = f"{direction}_every_depth"
+        extent = " at every depth"
+    elif several and pooled:
+        code = f"{direction}_overall"
+        single = f"at {format_depths(depths)}" if depths else "at no depth"
+        extent = f" over all depths, significantly {single} alone"
+    else:
+        code = f"{direction}_some_depths"
+        others = "not significantly at the others" if several else "the only depth compared"
+        extent = f" at {format_depths(depths)} only, {others}"
+    lead = f"{comparison.candidate} is {direction} than {comparison.base}"
+    return Decision(code, f"{lead}{extent}: {_effect(comparison)}")
 
 
-def advise(
-    gaps: Gaps, test: Effect, runs: Array, flops: Array, order: Sequence[int]
-) -> Advice | None:
-    """The cheapest of up to 8 further seeds a side at one depth or at each; None where none is expected to decide.
+def _no_claim(comparison: Comparison) -> Decision:
+    sequence = comparison.evidence.confidence_sequence
+    effect = _effect(comparison)
+    limit = ""
+    if sequence.low and sequence.high:
+        bound = max(1 / sequence.low, sequence.high) - 1
+        share = f"{100 * bound:.2g} %"
+        if bound < EQUAL:
+            names = f"{comparison.candidate} and {comparison.base}"
+            return Decision("equal", f"{names} are equal within {share}: {effect}")
+        limit = f"; the effect, if any, is below {share}"
+    advice = advise(comparison)
+    if not comparison.pooled.free:
+        reason = ": one run of each gives no noise estimate; run more seeds or depths"
+    elif advice:
+        depths = f"d{advice.depth}" if advice.depth else "every depth"
+        reason = f": {plural(advice.seeds, 'more seed')} at {depths} should decide it"
+    else:
+        reason = f", and no affordable number of seeds is expected to{limit}"
+    return Decision("cannot_tell", f"cannot tell{reason} ({effect})", advice)
 
-    `runs` (2, K) counts those of base and candidate at the depths `order`, `flops` (K,) what one of each costs
-    together. The effect over all depths is taken to be `test`, with the noise it has.
-    """
-    if test.free < 1:
+
+def _effect(comparison: Comparison) -> str:
+    if comparison.multiplier.estimate is None:
+        return f"its ln loss differs by {comparison.difference.text('+.2g', 100)} %"
+    times = comparison.multiplier.text(".3g")
+    return f"{comparison.base} would need {times} times the {AXES[comparison.axis]}"
+
+
+def _shrinking(comparison: Comparison) -> str | None:
+    """Describe a multiplier whose trend is significantly negative; None for any other."""
+    trend = comparison.trend
+    if not trend or trend.evidence < CLAIM_THRESHOLD or (trend.slope.estimate or 0.0) >= 0:
         return None
-    unit = test.error * np.sqrt(gaps.weight @ gaps.slope**2)
+    first = comparison.per_depth[0].depth
+    last = comparison.per_depth[-1].depth
+    return f"from {trend.ends[0]:.3g} at d{first} to {trend.ends[1]:.3g} at d{last}"
+
+
+def advise(comparison: Comparison) -> Advice | None:
+    """Return the cheapest of up to 8 further seeds per recipe, at one depth or at each.
+
+    None if none is expected to decide, if the true effect is the pooled one, with its noise.
+    """
+    pooled, differences, depths = comparison.pooled, comparison.differences, comparison.per_depth
+    if pooled.free < 1 or comparison.evidence.combined >= CLAIM_THRESHOLD:
+        return None
+    runs = np.array([[effect.base_runs, effect.candidate_runs] for effect in depths], float).T
+    base_flops = flops_by_depth(comparison.base_trials)
+    flops = np.array([effect.flops + base_flops[effect.depth] for effect in depths])
+    sigma = differences.run_noise(pooled)
     options = []
-    for place in (*range(len(order)), None):
-        chosen = np.arange(len(order)) == place if place is not None else np.ones(len(order), bool)
-        for seeds in range(1, SEEDS + 1):
-            more = runs + seeds * chosen
-            weight = more[0] * more[1] / (more[0] + more[1])
-            t = test.estimate * np.sqrt(weight @ gaps.slope**2) / unit
-            free = test.free + seeds * int(chosen.sum()) * (1 if gaps.paired else 2)
-            if BETTING * e_value(t, free, weight.sum()) + 1 - BETTING >= ENOUGH:
-                depth = None if place is None else order[place]
+    for k in (*range(len(depths)), None):
+        chosen = np.ones(len(depths), bool) if k is None else np.arange(len(depths)) == k
+        for seeds in range(1, MAX_SEEDS + 1):
+            base, candidate = runs + seeds * chosen
+            weight = base * candidate / (base + candidate)
+            t = pooled.estimate * np.sqrt(weight @ differences.slope**2) / sigma
+            free = pooled.free + seeds * int(chosen.sum()) * (1 if differences.paired else 2)
+            expected = e_value(t, free, weight.sum())
+            if POOLED_SHARE * expected + 1 - POOLED_SHARE >= CLAIM_THRESHOLD:
+                depth = None if k is None else depths[k].depth
                 options.append(Advice(depth, seeds, float(seeds * flops @ chosen)))
                 break
     return min(options, key=lambda option: option.flops, default=None)
