@@ -13,10 +13,14 @@ from typing import Any, get_origin, get_type_hints
 from slm.recipe import Hyperparameters
 
 TRAINER_SOURCES = (
+    "hardware/block_sizes.py",
     "model/attention.py",
     "model/layers.py",
     "model/gpt.py",
+    "model/ranks.py",
     "train/optimizer.py",
+    "train/session.py",
+    "train/loop.py",
     "train/trainer.py",
     "data/loader.py",
     "evaluate/bpb.py",

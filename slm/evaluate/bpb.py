@@ -1,4 +1,4 @@
-"""Validation loss in bits per byte: comparable across vocabularies, since bytes are what every tokeniser covers."""
+"""Validation loss in bits per byte, which is comparable across tokenisers because bytes are what all of them encode."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from slm.data.loader import Rows, share
+from slm.data.loader import Rows
 from slm.data.tokenizer import Tokenizer
+from slm.hardware.block_sizes import EVALUATION_TOKENS
 from slm.model.gpt import GPT
-
-TOKENS = 2**13
-"""Tokens of one forward pass."""
+from slm.model.ranks import Ranks
 
 
 @torch.no_grad()
@@ -22,35 +20,36 @@ def validation_loss(
     model: GPT,
     rows: Rows,
     token_bytes: torch.Tensor,
-    rank: int = 0,
-    ranks: int = 1,
-    tokens: int = TOKENS,
+    ranks: Ranks,
+    tokens: int = EVALUATION_TOKENS,
     report: Callable[[int], None] = lambda read: None,
 ) -> tuple[float, float]:
-    """val_bpb and the loss in nats a token over every row.
+    """Return val_bpb and the loss in nats per token over all rows, on every rank.
 
-    Bits per byte: summed nats over the summed bytes of the targets, special tokens left out, over ln 2.
-    `token_bytes` (V,) holds the bytes of each token, 0 for special ones. Sums are in float64, over all ranks. A forward
-    pass reads so many `tokens` at most, but a row at least; `report` is told how many rows of this rank are read.
+    Bits per byte are the summed nats over the summed bytes of the targets, special tokens excluded,
+    over ln 2. `token_bytes` (V,) holds the bytes of each token, 0 for special ones. Sums are float64
+    over all ranks. A forward pass reads at most `tokens` tokens, but at least one row; `report` is
+    called with the number of rows that this rank has read.
     """
-    batch_rows = max(1, tokens // model.given.sequence_length)
+    sequence_length = model.hp.sequence_length
+    batch_rows = max(1, tokens // sequence_length)
     device = model.wte.device
-    wide = torch.float32 if device.type == "mps" else torch.float64  # which that device lacks
+    wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
     sums = torch.zeros(3, dtype=wide, device=device)
-    mine = share(np.arange(len(rows)), rank, ranks)
-    for start in range(0, len(mine), batch_rows):
-        ids, targets = (tensor.to(device) for tensor in rows.pair(mine[start : start + batch_rows]))
+    indices = ranks.share(np.arange(len(rows)))
+    for start in range(0, len(indices), batch_rows):
+        pair = rows.pair(indices[start : start + batch_rows])
+        ids, targets = (tensor.to(device) for tensor in pair)
         loss = model.losses(ids, targets).to(wide)
         sizes = token_bytes[targets]
         sums += torch.stack([(loss * (sizes > 0)).sum(), sizes.sum().to(wide), loss.sum()])
         report(start + len(ids))
-    if ranks > 1:
-        dist.all_reduce(sums)
+    ranks.sum(sums)
     nats, size, total = sums.tolist()
-    return nats / size / math.log(2), total / (len(rows) * model.given.sequence_length)
+    return nats / size / math.log(2), total / (len(rows) * sequence_length)
 
 
 def bytes_of(tokenizer: Tokenizer, vocab_size: int, device: torch.device) -> torch.Tensor:
-    """Bytes of each token (V,), 0 for special ones and for the padding of the vocabulary."""
+    """Return the bytes of each token (V,), 0 for special tokens and for the vocabulary's padding."""
     sizes = tokenizer.token_bytes
     return torch.tensor(sizes + [0] * (vocab_size - len(sizes)), device=device)

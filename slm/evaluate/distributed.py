@@ -1,89 +1,108 @@
-"""CORE of some weights on several ranks: `torchrun -m slm.evaluate.distributed FOLDER`, and how that is started.
+"""CORE on several ranks of this machine: `torchrun -m slm.evaluate.distributed REQUEST`, and its launch.
 
-In the folder are a request and then an answer, the path of the evaluation or what is wrong with it. The first rank says
-on its output how far it is, a line each; what torchrun has to say goes to a log.
+REQUEST is a JSON document. The result is the evaluation file; rank 0 writes progress and errors to
+stdout, one JSON list per line, and whatever else torchrun prints goes to a log.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from slm.files import read_json, write_json
+from slm.evaluate.request import CoreRequest, Report, ignore
 
 if TYPE_CHECKING:
     import torch
 
-Report = Callable[[int, int], None]
-"""Told how many of how many parts are done."""
-SAY_SECONDS = 0.5
-"""Pause between two lines on how far it is."""
+    from slm.model.weights import Weights
+
+REPORT_SECONDS = 0.5
+"""Pause between two lines of progress."""
+REFUSED = "refused"
+FAILED = "failed"
 
 
-def core(
-    request: dict[str, Any], ranks: int, threads: int, report: Report, planning: Report
+def evaluate_core_on_ranks(
+    weights: Weights,
+    home: Path,
+    request: CoreRequest,
+    device: torch.device,
+    ranks: int,
+    report: Report,
 ) -> Path:
-    """`later.core` on so many ranks of this machine, each with so many threads.
+    """Run `evaluator.evaluate_core` on several ranks, which share the CPU's cores.
 
-    The request: home, weights (a file), bundle (an id), most, labels, device. Raises ValueError and RuntimeError as
-    `later.core` does, and RuntimeError with the last words of ranks that died.
+    Raises ValueError and RuntimeError as `evaluate_core` does, and RuntimeError with the last line of
+    the log if a rank died.
     """
-    with tempfile.TemporaryDirectory(prefix="slm-eval-") as name:
-        folder = Path(name)
-        write_json(folder / "request.json", request)
-        code = _torchrun(folder, ranks, threads, {"tokens": report, "tasks": planning})
-        if not (folder / "answer.json").exists():
-            lines = (folder / "log").read_text(errors="replace").split("\n")
-            errors = [line for line in lines if "Error" in line and "ChildFailed" not in line]
-            raise RuntimeError(f"torchrun ended with code {code}: {[*lines, *errors][-1]}")
-        answer = read_json(folder / "answer.json")
-    if answer["error"]:
-        raise (ValueError if answer["refused"] else RuntimeError)(answer["error"])
-    return Path(answer["path"])
+    from slm.evaluate.evaluator import locate_core
+
+    _, file = locate_core(weights, home, request, device)
+    if not file.exists:
+        arguments = {
+            "home": str(home),
+            "weights": str(weights.path),
+            "device": device.type,
+            "request": asdict(request),
+        }
+        with tempfile.TemporaryDirectory(prefix="slm-eval-") as folder:
+            end = _launch(json.dumps(arguments), Path(folder), ranks, report)
+        if not file.path.exists():
+            raise RuntimeError(end)
+    return file.path
 
 
-def _torchrun(folder: Path, ranks: int, threads: int, reports: dict[str, Report]) -> int:
-    """Its exit code. No rank outlives this process when it is asked to end."""
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--local-addr=127.0.0.1",
-    ]
-    command += [
-        f"--nproc-per-node={ranks}",
-        f"--log-dir={folder}",
-        "--module",
-        "slm.evaluate.distributed",
-        str(folder),
-    ]
+def _launch(arguments: str, folder: Path, ranks: int, report: Report) -> str:
+    """Run torchrun, forward progress, and return how it ended.
+
+    No rank outlives this process when it is interrupted.
+    """
+    from slm.hardware.devices import cores
+
+    command = [sys.executable, "-P", "-m", "torch.distributed.run"]
+    command += ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}"]
+    command += [f"--log-dir={folder}", "--module", "slm.evaluate.distributed", arguments]
+    threads = max(1, cores() // ranks)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONSAFEPATH": "1"}
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    with (folder / "log").open("wb") as log:
+    log = folder / "log"
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    with log.open("wb") as stderr:
         child = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True
+            command, stdout=subprocess.PIPE, stderr=stderr, env=environment, text=True
         )
         assert child.stdout is not None
         try:
             for line in child.stdout:
-                unit, *counts = line.split() or [""]
-                if unit in reports:  # what is not a report a library says
-                    reports[unit](*map(int, counts))
-            return child.wait()
+                _handle(line, report)
+            code = child.wait()
         finally:
             child.terminate()
             child.wait()
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, previous)
+    lines = log.read_text(errors="replace").split("\n")
+    errors = [line for line in lines if "Error" in line and "ChildFailed" not in line]
+    return f"torchrun exited with code {code}: {[*lines, *errors][-1]}"
+
+
+def _handle(line: str, report: Report) -> None:
+    """Forward a line of progress, raise a line that is an error, skip what libraries print."""
+    if not line.startswith('["'):
+        return
+    kind, *values = json.loads(line)
+    if kind == REFUSED:
+        raise ValueError(values[0])
+    if kind == FAILED:
+        raise RuntimeError(values[0])
+    report(kind, *values)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -91,24 +110,31 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """One rank; the first writes the answer."""
+    """Evaluate on one rank."""
     import torch.distributed as dist
 
     from slm.evaluate.core import OutOfMemory
+    from slm.evaluate.evaluator import evaluate_core
+    from slm.model import weights
+    from slm.model.ranks import Ranks
 
-    folder, rank, ranks = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    request = read_json(folder / "request.json")
-    device = _device(request["device"])
+    arguments = json.loads(sys.argv[1])
+    ranks = Ranks.from_environment()
+    device = _device(arguments["device"])
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        answer: dict[str, Any] = {
-            "path": str(_measured(request, device, rank, ranks)),
-            "error": None,
-        }
-    except (ValueError, OutOfMemory) as error:  # every rank's; what one alone meets ends them all
-        answer = {"error": str(error), "refused": isinstance(error, ValueError)}
-    if rank == 0:
-        write_json(folder / "answer.json", answer)
+        home = Path(arguments["home"])
+        evaluate_core(
+            weights.load_file(Path(arguments["weights"]), home),
+            home,
+            CoreRequest.from_document(arguments["request"]),
+            device,
+            ranks,
+            _reporter() if ranks.is_first else ignore,
+        )
+    except (ValueError, OutOfMemory) as error:  # raised on every rank
+        if ranks.is_first:
+            _send(REFUSED if isinstance(error, ValueError) else FAILED, str(error))
     dist.destroy_process_group()
 
 
@@ -122,32 +148,22 @@ def _device(kind: str) -> torch.device:
     return device
 
 
-def _measured(request: dict[str, Any], device: torch.device, rank: int, ranks: int) -> Path:
-    from slm.evaluate import evaluator as later
-    from slm.evaluate.bundle import installed
-    from slm.evaluate.core import Asked
-    from slm.model import weights
+def _reporter() -> Report:
+    """Return a report that writes a line now and then, and at the end."""
+    last = 0.0
 
-    home = Path(request["home"])
-    own = weights.of_file(Path(request["weights"]), home)
-    labels = request["labels"] and tuple(request["labels"])
-    asked = Asked(installed(home, request["bundle"]), request["most"], labels)
-    reports = _saying("tokens", rank), _saying("tasks", rank)
-    return later.core(own, home, asked, device, *reports, rank, ranks)
-
-
-def _saying(unit: str, rank: int) -> Report:
-    """Says now and then, and at the end, how far it is, on the first rank."""
-    said = 0.0
-
-    def report(done: int, of: int) -> None:
-        nonlocal said
-        if rank == 0 and (done == of or time.monotonic() - said > SAY_SECONDS):
-            said = time.monotonic()
-            sys.stdout.write(f"{unit} {done} {of}\n")
-            sys.stdout.flush()
+    def report(unit: str, done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last > REPORT_SECONDS:
+            last = time.monotonic()
+            _send(unit, done, total)
 
     return report
+
+
+def _send(*values: Any) -> None:
+    sys.stdout.write(json.dumps(values) + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The GPT of the family. Matrices of equal shape are stacked over layers: one parameter, one optimiser update."""
+"""The GPT of the recipes. Matrices of equal shape are stacked over layers: one parameter, one
+optimiser update.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,23 @@ ROPE_BASE = 100_000
 GATE_CHANNELS = 12
 SMEAR_CHANNELS = 24
 Attended = Callable[[int, Tensor, Tensor], Tensor]
-"""Of a layer, queries and keys (B, T, 2h, q), and values (B, T, h, q): attention (B, T, d)."""
+"""Function of a layer, queries and keys (B, T, 2h, q), and values (B, T, h, q) that returns
+attention (B, T, d)."""
 
 
 class GPT(nn.Module):
-    """Pre-norm decoder with value embeddings, x0 and residual scalars, smear and backout (recipe.py, nanochat)."""
+    """Pre-norm decoder with value embeddings, x0 and residual scalars, smear and backout
+    (recipe.py, nanochat).
+    """
 
-    def __init__(self, given: Hyperparameters) -> None:
+    def __init__(self, hp: Hyperparameters) -> None:
         super().__init__()
-        self.given = given
+        self.hp = hp
         self.dtype = torch.float32
-        depth, width, vocab = given.depth, given.width, given.vocab_size
-        tables = len(given.value_layers)
+        depth = hp.depth
+        width = hp.width
+        vocab = hp.vocab_size
+        tables = len(hp.value_layers)
         gate_channels = min(GATE_CHANNELS, width)
 
         def matrix(*shape: int) -> nn.Parameter:
@@ -40,13 +47,13 @@ class GPT(nn.Module):
         self.attention_out = matrix(depth, width, width)
         self.mlp_up = matrix(depth, 4 * width, width)
         self.mlp_down = matrix(depth, 4 * width, width)
-        self.value_gates = matrix(tables, given.heads, gate_channels)
+        self.value_gates = matrix(tables, hp.heads, gate_channels)
         self.resid = matrix(depth)
         self.x0 = matrix(depth)
         self.smear_gate = matrix(min(SMEAR_CHANNELS, width))
         self.smear = matrix(1)
         self.backout = matrix(1)
-        cos, sin = _rotation(given.sequence_length, given.head_dim)
+        cos, sin = _rotation(hp.sequence_length, hp.head_dim)
         self.cos: Tensor
         self.sin: Tensor
         self.register_buffer("cos", cos, persistent=False)
@@ -54,14 +61,15 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Set every parameter from the seed, drawn on the CPU so that every device starts alike."""
+        """Draw every parameter from the seed, on the CPU, so that every device starts with the same
+        values.
+        """
         draw = torch.Generator().manual_seed(seed)
-        std = self.given.width**-0.5
+        std = self.hp.width**-0.5
 
         def uniform(parameter: Tensor, bound: float, low: float | None = None) -> None:
-            values = torch.empty(parameter.shape).uniform_(
-                -bound if low is None else low, bound, generator=draw
-            )
+            values = torch.empty(parameter.shape)
+            values.uniform_(-bound if low is None else low, bound, generator=draw)
             parameter.copy_(values)
 
         def normal(parameter: Tensor, deviation: float) -> None:
@@ -78,110 +86,110 @@ class GPT(nn.Module):
         self.mlp_down.zero_()
         self.smear.zero_()
         self.backout.fill_(0.2)
-        self.resid.copy_(torch.linspace(1.15, 1.05, self.given.depth))
-        self.x0.copy_(torch.linspace(0.20, 0.05, self.given.depth))
+        self.resid.copy_(torch.linspace(1.15, 1.05, self.hp.depth))
+        self.x0.copy_(torch.linspace(0.20, 0.05, self.hp.depth))
 
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
-        """Compute in `dtype` from float32 parameters; in bfloat16, which has their range, embeddings are stored too."""
+        """Compute in `dtype` from float32 parameters; bfloat16, which has their range, also stores
+        the embeddings.
+        """
         self.dtype = dtype
         if dtype == torch.bfloat16:
             for parameter in (self.wte, self.value_embeds):
                 parameter.data = parameter.data.to(dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Logits (B, T, V), float32, soft-capped, of token ids (B, T)."""
+        """Return the soft-capped logits (B, T, V), float32, of token ids (B, T)."""
         return self.capped(self.features(ids))
 
     def capped(self, stream: Tensor) -> Tensor:
-        """Logits (..., V), float32, soft-capped, of the stream (..., d)."""
+        """Return the soft-capped logits (..., V), float32, of the stream (..., d)."""
         return layers.softcapped(stream, self.lm_head.to(self.dtype))
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Summed cross-entropy in nats of the targets (B, T)."""
+        """Return the summed cross-entropy, in nats, of the targets (B, T)."""
         return layers.cross_entropy(self.features(ids), self.lm_head, targets)
 
     def losses(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy in nats of every target (B, T), without gradients."""
+        """Return the cross-entropy of every target (B, T), in nats, without gradients."""
         return layers.losses(self.features(ids), self.lm_head.to(self.dtype), targets)
 
     def features(self, ids: Tensor) -> Tensor:
-        """The stream (B, T, d) that the head reads."""
-        return self.stream(
-            ids, self.smeared(self.embedded(ids)), slice(0, ids.size(1)), self._attended
-        )
+        """Return the stream (B, T, d) that the head reads."""
+        x0 = self.smeared(self.embedded(ids))
+        return self.stream(ids, x0, slice(0, ids.size(1)), self._attended)
 
     def embedded(self, ids: Tensor) -> Tensor:
-        """The normed embeddings (B, T, d) of token ids (B, T)."""
+        """Return the normed embeddings (B, T, d) of token ids (B, T)."""
         return layers.norm(F.embedding(ids, self.wte).to(self.dtype))
 
     def smeared(self, embedded: Tensor) -> Tensor:
-        """The stream x0 (B, T, d) that enters the first block."""
+        """Return the stream x0 (B, T, d) that enters the first block."""
         return layers.smear(embedded, self.smear_gate.to(self.dtype), self.smear.to(self.dtype))
 
     def stream(
         self,
         ids: Tensor,
         x0: Tensor,
-        places: slice | Tensor,
+        positions: slice | Tensor,
         attended: Attended,
-        asked: Tensor | None = None,
+        selected: Tensor | None = None,
     ) -> Tensor:
-        """The stream (B, T, d) that the head reads, of tokens at T places of their rows; attention is given.
+        """Return the stream (B, T, d) that the head reads, for tokens at T positions of their rows.
 
-        Of the tokens `asked` (A,) alone, it is (B, A, d): then attention gives these alone in the last layer.
+        `attended` computes attention. With `selected` (A,), the result is (B, A, d), for these
+        tokens alone; then `attended` returns these alone in the last layer.
         """
-        dtype, cos, sin = self.dtype, self.cos[places], self.sin[places]
-        x = x0.view_as(x0)  # torch.compile takes no function of one tensor given twice
-        tables = dict(
-            zip(
-                self.given.value_layers,
-                zip(self.value_embeds, self.value_gates.to(dtype)),
-                strict=True,
-            )
-        )
-        attention_in, attention_out = (
-            self.attention_in.to(dtype).unbind(),
-            self.attention_out.to(dtype).unbind(),
-        )
-        mlp_up, mlp_down = self.mlp_up.to(dtype).unbind(), self.mlp_down.to(dtype).unbind()
-        resid, x0_scale = self.resid.to(dtype).unbind(), self.x0.to(dtype).unbind()
+        dtype = self.dtype
+        cos = self.cos[positions]
+        sin = self.sin[positions]
+        x = x0.view_as(x0)  # torch.compile rejects a function that gets one tensor twice
+        value_gates = self.value_gates.to(dtype)
+        tables = dict(zip(self.hp.value_layers, zip(self.value_embeds, value_gates), strict=True))
+        attention_in = self.attention_in.to(dtype).unbind()
+        attention_out = self.attention_out.to(dtype).unbind()
+        mlp_up = self.mlp_up.to(dtype).unbind()
+        mlp_down = self.mlp_down.to(dtype).unbind()
+        resid = self.resid.to(dtype).unbind()
+        x0_scale = self.x0.to(dtype).unbind()
         backout = x
-        for layer in range(self.given.depth):
+        for layer in range(self.hp.depth):
             x, normed, query_key, values = layers.attention_inputs(
                 x, x0, resid[layer], x0_scale[layer], attention_in[layer].flatten(0, 1), cos, sin
             )
             if layer in tables:
                 table, gate = tables[layer]
-                values = layers.gated(
-                    values, F.embedding(ids, table).to(dtype).view_as(values), normed, gate
-                )
+                embedded = F.embedding(ids, table).to(dtype).view_as(values)
+                values = layers.gated(values, embedded, normed, gate)
             mixed = attended(layer, query_key, values).flatten(0, 1)
-            if asked is not None and layer == self.given.depth - 1:
-                x, backout = x[:, asked], backout[:, asked]
+            if selected is not None and layer == self.hp.depth - 1:
+                x = x[:, selected]
+                backout = backout[:, selected]
             x = torch.addmm(x.flatten(0, 1), mixed, attention_out[layer].mT).view_as(x)
             x = layers.mlp(x, mlp_up[layer], mlp_down[layer])
-            if layer == self.given.depth // 2:
+            if layer == self.hp.depth // 2:
                 backout = x
         return layers.norm(x - self.backout.to(dtype) * backout)
 
     def _attended(self, layer: int, query_key: Tensor, values: Tensor) -> Tensor:
-        """Causal attention (B, T, d) within the layer's window."""
+        """Return causal attention (B, T, d) within the layer's window."""
         query, key = query_key.transpose(1, 2).chunk(2, dim=1)
-        attended = attend(query, key, values.transpose(1, 2), self.given.windows[layer])
+        attended = attend(query, key, values.transpose(1, 2), self.hp.windows[layer])
         return attended.transpose(1, 2).flatten(2)
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """What the model computes in: bfloat16 on GPUs that have it, float16 on older ones, float32 elsewhere."""
+    """Return the dtype of the computation: bfloat16 on GPUs that have it, float16 on older ones,
+    float32 elsewhere.
+    """
     if device.type != "cuda":
         return torch.float32
-    return (
-        torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    )
+    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bfloat16 else torch.float16
 
 
 def _rotation(length: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (T, 1, q/2) of the rotary embedding."""
+    """Return the cosine and sine (T, 1, q/2) of the rotary embedding."""
     frequencies = ROPE_BASE ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies).unsqueeze(1)
     return angles.cos(), angles.sin()

@@ -1,7 +1,9 @@
-"""The layers of the GPT with their gradients by hand: few passes over memory, and little kept for the way back.
+"""The layers of the GPT with hand-written gradients: few passes over memory, and little saved for
+the backward pass.
 
-Each is an ordinary differentiable function of its tensors, so that a changed model may mix them with plain operations.
-Shapes: B rows, T tokens, d width, h heads of q channels, V vocabulary, N = B·T.
+Each is an ordinary differentiable function of its tensors, so that a changed model may mix them
+with plain operations. Shapes: B rows, T tokens, d width, h heads of q channels, V vocabulary, N =
+B·T.
 """
 
 from __future__ import annotations
@@ -15,92 +17,97 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from slm.hardware.block_sizes import logit_tokens
+
 QK_SCALE = 1.2
 SOFTCAP = 15.0
-LOGITS = {"cpu": 2**19, "cuda": 2**28}
-"""Logits that are held at once: what stays in a core's cache, or a share of a GPU's memory."""
-FEWEST = 128
-"""Tokens whose logits are made at once, at least: products of fewer rows are slow."""
 
 
 def norm(x: Tensor) -> Tensor:
-    """RMSNorm without parameters, over the last dimension."""
+    """Return the RMSNorm of x over the last dimension, without parameters."""
     return _Norm.apply(x)
 
 
 def smear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """x_t + scale·sigmoid(weight·x_t[:c])·x_(t-1), of x (B, T, d), weight (c,) and scale (1,)."""
+    """Return x_t + scale·sigmoid(weight·x_t[:c])·x_(t-1) for x (B, T, d), weight (c,) and scale
+    (1,).
+    """
     return _Smear.apply(x, weight, scale)
 
 
 def attention_inputs(
     x: Tensor, x0: Tensor, resid: Tensor, x0_scale: Tensor, weight: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The stream resid·x + x0_scale·x0 (B, T, d), its norm, queries and keys, and values.
+    """Return the stream resid·x + x0_scale·x0 (B, T, d), its norm, queries and keys, and values.
 
-    Queries and keys (B, T, 2h, q) are rotated by cos and sin (T, 1, q/2), normed, and multiplied by QK_SCALE; values
-    are (B, T, h, q). `weight` is (3d, d).
+    Queries and keys (B, T, 2h, q) are rotated by cos and sin (T, 1, q/2), normed, and multiplied by
+    QK_SCALE; values are (B, T, h, q). `weight` is (3d, d).
     """
     return _AttentionInputs.apply(x, x0, resid, x0_scale, weight, cos, sin)
 
 
 def gated(values: Tensor, embedded: Tensor, normed: Tensor, gate: Tensor) -> Tensor:
-    """values + 3·sigmoid(gate·normed[:c])·embedded, (B, T, h, q) each but normed (B, T, d) and gate (h, c)."""
+    """Return values + 3·sigmoid(gate·normed[:c])·embedded (B, T, h, q), for normed (B, T, d) and
+    gate (h, c).
+    """
     return _Gated.apply(values, embedded, normed, gate)
 
 
 def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """x + relu(norm(x)·upᵀ)²·down, of x (B, T, d), up and down (4d, d)."""
+    """Return x + relu(norm(x)·upᵀ)²·down for x (B, T, d), up and down (4d, d)."""
     return _MLP.apply(x, up, down)
 
 
 def cross_entropy(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """Summed nats of targets (B, T) under the soft-capped logits of x (B, T, d) and head (V, d).
+    """Return the summed nats of targets (B, T) under the soft-capped logits of x (B, T, d) and head
+    (V, d).
 
-    The logits are made a few tokens at a time and never all held; their gradients come in the same pass.
+    The logits are computed a few tokens at a time and never held all at once; the same pass
+    computes their gradients.
     """
     return _CrossEntropy.apply(x, head, targets)
 
 
 def losses(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """Nats (B, T) of each target, in float32 or better; without gradients."""
-    parts = [_nats(part, head, wanted)[0] for part, wanted in _parts(x, head, targets)]
-    return torch.cat(parts).view(targets.shape)
+    """Return the nats of each target (B, T), in float32 or better; without gradients."""
+    chunks = [_nats(chunk, head, target)[0] for chunk, target in _chunks(x, head, targets)]
+    return torch.cat(chunks).view(targets.shape)
 
 
 def softcapped(x: Tensor, head: Tensor) -> Tensor:
-    """The soft-capped logits (..., V) of x (..., d), in float32 or better."""
+    """Return the soft-capped logits (..., V) of x (..., d), in float32 or better."""
     return SOFTCAP * _capped(x, head)
 
 
 def _capped(x: Tensor, head: Tensor) -> Tensor:
-    """The soft-capped logits over SOFTCAP."""
+    """Return the soft-capped logits over SOFTCAP."""
     logits = (x / SOFTCAP) @ head.mT
     return logits.to(wide(logits)).tanh_()
 
 
 def wide(x: Tensor) -> torch.dtype:
-    """float32, or x's own type where that is wider."""
+    """Return float32, or x's dtype where that is wider."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def _normed(x: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """x times scale over its root mean square, and the factor that makes it so (..., 1)."""
+    """Return y = factor·x, with scale as its root mean square, and the factor (..., 1)."""
     square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x)).square_()
     factor = square.div_(x.size(-1)).add_(torch.finfo(square.dtype).eps).rsqrt_()
-    factor = factor if scale == 1 else factor.mul_(scale)
+    if scale != 1:
+        factor = factor.mul_(scale)
     return (x * factor).to(x.dtype), factor
 
 
 def _norm_gradient(grad: Tensor, y: Tensor, factor: Tensor, scale: float = 1.0) -> Tensor:
-    """Gradient of the input of a norm from that of its output y = factor·input."""
+    """Return the gradient of a norm's input from the gradient of its output y = factor·input."""
     share = (grad * y).sum(-1, keepdim=True, dtype=factor.dtype).div_(y.size(-1) * scale**2)
     return torch.addcmul(grad, y, share.to(y.dtype), value=-1).mul_(factor.to(y.dtype))
 
 
-def _dot(left: Tensor, right: Tensor) -> Tensor:
-    """The sum of the products of all elements."""
-    return torch.dot(left.reshape(-1), right.reshape(-1))
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """Return the sum of the products of all elements."""
+    return torch.dot(x.reshape(-1), y.reshape(-1))
 
 
 class _Norm(Function):
@@ -129,13 +136,13 @@ class _Smear(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight, scale, gate = ctx.saved_tensors
-        seen = x[:, 1:, : len(weight)]
+        gate_inputs = x[:, 1:, : len(weight)]
         strength = (grad[:, 1:] * x[:, :-1]).sum(-1, keepdim=True)
         logit = scale * strength * gate * (1 - gate)
         grad_x = grad.clone()
         grad_x[:, :-1].addcmul_(scale * gate, grad[:, 1:])
         grad_x[:, 1:, : len(weight)].addcmul_(logit, weight)
-        return grad_x, (logit * seen).sum((0, 1)), _dot(strength, gate).view(1)
+        return grad_x, (logit * gate_inputs).sum((0, 1)), _dot(strength, gate).view(1)
 
 
 class _AttentionInputs(Function):
@@ -153,11 +160,10 @@ class _AttentionInputs(Function):
         mixed = (x * resid).addcmul_(x0, x0_scale)
         y, factor = _normed(mixed)
         heads = weight.size(0) // (6 * cos.size(-1))
-        of_heads, of_values = weight.split([2 * x.size(-1), x.size(-1)])
-        values = F.linear(y, of_values).unflatten(-1, (heads, -1))
-        normed, head_factor = _normed(
-            F.linear(y, of_heads).unflatten(-1, (2 * heads, -1)), QK_SCALE
-        )
+        query_key_weight, value_weight = weight.split([2 * x.size(-1), x.size(-1)])
+        values = F.linear(y, value_weight).unflatten(-1, (heads, -1))
+        query_key = F.linear(y, query_key_weight).unflatten(-1, (2 * heads, -1))
+        normed, head_factor = _normed(query_key, QK_SCALE)
         rotated = _rotated(normed, cos, sin)
         ctx.save_for_backward(
             x, x0, resid, x0_scale, weight, cos, sin, y, factor, rotated, head_factor
@@ -172,11 +178,10 @@ class _AttentionInputs(Function):
         x, x0, resid, x0_scale, weight, cos, sin, y, factor, rotated, head_factor = (
             ctx.saved_tensors
         )
-        # Turning keeps inner products: the norm's gradient is taken before turning back.
-        turned = _norm_gradient(grad_rotated, rotated, head_factor, QK_SCALE)
-        projected = (
-            torch.cat([_rotated(turned, cos, -sin), grad_values], dim=2).flatten(0, 1).flatten(1)
-        )
+        # a rotation preserves inner products: the norm's gradient is taken before rotating back
+        grad_rotated = _norm_gradient(grad_rotated, rotated, head_factor, QK_SCALE)
+        grad_heads = torch.cat([_rotated(grad_rotated, cos, -sin), grad_values], dim=2)
+        projected = grad_heads.flatten(0, 1).flatten(1)
         grad_y = torch.addmm(grad_y.flatten(0, 1), projected, weight).view_as(y)
         grad = _norm_gradient(grad_y, y, factor).add_(grad_mixed)
         grad_weight = projected.mT @ y.flatten(0, 1)
@@ -184,7 +189,7 @@ class _AttentionInputs(Function):
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The first half of each head rotated against the second."""
+    """Return each head with its first half rotated against the second."""
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     y = x * torch.cat([cos, cos], dim=-1)
@@ -236,20 +241,21 @@ class _CrossEntropy(Function):
         weight = head.to(x.dtype)
         nats = x.new_zeros((), dtype=wide(x))
         grads, grad_head = [], torch.zeros_like(head)
-        for part, wanted in _parts(x, weight, targets):
-            loss, capped, exponents, total = _nats(part, weight, wanted)
+        for chunk, target in _chunks(x, weight, targets):
+            loss, capped, exponents, total = _nats(chunk, weight, target)
             nats += loss.sum()
-            # The gradient of a token's logits is (exponents − total·[target])·(1 − capped²) / total.
-            grad = exponents.scatter_add_(1, wanted, -total)
+            # the gradient of a token's logits is (exponents − total·[target])·(1 − capped²) / total
+            grad = exponents.scatter_add_(1, target, -total)
             grad.addcmul_(grad, capped.square_(), value=-1)
             share = total.reciprocal_()
-            if x.dtype == torch.float16:  # whose range the sums of exponentials leave
+            if x.dtype == torch.float16:  # the sums of exponentials exceed its range
                 grad.mul_(share)
                 share = torch.ones_like(share)
-            grad, share = grad.to(x.dtype), share.to(x.dtype)
+            grad = grad.to(x.dtype)
+            share = share.to(x.dtype)
             grads.append((grad @ weight).mul_(share))
-            _accumulate(grad_head, grad.mT, part * share)
-            del capped, exponents, grad  # before the next ones are made
+            _accumulate(grad_head, grad.mT, chunk * share)
+            del capped, exponents, grad  # before the next chunk allocates its own
         ctx.save_for_backward(torch.cat(grads).view_as(x), grad_head)
         return nats
 
@@ -260,16 +266,20 @@ class _CrossEntropy(Function):
         return grad_x.mul_(grad.to(grad_x.dtype)), grad_head.mul_(grad.to(grad_head.dtype)), None
 
 
-def _parts(x: Tensor, head: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens (n, d) and their targets (n, 1), as many at a time as LOGITS allow."""
-    tokens = max(FEWEST, LOGITS.get(x.device.type, LOGITS["cuda"]) // head.size(0))
+def _chunks(x: Tensor, head: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Return chunks of tokens (n, d) and their targets (n, 1), whose logits fit into memory at
+    once.
+    """
+    tokens = logit_tokens(x.device.type, head.size(0))
     return zip(x.flatten(0, 1).split(tokens), targets.reshape(-1, 1).split(tokens), strict=True)
 
 
 def _nats(x: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Nats (n, 1) of targets (n, 1); logits over SOFTCAP, their exponentials (n, V), and the sums of these (n, 1).
+    """Return the nats (n, 1) of targets (n, 1), logits over SOFTCAP, their exponentials (n, V), and
+    the sums of those.
 
-    A capped logit is at most SOFTCAP, whose exponential float32 holds: no maximum needs to be taken out.
+    A capped logit is at most SOFTCAP, whose exponential float32 can hold: no maximum needs to be
+    subtracted.
     """
     capped = _capped(x, head)
     exponents = (capped * SOFTCAP).exp_()
@@ -277,9 +287,9 @@ def _nats(x: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Ten
     return total.log() - SOFTCAP * capped.gather(1, targets), capped, exponents, total
 
 
-def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left·right, in total's own type."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
+def _accumulate(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """Add x·y to total, in total's dtype."""
+    if x.dtype == total.dtype:
+        total.addmm_(x, y)
     else:
-        total += left @ right
+        total += x @ y

@@ -76,3 +76,7 @@ class Ranks:
         """Wait until every rank has come this far."""
         if self.world_size > 1:
             dist.barrier()
+
+
+ALONE = Ranks()
+"""The only process."""

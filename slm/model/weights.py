@@ -1,7 +1,8 @@
-"""Weights of a run, final or of a checkpoint, found again with the plan they belong to and the data it was made on."""
+"""Weights of a run, final or of a checkpoint, with the plan and the dataset they belong to."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,27 +17,25 @@ from slm.model.gpt import GPT, compute_dtype
 from slm.plan import Plan, code_fingerprint
 
 FINAL = "model.safetensors"
+"""File of a finished run's weights, in the run folder."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a run had learned after some step."""
+    """Weights of a run after some step."""
 
     path: Path
-    """File they are in."""
     run_folder: Path
-    """Folder of their run."""
     plan: Plan
-    """Plan of their run."""
     step: int
     """Steps that made them."""
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     """The model's parameters by name, on the CPU: maps of the file."""
     damaged: tuple[str, ...] = ()
     """A line for each newer checkpoint that is damaged."""
 
     def model(self, device: torch.device) -> GPT:
-        """The model on a device, computing as the trainer does there.
+        """Return the model on a device, with the dtype of the trainer's computation there.
 
         Raises ValueError when the parameters are not those of the plan's model.
         """
@@ -44,48 +43,52 @@ class Weights:
         try:
             model.load_state_dict(self.tensors)
         except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
             raise ValueError(
-                f"{self.path}: its tensors are not those of run {self.plan.run_id}'s model in this version of slm "
-                f"({str(error).splitlines()[-1].strip()})"
+                f"{self.path}: its tensors are not those of run {self.plan.run_id}'s model in this "
+                f"version of slm ({reason})"
             ) from error
         model.to(device)
         model.set_compute_dtype(compute_dtype(device))
-        return model.to(model.dtype)  # once, not at every pass
+        return model.to(model.dtype)  # cast once, not at every pass
 
     def remarks(self) -> list[str]:
-        """Lines on what sets these weights apart from a finished run of this trainer."""
-        run_id, steps, lines = self.plan.run_id, self.plan.hyperparameters.steps, [*self.damaged]
+        """Return a line on each difference from the weights of a finished run of this trainer."""
+        run_id = self.plan.run_id
+        steps = self.plan.hyperparameters.steps
+        lines = [*self.damaged]
         if self.step < steps:
             lines.append(
-                f"run {run_id}: unfinished weights, after step {self.step:,} of {steps:,} ({self.path.name})"
+                f"run {run_id}: unfinished weights, after step {self.step:,} of {steps:,} "
+                f"({self.path.name})"
             )
         if self.plan.code != code_fingerprint():
             lines.append(
-                f"run {run_id} was trained by another version of the trainer ({self.plan.code}; this is "
-                f"{code_fingerprint()}): what it computes may differ"
+                f"run {run_id} was trained by another version of the trainer ({self.plan.code}; "
+                f"this is {code_fingerprint()}): its results may differ"
             )
         return lines
 
 
-def of_run(folder: Path) -> Weights:
-    """The final weights of a finished run, else those of its newest good checkpoint.
+def load_run(folder: Path) -> Weights:
+    """Load the final weights of a finished run, else those of its newest good checkpoint.
 
     Raises ValueError when there are none, or when they are another run's.
     """
     if (folder / "done.json").exists():
-        return _weights(folder / FINAL, folder, *_read(folder / FINAL))
+        return _of_run(folder / FINAL, folder, *_read(folder / FINAL))
     path, damaged = checkpoints.newest(folder / "checkpoints")
     if path is None:
         raise ValueError(
             f"run {folder.name} has no weights yet: it is not finished and has no good checkpoint"
         )
-    return replace(_weights(path, folder, *_read(path)), damaged=tuple(damaged))
+    return replace(_of_run(path, folder, *_read(path)), damaged=tuple(damaged))
 
 
-def of_file(path: Path, home: Path) -> Weights:
-    """The weights in a file that a run of a home wrote.
+def load_file(path: Path, home: Path) -> Weights:
+    """Load the weights in a file that a run of a home wrote.
 
-    Raises ValueError when it holds none, or when its run is not there.
+    Raises ValueError when it holds none, or when its run is not in the home.
     """
     tensors, metadata = _read(path)
     folder = home / metadata["run_id"]
@@ -93,11 +96,11 @@ def of_file(path: Path, home: Path) -> Weights:
         raise ValueError(
             f"{path} belongs to run {folder.name}, which is not in {home}: set SLM_HOME to its home"
         )
-    return _weights(path, folder, tensors, metadata)
+    return _of_run(path, folder, tensors, metadata)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file that names its run. Raises ValueError when it is none."""
+    """Return tensors and metadata. Raises ValueError for a file that does not name its run."""
     try:
         tensors, metadata = checkpoints.read(path)
     except FileNotFoundError:
@@ -109,47 +112,47 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def _weights(
+def _of_run(
     path: Path, folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> Weights:
-    """The model's part of a file. Raises ValueError unless it belongs to the plan in the run's folder."""
+    """Return the model's tensors of a file. Raises ValueError unless it belongs to the run."""
     plan = Plan.read(folder / "plan.json")
     if plan.run_id != metadata["run_id"]:
         raise ValueError(f"{path} belongs to run {metadata['run_id']}, not to {plan.run_id}")
-    of_checkpoint = {
-        name[len("model.") :]: tensor
+    prefix = "model."  # checkpoints hold the optimiser's state too
+    parameters = {
+        name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()
-        if name.startswith("model.")
+        if name.startswith(prefix)
     }
     step = int(metadata.get("step", plan.hyperparameters.steps))
-    return Weights(path, folder, plan, step, of_checkpoint or tensors)
+    return Weights(path, folder, plan, step, parameters or tensors)
 
 
 def prepared_of(plan: Plan, home: Path) -> Prepared:
-    """The prepared folder with a plan's tokeniser and validation rows.
+    """Return the dataset with a plan's tokeniser and validation rows.
 
-    Raises ValueError, saying how it is prepared, when there is none.
+    Raises ValueError with the command that prepares it when there is none.
     """
-    wanted = (plan.data.tokenizer, plan.data.validation)
     for prepared in all_prepared(home):
+        manifest = prepared.manifest
         if (
-            prepared.manifest["tokenizer"],
-            prepared.manifest["validation"]["fingerprint"],
-        ) == wanted:
+            manifest["tokenizer"] == plan.data.tokenizer
+            and manifest["validation"]["fingerprint"] == plan.data.validation
+        ):
             return prepared
-    corpus, recipe = plan.data.corpus, recipe_for(row_shape(plan.hyperparameters))
+    corpus = plan.data.corpus
+    recipe = recipe_for(row_shape(plan.hyperparameters))
     source = corpus if corpus in ("python", *NAMED) else "FOLDER"
-    command = (
-        f"slm data prepare {source} --recipe {recipe}"
-        if recipe
-        else f"slm sweep --plan {home / plan.run_id}"
-    )
+    command = f"slm sweep --plan {home / plan.run_id}"
+    if recipe:
+        command = f"slm data prepare {source} --recipe {recipe}"
     raise ValueError(
-        f"the tokeniser and validation rows of run {plan.run_id} are not in {home / 'data'}: prepare its corpus "
-        f"{corpus} again, from the same texts, with `{command}`"
+        f"the tokeniser and validation rows of run {plan.run_id} are not in {home / 'data'}: "
+        f"prepare its corpus {corpus} again, from the same texts, with `{command}`"
     )
 
 
-def device_at_hand() -> torch.device:
-    """The GPU where there is one, else the CPU."""
+def default_device() -> torch.device:
+    """Return the GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""What a trainer asks of a bundle beside val_bpb: it changes no weight, and what goes wrong costs a warning, no run."""
+"""CORE during training. Never touches the weights; a failure is logged as a warning and the run continues."""
 
 from __future__ import annotations
 
@@ -7,112 +7,104 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slm.evaluate import evaluator as later
-from slm.evaluate.bpb import TOKENS as EVALUATION_TOKENS
+from slm.data.tokenizer import Tokenizer
 from slm.evaluate.bundle import CORE
-from slm.evaluate.core import TOKENS, Asked, OutOfMemory, judge_of, of_first
-from slm.evaluate.prompts import Known
+from slm.evaluate.core import OutOfMemory, Scorer, default_batch_tokens
+from slm.evaluate.evaluator import evaluate_core_with
+from slm.evaluate.request import TOKENS, CoreRequest
 from slm.files import read_json
+from slm.hardware.block_sizes import EVALUATION_TOKENS
 from slm.model.gpt import GPT
+from slm.model.ranks import Ranks
 from slm.model.weights import FINAL, Weights
 from slm.plan import Plan
 
 
 @dataclass(frozen=True)
 class CoreCallback:
-    """CORE, or the mean of another bundle, of a model in training, on one of its ranks."""
+    """Measures CORE, or the mean of another bundle, of a model in training."""
 
-    wanted: dict[str, Any] | None
-    """What attempt.json says of it: bundle, every, max_per_task and without; None where nothing is asked."""
-    tokens: int
-    """Tokens of a forward pass by attempt.json, in a val_bpb."""
+    request: CoreRequest | None
+    """Request of attempt.json; None if nothing is measured."""
+    evaluation_tokens: int
+    """Tokens of a forward pass of val_bpb, from attempt.json; those of CORE scale with them."""
     run_folder: Path
-    """Where the evaluations go."""
     plan: Plan
-    """The run's."""
     model: GPT
-    """In training."""
-    tokenizer: Known
-    """Of the data."""
-    rank: int
-    """This process."""
-    ranks: int
-    """Processes that train together."""
+    tokenizer: Tokenizer
+    ranks: Ranks
     event: Callable[..., None]
-    """Writes an event, on the first rank."""
-    go_on: Callable[[float], None]
-    """Told what share is done; raises Interrupted to end it."""
+    """Writes an event on rank 0."""
+    progress: Callable[[float], None]
+    """Called with the share done; raises Interrupted to end the evaluation."""
 
     def due(self, step: int) -> bool:
-        """Whether it is asked after a step before the last."""
-        every = self.wanted["every"] if self.wanted else None
+        """Whether CORE is measured after this step, which is not the last one."""
+        every = self.request.every if self.request else None
         return bool(every and step and step % every == 0 and step < self.plan.hyperparameters.steps)
 
     def measure(self, step: int, file: Path | None) -> float | None:
-        """Of the weights as they are here and in a file, recorded; CORE on all examples, else None. On every rank.
+        """Evaluate the weights in memory, which `file` holds, and log the result, on every rank.
 
-        Raises Interrupted.
+        Returns CORE on all examples on rank 0, else None. Raises Interrupted.
         """
         try:
-            path = self._measured(step, file)
-            return self._record(step, read_json(path)) if self.rank == 0 else None
+            path = self._evaluate(step, file)
+            return self._log(step, read_json(path)) if self.ranks.is_first else None
         except (ValueError, OSError, OutOfMemory) as error:
             self._warn(step, " ".join(str(error).split()))
             return None
 
-    def _measured(self, step: int, file: Path | None) -> Path:
-        """The file of the evaluation, which finds what `slm eval` finds of the same weights."""
+    def _evaluate(self, step: int, file: Path | None) -> Path:
+        """Return the evaluation file, the one that `slm eval` finds for the same weights."""
+        assert self.request
         device = self.model.wte.device
+        batch_tokens = default_batch_tokens(device) * self.evaluation_tokens // EVALUATION_TOKENS
 
-        def known() -> Asked:
-            assert self.wanted
-            if file is None or not (
-                file.name == FINAL or file.name.startswith(f"step-{step:09d}.")
-            ):
-                raise ValueError("there is no checkpoint of it")
-            return later.asked_of(self.run_folder.parent, self.wanted)
+        def require_checkpoint() -> None:
+            if not file or not (file.name == FINAL or file.name.startswith(f"step-{step:09d}.")):
+                raise ValueError("it has no checkpoint")
 
-        return later.core_of(
-            Weights(
-                file or Path(),
-                self.run_folder,
-                self.plan,
-                step,
-                dict(self.model.named_parameters()),
-            ),
-            of_first(known, self.rank, self.ranks, device),
+        def report(unit: str, done: int, total: int) -> None:
+            self.progress(done / max(total, 1) if unit == TOKENS else 0.0)
+
+        self.ranks.broadcast_from_rank0(require_checkpoint, device)
+        tensors = dict(self.model.named_parameters())
+        return evaluate_core_with(
+            lambda: Scorer(self.model, self.tokenizer, self.ranks, batch_tokens, report),
+            Weights(file or Path(), self.run_folder, self.plan, step, tensors),
+            self.run_folder.parent,
+            self.request,
             device,
-            lambda: (self.tokenizer, judge_of(self.model)),
-            TOKENS.get(device.type, TOKENS["cuda"]) * self.tokens // EVALUATION_TOKENS,
-            lambda done, of: self.go_on(done / max(of, 1)),
-            lambda done, of: self.go_on(0.0),
-            self.rank,
             self.ranks,
         )
 
-    def _record(self, step: int, found: dict[str, Any]) -> float | None:
-        """Write the event; the value, where it is CORE of all examples."""
-        given = self.plan.hyperparameters
+    def _log(self, step: int, document: dict[str, Any]) -> float | None:
+        """Write the event; return the value if it is CORE on all examples."""
+        hp = self.plan.hyperparameters
         self.event(
             "core",
             step=step,
-            tokens=step * given.batch_tokens,
-            flops=step * given.batch_tokens * given.flops_per_token,
-            metric=found["name"],
-            mode=found["mode"],
-            core=found["centred"],
-            core_error=found["centred_error"],
-            bits_per_byte=found["bits_per_byte"],
-            seconds=found["seconds"],
+            tokens=step * hp.batch_tokens,
+            flops=step * hp.batch_tokens * hp.flops_per_token,
+            metric=document["name"],
+            mode=document["mode"],
+            core=document["centred"],
+            core_error=document["centred_error"],
+            bits_per_byte=document["bits_per_byte"],
+            seconds=document["seconds"],
         )
-        if errors := [own["error"] for own in found["tasks"].values() if "error" in own]:
+        errors = [task["error"] for task in document["tasks"].values() if "error" in task]
+        if errors:
             self._warn(step, "; ".join(errors))
-        return found["core"] if (found["name"], found["mode"]) == (CORE, "full") else None
+        is_core = document["name"] == CORE and document["mode"] == "full"
+        return document["core"] if is_core else None
 
-    def _warn(self, step: int, why: str) -> None:
-        assert self.wanted
-        way = f"`slm eval {self.plan.run_id} --core --bundle {self.wanted['bundle']}` measures it"
+    def _warn(self, step: int, reason: str) -> None:
+        assert self.request
+        command = self.request.eval_command(self.plan.run_id)
         message = (
-            f"no CORE at step {step}: {why}; the run goes on, and {way} once that is put right"
+            f"no CORE at step {step}: {reason}; the run continues, "
+            f"and `{command}` measures it once that is fixed"
         )
         self.event("warning", step=step, message=message)

@@ -1,4 +1,6 @@
-"""Muon for the matrices inside the blocks, AdamW for the rest, on the recipe's schedules, shared out over the ranks."""
+"""Muon for the matrices of the blocks, AdamW for the rest, on the recipe's schedules, distributed
+over the ranks.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from slm.hardware.block_sizes import SHARED_ELEMENTS
 from slm.model.gpt import GPT, compute_dtype
 from slm.model.layers import wide
+from slm.model.ranks import ALONE, Ranks
 from slm.recipe import AdamW, Hyperparameters
 
 POLAR_EXPRESS = (
@@ -24,7 +28,7 @@ POLAR_EXPRESS = (
 ADAM_EPS = 1e-10
 MUON = (("attention_in", "attention_out"), ("mlp_up", "mlp_down"), ("value_gates",))
 """Stacks of matrices of one shape, updated together."""
-TURNED = ("mlp_down",)
+TRANSPOSED = ("mlp_down",)
 """Stacks that hold their matrices transposed; they come last."""
 TABLES = ("lm_head", "wte", "value_embeds")
 SCALARS = {
@@ -34,64 +38,68 @@ SCALARS = {
     "smear": "smear",
     "backout": "smear",
 }
-"""Parameter -> group of the recipe, where AdamW updates it and it is no table."""
+"""Group of the recipe for each parameter that AdamW updates and that is not a table."""
 STATUS = 3
-"""Numbers of the trainer's that travel with the gradients."""
-SHARED = 2**17
-"""Elements from which ranks share the update of a buffer: below, sending the results round costs more than it saves."""
+"""Numbers of the trainer that travel with the gradients."""
 
 
-def lr_multiplier(given: Hyperparameters, step: int) -> float:
-    """Share of the peak learning rate at a step counted from 0: warm-up, constant, linear down to final_lr."""
-    if step < given.warmup_steps:
-        return (step + 1) / given.warmup_steps
-    left = (given.steps - step) / max(given.warmdown_steps, 1)
-    return 1.0 if left >= 1 else left + (1 - left) * given.final_lr
+def lr_multiplier(hp: Hyperparameters, step: int) -> float:
+    """Return the share of the peak learning rate at a step counted from 0.
+
+    It warms up, stays constant, then falls linearly to final_lr.
+    """
+    if step < hp.warmup_steps:
+        return (step + 1) / hp.warmup_steps
+    remaining = (hp.steps - step) / max(hp.warmdown_steps, 1)
+    return 1.0 if remaining >= 1 else remaining + (1 - remaining) * hp.final_lr
 
 
-def muon_momentum(given: Hyperparameters, step: int) -> float:
-    """Muon's momentum at a step counted from 0: its whole warm-up first, then constant, then down with the rate."""
-    start, peak, end = given.momentum
-    if step < given.momentum_warmup_steps:
-        return start + (peak - start) * step / given.momentum_warmup_steps
-    left = (given.steps - step) / max(given.warmdown_steps, 1)
-    return peak if left >= 1 else peak + (end - peak) * (1 - left)
+def muon_momentum(hp: Hyperparameters, step: int) -> float:
+    """Return Muon's momentum at a step counted from 0: warm-up, constant, then down with the
+    learning rate.
+    """
+    start, peak, end = hp.momentum
+    if step < hp.momentum_warmup_steps:
+        return start + (peak - start) * step / hp.momentum_warmup_steps
+    remaining = (hp.steps - step) / max(hp.warmdown_steps, 1)
+    return peak if remaining >= 1 else peak + (end - peak) * (1 - remaining)
 
 
-def muon_decay(given: Hyperparameters, step: int) -> float:
-    """Muon's weight decay at a step counted from 0: cosine to zero."""
-    return given.matrix_decay * 0.5 * (1 + math.cos(math.pi * step / given.steps))
+def muon_decay(hp: Hyperparameters, step: int) -> float:
+    """Return Muon's weight decay at a step counted from 0: a cosine to zero."""
+    return hp.matrix_decay * 0.5 * (1 + math.cos(math.pi * step / hp.steps))
 
 
 class Optimizer:
-    """Both optimisers over one model, on one rank of several.
+    """Both optimisers of one model, on one rank of several.
 
-    It lays the parameters out anew, side by side in a few buffers, and their gradients alike. A large buffer is cut
-    into equal parts, one a rank: a rank receives the summed gradients of its part, updates it, holds the state of it
-    alone, and sends it to all. Small buffers are summed together and updated on every rank.
+    They lay the parameters out anew, contiguously in a few buffers, and their gradients alike. A
+    large buffer is cut into equal parts, one a rank: a rank receives the summed gradients of its
+    part, updates it, holds the optimiser state of it alone, and sends it to all ranks. Small
+    buffers are summed together and updated on every rank.
     """
 
-    def __init__(self, model: GPT, rank: int = 0, ranks: int = 1) -> None:
-        given, parameters = model.given, dict(model.named_parameters())
-        groups = [*MUON, *_of_one_type(TABLES, parameters), tuple(SCALARS)]
-        buffers = [
-            _Buffer({name: parameters[name] for name in names}, names in MUON, rank, ranks)
-            for names in groups
-        ]
-        small, self._large = (
-            [own for own in buffers if own.large == large] for large in (False, True)
-        )
-        self._rank, self._ranks = rank, ranks
-        sizes = [STATUS, *(len(own.values) for own in small)]
+    def __init__(self, model: GPT, ranks: Ranks = ALONE) -> None:
+        parameters = dict(model.named_parameters())
+        groups = [*MUON, *_by_dtype(TABLES, parameters), tuple(SCALARS)]
+        buffers = []
+        for names in groups:
+            group = {name: parameters[name] for name in names}
+            buffers.append(_Buffer(group, names in MUON, ranks))
+        small = [buffer for buffer in buffers if not buffer.is_large]
+        self._large = [buffer for buffer in buffers if buffer.is_large]
+        self._ranks = ranks
+        sizes = [STATUS, *(len(buffer.values) for buffer in small)]
         self._exchanged = model.resid.new_zeros(sum(sizes))
-        self.status, *rooms = self._exchanged.split(sizes)
-        """What the trainer adds to the gradients' exchange: zeroed with them, summed over ranks with them."""
-        rooms += [torch.zeros_like(own.values) for own in self._large]
-        for buffer, room in zip([*small, *self._large], rooms, strict=True):
-            buffer.hold_gradients(room)
-        self._parts: list[_Muon | _AdamW] = [_Muon(own, given) for own in buffers[: len(MUON)]]
-        self._parts += [_AdamW(own, given) for own in buffers[len(MUON) :]]
-        self._parts.sort(key=lambda part: part.buffer.shared)
+        self.status, *gradients = self._exchanged.split(sizes)
+        """Numbers of the trainer that travel with the gradients: zeroed with them, summed over
+        ranks with them."""
+        for buffer, storage in zip(small, gradients, strict=True):
+            buffer.move_gradients(storage)
+        self._updates: list[_Muon | _AdamW] = []
+        for names, buffer in zip(groups, buffers, strict=True):
+            self._updates.append((_Muon if names in MUON else _AdamW)(buffer, model.hp))
+        self._updates.sort(key=lambda update: update.buffer.is_shared)
 
     def zero_grad(self) -> None:
         """Set gradients and status to zero."""
@@ -101,164 +109,174 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, step: int, scale: float = 1.0, measured: bool = False) -> Tensor | None:
-        """Sum gradients (times `scale`) and status over ranks and update every parameter; `step` counts from 0.
+        """Sum gradients (times `scale`) and status over ranks and update every parameter; `step`
+        counts from 0.
 
-        Where `measured`, it gives [the gradient's norm, the size of the matrices' update as a share of theirs].
+        If `measured`, return [the gradient's norm, the size of the matrices' update as a share of
+        the matrices' size].
         """
-        arriving = self._reduce()
+        # 1) start the exchange of gradients; small buffers and status must have arrived
+        receiving = self._reduce()
         sums = torch.zeros(3, device=self.status.device) if measured else None
         sending = []
-        for part in self._parts:
-            if part.buffer in arriving:
-                arriving.pop(part.buffer).wait()
+        # 2) update each buffer as its gradients arrive, and send it while the next one is updated
+        for update in self._updates:
+            buffer = update.buffer
+            if buffer in receiving:
+                receiving.pop(buffer).wait()
             if scale != 1:
-                part.buffer.own_gradients.mul_(scale)
-            part.update(step, sums)
-            if part.buffer.shared:
-                sending.append(part.buffer.gather())
+                buffer.part_gradients.mul_(scale)
+            update.step(step, sums)
+            if buffer.is_shared:
+                sending.append(buffer.gather())
         for work in sending:
             work.wait()
         return None if sums is None else self._measures(sums)
 
     def _reduce(self) -> dict[_Buffer, dist.Work]:
-        """Start the exchange of gradients; small buffers and status have arrived when this returns."""
-        if self._ranks == 1:
+        """Start the exchange of gradients; small buffers and status have arrived on return."""
+        if self._ranks.world_size == 1:
             return {}
         first = dist.all_reduce(self._exchanged, async_op=True)
-        arriving = {buffer: buffer.reduce() for buffer in self._large}
+        receiving = {buffer: buffer.reduce() for buffer in self._large}
         first.wait()
-        return arriving
+        return receiving
 
     def _measures(self, sums: Tensor) -> Tensor:
-        if self._ranks > 1:
-            dist.all_reduce(sums)
+        self._ranks.sum(sums)
         gradient, update, values = sums.unbind()
         return torch.stack([gradient, update / values]).sqrt()
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor of the state by name, flat, on the CPU of rank 0; the others must call it too, and get none."""
+        """Return every tensor of the state by name, flat, on the CPU of rank 0.
+
+        Every rank must call it; ranks other than 0 get {}.
+        """
         tensors: dict[str, Tensor] = {}
-        for part in self._parts:
-            for key, own in part.state.items():
-                whole = part.buffer.whole(own)
-                if self._rank == 0:
-                    named = part.buffer.named(whole.cpu())
-                    tensors |= {f"{name}.{key}": tensor for name, tensor in named.items()}
+        for update in self._updates:
+            for key, part in update.state.items():
+                full = update.buffer.gather_state(part)
+                if self._ranks.is_first:
+                    split = update.buffer.split_by_name(full.cpu())
+                    tensors |= {f"{name}.{key}": tensor for name, tensor in split.items()}
         return tensors
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Continue from a state that `state` gave, on whatever number of ranks."""
-        for part in self._parts:
-            for key, own in part.state.items():
-                part.buffer.take(own, [tensors[f"{name}.{key}"] for name in part.buffer.spans])
+        """Continue from the result of `state`, on any number of ranks."""
+        for update in self._updates:
+            for key, part in update.state.items():
+                names = update.buffer.spans
+                update.buffer.load_state(part, [tensors[f"{name}.{key}"] for name in names])
 
 
-def _of_one_type(
-    names: Sequence[str], parameters: dict[str, nn.Parameter]
-) -> list[tuple[str, ...]]:
-    """The names by the type of their parameters."""
-    types = dict.fromkeys(parameters[name].dtype for name in names)
-    return [tuple(name for name in names if parameters[name].dtype == own) for own in types]
+def _by_dtype(names: Sequence[str], parameters: dict[str, nn.Parameter]) -> list[tuple[str, ...]]:
+    """Group names by the dtype of their parameters."""
+    groups: dict[torch.dtype, list[str]] = {}
+    for name in names:
+        groups.setdefault(parameters[name].dtype, []).append(name)
+    return [tuple(group) for group in groups.values()]
 
 
 class _Buffer:
-    """Parameters side by side in memory, their gradients alike, and the part of both that is this rank's."""
+    """Parameters contiguous in memory, their gradients alike, and this rank's part of both."""
 
     def __init__(
-        self, parameters: dict[str, nn.Parameter], of_matrices: bool, rank: int, ranks: int
+        self, parameters: dict[str, nn.Parameter], of_matrices: bool, ranks: Ranks
     ) -> None:
         self._parameters = parameters
-        first, total = (
-            next(iter(parameters.values())),
-            sum(own.numel() for own in parameters.values()),
-        )
-        self.large = total >= SHARED or first.dtype.itemsize < 4
-        self.shared = ranks > 1 and self.large
-        self._world, self._ranks = ranks, ranks if self.shared else 1
+        first = next(iter(parameters.values()))
+        total = sum(parameter.numel() for parameter in parameters.values())
+        self.is_large = total >= SHARED_ELEMENTS or first.dtype.itemsize < 4
+        self.is_shared = ranks.world_size > 1 and self.is_large
+        self._world_size = ranks.world_size
+        self._parts = ranks.world_size if self.is_shared else 1
         self.matrix = first.shape[-2:]
         unit = self.matrix.numel() if of_matrices else 1
-        size = -(-total // (self._ranks * unit)) * unit
-        self.own = slice(rank * size, (rank + 1) * size) if self.shared else slice(0, size)
-        """This rank's part, of whole matrices; the last parts may hold zeros that belong to no parameter."""
-        self.values = first.new_zeros(self._ranks * size)
+        size = -(-total // (self._parts * unit)) * unit
+        start = ranks.rank * size if self.is_shared else 0
+        self.part = slice(start, start + size)
+        """This rank's part, of whole matrices; the last parts may hold zeros that belong to no
+        parameter."""
+        self.values = first.new_zeros(self._parts * size)
+        self.gradients = torch.zeros_like(self.values)
         self.spans: dict[str, slice] = {}
-        place = 0
+        offset = 0
         for name, parameter in parameters.items():
-            self.spans[name] = span = slice(place, place + parameter.numel())
+            span = slice(offset, offset + parameter.numel())
+            self.spans[name] = span
             self.values[span] = parameter.detach().flatten()
             parameter.data = self.values[span].view_as(parameter)
-            place = span.stop
+            offset = span.stop
+        self.move_gradients(self.gradients)
 
-    def hold_gradients(self, room: Tensor) -> None:
-        """Lay the gradients out in some memory of the values' size."""
-        self.gradients = room
+    def move_gradients(self, storage: Tensor) -> None:
+        """Let the gradients live in `storage`, of the values' size."""
+        self.gradients = storage
         for name, parameter in self._parameters.items():
-            parameter.grad = room[self.spans[name]].view_as(parameter)
+            parameter.grad = storage[self.spans[name]].view_as(parameter)
 
     @property
-    def own_values(self) -> Tensor:
-        return self.values[self.own]
+    def part_values(self) -> Tensor:
+        return self.values[self.part]
 
     @property
-    def own_gradients(self) -> Tensor:
-        return self.gradients[self.own]
+    def part_gradients(self) -> Tensor:
+        return self.gradients[self.part]
 
     def reduce(self) -> dist.Work:
         """Start to sum this rank's part of the gradients over all ranks."""
-        return dist.reduce_scatter_tensor(self.own_gradients, self.gradients, async_op=True)
+        return dist.reduce_scatter_tensor(self.part_gradients, self.gradients, async_op=True)
 
     def gather(self) -> dist.Work:
-        """Start to send this rank's part of the parameters to all, and to receive theirs."""
-        return dist.all_gather_into_tensor(self.values, self.own_values, async_op=True)
+        """Start to send this rank's part of the parameters to all ranks, and to receive theirs."""
+        return dist.all_gather_into_tensor(self.values, self.part_values, async_op=True)
 
-    def weighed(self, *tensors: Tensor) -> Tensor:
-        """Sums of squares of up to three tensors, (3,), which over all ranks count each parameter once."""
-        squares = [torch.linalg.vector_norm(own, dtype=wide(own)).square() for own in tensors]
+    def sums_of_squares(self, *tensors: Tensor) -> Tensor:
+        """Return the sums of squares of up to three tensors, (3,), scaled so that the sum over
+        ranks counts each parameter once.
+        """
+        squares = [torch.linalg.vector_norm(x, dtype=wide(x)).square() for x in tensors]
         sums = torch.stack(squares + [torch.zeros_like(squares[0])] * (3 - len(squares)))
-        return sums / (1 if self.shared else self._world)
+        return sums / (1 if self.is_shared else self._world_size)
 
-    def whole(self, own: Tensor) -> Tensor:
-        """The parts that all ranks hold of something, put together."""
-        if not self.shared:
-            return own
-        whole = own.new_empty(self._ranks * own.numel())
-        dist.all_gather_into_tensor(whole, own.flatten())
-        return whole
+    def gather_state(self, part: Tensor) -> Tensor:
+        """Return the parts of a state tensor that all ranks hold, joined."""
+        if not self.is_shared:
+            return part
+        full = part.new_empty(self._parts * part.numel())
+        dist.all_gather_into_tensor(full, part.flatten())
+        return full
 
-    def named(self, whole: Tensor) -> dict[str, Tensor]:
-        """What belongs to each parameter of something laid out as they are, or in proportion."""
-        ratio = len(self.values) // whole.numel()
-        flat = whole.flatten()
+    def split_by_name(self, full: Tensor) -> dict[str, Tensor]:
+        """Split a state tensor, laid out as the parameters or in proportion, by parameter."""
+        ratio = len(self.values) // full.numel()
+        flat = full.flatten()
         return {
             name: flat[span.start // ratio : span.stop // ratio]
             for name, span in self.spans.items()
         }
 
-    def take(self, own: Tensor, tensors: list[Tensor]) -> None:
-        """Fill this rank's part of something from what belongs to each parameter."""
-        whole = torch.cat(
-            [*(tensor.to(own) for tensor in tensors), own.new_zeros(self._ranks * own.numel())]
-        )
-        begin = own.numel() * (self.own.start // len(self.own_values))
-        own.copy_(whole[begin : begin + own.numel()].view_as(own))
+    def load_state(self, part: Tensor, tensors: list[Tensor]) -> None:
+        """Fill this rank's part of a state tensor from the tensors of each parameter."""
+        padding = part.new_zeros(self._parts * part.numel())
+        full = torch.cat([*(tensor.to(part) for tensor in tensors), padding])
+        start = part.numel() * (self.part.start // len(self.part_values))
+        part.copy_(full[start : start + part.numel()].view_as(part))
 
 
 class _Muon:
-    """Muon over a buffer of equal matrices (m, n)."""
+    """Muon for a buffer of equal matrices (m, n)."""
 
-    def __init__(self, buffer: _Buffer, given: Hyperparameters) -> None:
+    def __init__(self, buffer: _Buffer, hp: Hyperparameters) -> None:
         self.buffer = buffer
-        self._given = given
-        rows, columns = shape = buffer.matrix
-        self._values, self._gradients = (
-            own.view(-1, *shape) for own in (buffer.own_values, buffer.own_gradients)
-        )
-        turned = min(
-            (span.start for name, span in buffer.spans.items() if name in TURNED),
-            default=len(buffer.values),
-        )
-        self._upright = min(max(turned - buffer.own.start, 0) // shape.numel(), len(self._values))
+        self._hp = hp
+        rows, columns = buffer.matrix
+        self._values = buffer.part_values.view(-1, rows, columns)
+        self._gradients = buffer.part_gradients.view(-1, rows, columns)
+        starts = [span.start for name, span in buffer.spans.items() if name in TRANSPOSED]
+        first_transposed = min(starts, default=len(buffer.values)) - buffer.part.start
+        self._upright = min(max(first_transposed, 0) // (rows * columns), len(self._values))
         self._axis = -1 if rows >= columns else -2
         momentum = torch.zeros_like(self._values)
         self.state = {"momentum": momentum, "second": momentum.sum(self._axis, keepdim=True)}
@@ -266,25 +284,31 @@ class _Muon:
         self._rates[: self._upright] = max(1.0, rows / columns) ** 0.5
         self._rates[self._upright :] = max(1.0, columns / rows) ** 0.5
 
-    def update(self, step: int, sums: Tensor | None) -> None:
-        """Nesterov momentum, orthogonalisation, variance reduction, cautious decay; rate times √max(1, m/n)."""
-        given = self._given
-        momentum, decay = muon_momentum(given, step), muon_decay(given, step)
+    def step(self, step: int, sums: Tensor | None) -> None:
+        """Update by Nesterov momentum, orthogonalisation, variance reduction and cautious decay.
+
+        The learning rate is multiplied by √max(1, m/n).
+        """
+        hp = self._hp
+        momentum = muon_momentum(hp, step)
+        decay = muon_decay(hp, step)
         self.state["momentum"].lerp_(self._gradients, 1 - momentum)
         update = self._gradients.lerp(self.state["momentum"], momentum)
         update = self._variance_reduced(orthogonalised(update, self._upright))
         if decay:
             update.add_(self._values * (update * self._values >= 0), alpha=decay)
         update.mul_(self._rates)
-        rate = given.matrix_lr * lr_multiplier(given, step)
+        rate = hp.matrix_lr * lr_multiplier(hp, step)
         if sums is not None:
-            sums += self.buffer.weighed(self._gradients, rate * update, self._values)
+            sums += self.buffer.sums_of_squares(self._gradients, rate * update, self._values)
         self._values.sub_(update, alpha=rate)
 
     def _variance_reduced(self, update: Tensor) -> Tensor:
-        """NorMuon (arXiv 2510.05491): divided by the running root mean square of rows (or columns), norm kept."""
+        """Divide by the running root mean square of rows (or columns) and restore the norm
+        (NorMuon, arXiv 2510.05491).
+        """
         mean_square = update.square().mean(dim=self._axis, keepdim=True)
-        second = self.state["second"].lerp_(mean_square, 1 - self._given.matrix_beta2)
+        second = self.state["second"].lerp_(mean_square, 1 - self._hp.matrix_beta2)
         scale = second.clamp_min(1e-10).rsqrt_()
         before = mean_square.sum(dim=(-2, -1), keepdim=True).sqrt_()
         after = mean_square.mul_(scale).mul_(scale).sum(dim=(-2, -1), keepdim=True).sqrt_()
@@ -292,11 +316,12 @@ class _Muon:
 
 
 def orthogonalised(update: Tensor, upright: int) -> Tensor:
-    """The nearest (semi-)orthogonal matrices to a stack (k, m, n), of which those after the first `upright` are stored
-    transposed.
+    """Return the nearest (semi-)orthogonal matrices to a stack (k, m, n).
 
-    Rows rescaled to their root mean square norm (MuonEq, arXiv 2603.28254), five Polar Express steps
-    (arXiv 2505.16932), Frobenius norm set to √min(m, n) (Muon+, arXiv 2602.21545). In bfloat16 on GPUs that have it.
+    Matrices after the first `upright` are stored transposed. Rows are rescaled to their root mean
+    square norm (MuonEq, arXiv 2603.28254), then follow five Polar Express steps (arXiv 2505.16932),
+    and the Frobenius norm is set to √min(m, n) (Muon+, arXiv 2602.21545). In bfloat16 on GPUs that
+    have it.
     """
     narrow = update.is_cuda and compute_dtype(update.device) == torch.bfloat16
     x = update.bfloat16() if narrow else update.clone()
@@ -316,7 +341,7 @@ def orthogonalised(update: Tensor, upright: int) -> Tensor:
 
 
 def _equalise_rows(x: Tensor, axis: int) -> None:
-    """Rescale the rows, which lie along `axis`, of every matrix of a stack to their root mean square norm, in place."""
+    """Rescale the rows of every matrix, along `axis`, to their root mean square norm, in place."""
     if len(x):
         norms = torch.linalg.vector_norm(x, dim=axis, keepdim=True, dtype=wide(x))
         mean = norms.square().mean(dim=(-2, -1), keepdim=True).sqrt_()
@@ -324,38 +349,37 @@ def _equalise_rows(x: Tensor, axis: int) -> None:
 
 
 class _AdamW:
-    """AdamW over a buffer of anything."""
+    """AdamW for a buffer of any parameters."""
 
-    def __init__(self, buffer: _Buffer, given: Hyperparameters) -> None:
+    def __init__(self, buffer: _Buffer, hp: Hyperparameters) -> None:
         self.buffer = buffer
-        self._given = given
-        self.settings = {name: getattr(given, SCALARS.get(name, name)) for name in buffer.spans}
+        self._hp = hp
+        self.settings = {name: getattr(hp, SCALARS.get(name, name)) for name in buffer.spans}
         self.state = {
-            "first": torch.zeros_like(buffer.own_values),
-            "second": torch.zeros_like(buffer.own_values),
+            "first": torch.zeros_like(buffer.part_values),
+            "second": torch.zeros_like(buffer.part_values),
         }
-        kept = (buffer.own_values, buffer.own_gradients, self.state["first"], self.state["second"])
+        flat = (buffer.part_values, buffer.part_gradients, *self.state.values())
         pieces: dict[AdamW, list[tuple[Tensor, ...]]] = {}
         for name, span in buffer.spans.items():
-            begin, end = (
-                min(max(end - buffer.own.start, 0), len(buffer.own_values))
-                for end in (span.start, span.stop)
-            )
-            if begin < end:
+            start = max(span.start - buffer.part.start, 0)
+            stop = min(span.stop - buffer.part.start, len(buffer.part_values))
+            if start < stop:
                 step = torch.zeros((), device=buffer.values.device)
-                pieces.setdefault(self.settings[name], []).append(
-                    (*(flat[begin:end] for flat in kept), step)
-                )
-        self._groups = {settings: list(map(list, zip(*own))) for settings, own in pieces.items()}
+                piece = (*(tensor[start:stop] for tensor in flat), step)
+                pieces.setdefault(self.settings[name], []).append(piece)
+        self._groups = {
+            settings: list(map(list, zip(*group))) for settings, group in pieces.items()
+        }
 
-    def update(self, step: int, sums: Tensor | None) -> None:
-        """One step of every piece by the settings of its group."""
+    def step(self, step: int, sums: Tensor | None) -> None:
+        """Update every piece by the settings of its group."""
         if sums is not None:
-            sums += self.buffer.weighed(self.buffer.own_gradients)
+            sums += self.buffer.sums_of_squares(self.buffer.part_gradients)
         for settings, (values, gradients, first, second, steps) in self._groups.items():
-            # What torch.optim.AdamW(fused=True) runs, without its import of the compiler, which takes a second.
-            for own in steps:
-                own.fill_(step + 1)
+            for tensor in steps:
+                tensor.fill_(step + 1)
+            # the kernel of torch.optim.AdamW(fused=True), whose class takes a second to import
             torch._fused_adamw_(
                 values,
                 gradients,
@@ -365,7 +389,7 @@ class _AdamW:
                 steps,
                 amsgrad=False,
                 maximize=False,
-                lr=settings.lr * lr_multiplier(self._given, step),
+                lr=settings.lr * lr_multiplier(self._hp, step),
                 beta1=settings.beta1,
                 beta2=settings.beta2,
                 weight_decay=settings.decay,

@@ -36,13 +36,13 @@ def counting(run: Run, tmp_path: Path) -> Bundle:
 
 
 def measured(run: Run, asked: Asked) -> dict:
-    return read_json(later.core(weights.of_run(run.folder), run.home, asked, CPU))
+    return read_json(later.core(weights.load_run(run.folder), run.home, asked, CPU))
 
 
 def test_it_is_kept_beside_the_run_and_found_again_without_computing(
     run: Run, counting: Bundle
 ) -> None:
-    path = later.core(weights.of_run(run.folder), run.home, Asked(counting), CPU)
+    path = later.core(weights.load_run(run.folder), run.home, Asked(counting), CPU)
     document = read_json(path)
     assert (path.parent, path.name[:15]) == (run.folder / "evals", "core-000000070-")
     assert (document["run_id"], document["step"], document["bundle"]) == (
@@ -54,7 +54,7 @@ def test_it_is_kept_beside_the_run_and_found_again_without_computing(
     assert document["cropped"] > 0  # the family's context is 128 tokens
     assert all(len(own["each"]["correct"]) == 40 for own in document["tasks"].values())
     shutil.rmtree(run.home / "data")
-    assert later.core(weights.of_run(run.folder), run.home, Asked(counting), CPU) == path
+    assert later.core(weights.load_run(run.folder), run.home, Asked(counting), CPU) == path
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -83,7 +83,7 @@ def test_other_settings_and_another_bundle_are_other_evaluations(
 def test_an_interrupted_evaluation_goes_on_after_its_last_task(
     run: Run, counting: Bundle, tmp_path: Path
 ) -> None:
-    own, said = weights.of_run(run.folder), []
+    own, said = weights.load_run(run.folder), []
 
     def interrupt(done: int, of: int) -> None:
         said.append((done, of))
@@ -136,7 +136,7 @@ def test_the_command_prints_a_line_a_task_and_core_by_either_baseline(
     run: Run, counting: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SLM_HOME", str(run.home))
-    monkeypatch.setattr("slm.cli.data.PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("slm.monitor.progress.LINE_SECONDS", 0.0)
     evaluate(run.plan.run_id, core=True, max_per_task=20)
     said = capsys.readouterr()
     document = measured(run, Asked(counting, 20))

@@ -36,7 +36,7 @@ def finished(run: Run) -> Run:
 
 
 def evaluated(run: Run, own: Weights | None = None) -> dict:
-    return read_json(later.val_bpb(own or weights.of_run(run.folder), run.home, CPU))
+    return read_json(later.val_bpb(own or weights.load_run(run.folder), run.home, CPU))
 
 
 def test_final_weights_have_the_val_bpb_that_their_trainer_found(finished: Run) -> None:
@@ -58,7 +58,7 @@ def test_other_batches_give_the_same_value_within_rounding(finished: Run) -> Non
 
 def test_a_checkpoint_has_the_value_of_the_model_in_it(run: Run) -> None:
     path = run.checkpoint(40)
-    for own in (weights.of_run(run.folder), weights.of_file(path, run.home)):
+    for own in (weights.load_run(run.folder), weights.load_file(path, run.home)):
         document = evaluated(run, own)
         assert (document["val_bpb"], document["val_loss"]) == run.losses()
         assert (document["step"], document["weights"]) == (40, path.name)
@@ -68,7 +68,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_is_named(run: Run)
     first = run.checkpoint(40)
     second = run.checkpoint(50, first)
     second.write_bytes(second.read_bytes()[:-1])
-    own = weights.of_run(run.folder)
+    own = weights.load_run(run.folder)
     assert own.step == 40
     damaged, unfinished = own.remarks()
     assert second.name in damaged
@@ -83,7 +83,7 @@ def test_the_same_evaluation_is_found_again_without_rows_or_computing(finished: 
     shutil.rmtree(finished.home / "data")
     assert evaluated(finished) == first
     copy = shutil.copy(finished.folder / "model.safetensors", finished.home / "copy")
-    assert evaluated(finished, weights.of_file(Path(copy), finished.home)) == first
+    assert evaluated(finished, weights.load_file(Path(copy), finished.home)) == first
     assert len(list((finished.folder / "evals").iterdir())) == 1
 
 
@@ -103,7 +103,7 @@ def test_other_weights_and_another_code_are_other_evaluations(
 
 def test_weights_of_another_trainer_are_said_to_be_so(run: Run) -> None:
     run.checkpoint(40)
-    own = weights.of_run(run.folder)
+    own = weights.load_run(run.folder)
     other = replace(own, plan=replace(own.plan, code="0123456789abcdef"))
     assert "another version of the trainer (0123456789abcdef" in other.remarks()[-1]
 
@@ -185,10 +185,10 @@ def test_what_prepares_missing_rows_is_named_for_a_known_recipe(run: Run) -> Non
 def test_a_file_of_no_run_here_is_refused(finished: Run, tmp_path: Path) -> None:
     path = finished.folder / "model.safetensors"
     with pytest.raises(ValueError, match=f"belongs to run {finished.plan.run_id}, which is not in"):
-        weights.of_file(path, tmp_path / "elsewhere")
+        weights.load_file(path, tmp_path / "elsewhere")
     checkpoints.save(path, {"a": torch.zeros(1)}, {"format": "pt"})
     with pytest.raises(ValueError, match="does not say which run"):
-        weights.of_file(path, finished.home)
+        weights.load_file(path, finished.home)
 
 
 def test_a_diverged_model_has_no_value(run: Run) -> None:
@@ -205,7 +205,7 @@ def test_the_command_says_how_far_it_is_prints_the_value_and_that_a_run_is_unfin
 ) -> None:
     path = run.checkpoint(40)
     monkeypatch.setenv("SLM_HOME", str(run.home))
-    monkeypatch.setattr("slm.cli.data.PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("slm.monitor.progress.LINE_SECONDS", 0.0)
     evaluate(str(path), as_json=True)
     said = capsys.readouterr()
     assert "64 of 64 rows, 0 s left" in said.err

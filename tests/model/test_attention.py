@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from slm.hardware.block_sizes import ATTENTION_BLOCK
 from slm.model import attention
-from slm.model.attention import BLOCK, attend, kernel
+from slm.model.attention import attend, kernel
 
 SHAPES = [
     (2, 3, 200, 16, 50),
-    (1, 2, 3 * BLOCK, 8, BLOCK),
-    (1, 2, 2 * BLOCK + 1, 8, 2 * BLOCK - 1),
+    (1, 2, 3 * ATTENTION_BLOCK, 8, ATTENTION_BLOCK),
+    (1, 2, 2 * ATTENTION_BLOCK + 1, 8, 2 * ATTENTION_BLOCK - 1),
     (2, 1, 70, 8, 200),
     (1, 2, 70, 8, 1),
     (1, 2, 65, 8, 0),
@@ -63,7 +64,7 @@ def near(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
 
 
 def force(monkeypatch: pytest.MonkeyPatch, device: str, kind: str, dtype: torch.dtype) -> None:
-    monkeypatch.setitem(attention._chosen, (device, dtype), kind)
+    monkeypatch.setitem(attention._kernels, (device, dtype), kind)
 
 
 @pytest.mark.parametrize("kind", ["banded", "sdpa"])
@@ -137,7 +138,7 @@ def test_one_process_gives_the_same_bits_again_and_without_gradients() -> None:
 def test_what_is_kept_follows_the_window_and_not_the_square_of_the_length() -> None:
     query, key, value, _ = inputs(2, 3, 1000, 8)
     attended, kept = torch.ops.slm.banded(query, key, value, 100)
-    assert kept.numel() <= 2 * 3 * 1000 * (100 + BLOCK)
+    assert kept.numel() <= 2 * 3 * 1000 * (100 + ATTENTION_BLOCK)
     assert attended.transpose(1, 2).is_contiguous()
 
 

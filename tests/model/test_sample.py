@@ -1,4 +1,4 @@
-"""Text with a key-value cache: the tokens of the plain forward pass, drawn as asked, shown as they come."""
+"""TextStream with a key-value cache: the tokens of the plain forward pass, drawn as asked, shown as they come."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from slm.cli.sample import sample
 from slm.data.tokenizer import Tokenizer
 from slm.model import layers
 from slm.model.gpt import GPT
-from slm.model.sample import Context, Text, draw, follow
+from slm.model.sample import KVCache, TextStream, draw, generate
 from slm.recipe import pocket
 from slm.train.optimizer import Optimizer
 from tests.conftest import slm
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def greedy(model: GPT, prompt: list[int], tokens: int) -> list[int]:
     """Likeliest tokens, by cache; no token ends them."""
-    steps = follow(model, prompt, model.given.vocab_size, [0], temperature=0, top_k=None)
+    steps = generate(model, prompt, model.hp.vocab_size, [0], temperature=0, top_k=None)
     return [token for (token,) in islice(steps, tokens) if token is not None]
 
 
@@ -51,7 +51,7 @@ def test_logits_are_those_of_the_plain_forward_pass(
     """Up to the context's last place, whatever is read at once."""
     given = hyperparameters(depth, pattern)
     model, (ids, _) = random_model(given), rows(given, 512)
-    context = Context(model, 2)
+    context = KVCache(model, 2)
     read = [context.read(part) for part in ids.tensor_split(cuts, dim=1)]
     assert context.length == 512
     with torch.no_grad():
@@ -103,7 +103,7 @@ def test_a_sample_ends_with_its_document_or_with_the_context() -> None:
         model.lm_head *= (
             0.05  # every id about as likely: one sample in three fills 100 places and never ends
         )
-    steps = list(follow(model, [END] * (512 - 100), END, range(20), 1.0, None))
+    steps = list(generate(model, [END] * (512 - 100), END, range(20), 1.0, None))
     samples = [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
     assert len(steps) == 100
     assert {row[-1] == END for row in samples} == {True, False}
@@ -117,7 +117,7 @@ def test_a_seed_gives_the_same_sample_alone_and_among_others() -> None:
     model = random_model(hyperparameters(3, "SL"))
 
     def samples(*seeds: int) -> list[tuple[int | None, ...]]:
-        return list(zip(*islice(follow(model, [1, 2, 3], END, seeds, 1.0, 20), 30), strict=False))
+        return list(zip(*islice(generate(model, [1, 2, 3], END, seeds, 1.0, 20), 30), strict=False))
 
     one, two, three = samples(7, 8, 9)
     assert samples(8) == [two]
@@ -153,7 +153,7 @@ def test_no_chance_draws_what_has_no_share() -> None:
 
 
 def test_a_character_appears_with_the_token_that_completes_it() -> None:
-    text = Text(BYTES)
+    text = TextStream(BYTES)
     pieces = [text.add(token) for token in "aé→😀".encode()]
     assert pieces == ["a", "", "é", "", "", "→", "", "", "", "😀"]
     assert text.close() == ""
@@ -161,7 +161,7 @@ def test_a_character_appears_with_the_token_that_completes_it() -> None:
 
 def test_pieces_together_are_the_text_of_all_tokens_even_where_it_is_no_utf8() -> None:
     tokens = [*b"a\xe2\x86b\xffc", BYTES.bos + 1, *b"\xc3"]
-    text = Text(BYTES)
+    text = TextStream(BYTES)
     pieces = [text.add(token) for token in [*tokens, BYTES.bos, None]]
     assert "".join([*pieces, text.close()]) == bytes(t for t in tokens if t < BYTES.bos).decode(
         errors="replace"
@@ -188,7 +188,7 @@ def test_the_command_writes_the_likeliest_text_of_the_newest_checkpoint_and_says
     read = [tokenizer.bos, *tokenizer.encode_batch([prompt], 1)[0]]
     made = [
         token
-        for (token,) in follow(run.model, read, tokenizer.bos, [0], 0, None)
+        for (token,) in generate(run.model, read, tokenizer.bos, [0], 0, None)
         if token is not None
     ]
     assert (

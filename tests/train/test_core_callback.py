@@ -77,12 +77,12 @@ def test_core_is_what_slm_eval_finds_and_changes_no_weight(
     kept = sorted((folder.parent.parent / "evals").iterdir())
     assert [path.name[:15] for path in kept] == ["core-000000004-", f"core-{STEPS:09d}-"]
     (home / "data" / prepared.folder.name).symlink_to(prepared.folder)
-    found = later.core(weights.of_run(folder.parent.parent), home, Asked(own), CPU)
+    found = later.core(weights.load_run(folder.parent.parent), home, Asked(own), CPU)
     assert found == kept[1]
     document = read_json(found)
     (found.parent / "kept").mkdir()
     found.rename(found.parent / "kept" / found.name)
-    once_more = read_json(later.core(weights.of_run(folder.parent.parent), home, Asked(own), CPU))
+    once_more = read_json(later.core(weights.load_run(folder.parent.parent), home, Asked(own), CPU))
     differ = {name for name in document if document[name] != once_more[name]}
     assert differ <= {"time", "seconds"}
 
@@ -271,11 +271,11 @@ def test_an_attempt_says_what_is_measured_and_the_plan_does_not(
 
 def test_an_evaluation_is_followed_with_its_share_and_the_time_left() -> None:
     track = RunProgress(10)
-    track.take({"event": "started", "step": 10, "time": 0.0})
+    track.update({"event": "started", "step": 10, "time": 0.0})
     for time, share in ((10.0, 0.0), (20.0, 0.25)):
-        track.take({"event": "working", "what": "core", "share": share, "step": 10, "time": time})
-    assert (track.doing, track.work_left) == ("CORE 25%", 30.0)
-    track.take({"event": "core", "step": 10, "core": 0.1, "time": 60.0})
-    assert (track.doing, track.work_left) == ("ending", None)
+        track.update({"event": "working", "what": "core", "share": share, "step": 10, "time": time})
+    assert (track.activity, track.activity_seconds_left) == ("CORE 25%", 30.0)
+    track.update({"event": "core", "step": 10, "core": 0.1, "time": 60.0})
+    assert (track.activity, track.activity_seconds_left) == ("ending", None)
     assert track.core
     assert core.TOKENS["cpu"] > 0

@@ -17,6 +17,7 @@ from slm.data.loader import Rows
 from slm.evaluate.bpb import validation_loss
 from slm.model import attention
 from slm.model.gpt import GPT
+from slm.model.ranks import Ranks
 from slm.recipe import AdamW, Hyperparameters, nanochat, pocket
 from slm.train.optimizer import Optimizer, _AdamW, _Muon, lr_multiplier, muon_decay, muon_momentum
 from tests import plain
@@ -83,7 +84,7 @@ def apart(given: Hyperparameters, stacks: dict[str, Tensor]) -> plain.Parameters
 
 
 def parameters_of(model: GPT) -> plain.Parameters:
-    return apart(model.given, dict(model.named_parameters()))
+    return apart(model.hp, dict(model.named_parameters()))
 
 
 def gradients_of(model: GPT) -> plain.Parameters:
@@ -92,7 +93,7 @@ def gradients_of(model: GPT) -> plain.Parameters:
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
-    return apart(model.given, gradients)
+    return apart(model.hp, gradients)
 
 
 def plain_gradients(
@@ -338,7 +339,7 @@ def test_flops_are_those_torch_counts(
     model, (ids, targets) = GPT(given), rows(given, 512)
     model.initialise(seed=1)
     monkeypatch.setitem(
-        attention._chosen, ("cpu", torch.float32), "sdpa"
+        attention._kernels, ("cpu", torch.float32), "sdpa"
     )  # the band is no operator that torch counts
     counted = {torch.ops.aten.addmm_: lambda total, *product, **_: mm_flop(*product)}
     with (
@@ -364,7 +365,8 @@ def test_val_bpb_is_nats_over_bytes_of_targets_that_have_bytes(tmp_path: Path) -
         model,
         Rows([tmp_path / "rows.bin"], tokens.shape[1], "uint16"),
         sizes,
-        tokens=2 * given.sequence_length,
+        Ranks(),
+        2 * given.sequence_length,
     )
     nats = size = total = 0.0
     parameters = parameters_of(model)

@@ -28,8 +28,8 @@ from slm.recipe import Recipe, pocket
 from slm.run import make_attempt, read_exit, run_holder
 from slm.sweep.local import Local, Machine
 from slm.sweep.micro_batch import MicroBatches
-from slm.sweep.orchestrator import Orchestrator, Outcome
-from slm.sweep.planning import Corpora, make_plans, record
+from slm.sweep.orchestrator import Orchestrator, Outcome, Sweep
+from slm.sweep.planning import Planner, plans_of, record
 
 ONE = Machine("cpu", "test", ("0",), None)
 TWO = Machine("cpu", "test", ("0", "1"), None)
@@ -74,15 +74,15 @@ def train(
 ) -> tuple[Path, Outcome]:
     """Train one run in a home; its folder and what became of it."""
     experiment = Experiment("test", (recipe,), (depth,), steps=steps)
-    corpora = Corpora(experiment, home)
-    plans = make_plans(experiment, lambda asked: corpora.prepare(asked, lambda line: None))
+    planner = Planner(experiment, home)
+    plans = plans_of(planner.prepare())
     record(experiment, plans, home)
-    return home / plans[0].run_id, conduct(plans, corpora, home, where, watcher, checkpoint_seconds)
+    return home / plans[0].run_id, conduct(plans, planner, home, where, watcher, checkpoint_seconds)
 
 
 def conduct(
     plans: list[Plan],
-    corpora: Corpora,
+    planner: Planner,
     home: Path,
     where: Machine,
     watcher: Watcher,
@@ -91,16 +91,14 @@ def conduct(
 ) -> Outcome:
     """Train plans on a machine, each on all of it or on so many of its cores."""
     launcher = Local(where, (size or len(where.ids),), RuntimeModel(home), MicroBatches())
-    return Orchestrator(
+    sweep = Sweep(
         plans,
-        corpora.of,
         home,
-        launcher,
-        watcher,
-        lambda: None,
-        checkpoint_seconds,
+        planner.dataset,
+        checkpoint_seconds=checkpoint_seconds,
         poll_seconds=0.05,
-    ).run()
+    )
+    return Orchestrator(sweep, launcher, watcher, ingest=lambda home: []).run()
 
 
 def of(watcher: Watcher, kind: str) -> list[dict[str, Any]]:
@@ -248,12 +246,12 @@ def test_a_diverged_run_is_a_result_and_is_not_tried_again(home: Path) -> None:
 
 def test_data_that_changed_after_planning_are_refused(tmp_path: Path, home: Path) -> None:
     experiment = Experiment("test", (pocket,), (2,), steps=5)
-    corpora = Corpora(experiment, home)
-    [plan] = make_plans(experiment, lambda asked: corpora.prepare(asked, lambda line: None))
+    planner = Planner(experiment, home)
+    [plan] = plans_of(planner.prepare())
     other = replace(plan, data=replace(plan.data, validation="0123456789abcdef"))
     record(experiment, [other], home)
     watcher = Watcher()
-    outcome = conduct([other], corpora, home, ONE, watcher)
+    outcome = conduct([other], planner, home, ONE, watcher)
     assert "holds other rows than the plan was made for" in outcome.not_finished[other.run_id]
 
 
@@ -267,11 +265,11 @@ def test_rows_that_changed_on_disk_are_refused(tmp_path: Path, prepared: Prepare
 
 def test_a_plan_of_another_trainer_is_refused(tmp_path: Path, home: Path) -> None:
     experiment = Experiment("test", (pocket,), (2,), steps=5)
-    corpora = Corpora(experiment, home)
-    [plan] = make_plans(experiment, lambda asked: corpora.prepare(asked, lambda line: None))
+    planner = Planner(experiment, home)
+    [plan] = plans_of(planner.prepare())
     other = replace(plan, code="0123456789abcdef")
     record(experiment, [other], home)
-    outcome = conduct([other], corpora, home, ONE, Watcher())
+    outcome = conduct([other], planner, home, ONE, Watcher())
     assert "sources changed" in outcome.not_finished[other.run_id]
 
 
@@ -295,8 +293,7 @@ def test_a_run_that_is_held_is_not_started_twice(home: Path) -> None:
 
 def make_plan(home: Path):
     experiment = Experiment("test", (pocket,), (2,), steps=60)
-    corpora = Corpora(experiment, home)
-    return make_plans(experiment, lambda asked: corpora.prepare(asked, lambda line: None))[0]
+    return plans_of(Planner(experiment, home).prepare())[0]
 
 
 def data_folder(home: Path) -> Path:
