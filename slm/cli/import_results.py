@@ -1,55 +1,85 @@
-"""`slm import`: other people's results in, each defect named."""
+"""`slm import`: import results of other programs, or merge an exported folder."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slm.cli.data import progress
+from slm.cli.fit_options import columns_of
 from slm.cli.options import Json, print_json, report_problems
-from slm.results import columns_of
+from slm.text import first_few, plural
 
 if TYPE_CHECKING:
     from slm.exchange.importers import Import
+    from slm.exchange.importers.types import Defect
 
-SHOWN = 5
-"""Rows named of one kind of defect."""
+MAX_ROWS_LISTED = 5
+MAX_DEFECTS_LISTED = 3
+
+
+@dataclass(frozen=True)
+class Request:
+    """Options of `slm import` that apply to every path."""
+
+    name: str | None
+    format_name: str | None
+    columns: str | None
+    axis: str | None
+    strict: bool
+    dry_run: bool
+
+    def check_merge(self, folder: Path) -> None:
+        """Raise ValueError for an option that does not apply to an exported folder."""
+        options = {
+            "--name": self.name,
+            "--format": self.format_name,
+            "--map": self.columns,
+            "--axis": self.axis,
+            "--strict": self.strict,
+            "--dry-run": self.dry_run,
+        }
+        for option, value in options.items():
+            if value:
+                raise ValueError(
+                    f"{folder} is an exported folder, which is merged without {option}"
+                )
 
 
 def import_results(
     paths: Annotated[
         list[Path] | None,
-        typer.Argument(help="Files of results, or folders: of nanochat's harness, or exported."),
+        typer.Argument(
+            help="Files of results, folders of nanochat's harness, or exported folders."
+        ),
     ] = None,
     name: Annotated[
-        str | None, typer.Option("--name", help="Experiment to import as (else the file's name).")
+        str | None,
+        typer.Option("--name", help="Experiment to import as; default: the file's name."),
     ] = None,
-    format: Annotated[
-        str | None, typer.Option("--format", help="Format, instead of what the content says.")
+    format_name: Annotated[
+        str | None, typer.Option("--format", help="Format; default: recognised by content.")
     ] = None,
     columns: Annotated[
         str | None,
-        typer.Option("--map", help="Columns: OURS=THEIRS,…, as loss=val_bpb,flops=flops_6nd."),
+        typer.Option("--map", help="Columns: NAME=COLUMN,…, as in loss=val_bpb,flops=flops_6nd."),
     ] = None,
     axis: Annotated[
         str | None,
         typer.Option("--axis", help="Compare with other imports of this axis, on your word."),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse a file with a defect.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Read and check; keep nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and check only.")] = False,
     remove: Annotated[
-        str | None,
-        typer.Option("--remove", help="Take an import out again: its experiment, or its hash."),
+        str | None, typer.Option("--remove", help="Remove an import, by its experiment or hash.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Import results of other programs, flagged where they cannot be trusted, or a folder that `slm export` wrote."""
+    """Import results of other programs, with every defect named; or merge an exported folder."""
     import store
 
     if remove is not None:
@@ -58,11 +88,13 @@ def import_results(
     if not paths:
         raise ValueError("nothing to import: name a file")
     if name is not None and len(paths) > 1:
-        raise ValueError(f"--name {name} names one import, and {len(paths)} paths are given")
-    outcomes, refusals = [], []
+        raise ValueError(f"--name {name} names one import, but there are {len(paths)} paths")
+    request = Request(name, format_name, columns, axis, strict, dry_run)
+    outcomes = []
+    refusals = []
     for path in paths:
         try:
-            outcomes.append(_one(path, name, format, columns, axis, strict, dry_run))
+            outcomes.append(_import_path(path, request))
         except ValueError as error:
             refusals.append(str(error))
     if outcomes and not dry_run:
@@ -70,101 +102,89 @@ def import_results(
     if as_json:
         print_json({"home": str(store.home()), "imports": outcomes, "refused": refusals})
     elif outcomes:
-        print("\n\n".join(_told(outcome) for outcome in outcomes))
-    for refusal in refusals[: len(refusals) - 1]:
+        print("\n\n".join(_describe(outcome) for outcome in outcomes))
+    for refusal in refusals[:-1]:
         print(f"slm: {refusal}", file=sys.stderr)
     if refusals:
         raise ValueError(refusals[-1])
 
 
-def _one(
-    path: Path,
-    name: str | None,
-    format: str | None,
-    columns: str | None,
-    axis: str | None,
-    strict: bool,
-    dry_run: bool,
-) -> dict[str, Any]:
-    """Import one path, and tell what came of it."""
+def _import_path(path: Path, request: Request) -> dict[str, Any]:
+    """Import one path; return the outcome as a document."""
     import store
-    from slm.exchange import importers as imports
+    from slm.exchange.importers import read_import, write_import
 
     if (path / "export.json").is_file():
-        _check_merge(path, {"--name": name, "--format": format, "--map": columns, "--axis": axis})
-        _check_merge(path, {"--strict": strict, "--dry-run": dry_run})
+        request.check_merge(path)
         return _merge(path)
-    found = imports.read(path, name, format, columns_of(columns), axis)
-    if strict and (faults := found.faults()):
-        raise ValueError(f"{path}: {_first(faults)}; without --strict its rows come in flagged")
-    if dry_run:
-        return _outcome(found, "read")
+    mapping = columns_of(request.columns)
+    parsed = read_import(path, request.name, request.format_name, mapping, request.axis)
+    faults = parsed.faults()
+    if request.strict and faults:
+        raise ValueError(
+            f"{path}: {_describe_faults(faults)}; without --strict its rows are imported with flags"
+        )
+    if request.dry_run:
+        return _outcome(parsed, "read")
     home = store.home()
     home.mkdir(parents=True, exist_ok=True)
     try:
-        new = imports.write(found, home, strict)
+        is_new = write_import(parsed, home, request.strict)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return _outcome(found, "imported" if new else "imported before")
-
-
-def _check_merge(folder: Path, options: Mapping[str, object]) -> None:
-    """Refuse what goes with a file alone."""
-    given = [option for option, value in options.items() if value]
-    if given:
-        raise ValueError(f"{folder}: an exported folder is merged as it is: without {given[0]}")
+    return _outcome(parsed, "imported" if is_new else "imported before")
 
 
 def _merge(folder: Path) -> dict[str, Any]:
     """Merge a folder that `slm export` wrote."""
     import store
     from slm.exchange import merge
+    from slm.monitor.progress import ProgressBars
 
     home = store.home()
     home.mkdir(parents=True, exist_ok=True)
-    merged = merge(folder, home, progress("files and runs"))
-    counts = {what: count for what, count in merged.counts.items() if count}
+    with ProgressBars() as bars:
+        result = merge(folder, home, bars.add("files and runs"))
     return {
         "source": folder.name,
         "format": "export",
         "outcome": "merged",
-        "merged": counts,
-        "lines": merged.lines,
+        "merged": {name: count for name, count in result.counts.items() if count},
+        "lines": result.lines,
     }
 
 
-def _first(faults: Sequence[Any]) -> str:
-    """The first defects in words."""
-    told = [
-        f"{fault.code}{f' in row {fault.row}' if fault.row else ''} ({fault.message})"
-        for fault in faults[:3]
-    ]
-    return f"{len(faults)} defects: {'; '.join(told)}{'; …' if len(faults) > 3 else ''}"
+def _describe_faults(faults: Sequence[Defect]) -> str:
+    parts = []
+    for fault in faults[:MAX_DEFECTS_LISTED]:
+        row = f" in row {fault.row}" if fault.row else ""
+        parts.append(f"{fault.code}{row} ({fault.message})")
+    ellipsis = "; …" if len(faults) > MAX_DEFECTS_LISTED else ""
+    return f"{plural(len(faults), 'defect')}: {'; '.join(parts)}{ellipsis}"
 
 
-def _outcome(found: Import, outcome: str) -> dict[str, Any]:
-    """What is told of an import."""
+def _outcome(parsed: Import, outcome: str) -> dict[str, Any]:
     return {
-        "source": found.source.name,
-        "format": found.format,
+        "source": parsed.source.name,
+        "format": parsed.format,
         "outcome": outcome,
-        "hash": found.hash,
-        "experiment": found.experiment,
-        "columns": dict(found.columns),
-        "rows": len(found.rows),
-        "usable": sum(found.usable(row) for row in found.rows),
-        "curves": sum(bool(row.curve) for row in found.rows),
-        "defects": grouped(found),
+        "hash": parsed.hash,
+        "experiment": parsed.experiment,
+        "columns": dict(parsed.columns),
+        "rows": len(parsed.rows),
+        "usable": sum(parsed.usable(row) for row in parsed.rows),
+        "curves": sum(bool(row.curve) for row in parsed.rows),
+        "defects": group_defects(parsed),
     }
 
 
-def grouped(found: Import) -> list[dict[str, Any]]:
-    """Defects by kind, the worst first: how many, in which rows, what the kind means, and the first message."""
+def group_defects(parsed: Import) -> list[dict[str, Any]]:
+    """Group defects by code, worst first: number, rows, meaning, and the first message."""
     from slm.exchange.importers.checks import CODES
 
-    kinds: dict[str, list[Any]] = {}
-    for defect in found.defects:
-        kinds.setdefault(defect.code, []).append(defect)
+    groups: dict[str, list[Defect]] = {}
+    for defect in parsed.defects:
+        groups.setdefault(defect.code, []).append(defect)
     return [
         {
             "code": code,
@@ -174,59 +194,52 @@ def grouped(found: Import) -> list[dict[str, Any]]:
             "meaning": CODES[code].meaning,
             "first": defects[0].message,
         }
-        for code, defects in kinds.items()
+        for code, defects in groups.items()
     ]
 
 
-def _told(outcome: dict[str, Any]) -> str:
-    """An outcome for people."""
+def _describe(outcome: dict[str, Any]) -> str:
+    """Return an outcome as text."""
     from tabulate import tabulate
 
     if "hash" not in outcome:
         return f"{outcome['source']}: {outcome['outcome']}: " + "\n".join(outcome["lines"])
-    head = (
-        f"{outcome['source']} ({outcome['format']}): {outcome['outcome']} as {outcome['experiment']!r} "
-        f"({outcome['hash']}): {_counted(outcome['rows'], 'row')}, {outcome['usable']} usable in fits, "
-        f"{_counted(outcome['curves'], 'curve')}"
-    )
-    read_as = ", ".join(
-        f"{ours} = {theirs}" for ours, theirs in outcome["columns"].items() if ours != theirs
-    )
-    lines = [head, *([f"columns: {read_as}"] if read_as else [])]
+    lines = [
+        f"{outcome['source']} ({outcome['format']}): {outcome['outcome']} as "
+        f"{outcome['experiment']!r} ({outcome['hash']}): {plural(outcome['rows'], 'row')}, "
+        f"{outcome['usable']} usable in fits, {plural(outcome['curves'], 'curve')}"
+    ]
+    renamed = [
+        f"{name} = {source}" for name, source in outcome["columns"].items() if name != source
+    ]
+    if renamed:
+        lines.append(f"columns: {', '.join(renamed)}")
     if outcome["defects"]:
         rows = [
             [
-                kind["code"],
-                kind["weight"],
-                kind["count"],
-                _rows(kind["rows"]),
-                f"{kind['meaning']} ({kind['first']})",
+                group["code"],
+                group["weight"],
+                group["count"],
+                _list_rows(group["rows"]),
+                f"{group['meaning']} ({group['first']})",
             ]
-            for kind in outcome["defects"]
+            for group in outcome["defects"]
         ]
         headers = ("defect", "", "count", "rows", "meaning (first case)")
-        lines.append(
-            tabulate(rows, headers, disable_numparse=True, maxcolwidths=[None, None, None, 22, 90])
-        )
+        widths = [None, None, None, 22, 90]
+        lines.append(tabulate(rows, headers, disable_numparse=True, maxcolwidths=widths))
     return "\n".join(lines)
 
 
-def _counted(count: int, word: str) -> str:
-    return f"{count} {word}{'s' * (count != 1)}"
-
-
-def _rows(rows: Sequence[int]) -> str:
-    if not rows:
-        return "all"
-    return ", ".join(map(str, rows[:SHOWN])) + (", …" if len(rows) > SHOWN else "")
+def _list_rows(rows: Sequence[int]) -> str:
+    return first_few([str(row) for row in rows], MAX_ROWS_LISTED) if rows else "all"
 
 
 def _remove(name: str, as_json: bool) -> None:
-    """Take an import out, and say so."""
     import store
-    from slm.exchange import importers as imports
+    from slm.exchange.importers import remove_import
 
-    experiment = imports.remove(store.home(), name)
+    experiment = remove_import(store.home(), name)
     report_problems(store.ingest(store.home()).problems)
     if as_json:
         print_json({"home": str(store.home()), "removed": experiment})

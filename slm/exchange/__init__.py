@@ -1,9 +1,9 @@
-"""Homes that travel: an export holds the tables of a home and the files they are made from; merge takes those in.
+"""Exchange results between homes and with other programs: exports, merges, importers.
 
-An export's `runs/` is laid out as a home is.
+An export holds the tables of a home and the files they are made from, laid out as in the home.
 """
 
 from slm.exchange.export import export
-from slm.exchange.merge import Merged, merge
+from slm.exchange.merge import MergeResult, merge
 
-__all__ = ["Merged", "export", "merge"]
+__all__ = ["MergeResult", "export", "merge"]

@@ -1,20 +1,30 @@
-"""A home's results, or some experiments', into a folder."""
+"""Export the results of a home, or of some experiments, to a folder."""
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import store
 from slm import __version__
-from slm.exchange.archive import FORMAT, Json, copied, digest_of, end_of_lines, files_of
-from slm.files import read_json, write_json
+from slm.exchange.archive import (
+    EXPORT_FORMAT,
+    Json,
+    complete_bytes,
+    copy_file,
+    exported_files,
+)
+from slm.files import read_json, sha256_of, write_json
 from store import tables
 
 Report = Callable[[int, int], None]
-"""Told how many of how many files are done."""
+"""Called with the number of files done and their total."""
+
+
+def _no_report(done: int, total: int) -> None:
+    """Report nothing."""
 
 
 def export(
@@ -22,39 +32,35 @@ def export(
     folder: Path,
     experiments: Sequence[str] = (),
     weights: bool = False,
-    reports: tuple[Report, Report] = (lambda done, of: None,) * 2,
+    report_files: Report = _no_report,
+    report_tables: Report = _no_report,
 ) -> Json:
-    """Write a folder that holds the results of a home, or of some experiments: Parquet, dictionary, and truth files.
+    """Write results to a new folder: tables as Parquet, their dictionary, and the home's files.
 
-    `reports` are told of files and of tables. Gives what export.json says. Raises ValueError for a folder that holds
-    something and for an unknown experiment.
+    Return the content of export.json. Raises ValueError for a folder that is not empty, and for an
+    unknown experiment.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there and not empty: name a folder that is not there yet")
+        raise ValueError(f"{folder} exists and is not empty: name a new folder")
     problems = store.ingest(home).problems
     unfinished = folder.parent / f".{folder.name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     (unfinished / "tables").mkdir(parents=True)
     try:
-        names, only = _wanted(home, experiments, weights)
-        files = {
-            f"runs/{name}": digest
-            for name, digest in _copied_out(home, unfinished / "runs", names, reports[0])
-        }
-        described = tables.export(home, unfinished / "tables", only, reports[1])
-        write_json(unfinished / "columns.json", described)
+        names, filters = _select(home, experiments, weights)
+        hashes = _copy_files(home, unfinished / "runs", names, report_files)
+        columns = tables.export(home, unfinished / "tables", filters, report_tables)
+        write_json(unfinished / "columns.json", columns)
         shutil.copyfile(tables.DICTIONARY, unfinished / "README.md")
         document = {
-            "format": FORMAT,
+            "format": EXPORT_FORMAT,
             "home": read_json(home / "home.json"),
             "created": time.time(),
-        }
-        document |= {
             "slm": __version__,
             "experiments": list(experiments) or None,
             "problems": problems,
+            "files": _describe_files(unfinished, hashes),
         }
-        document |= {"files": _listed(unfinished, files)}
         write_json(unfinished / "export.json", document)
         unfinished.rename(folder)
     except BaseException:
@@ -63,44 +69,47 @@ def export(
     return document
 
 
-def _listed(folder: Path, known: dict[str, str]) -> list[Json]:
-    """Every file below a folder, with its size and its SHA-256 where that is not known yet."""
-    written = {
-        path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()
-    }
+def _describe_files(folder: Path, hashes: dict[str, str]) -> list[Json]:
+    """Describe every file below a folder by name, size and SHA-256; `hashes` are those known."""
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
     return [
-        {"name": name, "bytes": path.stat().st_size, "sha256": known.get(name) or digest_of(path)}
-        for name, path in sorted(written.items())
+        {"name": name, "bytes": path.stat().st_size, "sha256": hashes.get(name) or sha256_of(path)}
+        for name, path in sorted(paths.items())
+        if path.is_file()
     ]
 
 
-def _wanted(
+def _select(
     home: Path, experiments: Sequence[str], weights: bool
 ) -> tuple[list[str], dict[str, list[str]] | None]:
-    """The files to export, by name; with experiments named, theirs alone and what their rows are about."""
-    names = [name for name in files_of(home) if weights or not name.endswith(".safetensors")]
+    """Return the names of files to export, and the values that select rows of the tables."""
+    names = [name for name in exported_files(home) if weights or not name.endswith(".safetensors")]
     if not experiments:
         return names, None
-    asked = {path.stem: read_json(path)["runs"] for path in (home / "experiments").glob("*.json")}
-    imported = [read_json(path) for path in (home / "imports").glob("*/import.json")]
-    known = sorted({*asked, *(document["experiment"] for document in imported)})
+    # 1) all experiments, swept and imported
+    swept = {path.stem: read_json(path)["runs"] for path in (home / "experiments").glob("*.json")}
+    imports = [read_json(path) for path in (home / "imports").glob("*/import.json")]
+    known = sorted({*swept, *(document["experiment"] for document in imports)})
     for name in set(experiments) - set(known):
         raise ValueError(f"no experiment {name!r}; there are {', '.join(known) or 'none'}")
-    own = [document for document in imported if document["experiment"] in experiments]
+    # 2) the parts of a home that belong to those selected
+    imports = [document for document in imports if document["experiment"] in experiments]
     fits = [path.stem for path in (home / "fits").glob("*.json") if _is_about(path, experiments)]
-    hashes = [*fits, *(document["hash"] for document in own)]
-    runs = {run for name in experiments for run in asked.get(name, ())}
-    owners = {*runs, *(f"experiments/{name}.json" for name in experiments)}
-    owners |= {f"fits/{name}.json" for name in fits} | {
-        f"imports/{document['hash']}" for document in own
-    }
-    wanted = [
-        name
-        for name in names
-        if {name, name.partition("/")[0], "/".join(name.split("/")[:2])} & owners
-    ]
-    runs |= {row["run_id"] for document in own for row in document["rows"]}
-    return wanted, {"experiment": list(experiments), "hash": hashes, "run_id": sorted(runs)}
+    runs = {run for name in experiments for run in swept.get(name, ())}
+    parts = {*runs, *(f"experiments/{name}.json" for name in experiments)}
+    parts |= {f"fits/{name}.json" for name in fits}
+    parts |= {f"imports/{document['hash']}" for document in imports}
+    selected = [name for name in names if _prefixes(name) & parts]
+    # 3) the rows of tables
+    runs |= {row["run_id"] for document in imports for row in document["rows"]}
+    hashes = [*fits, *(document["hash"] for document in imports)]
+    return selected, {"experiment": list(experiments), "hash": hashes, "run_id": sorted(runs)}
+
+
+def _prefixes(name: str) -> set[str]:
+    """Return a file's name, its first folder, and its first two."""
+    parts = name.split("/")
+    return {name, parts[0], "/".join(parts[:2])}
 
 
 def _is_about(fit: Path, experiments: Sequence[str]) -> bool:
@@ -108,18 +117,17 @@ def _is_about(fit: Path, experiments: Sequence[str]) -> bool:
     return set(read_json(fit)["experiments"]) <= set(experiments)
 
 
-def _copied_out(
-    home: Path, folder: Path, names: Sequence[str], report: Report
-) -> Iterator[tuple[str, str]]:
-    """Copy files of a home; each with its digest. A line of events that is still being written stays behind."""
+def _copy_files(home: Path, folder: Path, names: Sequence[str], report: Report) -> dict[str, str]:
+    """Copy files of a home; return their SHA-256 by exported name.
+
+    An event line that is still being written is left out.
+    """
+    hashes = {}
     for number, name in enumerate(names):
         report(number, len(names))
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         with (home / name).open("rb") as source, target.open("wb") as copy:
-            yield (
-                name,
-                copied(
-                    source, copy, end_of_lines(source) if name.endswith("/events.jsonl") else None
-                ),
-            )
+            size = complete_bytes(source) if name.endswith("/events.jsonl") else None
+            hashes[f"runs/{name}"] = copy_file(source, copy, size)
+    return hashes

@@ -10,11 +10,17 @@ from typing import Any
 
 import pytest
 
-from slm.exchange import importers as imports
-from slm.exchange.importers import Import
-from slm.exchange.importers.architectures import known
+from slm.exchange.importers import (
+    Import,
+    imported_experiments,
+    read_import,
+    remove_import,
+    write_import,
+)
+from slm.exchange.importers.architectures import known_architectures
 from slm.exchange.importers.checks import CODES
 from slm.exchange.importers.numbers import number, seconds
+from slm.exchange.importers.storage import import_document
 from slm.exchange.importers.types import COLUMNS
 from slm.recipe import nanochat
 from tests.conftest import slm
@@ -58,7 +64,7 @@ def test_every_published_file_is_imported_or_refused_as_known(reference: Path) -
 
 
 def test_the_log_of_a_real_run_gives_its_row_its_curve_and_its_tasks(reference: Path) -> None:
-    found = imports.read(reference / "data/nanochat/logs/pr492_base_train_d24_thinned.log")
+    found = read_import(reference / "data/nanochat/logs/pr492_base_train_d24_thinned.log")
     (row,) = found.rows
     assert (row.get("val_bpb"), row.get("core"), row.get("steps")) == (0.753336, 0.2633, 16704)
     assert row.get("tokens") == row.get("steps") * row.get("batch_tokens") == 8_757_706_752
@@ -81,7 +87,7 @@ def test_the_same_run_gives_the_same_curve_from_its_log_and_from_its_table(refer
     logged, tabled = (
         [
             (event["step"], event["val_bpb"])
-            for event in imports.read(folder / name).rows[0].curve
+            for event in read_import(folder / name).rows[0].curve
             if event["event"] == "eval"
         ]
         for name in ("pr492_base_train_d24_thinned.log", "pr492_d24_val_bpb_curve.csv")
@@ -91,7 +97,7 @@ def test_the_same_run_gives_the_same_curve_from_its_log_and_from_its_table(refer
 
 def test_rounded_sizes_name_their_family_and_the_exact_counts_follow(reference: Path) -> None:
     """91M parameters at depth 10 are those of 2025, and of no later nanochat, whose tables alone are more."""
-    found = imports.read(reference / "data/nanochat/karpathy/miniseries_v1_2026-01-07.csv")
+    found = read_import(reference / "data/nanochat/karpathy/miniseries_v1_2026-01-07.csv")
     for row in found.rows:
         width = 64 * row.get("depth")
         assert row.get("parameters_scaling") == 12 * width**2 * row.get("depth") + 32768 * width
@@ -100,7 +106,7 @@ def test_rounded_sizes_name_their_family_and_the_exact_counts_follow(reference: 
 
 
 def test_flops_a_token_name_vocabulary_and_context_exactly(reference: Path) -> None:
-    found = imports.read(reference / "data/nanochat/pulls/pr376_wandb_overall.csv")
+    found = read_import(reference / "data/nanochat/pulls/pr376_wandb_overall.csv")
     for row in found.rows:
         assert row.get("parameters_total") == 560_988_160
         assert row.get("flops") == 74_454_529_386_479_620_000
@@ -108,7 +114,7 @@ def test_flops_a_token_name_vocabulary_and_context_exactly(reference: Path) -> N
 
 
 def test_the_recipe_is_the_newest_known_family() -> None:
-    newest = list(known(12, None))[-1]
+    newest = list(known_architectures(12, None))[-1]
     assert newest.parameters == nanochat(12).parameters
     assert newest.flops_per_token == nanochat(12).flops_per_token
 
@@ -134,7 +140,7 @@ def budget_row(
 
 def test_sound_budgets_have_no_fault(write: Write) -> None:
     rows = [budget_row(depth, 2.15e18, "2.15e18") for depth in (10, 12, 14)]
-    found = imports.read(write("results.csv", BUDGETS, *rows))
+    found = read_import(write("results.csv", BUDGETS, *rows))
     assert found.format == "nanochat-csv"
     assert found.faults() == []
     assert [row.get("horizon") for row in found.rows] == ["flops=2.15e+18"] * 3
@@ -146,14 +152,14 @@ def test_sound_budgets_have_no_fault(write: Write) -> None:
 def test_empty_parameters_are_filled_in_where_budget_and_tokens_name_the_family(
     write: Write,
 ) -> None:
-    found = imports.read(write("results.csv", BUDGETS, budget_row(12, 1e18, "1e18", empty=True)))
+    found = read_import(write("results.csv", BUDGETS, budget_row(12, 1e18, "1e18", empty=True)))
     assert codes(found)["parameters-empty"] == [2]
     assert found.rows[0].get("parameters_scaling") == nanochat(12).parameters.scaling
     assert found.rows[0].original["params_total"] == ""
 
 
 def test_empty_parameters_stay_empty_where_nothing_names_the_family(write: Write) -> None:
-    found = imports.read(
+    found = read_import(
         write("results.csv", BUDGETS, budget_row(12, 1e18, "1e18", factor=3, empty=True))
     )
     (row,) = found.rows
@@ -163,7 +169,7 @@ def test_empty_parameters_stay_empty_where_nothing_names_the_family(write: Write
 
 def test_tokens_that_the_budget_did_not_pay_for_forbid_fits(write: Write) -> None:
     rows = (budget_row(12, 1e18, "1e18", factor=2), budget_row(14, 1e18, "1e18"))
-    found = imports.read(write("results.csv", BUDGETS, *rows))
+    found = read_import(write("results.csv", BUDGETS, *rows))
     assert codes(found)["tokens-disagree"] == [2]
     assert [found.usable(row) for row in found.rows] == [False, True]
     assert found.rows[0].get("tokens") == 2 * nanochat(12, flops=1e18).tokens, "what was read stays"
@@ -172,14 +178,14 @@ def test_tokens_that_the_budget_did_not_pay_for_forbid_fits(write: Write) -> Non
 def test_a_budget_printed_with_one_digit_is_named_and_the_flops_are_those_spent(
     write: Write,
 ) -> None:
-    found = imports.read(write("results.csv", BUDGETS, budget_row(12, 2.15e18, "2e+18")))
+    found = read_import(write("results.csv", BUDGETS, budget_row(12, 2.15e18, "2e+18")))
     assert codes(found)["budget-rounded"] == [2]
     assert found.rows[0].get("flops") == nanochat(12, flops=2.15e18).flops
     assert found.usable(found.rows[0])
 
 
 def test_a_core_of_zero_is_missing_and_the_run_is_not(write: Write) -> None:
-    found = imports.read(write("results.csv", BUDGETS, budget_row(12, 1e18, "1e18", core="0.0")))
+    found = read_import(write("results.csv", BUDGETS, budget_row(12, 1e18, "1e18", core="0.0")))
     (row,) = found.rows
     assert (row.get("core"), row.get("val_bpb"), row.get("status")) == (None, 0.912, "finished")
     assert codes(found)["core-zero"] == [2]
@@ -196,13 +202,13 @@ def test_a_series_whose_batch_was_not_what_its_script_assumed_is_named(write: Wr
         rows.append(
             f"{depth},{64 * depth},{groups.total},{groups.scaling},{steps},{tokens},{ratio:.2f},0.9,0.1,10"
         )
-    found = imports.read(write("results.csv", SERIES, *rows))
+    found = read_import(write("results.csv", SERIES, *rows))
     assert codes(found)["tokens-disagree"] == [4]
 
 
 def test_a_crash_of_a_search_is_a_failed_run_without_a_result(write: Write) -> None:
     rows = ("a1b2c3d\t0.99\t44.0\tkeep\tbaseline", "e05a87d\t0.000000\t0.0\tcrash\tbatch 131K")
-    found = imports.read(write("results.tsv", TSV, *rows))
+    found = read_import(write("results.tsv", TSV, *rows))
     kept, crashed = found.rows
     assert (crashed.get("val_bpb"), crashed.get("status"), crashed.get("reason")) == (
         None,
@@ -215,7 +221,7 @@ def test_a_crash_of_a_search_is_a_failed_run_without_a_result(write: Write) -> N
 
 
 def test_step_zero_posing_as_the_end_forbids_fits(write: Write) -> None:
-    found = imports.read(write("runs.csv", "depth,val_bpb", "12,3.2", "14,0.9"))
+    found = read_import(write("runs.csv", "depth,val_bpb", "12,3.2", "14,0.9"))
     assert codes(found)["untrained"] == [2]
 
 
@@ -224,7 +230,7 @@ def test_a_log_that_was_cut_short_has_no_final_value(write: Write) -> None:
         f"step {step:05d}/00020 ({5 * step}.00%) | loss: {5 - step / 10} | dt: 1.00ms"
         for step in range(10)
     ]
-    found = imports.read(write("d4.log", "Step 00000 | Validation bpb: 3.167584", *steps))
+    found = read_import(write("d4.log", "Step 00000 | Validation bpb: 3.167584", *steps))
     (row,) = found.rows
     assert (row.get("val_bpb"), row.get("status"), len(row.curve)) == (None, "interrupted", 11)
     assert "unfinished" in found.flags(row)
@@ -232,7 +238,7 @@ def test_a_log_that_was_cut_short_has_no_final_value(write: Write) -> None:
 
 def test_parameters_that_do_not_add_up_forbid_fits(write: Write) -> None:
     header = "params_wte,params_value_embeds,params_lm_head,params_transformer,params_total,params_scalars,val_bpb"
-    found = imports.read(
+    found = read_import(
         write("runs.csv", header, "10,10,10,100,130,0,0.9", "10,10,10,100,150,0,0.8"),
         mapping={"parameters_scalars": "params_scalars"},
     )
@@ -248,7 +254,7 @@ def test_repeats_copies_and_duplicates_are_told_apart(write: Write) -> None:
         "c,14,0.912345678",
         "d,16,0.876543219",
     )
-    told = codes(imports.read(write("runs.csv", "name,depth,val_bpb", *rows)))
+    told = codes(read_import(write("runs.csv", "name,depth,val_bpb", *rows)))
     assert told["duplicate"] == [3]
     assert told["unlabelled-seed"] == [4, 5]
     assert told["copied-value"] == [2, 3, 6]
@@ -256,11 +262,11 @@ def test_repeats_copies_and_duplicates_are_told_apart(write: Write) -> None:
 
 def test_few_digits_may_agree_by_chance(write: Write) -> None:
     rows = [f"run {index},{index},0.9{index % 7}" for index in range(1, 30)]
-    assert "copied-value" not in codes(imports.read(write("runs.csv", "name,depth,val_bpb", *rows)))
+    assert "copied-value" not in codes(read_import(write("runs.csv", "name,depth,val_bpb", *rows)))
 
 
 def test_a_loss_that_is_bits_a_byte_is_taken_as_such(write: Write) -> None:
-    found = imports.read(
+    found = read_import(
         write("runs.csv", "depth,val_loss,train_loss", "8,1.13,3.82", "8,3.79,3.82")
     )
     bits, nats = found.rows
@@ -271,7 +277,7 @@ def test_a_loss_that_is_bits_a_byte_is_taken_as_such(write: Write) -> None:
 
 def test_units_in_headers_and_cells_are_noticed(write: Write) -> None:
     header = "depth,params_M,tokens (B),Val BPB,CORE (centered),train_time_min,total_batch_size"
-    (row,) = imports.read(write("runs.csv", header, "7,91.5,0.73,1.03,0.07,1:30h,524288")).rows
+    (row,) = read_import(write("runs.csv", header, "7,91.5,0.73,1.03,0.07,1:30h,524288")).rows
     assert {
         name: row.get(name)
         for name in ("parameters_total", "tokens", "val_bpb", "core", "train_seconds")
@@ -313,7 +319,7 @@ def test_durations_take_their_own_unit_first() -> None:
 
 
 def test_a_markdown_table_reads_like_the_same_csv(write: Write) -> None:
-    csv = imports.read(write("a.csv", "run,depth,val_bpb", "base,12,0.98", "new,12,0.97"))
+    csv = read_import(write("a.csv", "run,depth,val_bpb", "base,12,0.98", "new,12,0.97"))
     text = (
         "Results:",
         "",
@@ -322,15 +328,15 @@ def test_a_markdown_table_reads_like_the_same_csv(write: Write) -> None:
         "| base | 12 | 0.98 |",
         "| `new` | 12 | **0.97** |",
     )
-    markdown = imports.read(write("a.md", *text))
+    markdown = read_import(write("a.md", *text))
     assert [row.values for row in csv.rows] == [row.values for row in markdown.rows]
 
 
 def test_a_mapping_names_what_no_header_tells(write: Write) -> None:
     path = write("runs.csv", "size,score_M,cost", "12,0.98,2e18")
     with pytest.raises(ValueError, match="--map val_bpb=COLUMN"):
-        imports.read(path)
-    (row,) = imports.read(path, mapping={"loss": "score_M", "flops": "cost", "depth": "size"}).rows
+        read_import(path)
+    (row,) = read_import(path, mapping={"loss": "score_M", "flops": "cost", "depth": "size"}).rows
     assert (row.get("val_bpb"), row.get("flops"), row.get("depth")) == (0.98, 2e18, 12)
 
 
@@ -342,18 +348,18 @@ def test_a_mapping_names_what_no_header_tells(write: Write) -> None:
             "optima, not runs",
         ),
         (("target,core,depth", "GPT-2,0.257,38"), "predictions, not runs"),
-        (("depth,baseline_val_bpb,best_val_bpb", "8,1.1,1.0"), "2 results a row"),
+        (("depth,baseline_val_bpb,best_val_bpb", "8,1.1,1.0"), "2 results per row"),
         (("depth,core_clean", "8,0.1"), "--map core='core_clean'"),
-        (("depth,depth,val_bpb", "8,8,1"), "stands twice"),
+        (("depth,depth,val_bpb", "8,8,1"), "appears twice"),
         (("depth,val_bpb",), "no row"),
-        (("nothing here",), "no format is recognised"),
+        (("nothing here",), "the format is not recognised"),
     ],
 )
 def test_what_holds_no_runs_is_refused_with_the_way_out(
     write: Write, rows: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        imports.read(write("some.csv", *rows))
+        read_import(write("some.csv", *rows))
 
 
 HARNESS = {
@@ -391,7 +397,7 @@ def harness(write: Write, tmp_path: Path) -> Path:
 
 
 def test_a_folder_of_the_harness_gives_a_row_a_run(harness: Path) -> None:
-    found = imports.read(harness)
+    found = read_import(harness)
     assert (found.format, found.experiment) == ("harness", "jul4")
     short, done = found.rows
     given = nanochat(12)
@@ -414,9 +420,9 @@ def test_a_folder_of_the_harness_gives_a_row_a_run(harness: Path) -> None:
 
 
 def test_what_is_kept_has_every_column_and_the_source(harness: Path, tmp_path: Path) -> None:
-    found = imports.read(harness, axis="climbmix")
+    found = read_import(harness, axis="climbmix")
     home = tmp_path / "home"
-    assert imports.write(found, home)
+    assert write_import(found, home)
     folder = home / "imports" / found.hash
     told: dict[str, Any] = json.loads((folder / "import.json").read_text())
     assert (told["axis"], told["source"], told["strict"]) == ("climbmix", "jul4", False)
@@ -431,16 +437,16 @@ def test_what_is_kept_has_every_column_and_the_source(harness: Path, tmp_path: P
         harness / "d8/base_train.log"
     ).read_bytes()
     assert not list((home / "imports").glob(".*"))
-    assert not imports.write(found, home), "the same content is one import"
-    assert imports.remove(home, "jul4") == "jul4"
+    assert not write_import(found, home), "the same content is one import"
+    assert remove_import(home, "jul4") == "jul4"
     assert not folder.exists()
 
 
 def test_names_in_a_source_never_become_paths(write: Write, tmp_path: Path) -> None:
     path = write("..evil name.csv", "run,depth,val_bpb", "../../etc,12,0.9")
     home = tmp_path / "home"
-    found = imports.read(path)
-    imports.write(found, home)
+    found = read_import(path)
+    write_import(found, home)
     kept = {str(one.relative_to(home)) for one in home.rglob("*") if one.is_file()}
     assert kept == {
         f"imports/{found.hash}/import.json",
@@ -451,26 +457,24 @@ def test_names_in_a_source_never_become_paths(write: Write, tmp_path: Path) -> N
 
 def test_a_name_that_is_taken_is_refused(write: Write, tmp_path: Path) -> None:
     home = tmp_path / "home"
-    imports.write(imports.read(write("runs.csv", "depth,val_bpb", "12,0.9")), home)
+    write_import(read_import(write("runs.csv", "depth,val_bpb", "12,0.9")), home)
     with pytest.raises(ValueError, match="choose another with --name"):
-        imports.write(imports.read(write("runs.csv", "depth,val_bpb", "12,0.8")), home)
+        write_import(read_import(write("runs.csv", "depth,val_bpb", "12,0.8")), home)
     (home / "experiments").mkdir()
     (home / "experiments" / "swept.json").write_text("{}")
-    with pytest.raises(ValueError, match="'swept' is there already"):
-        imports.write(
-            imports.read(write("other.csv", "depth,val_bpb", "12,0.7"), name="swept"), home
-        )
+    with pytest.raises(ValueError, match="'swept' exists"):
+        write_import(read_import(write("other.csv", "depth,val_bpb", "12,0.7"), name="swept"), home)
 
 
 def test_bytes_that_are_no_text_are_named_or_refused(tmp_path: Path) -> None:
     path = tmp_path / "runs.csv"
     path.write_bytes(b"run,val_bpb\ncaf\xe9,0.9\n")
-    found = imports.read(path)
+    found = read_import(path)
     assert codes(found)["invalid-utf8"] == [None]
     assert found.rows[0].get("label") == "caf\ufffd"
     path.write_bytes(b"PAR1\0\0\0\0")
     with pytest.raises(ValueError, match="not a text"):
-        imports.read(path)
+        read_import(path)
 
 
 def test_a_link_in_a_folder_is_not_followed(harness: Path, tmp_path: Path) -> None:
@@ -478,7 +482,7 @@ def test_a_link_in_a_folder_is_not_followed(harness: Path, tmp_path: Path) -> No
     secret.write_text("Step 00010 | Validation bpb: 0.5\n")
     (harness / "d16").mkdir()
     (harness / "d16/base_train.log").symlink_to(secret)
-    assert len(imports.read(harness).rows) == 2
+    assert len(read_import(harness).rows) == 2
 
 
 def test_every_code_has_a_weight_and_no_comma() -> None:
@@ -517,8 +521,8 @@ def test_the_command_imports_once_says_every_defect_and_takes_back(
 def test_long_rules_empty_lines_and_equal_rows_are_read_at_once(write: Write) -> None:
     """Thousands of each, as spreadsheets and logs have them."""
     rule = write("rule.csv", "depth,val_bpb,note", f"12,0.9,{'-' * 5000}", *[""] * 20_000)
-    assert len(imports.read(rule).rows) == 1
-    equal = imports.read(
+    assert len(read_import(rule).rows) == 1
+    equal = read_import(
         write("equal.csv", "run,depth,val_bpb", *(f"{n},4,{1 + n / 1e5}" for n in range(5000)))
     )
     assert codes(equal)["unlabelled-seed"] == list(range(2, 5002))
@@ -526,21 +530,21 @@ def test_long_rules_empty_lines_and_equal_rows_are_read_at_once(write: Write) ->
 
 
 def test_numbers_beyond_any_measurement_are_no_numbers(write: Write) -> None:
-    found = imports.read(write("runs.csv", "depth,val_bpb,flops", "12,0.9,1e300T"))
+    found = read_import(write("runs.csv", "depth,val_bpb,flops", "12,0.9,1e300T"))
     assert codes(found)["bad-number"] == [2]
 
 
 def test_of_two_imports_of_a_name_one_is_removed_by_its_hash(write: Write, tmp_path: Path) -> None:
     home = tmp_path / "home"
     for one in range(2):
-        found = imports.read(write(f"{one}.csv", "depth,val_bpb", f"12,0.{8 + one}"), "old")
-        imports.write(found, home)
+        found = read_import(write(f"{one}.csv", "depth,val_bpb", f"12,0.{8 + one}"), "old")
+        write_import(found, home)
         document = home / "imports" / found.hash / "import.json"
         document.write_text(document.read_text().replace('"old"', '"new"'))
     with pytest.raises(ValueError, match=f"name one by its hash, .*{found.hash}"):
-        imports.remove(home, "new")
-    assert imports.remove(home, found.hash) == "new"
-    assert list(imports.kept(home).values()) == ["new"]
+        remove_import(home, "new")
+    assert remove_import(home, found.hash) == "new"
+    assert list(imported_experiments(home).values()) == ["new"]
 
 
 def test_of_several_files_the_good_ones_come_in_and_the_others_are_named(
@@ -560,7 +564,7 @@ def test_of_several_files_the_good_ones_come_in_and_the_others_are_named(
 
 
 def test_a_row_without_a_value_is_no_finished_run(write: Write) -> None:
-    found = imports.read(write("runs.csv", "depth,val_bpb,core", "12,0.9,0.1", "14,,26.3"))
+    found = read_import(write("runs.csv", "depth,val_bpb,core", "12,0.9,0.1", "14,,26.3"))
     assert [row.get("status") for row in found.rows] == ["finished", "failed"]
     assert codes(found) == {"no-result": [3], "bad-number": [3]}
 
@@ -595,7 +599,7 @@ def test_damaged_files_are_read_or_refused_in_one_line_and_no_row_is_finished_wi
             damaged[start : start + chance.randint(0, 6)] = chance.choice(odd)
         path.write_bytes(damaged)
         try:
-            told = imports.document(imports.read(path), strict=False, created=0.0)
+            told = import_document(read_import(path), strict=False, created=0.0)
         except ValueError as error:
             refused.append(str(error))
             continue

@@ -17,9 +17,10 @@ from pyarrow import parquet
 
 import store
 from slm import exchange
-from slm.cli.data import progress
-from slm.exchange.archive import digest_of, files_of
-from slm.files import hold_lock
+from slm.exchange.archive import exported_files
+from slm.files import hold_lock, sha256_of
+from slm.monitor.progress import ProgressBars
+from slm.monitor.progress import ProgressBars
 from tests.conftest import slm
 from tests.store.test_imports import row, write_import
 from tests.store.test_store import all_rows, append, dump, event, finished, write_run
@@ -79,7 +80,7 @@ def seen(home: Path) -> list[str]:
 
 
 def truth(home: Path) -> dict[str, bytes]:
-    return {name: (home / name).read_bytes() for name in files_of(home)}
+    return {name: (home / name).read_bytes() for name in exported_files(home)}
 
 
 def test_a_merged_home_has_the_same_files_and_rebuilds_to_the_same_results(tmp_path: Path) -> None:
@@ -165,7 +166,7 @@ def test_an_unfinished_run_that_can_go_on_here_does_not_give_way_to_an_unfinishe
     (one / ONE / "checkpoints" / "step-000000003.safetensors").write_text("w")
     before = truth(one)
     merged = exchange.merge(exported(two), one)
-    assert "it can go on here; what this home has stands" in merged.lines[1]
+    assert "it can resume here; this home's record is kept" in merged.lines[1]
     assert truth(one) == before
 
 
@@ -178,7 +179,7 @@ def test_a_run_that_went_on_elsewhere_goes_on_here_unless_it_is_at_work(tmp_path
     lock = hold_lock(two / ONE / "lock")
     assert lock is not None
     merged = exchange.merge(later, two)
-    assert (merged.counts["waiting"], "at work here" in merged.lines[1]) == (1, True)
+    assert (merged.counts["waiting"], "running here" in merged.lines[1]) == (1, True)
     lock.close()
     assert exchange.merge(later, two).counts["further"] == 1
     assert seen(two) == seen(one)
@@ -297,7 +298,7 @@ def test_weights_travel_when_asked_for_and_only_with_their_result(tmp_path: Path
     home = write_home(tmp_path / "one", {ONE: 2, TWO: 3}, "h")
     for run in (ONE, TWO):
         (home / run / "model.safetensors").write_text("weights")
-    digest = digest_of(home / ONE / "model.safetensors")
+    digest = sha256_of(home / ONE / "model.safetensors")
     dump(home / ONE / "done.json", finished(ONE, 4) | {"weights_sha256": digest})
     assert exchange.merge(exported(home), tmp_path / "two").counts["weights"] == 0
     assert exchange.merge(exported(home, weights=True), tmp_path / "two").counts["weights"] == 1
@@ -346,7 +347,7 @@ def test_names_that_no_export_has_are_refused_before_anything_is_written(tmp_pat
     ):
         files = [*document["files"], {"name": name, "bytes": 0, "sha256": ""}]
         dump(folder / "export.json", document | {"files": files})
-        refused(folder, tmp_path / "two", "no name of an export's file")
+        refused(folder, tmp_path / "two", "not the name of an exported file")
 
 
 def refused(folder: Path, home: Path, why: str) -> None:
@@ -361,7 +362,7 @@ def test_what_was_changed_cut_short_lost_or_linked_is_refused(tmp_path: Path) ->
     home = write_home(tmp_path / "one", {ONE: 2}, "h")
     damages = {
         "not what was exported": lambda path: path.write_bytes(path.read_bytes()[:-1] + b" "),
-        "is not there": lambda path: path.unlink(),
+        "is missing": lambda path: path.unlink(),
         "is a link": lambda path: (
             os.rename(path, tmp_path / "x") or path.symlink_to(tmp_path / "x")
         ),
@@ -375,7 +376,7 @@ def test_what_was_changed_cut_short_lost_or_linked_is_refused(tmp_path: Path) ->
     (folder / "runs" / ONE).symlink_to(tmp_path / "elsewhere")
     refused(folder, tmp_path / "two", "is a link")
     (folder / "export.json").write_text("{}")
-    refused(folder, tmp_path / "two", "is no export's: it has no 'format'")
+    refused(folder, tmp_path / "two", "not the manifest of an export: it has no 'format'")
 
 
 def forge(folder: Path, name: str, document: Any) -> None:
@@ -384,7 +385,7 @@ def forge(folder: Path, name: str, document: Any) -> None:
     dump(path, document)
     known = json.loads((folder / "export.json").read_text())
     files = [row for row in known["files"] if row["name"] != f"runs/{name}"]
-    row = {"name": f"runs/{name}", "bytes": path.stat().st_size, "sha256": digest_of(path)}
+    row = {"name": f"runs/{name}", "bytes": path.stat().st_size, "sha256": sha256_of(path)}
     dump(folder / "export.json", known | {"files": [*files, row]})
 
 
@@ -445,10 +446,11 @@ def test_a_document_that_the_store_cannot_read_stays_behind_and_is_named(tmp_pat
 def test_tables_that_wait_long_for_their_turn_are_exported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slm.cli.data.PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("slm.monitor.progress.LINE_SECONDS", 0.0)
     home = write_home(tmp_path / "one", {ONE: 2}, "h")
-    folder = exported(home, reports=(progress("files"), progress("tables")))
-    assert exchange.merge(folder, tmp_path / "two", progress("files and runs")).counts["new"] == 1
+    bars = ProgressBars()
+    folder = exported(home, report_files=bars.add("files"), report_tables=bars.add("tables"))
+    assert exchange.merge(folder, tmp_path / "two", bars.add("files and runs")).counts["new"] == 1
 
 
 def test_an_import_whose_name_is_anothers_here_comes_in_under_its_homes_id(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The standard output of nanochat's base_train: one run, its curve, and the accuracy of every CORE task."""
+"""Read the output of nanochat's base_train: one run, its curve, and CORE by task."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from slm.exchange.importers.numbers import number, seconds
-from slm.exchange.importers.types import Defect, Found, Row, Source
+from slm.exchange.importers.types import Defect, ParsedSource, Row, Source
 
-LINES = {
+PATTERNS = {
     "model_dim": r"model_dim: (\d+)",
     "depth": r"num_layers: (\d+)",
     "sequence_length": r"Tokens / micro-batch / rank: \d+ x (\d+)",
@@ -27,94 +27,100 @@ LINES = {
     "tokens": r"Total number of training tokens: ([\d,]+)",
     "flops": r"Total training FLOPs estimate: ([\d.e+]+)",
 }
-"""What the log says of the run before its first step, by our names."""
+"""Facts that the log prints before its first step, by column."""
 STEP = re.compile(r"step (\d+)/(\d+) \([\d.]+%\) \| (.+)")
 EVAL = re.compile(r"Step (\d+) \| Validation bpb: ([\d.]+|nan|inf)")
 CORE = re.compile(r"Step (\d+) \| CORE metric: (-?[\d.]+)")
 TASK = re.compile(
-    r"Evaluating: (\S+) \((\d+)-shot, type: (\w+)\)\.\.\. accuracy: ([\d.]+) \| centered: (-?[\d.]+)"
+    r"Evaluating: (\S+) \((\d+)-shot, type: (\w+)\)\.\.\. "
+    r"accuracy: ([\d.]+) \| centered: (-?[\d.]+)"
 )
+TRAIN_FIELDS = {
+    "loss": "loss",
+    "lr": "lrm",
+    "gradient_norm": "grad norm",
+    "tokens_per_second": "tok/sec",
+}
+"""Fields of a train event, and their names in a step's line."""
+CORE_TOLERANCE = 1.1e-4
+"""CORE and its tasks are printed with four digits."""
 
 
 @dataclass
 class Log:
-    """What a log says, gathered line by line."""
+    """Contents of a log, gathered line by line."""
 
     values: dict[str, Any] = field(default_factory=dict)
-    """By our names."""
+    """Values by column."""
     units: dict[str, float] = field(default_factory=dict)
-    """Of the numbers' last digits."""
+    """Value of the last printed digit, by column."""
     steps: list[tuple[int, dict[str, str]]] = field(default_factory=list)
-    """Lines of steps: the step, and the cells by their names."""
+    """Step, and the cells of its line by name."""
     evals: dict[int, float] = field(default_factory=dict)
     """val_bpb by step."""
     cores: dict[int, float] = field(default_factory=dict)
     """CORE by step."""
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Accuracies of the last evaluation, by task."""
-    unread: int = 0
-    """Losses that were no numbers: a diverged run."""
+    unparsed_losses: int = 0
+    """Losses that were not numbers: the run diverged."""
+
+    def note_eval(self, step: int, text: str) -> None:
+        """Record a validation result, or count it if it is not a number."""
+        parsed = number(text)
+        if parsed:
+            self.evals[step] = float(parsed.value)
+        else:
+            self.unparsed_losses += 1
 
 
-def recognises(text: str) -> bool:
-    """Whether this is such a log."""
-    return bool(
-        re.search(r"^Step \d+ \| Validation bpb: ", text, re.M)
-        or re.search(r"^step \d+/\d+ \(", text, re.M)
-    )
+def is_base_train_log(text: str) -> bool:
+    """Whether a text is such a log."""
+    return bool(re.search(r"^(Step \d+ \| Validation bpb: |step \d+/\d+ \()", text, re.M))
 
 
-def read(source: Source, mapping: Mapping[str, str]) -> Found:
-    """The run of one log. Raises ValueError for a mapping, since a log has no columns."""
+def read_base_train_log(source: Source, mapping: Mapping[str, str]) -> ParsedSource:
+    """Read the run of one log. Raises ValueError for a mapping, since a log has no columns."""
     if mapping:
         raise ValueError("--map names columns, and a log has none")
-    log = gathered(source.text)
-    row, defects = run_of(log, 1, source.name.rpartition(".")[0] or source.name)
-    return Found([row], defects)
+    label = source.name.rpartition(".")[0] or source.name
+    row, defects = run_of_log(parse_log(source.text), 1, label)
+    return ParsedSource([row], defects)
 
 
-def gathered(text: str) -> Log:
-    """What a log's lines say."""
+def parse_log(text: str) -> Log:
+    """Gather the contents of a log."""
     log = Log()
-    for raw in text.splitlines():
-        line = re.sub(r"\x1b\[[0-9;]*m", "", raw).strip()
+    for raw_line in text.splitlines():
+        line = re.sub(r"\x1b\[[0-9;]*m", "", raw_line).strip()
         if match := STEP.match(line):
             log.values.setdefault("steps", int(match[2]))
-            log.steps.append(
-                (
-                    int(match[1]),
-                    dict(cell.split(": ", 1) for cell in match[3].split(" | ") if ": " in cell),
-                )
-            )
+            cells = [cell.split(": ", 1) for cell in match[3].split(" | ") if ": " in cell]
+            log.steps.append((int(match[1]), dict(cells)))
         elif match := EVAL.match(line):
-            _note(log, log.evals, match)
+            log.note_eval(int(match[1]), match[2])
         elif match := CORE.match(line):
             log.cores[int(match[1])] = float(match[2])
         elif match := TASK.match(line):
-            names = ("shots", "kind", "accuracy", "centred")
-            log.tasks[match[1]] = dict(
-                zip(names, (int(match[2]), match[3], float(match[4]), float(match[5])))
-            )
+            log.tasks[match[1]] = {
+                "shots": int(match[2]),
+                "kind": match[3],
+                "accuracy": float(match[4]),
+                "centred": float(match[5]),
+            }
         else:
-            _fact(log, line)
+            _parse_fact(log, line)
     return log
 
 
-def _note(log: Log, evals: dict[int, float], match: re.Match[str]) -> None:
-    found = number(match[2])
-    if found:
-        evals[int(match[1])] = float(found.value)
-    else:
-        log.unread += 1
-
-
-def _fact(log: Log, line: str) -> None:
-    """One fact of the run; the last line that tells it counts."""
-    for name, pattern in LINES.items():
+def _parse_fact(log: Log, line: str) -> None:
+    """Record one fact of the run; the last line with it counts."""
+    for name, pattern in PATTERNS.items():
         match = re.search(pattern, line) if name == "ranks" else re.match(pattern, line)
-        found = number(match[1]) if match else None
-        if found:
-            log.values[name], log.units[name] = found.value, found.unit
+        parsed = number(match[1]) if match else None
+        if parsed:
+            log.values[name] = parsed.value
+            log.units[name] = parsed.unit
     if match := re.match(r"Tokens : Scaling params ratio: ([\d.]+)", line):
         log.values.setdefault("horizon", f"ratio={float(match[1]):g}")
     if match := re.match(r"Using user-provided number of iterations: ([\d,]+)", line):
@@ -127,77 +133,73 @@ def _fact(log: Log, line: str) -> None:
         log.values["train_seconds"] = round(float(match[1]) * 60, 3)
 
 
-def run_of(log: Log, number_: int, label: str) -> tuple[Row, list[Defect]]:
-    """The row of a log, with its curve, and what is wrong with it as a log."""
-    values = {
-        "label": label,
-        **{name: value for name, value in log.values.items() if name != "model_dim"},
-    }
-    last = max([*log.evals, *(step for step, _ in log.steps)], default=0)
-    steps = values.get("steps")
+def run_of_log(log: Log, row_number: int, label: str) -> tuple[Row, list[Defect]]:
+    """Return the row of a log with its curve, and the defects of the log."""
+    values = {"label": label, **log.values}
+    values.pop("model_dim", None)
     defects = []
+    # 1) finished if the last step was evaluated
+    steps = values.get("steps")
     if log.evals and steps and max(log.evals) >= steps:
         values["val_bpb"] = log.evals[max(log.evals)]
         values["core"] = log.cores.get(max(log.evals))
         values["status"] = "finished"
     elif "val_bpb" not in values:
         values["status"] = "interrupted"
-        shown = f"step {last:,} of {steps:,}" if steps else f"step {last:,}"
-        defects.append(Defect("unfinished", f"ends at {shown}, without a last evaluation", number_))
-    if log.unread:
+        last = max([*log.evals, *(step for step, _ in log.steps)], default=0)
+        progress = f"step {last:,} of {steps:,}" if steps else f"step {last:,}"
+        message = f"ends at {progress}, without a last evaluation"
+        defects.append(Defect("unfinished", message, row_number))
+    # 2) diverged if any evaluation was not a number
+    if log.unparsed_losses:
         values.update(status="diverged", reason="diverged")
-        defects.append(Defect("diverged", f"{log.unread} evaluations gave no number", number_))
+        message = f"{log.unparsed_losses} evaluations are not numbers"
+        defects.append(Defect("diverged", message, row_number))
+    # 3) last training loss and CORE
     if log.steps:
         final = number(log.steps[-1][1].get("loss", ""))
         values["train_loss"] = final.value if final else None
-    defects += _check_core(values, log, number_)
+    defects += _core_defects(values, log, row_number)
     original = {**log.values, "evaluations": len(log.evals), "tasks": log.tasks}
     values = {name: value for name, value in values.items() if value is not None}
-    return Row(number_, values, original, log.units, _curve(values, log)), defects
+    return Row(row_number, values, original, log.units, _curve(values, log)), defects
 
 
-def _check_core(values: dict[str, Any], log: Log, number_: int) -> list[Defect]:
-    """CORE against the mean of the tasks: printed to four digits, both."""
+def _core_defects(values: dict[str, Any], log: Log, row_number: int) -> list[Defect]:
+    """Compare CORE with the mean of its tasks."""
     core = values.get("core")
     if core is None or not log.tasks:
         return []
     mean = sum(task["centred"] for task in log.tasks.values()) / len(log.tasks)
-    wrong = abs(mean - core) > 1.1e-4
-    return (
-        [
-            Defect(
-                "core-disagree", f"CORE {core}, but its tasks' mean is {mean:.4f}", number_, "core"
-            )
-        ]
-        if wrong
-        else []
-    )
+    if abs(mean - core) <= CORE_TOLERANCE:
+        return []
+    message = f"CORE {core}, but its tasks' mean is {mean:.4f}"
+    return [Defect("core-disagree", message, row_number, "core")]
 
 
 def _curve(values: dict[str, Any], log: Log) -> tuple[dict[str, Any], ...]:
-    """Events in the order of steps. A step's loss is that before its update, smoothed by the log itself."""
-    batch, cost = values.get("batch_tokens"), values.get("flops_per_token")
+    """Return events ordered by step.
+
+    A step's loss is the one before its update, smoothed by the log itself.
+    """
+    batch_tokens = values.get("batch_tokens")
+    flops_per_token = values.get("flops_per_token")
     events: list[dict[str, Any]] = []
 
-    def place(event: str, step: int) -> dict[str, Any]:
-        tokens = step * batch if batch else None
-        flops = tokens * cost if tokens is not None and cost else None
+    def start(event: str, step: int) -> dict[str, Any]:
+        tokens = step * batch_tokens if batch_tokens else None
+        flops = tokens * flops_per_token if tokens is not None and flops_per_token else None
         return {"event": event, "time": None, "step": step, "tokens": tokens, "flops": flops}
 
     for step, cells in log.steps:
-        read = {name: number(cells.get(theirs, "")) for name, theirs in TRAIN.items()}
-        spent = seconds(cells["total time"], 60.0) if "total time" in cells else None
-        told = {
-            name: found.value for name, found in (*read.items(), ("train_seconds", spent)) if found
-        }
-        events.append({**place("train", step), **told})
+        fields = {name: number(cells.get(cell, "")) for name, cell in TRAIN_FIELDS.items()}
+        if "total time" in cells:
+            fields["train_seconds"] = seconds(cells["total time"], 60.0)
+        measured = {name: parsed.value for name, parsed in fields.items() if parsed}
+        events.append({**start("train", step), **measured})
     for step, bpb in log.evals.items():
-        events.append(
-            {**place("eval", step), "val_bpb": bpb}
-            | ({"core": log.cores[step]} if step in log.cores else {})
-        )
+        event = {**start("eval", step), "val_bpb": bpb}
+        if step in log.cores:
+            event["core"] = log.cores[step]
+        events.append(event)
     return tuple(sorted(events, key=lambda event: (event["step"], event["event"])))
-
-
-TRAIN = {"loss": "loss", "lr": "lrm", "gradient_norm": "grad norm", "tokens_per_second": "tok/sec"}
-"""Fields of a train event, each with its name in a line of a step."""

@@ -1,7 +1,7 @@
-"""What can be wrong with other people's results: the codes, and the checks that every format shares.
+"""Defects of imported results: their codes, and the checks that all formats share.
 
-Each check looks at rows, fills in what it can compute where the source says nothing, takes out what is no result, and
-says so. What the source says otherwise stays.
+A check looks at rows, fills in what it can compute where the source has nothing, removes what is
+not a result, and reports it. Everything the source states otherwise stays.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from slm.exchange.importers.architectures import Architecture, known
+from slm.exchange.importers.architectures import Architecture, known_architectures
 from slm.exchange.importers.numbers import EMPTY, number
 from slm.exchange.importers.readers import plain
 from slm.exchange.importers.types import COUNTS, Defect, Row
+from slm.text import first_few
 
 Weight = Literal["forbids", "warns", "notes"]
-"""A code forbids the use of a row in fits, warns, or only notes; `--strict` refuses whatever does more than note."""
+"""Effect of a code: keeps the row out of fits, warns, or only notes.
+
+`--strict` refuses a file with any code that does more than note.
+"""
 
 
 @dataclass(frozen=True)
@@ -27,13 +31,11 @@ class Code:
     """A kind of defect."""
 
     weight: Weight
-    """What follows from it."""
     meaning: str
-    """What it means, for people."""
 
 
 CODES = {
-    "crash-zero": Code("forbids", "0 stands where a crashed run has no result; it is missing now"),
+    "crash-zero": Code("forbids", "0 in place of a crashed run's result; now missing"),
     "failed": Code("forbids", "the source calls the run failed"),
     "diverged": Code("forbids", "the source calls the run diverged"),
     "unfinished": Code("forbids", "the run had not reached its last step"),
@@ -42,116 +44,127 @@ CODES = {
     ),
     "no-result": Code("forbids", "neither val_bpb nor CORE"),
     "estimated": Code("forbids", "an estimate, not a measurement"),
-    "withdrawn": Code("forbids", "the author had taken the row out"),
+    "withdrawn": Code("forbids", "the author withdrew the row"),
     "duplicate": Code("forbids", "the same row again; the first one counts"),
     "copied-value": Code(
-        "forbids", "the same many digits under different settings: a slip of copy and paste"
+        "forbids", "the same many digits under different settings: a copy-and-paste mistake"
     ),
     "mixed-data": Code("warns", "several datasets in one file: compared only within each"),
     "ragged": Code(
-        "forbids", "more or fewer cells than the header, so values may stand in wrong columns"
+        "forbids", "more or fewer cells than the header, so values may be in the wrong columns"
     ),
     "tokens-disagree": Code(
         "forbids", "tokens are not steps times batch, or not what the FLOPs budget paid for"
     ),
-    "flops-disagree": Code("forbids", "FLOPs are not FLOPs a token times tokens"),
+    "flops-disagree": Code("forbids", "FLOPs are not FLOPs per token times tokens"),
     "parameters-disagree": Code("forbids", "parameter counts contradict each other"),
     "core-disagree": Code("forbids", "CORE is not the mean of its tasks"),
     "core-zero": Code(
-        "warns", "CORE of exactly 0 is what scripts write when none was measured; it is missing now"
+        "warns", "CORE of exactly 0 is what scripts write when none was measured; now missing"
     ),
-    "core-subset": Code("warns", "CORE of a part of each task's examples"),
-    "loss-is-bpb": Code("warns", "called a loss, but bits per byte; taken as val_bpb"),
+    "core-subset": Code("warns", "CORE of only some of each task's examples"),
+    "loss-is-bpb": Code("warns", "called a loss, but in bits per byte; taken as val_bpb"),
     "mean-of-runs": Code("warns", "the mean of several runs, not one run"),
     "unlabelled-seed": Code(
-        "warns", "equal settings, different results: repeats whose seeds are not told"
+        "warns", "equal settings, different results: replicates without their seeds"
     ),
     "parameters-empty": Code("warns", "empty parameter columns"),
     "budget-rounded": Code("warns", "a budget printed with too few digits; FLOPs are those spent"),
-    "bad-number": Code("warns", "not a number; the cell is missing now"),
-    "spreadsheet": Code("warns", "went through a spreadsheet, which keeps a few digits"),
-    "dirty-code": Code("warns", "trained by code that its commit does not hold"),
+    "bad-number": Code("warns", "not a number; the cell is now missing"),
+    "spreadsheet": Code("warns", "passed through a spreadsheet, which keeps few digits"),
+    "dirty-code": Code("warns", "trained by code that differs from its commit"),
     "resumed": Code(
-        "warns", "trained in several goes; the clock shows the last one alone, and is left out"
+        "warns", "trained in several parts; the clock covers only the last, and is left out"
     ),
-    "invalid-utf8": Code("warns", "bytes that are no UTF-8, shown as �"),
+    "invalid-utf8": Code("warns", "bytes that are not UTF-8, replaced by �"),
     "recomputed": Code("notes", "computed from the row's other numbers"),
     "rounded": Code("notes", "printed with few digits"),
     "empty-column": Code("notes", "a column without a value"),
 }
-"""Every kind of defect. Codes are stable: fits and queries name them."""
+"""Every kind of defect, worst first. Codes are stable: fits and queries use them."""
 
-SHOWN = 8
-"""Rows that a defect of several of them names."""
-UNTRAINED = 3.0
-"""Bits a byte: 15 bits a token at 4.7 bytes a token are 3.2, an untrained model of 32,768 tokens."""
+MAX_ROWS_LISTED = 8
+UNTRAINED_BPB = 3.0
+"""An untrained model of 32,768 tokens has 15 bits per token: 3.2 bpb at 4.7 bytes per token."""
+POWERS_OF_TWO = (0.125, 0.25, 0.5, 2, 4, 8)
+"""Factors by which a batch or token count is off when a setting was mistaken."""
 
 
 def check(rows: Sequence[Row]) -> list[Defect]:
-    """Every defect of rows that can be seen without knowing their format; fills in what can be computed."""
-    each: tuple[Callable[[Row], Iterable[Defect]], ...] = (
-        _states, _words, _zeros, _loss_is_bpb, _untrained, _products, _architecture, _products, _budget, _sums, _result,
-    )  # fmt: skip
-    found = [defect for one in each for row in rows for defect in one(row)]
-    together = (_ratios, _duplicates, _copies, _repeats, _datasets, _rounded, _empty)
-    found += [defect for several in together for defect in several(rows)]
-    return list(dict.fromkeys(found))
+    """Return every defect visible without knowing the format; fill in what can be computed."""
+    row_checks: tuple[Callable[[Row], Iterable[Defect]], ...] = (
+        _check_status,
+        _check_words,
+        _check_zeros,
+        _check_loss_unit,
+        _check_untrained,
+        _check_products,
+        _fill_architecture,
+        _check_products,
+        _check_budget,
+        _check_sums,
+        _check_result,
+    )
+    table_checks = (
+        _check_ratios,
+        _check_duplicates,
+        _check_copied_values,
+        _check_replicates,
+        _check_datasets,
+        _note_rounding,
+        _note_empty_columns,
+    )
+    defects: list[Defect] = []
+    for check_row in row_checks:
+        for row in rows:
+            defects += check_row(row)
+    for check_table in table_checks:
+        defects += check_table(rows)
+    return list(dict.fromkeys(defects))
 
 
 FAILED = ("crash", "crashed", "failed", "error", "oom", "killed")
-FINISHED = (
-    "",
-    "finished",
-    "keep",
-    "kept",
-    "discard",
-    "success",
-    "ok",
-    "done",
-    "completed",
-    "baseline",
-)
 UNFINISHED = ("running", "pending", "preempted", "interrupted", "stopped")
 
 
-def _states(row: Row) -> Iterator[Defect]:
-    """The status in our words."""
-    word = str(row.get("status") or "").lower()
-    if word in FAILED:
+def _check_status(row: Row) -> Iterator[Defect]:
+    """Translate the source's status."""
+    status = str(row.get("status") or "").lower()
+    if status in FAILED:
         row.values.update(status="failed", reason=row.get("reason") or "error")
-        yield Defect("failed", f"status {word!r}", row.number)
-    elif word in UNFINISHED:
+        yield Defect("failed", f"status {status!r}", row.number)
+    elif status in UNFINISHED:
         row.values.update(status="interrupted")
-        yield Defect("unfinished", f"status {word!r}", row.number)
-    elif word == "diverged":
+        yield Defect("unfinished", f"status {status!r}", row.number)
+    elif status == "diverged":
         row.values.update(status="diverged", reason="diverged")
         yield Defect("diverged", "status 'diverged'", row.number)
     else:
         row.values.update(status="finished")
 
 
-def _words(row: Row) -> Iterator[Defect]:
-    """What cells say in words about the row as a whole."""
+def _check_words(row: Row) -> Iterator[Defect]:
+    """Report what cells say in words about the whole row."""
     for column, cell in row.original.items():
-        text, name = str(cell).strip().lower(), plain(column)
+        text = str(cell).strip().lower()
+        name = plain(column)
+        shows = f"{column} is {cell!r}"
         if text == "diverged" and row.get("status") == "finished":
             row.values.update(status="diverged", reason="diverged")
-            yield Defect("diverged", f"{column} is {cell!r}", row.number, column)
+            yield Defect("diverged", shows, row.number, column)
         if text in ("estimated", "extrapolated", "predicted", "guess"):
-            yield Defect("estimated", f"{column} is {cell!r}", row.number, column)
-        if name in ("commented_out", "withdrawn", "excluded", "outlier") and text in (
-            "1",
-            "true",
-            "yes",
-        ):
-            yield Defect("withdrawn", f"{column} is {cell!r}", row.number, column)
-        several = re.search(r"\bmean\b.{0,30}?\b(\d+) (?:runs|seeds)", text)
-        if several or (name in ("n_seeds", "n_runs", "seeds") and text.isdigit() and int(text) > 1):
+            yield Defect("estimated", shows, row.number, column)
+        is_withdrawal = name in ("commented_out", "withdrawn", "excluded", "outlier")
+        if is_withdrawal and text in ("1", "true", "yes"):
+            yield Defect("withdrawn", shows, row.number, column)
+        is_mean = re.search(r"\bmean\b.{0,30}?\b(\d+) (?:runs|seeds)", text)
+        counts_runs = name in ("n_seeds", "n_runs", "seeds") and text.isdigit() and int(text) > 1
+        if is_mean or counts_runs:
             yield Defect("mean-of-runs", f"{column}: {cell}", row.number, column)
 
 
-def _zeros(row: Row) -> Iterator[Defect]:
-    """A loss of 0 is nobody's; a CORE of exactly 0 is what scripts write where none was measured."""
+def _check_zeros(row: Row) -> Iterator[Defect]:
+    """Remove zeros that scripts write where nothing was measured, and impossible values."""
     for name in ("val_bpb", "val_loss", "train_loss"):
         if row.get(name) is not None and row.values[name] <= 0:
             printed = row.values.pop(name)
@@ -159,340 +172,369 @@ def _zeros(row: Row) -> Iterator[Defect]:
                 row.values.update(status="failed", reason="error")
             yield Defect("crash-zero", f"{name} {printed:.6f}", row.number, name)
     for name in COUNTS:
-        if row.get(name) == 0 and name != "seed" and not name.startswith("parameters_"):
+        value = row.get(name)
+        if value == 0 and name != "seed" and not name.startswith("parameters_"):
             del row.values[name]
-            crashed = row.get("status") == "failed"
-            yield Defect("crash-zero" if crashed else "bad-number", f"{name} 0", row.number, name)
-        elif (row.get(name) or 0) >= 2**63 and name != "flops":
+            code = "crash-zero" if row.get("status") == "failed" else "bad-number"
+            yield Defect(code, f"{name} 0", row.number, name)
+        elif (value or 0) >= 2**63 and name != "flops":
             yield Defect("bad-number", f"{name} {row.values.pop(name):.4g}", row.number, name)
     if abs(row.get("core") or 0) > 1:
-        yield Defect(
-            "bad-number", f"CORE {row.values.pop('core'):g} is no share", row.number, "core"
-        )
+        message = f"CORE {row.values.pop('core'):g} is beyond 1"
+        yield Defect("bad-number", message, row.number, "core")
     if row.get("core") == 0:
         del row.values["core"]
         yield Defect("core-zero", "CORE 0.0", row.number, "core")
 
 
-def _loss_is_bpb(row: Row) -> Iterator[Defect]:
-    """Nats a token over bits a byte are ln 2 times bytes a token, 2.4 to 4.2; a validation loss lies near the loss."""
-    loss, train = row.get("val_loss"), row.get("train_loss")
-    if loss and train and row.get("val_bpb") is None and 0.2 < loss / train < 0.45:
+def _check_loss_unit(row: Row) -> Iterator[Defect]:
+    """Recognise a val_loss in bits per byte by its ratio to the training loss in nats.
+
+    Nats per token over bits per byte are ln 2 times bytes per token, 2.4 to 4.2; a validation loss
+    in nats would be close to the training loss.
+    """
+    val_loss = row.get("val_loss")
+    train_loss = row.get("train_loss")
+    if (
+        val_loss
+        and train_loss
+        and row.get("val_bpb") is None
+        and 0.2 < val_loss / train_loss < 0.45
+    ):
         row.values["val_bpb"] = row.values.pop("val_loss")
-        yield Defect(
-            "loss-is-bpb", f"{loss:g} beside a train loss of {train:g} nats", row.number, "val_loss"
-        )
+        message = f"{val_loss:g} at a train loss of {train_loss:g} nats"
+        yield Defect("loss-is-bpb", message, row.number, "val_loss")
 
 
-def _untrained(row: Row) -> Iterator[Defect]:
+def _check_untrained(row: Row) -> Iterator[Defect]:
     bpb = row.get("val_bpb")
-    if bpb is not None and bpb >= UNTRAINED and row.get("status") == "finished":
+    if bpb is not None and bpb >= UNTRAINED_BPB and row.get("status") == "finished":
         yield Defect("untrained", f"val_bpb {bpb:g}", row.number, "val_bpb")
 
 
-def _products(row: Row) -> Iterator[Defect]:
-    """tokens = steps·batch and flops = FLOPs a token·tokens: the missing one is computed, or all three compared."""
-    yield from _product(row, "tokens", "steps", "batch_tokens")
-    yield from _product(row, "flops", "flops_per_token", "tokens")
+def _check_products(row: Row) -> Iterator[Defect]:
+    """Compute or compare tokens = steps·batch and flops = FLOPs per token·tokens."""
+    yield from _check_product(row, "tokens", "steps", "batch_tokens")
+    yield from _check_product(row, "flops", "flops_per_token", "tokens")
 
 
-def _product(row: Row, whole: str, one: str, other: str) -> Iterator[Defect]:
-    names = (whole, one, other)
-    missing = [name for name in names if row.get(name) is None]
+def _check_product(row: Row, product: str, a: str, b: str) -> Iterator[Defect]:
+    values = row.values
+    missing = [name for name in (product, a, b) if row.get(name) is None]
     if not missing:
-        product = row.values[one] * row.values[other]
-        slack = sum(0.6 * row.units.get(name, 1) / row.values[name] for name in (one, other))
-        if not row.agrees(whole, product, max(slack, 0.001)):
-            shown = f"{whole} {row.values[whole]:,.6g}, but {one} × {other} is {product:,.6g}"
-            yield Defect(f"{whole}-disagree", shown, row.number, whole)
-    elif missing == [whole] and (whole == "flops" or row.values[one] * row.values[other] < 2**63):
-        row.values[whole] = row.values[one] * row.values[other]
-        yield _computed(row, [whole], f"{one} × {other}")
-    elif (
-        whole == "flops"
-        and missing == ["tokens"]
-        and 1 <= row.values["flops"] / row.values["flops_per_token"] < 2**63
-    ):
-        row.values["tokens"] = round(row.values["flops"] / row.values["flops_per_token"])
-        yield _computed(row, ["tokens"], "flops / flops_per_token")
+        expected = values[a] * values[b]
+        slack = sum(0.6 * row.units.get(name, 1) / values[name] for name in (a, b))
+        if not row.agrees(product, expected, max(slack, 0.001)):
+            message = f"{product} {values[product]:,.6g}, but {a} × {b} is {expected:,.6g}"
+            yield Defect(f"{product}-disagree", message, row.number, product)
+    elif missing == [product] and (product == "flops" or values[a] * values[b] < 2**63):
+        values[product] = values[a] * values[b]
+        yield _recomputed(row, [product], f"{a} × {b}")
+    elif product == "flops" and missing == ["tokens"]:
+        tokens = values["flops"] / values["flops_per_token"]
+        if 1 <= tokens < 2**63:
+            values["tokens"] = round(tokens)
+            yield _recomputed(row, ["tokens"], "flops / flops_per_token")
 
 
-def _computed(row: Row, names: Sequence[str], how: str) -> Defect:
-    return Defect("recomputed", f"{', '.join(names)} = {how}", row.number)
+def _recomputed(row: Row, names: Sequence[str], formula: str) -> Defect:
+    return Defect("recomputed", f"{', '.join(names)} = {formula}", row.number)
 
 
-def _architecture(row: Row) -> Iterator[Defect]:
+def _fill_architecture(row: Row) -> Iterator[Defect]:
     """Fill in the counts of the one known family that agrees with every number of a row."""
     depth = row.get("depth")
+    family = _family(row) if depth and depth <= 1000 else None
+    # 1) empty parameter columns
+    prefixes = ("params_", "num_params", "num_scaling")
     empty = [
         name
-        for name in row.original
-        if plain(name).startswith(("params_", "num_params", "num_scaling"))
+        for name, cell in row.original.items()
+        if plain(name).startswith(prefixes) and str(cell).strip().lower() in EMPTY
     ]
-    empty = [name for name in empty if str(row.original[name]).strip().lower() in EMPTY]
-    one = _family(row) if depth and depth <= 1000 else None
     if empty:
-        filled = f"filled in as {one.name}'s" if one else "and no known family agrees with the row"
-        yield Defect("parameters-empty", f"{', '.join(empty)}: {filled}", row.number, empty[0])
-    if one is None:
+        outcome = f"filled in as {family.name}'s" if family else "and no known family agrees"
+        yield Defect("parameters-empty", f"{', '.join(empty)}: {outcome}", row.number, empty[0])
+    if family is None:
         return
-    missing = {name: count for name, count in one.counts().items() if row.get(name) is None}
+    # 2) missing counts
+    missing = {name: value for name, value in family.counts().items() if row.get(name) is None}
     row.values.update(missing)
     if row.get("sequence_length") is None and "flops_per_token" not in missing:
-        row.values["sequence_length"] = one.context
+        row.values["sequence_length"] = family.context
     if missing:
-        taken = (
-            ""
-            if row.get("sequence_length")
-            else f"; its context of {one.context:,} is taken for granted"
-        )
-        yield _computed(row, list(missing), f"those of {one.name}, d{depth}{taken}")
+        assumed = "" if row.get("sequence_length") else f"; assumes a context of {family.context:,}"
+        yield _recomputed(row, list(missing), f"those of {family.name}, d{depth}{assumed}")
 
 
 def _family(row: Row) -> Architecture | None:
-    """The known family that a row's own numbers name, if exactly one does.
+    """Return the known family that a row's own numbers identify, if exactly one does.
 
-    FLOPs told must be the family's. A budget decides where counts do not; where counts are exact it may be off as far
-    as a slip explains, which `_budget` then names.
+    Stated FLOPs must be the family's. A budget decides where counts do not; where counts are exact
+    it may be off by as much as a mistake explains, which `_check_budget` then reports.
     """
-    agreeing = [
-        one for one in known(row.values["depth"], row.get("sequence_length")) if _agrees(row, one)
+    candidates = [
+        family
+        for family in known_architectures(row.values["depth"], row.get("sequence_length"))
+        if _agrees(row, family)
     ]
-    tokens, asked = row.get("tokens"), _asked(row)
-    told = [name for one in agreeing[:1] for name in one.counts() if row.get(name)]
-    spent = row.get("flops") or (asked[0] if asked else None)
-    if tokens and spent and row.get("flops_per_token") is None:
-        exact = (
-            bool(told)
-            and row.get("flops") is None
-            and all(row.units.get(name, 1) <= 1 for name in told)
-        )
-        allowed = ("paid", "halved", "rounded") if exact else ("paid",)
-        agreeing = [
-            one for one in agreeing if _paid(row, one.flops_per_token * tokens, spent) in allowed
-        ]
-    elif not told:
+    if not candidates:
         return None
-    return agreeing[0] if len(agreeing) == 1 else None
-
-
-def _agrees(row: Row, one: Architecture) -> bool:
-    """Whether every count that a row tells is a family's, and its width."""
-    width = next(
-        (number(str(row.original[name])) for name in row.original if plain(name) in WIDTHS), None
-    )
-    if width and width.value != one.width:
-        return False
-    return all(row.agrees(name, count) for name, count in one.counts().items())
-
-
-def _paid(row: Row, flops: float, spent: float) -> str:
-    """How FLOPs computed compare with FLOPs told: paid, halved (off by a power of two), rounded, or other."""
-    off = flops / spent
-    slack = max(
-        0.01, 1 / (row.get("steps") or 100), 0.6 * row.units.get("tokens", 1) / row.values["tokens"]
-    )
-    asked = _asked(row)
-    if abs(off - 1) <= slack:
-        return "paid"
-    if any(abs(off / factor - 1) < 0.02 for factor in (0.125, 0.25, 0.5, 2, 4, 8)):
-        return "halved"
-    one_digit = asked and re.fullmatch(r"\de\+\d+", asked[1])
-    return (
-        "rounded"
-        if one_digit and abs(off - 1) <= 0.5 * 10 ** int(math.log10(spent)) / spent
-        else "other"
-    )
+    stated = [name for name in candidates[0].counts() if row.get(name)]
+    budget = _stated_budget(row)
+    tokens = row.get("tokens")
+    spent = row.get("flops") or (budget[0] if budget else None)
+    if tokens and spent and row.get("flops_per_token") is None:
+        is_exact = (
+            bool(stated)
+            and row.get("flops") is None
+            and all(row.units.get(name, 1) <= 1 for name in stated)
+        )
+        allowed = ("paid", "power of two", "rounded") if is_exact else ("paid",)
+        candidates = [
+            family
+            for family in candidates
+            if _compare_flops(row, family.flops_per_token * tokens, spent) in allowed
+        ]
+    elif not stated:
+        return None
+    return candidates[0] if len(candidates) == 1 else None
 
 
 WIDTHS = ("model_dim", "width", "n_embd", "d_model")
 
 
-def _asked(row: Row) -> tuple[float, str] | None:
-    """The budget that a row was given, and as it was printed."""
-    printed = next(
-        (str(cell).strip() for name, cell in row.original.items() if plain(name) in BUDGETS), ""
-    )
-    found = number(printed)
-    return (found.value, printed) if found and found.value > 0 else None
+def _agrees(row: Row, family: Architecture) -> bool:
+    """Whether a row's width and every count it states are a family's."""
+    widths = (number(str(cell)) for name, cell in row.original.items() if plain(name) in WIDTHS)
+    width = next(widths, None)
+    if width and width.value != family.width:
+        return False
+    return all(row.agrees(name, value) for name, value in family.counts().items())
 
 
-def _budget(row: Row) -> Iterator[Defect]:
-    """A budget beside the FLOPs spent, which a whole number of steps brings near it."""
-    asked = _asked(row)
-    if asked is None:
-        return
-    budget, printed = asked
-    if row.get("flops") is None:
-        row.values["flops"] = budget
-        yield _computed(row, ["flops"], "the budget, spent to the nearest step")
-    elif row.get("tokens"):
-        how = _paid(row, row.values["flops"], budget)
-        if how == "rounded":
-            shown = f"{printed}, but {row.values['flops']:.4g} were spent"
-            yield Defect("budget-rounded", shown, row.number, "flops_budget")
-        elif how != "paid":
-            shown = f"{row.values['tokens']:,} tokens cost {row.values['flops']:.4g} FLOPs, the budget is {printed}"
-            yield Defect("tokens-disagree", shown, row.number, "tokens")
+def _compare_flops(row: Row, computed: float, stated: float) -> str:
+    """Compare computed with stated FLOPs: "paid", "power of two", "rounded" or "other"."""
+    ratio = computed / stated
+    step_share = 1 / (row.get("steps") or 100)
+    token_rounding = 0.6 * row.units.get("tokens", 1) / row.values["tokens"]
+    if abs(ratio - 1) <= max(0.01, step_share, token_rounding):
+        return "paid"
+    if any(abs(ratio / factor - 1) < 0.02 for factor in POWERS_OF_TWO):
+        return "power of two"
+    budget = _stated_budget(row)
+    if budget and re.fullmatch(r"\de\+\d+", budget[1]):
+        half_a_digit = 0.5 * 10 ** int(math.log10(stated)) / stated
+        if abs(ratio - 1) <= half_a_digit:
+            return "rounded"
+    return "other"
 
 
 BUDGETS = ("flops_budget", "target_flops", "budget")
 
 
-def _sums(row: Row) -> Iterator[Defect]:
-    """Groups of parameters against their sums."""
-    groups = [
-        row.get(f"parameters_{name}")
-        for name in ("wte", "value_embeds", "lm_head", "matrices", "scalars")
-    ]
-    if all(group is not None for group in groups) and not row.agrees(
-        "parameters_total", sum(groups)
-    ):
-        shown = f"total {row.values['parameters_total']:,}, but the groups sum to {sum(groups):,}"
-        yield Defect("parameters-disagree", shown, row.number, "parameters_total")
-    matrices, head = groups[3], groups[2]
-    if matrices and head:
-        if not row.agrees("parameters_scaling", matrices + head):
-            shown = f"scaling {row.values['parameters_scaling']:,}, but matrices + head are {matrices + head:,}"
-            yield Defect("parameters-disagree", shown, row.number, "parameters_scaling")
-        elif row.get("parameters_scaling") is None:
-            row.values["parameters_scaling"] = matrices + head
-            yield _computed(row, ["parameters_scaling"], "matrices + head")
+def _stated_budget(row: Row) -> tuple[float, str] | None:
+    """Return the FLOPs budget of a row, and its text."""
+    cells = (str(cell).strip() for name, cell in row.original.items() if plain(name) in BUDGETS)
+    printed = next(cells, "")
+    budget = number(printed)
+    return (budget.value, printed) if budget and budget.value > 0 else None
 
 
-def _result(row: Row) -> Iterator[Defect]:
-    if row.get("val_bpb") is None and row.get("core") is None and row.get("status") == "finished":
-        if row.get("val_loss"):
-            yield Defect(
-                "no-result",
-                "only a loss in nats a token, which depends on the tokeniser",
-                row.number,
-            )
-        else:
-            row.values.update(status="failed")
-            yield Defect("no-result", "no result, so no finished run", row.number)
-
-
-def _ratios(rows: Sequence[Row]) -> Iterator[Defect]:
-    """In a series at one ratio of tokens to parameters, a run off by a power of two had another batch than it says."""
-    told = {plain(name): name for row in rows[:1] for name in row.original}
-    if "param_data_ratio" not in told or "flops_budget" in told:
+def _check_budget(row: Row) -> Iterator[Defect]:
+    """Compare a budget with the FLOPs spent, which a whole number of steps brings close to it."""
+    stated = _stated_budget(row)
+    if stated is None:
         return
-    ratios = {row.number: number(str(row.original[told["param_data_ratio"]])) for row in rows}
-    usual = Counter(round(ratio.value, 1) for ratio in ratios.values() if ratio).most_common(1)
+    budget, printed = stated
+    if row.get("flops") is None:
+        row.values["flops"] = budget
+        yield _recomputed(row, ["flops"], "the budget, spent to the nearest step")
+        return
+    if not row.get("tokens"):
+        return
+    flops = row.values["flops"]
+    comparison = _compare_flops(row, flops, budget)
+    if comparison == "rounded":
+        message = f"{printed}, but {flops:.4g} were spent"
+        yield Defect("budget-rounded", message, row.number, "flops_budget")
+    elif comparison != "paid":
+        message = f"{row.values['tokens']:,} tokens cost {flops:.4g} FLOPs, the budget is {printed}"
+        yield Defect("tokens-disagree", message, row.number, "tokens")
+
+
+def _check_sums(row: Row) -> Iterator[Defect]:
+    """Compare groups of parameters with their sums."""
+    names = ("wte", "value_embeds", "lm_head", "matrices", "scalars")
+    groups = {name: row.get(f"parameters_{name}") for name in names}
+    if all(group is not None for group in groups.values()):
+        total = sum(groups.values())
+        if not row.agrees("parameters_total", total):
+            stated = row.values["parameters_total"]
+            message = f"total {stated:,}, but the groups sum to {total:,}"
+            yield Defect("parameters-disagree", message, row.number, "parameters_total")
+    matrices = groups["matrices"]
+    head = groups["lm_head"]
+    if not matrices or not head:
+        return
+    scaling = row.get("parameters_scaling")
+    if scaling is None:
+        row.values["parameters_scaling"] = matrices + head
+        yield _recomputed(row, ["parameters_scaling"], "matrices + head")
+    elif not row.agrees("parameters_scaling", matrices + head):
+        message = f"scaling {scaling:,}, but matrices + head are {matrices + head:,}"
+        yield Defect("parameters-disagree", message, row.number, "parameters_scaling")
+
+
+def _check_result(row: Row) -> Iterator[Defect]:
+    has_result = row.get("val_bpb") is not None or row.get("core") is not None
+    if has_result or row.get("status") != "finished":
+        return
+    if row.get("val_loss"):
+        message = "only a loss in nats per token, which depends on the tokeniser"
+    else:
+        row.values.update(status="failed")
+        message = "no result, so not a finished run"
+    yield Defect("no-result", message, row.number)
+
+
+def _check_ratios(rows: Sequence[Row]) -> Iterator[Defect]:
+    """Find runs off by a power of two in a series at one tokens-per-parameter ratio.
+
+    Their batch differed from the one stated.
+    """
+    names = {plain(name): name for row in rows[:1] for name in row.original}
+    if "param_data_ratio" not in names or "flops_budget" in names:
+        return
+    column = names["param_data_ratio"]
+    ratios = {row.number: number(str(row.original[column])) for row in rows}
+    counts = Counter(round(ratio.value, 1) for ratio in ratios.values() if ratio)
+    usual = next((ratio for ratio, _ in counts.most_common(1)), 0)
     for row in rows:
         ratio = ratios[row.number]
-        if ratio and usual and usual[0][0]:
-            off = ratio.value / usual[0][0]
-            if any(abs(off / factor - 1) < 0.05 for factor in (0.125, 0.25, 0.5, 2, 4, 8)):
-                shown = f"{ratio.value:g} tokens a parameter where the series has {usual[0][0]:g}: the batch was another"
-                yield Defect("tokens-disagree", shown, row.number, told["param_data_ratio"])
+        if not ratio or not usual:
+            continue
+        share = ratio.value / usual
+        if any(abs(share / factor - 1) < 0.05 for factor in POWERS_OF_TWO):
+            message = (
+                f"{ratio.value:g} tokens per parameter where the series has {usual:g}: "
+                "the batch was different"
+            )
+            yield Defect("tokens-disagree", message, row.number, column)
 
 
 INDEXES = ("rank", "index", "row", "no", "n", "", "unnamed_0")
+"""Columns that number the rows."""
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     return tuple(str(cell) for name, cell in row.original.items() if plain(name) not in INDEXES)
 
 
-def _duplicates(rows: Sequence[Row]) -> Iterator[Defect]:
+def _check_duplicates(rows: Sequence[Row]) -> Iterator[Defect]:
     first: dict[tuple[str, ...], int] = {}
     for row in rows:
-        before = first.setdefault(_cells(row), row.number)
-        if before != row.number:
-            yield Defect("duplicate", f"as row {before}", row.number)
+        original = first.setdefault(_cells(row), row.number)
+        if original != row.number:
+            yield Defect("duplicate", f"the same as row {original}", row.number)
 
 
-def _copies(rows: Sequence[Row]) -> Iterator[Defect]:
-    """Equal results of different settings with more digits than chance gives: below 1 % in the whole file."""
+def _check_copied_values(rows: Sequence[Row]) -> Iterator[Defect]:
+    """Find equal results of different settings that chance gives in under 1 % of files."""
     for name in ("val_bpb", "core"):
-        known = [row for row in rows if row.get(name) is not None]
-        values = sorted(row.values[name] for row in known)
-        if len(values) < 3:
+        measured = [row for row in rows if row.get(name) is not None]
+        if len(measured) < 3:
             continue
+        values = sorted(row.values[name] for row in measured)
         span = values[int(0.9 * (len(values) - 1))] - values[int(0.1 * (len(values) - 1))]
         groups: dict[float, list[Row]] = defaultdict(list)
-        for row in known:
+        for row in measured:
             groups[row.values[name]].append(row)
-        for value, same in groups.items():
-            unit = min(row.units.get(name, 1e-6) for row in same)
-            chance = len(known) ** 2 / 2 * unit / max(span, unit)
-            if chance < 0.01 and len({_cells(row) for row in same}) > 1:
-                shown = f"{name} {value} in rows {_numbers(same)}"
-                yield from (Defect("copied-value", shown, row.number, name) for row in same)
+        for value, group in groups.items():
+            unit = min(row.units.get(name, 1e-6) for row in group)
+            chance = len(measured) ** 2 / 2 * unit / max(span, unit)
+            if chance < 0.01 and len({_cells(row) for row in group}) > 1:
+                message = f"{name} {value} in rows {_row_numbers(group)}"
+                yield from (Defect("copied-value", message, row.number, name) for row in group)
 
 
-def _numbers(rows: Sequence[Row]) -> str:
-    """The first of them."""
-    return ", ".join(str(row.number) for row in rows[:SHOWN]) + ", …" * (len(rows) > SHOWN)
+def _row_numbers(rows: Sequence[Row]) -> str:
+    return first_few([str(row.number) for row in rows], MAX_ROWS_LISTED)
 
 
 MEASURED = re.compile(
-    r"(^|_)(entropy|mean|min|max|std|score|norm|loss|bpb|acc|accuracy|core|time|wall|runtime|created|date|sec|seconds|ms"
-    r"|speed|tok|tokens_per|mem|memory|vram|util|delta|ci95|gap|dt|mfu|lrm|pct|rank|metric|results|hours|note|notes"
-    r"|timestamp|trial|cost|flops_per_sec|centered)(_|$)"
+    r"(^|_)(entropy|mean|min|max|std|score|norm|loss|bpb|acc|accuracy|core|time|wall|runtime"
+    r"|created|date|sec|seconds|ms|speed|tok|tokens_per|mem|memory|vram|util|delta|ci95|gap|dt|mfu"
+    r"|lrm|pct|rank|metric|results|hours|note|notes|timestamp|trial|cost|flops_per_sec|centered)"
+    r"(_|$)"
 )
-"""Words of columns that are measured rather than set."""
+"""Words in the headers of columns that are measured rather than set."""
 
 
 def _settings(row: Row) -> tuple[tuple[str, str], ...]:
-    """The cells that say what was run: all but what was measured, and bare numbers of rows."""
-    kept = []
+    """Return the cells that say what was run: all but measurements and row numbers."""
+    settings = []
     for name, cell in row.original.items():
-        text, header = str(cell).strip(), plain(name)
-        counted = header in ("run", "id", *INDEXES) and text.isdigit()
-        if not counted and not MEASURED.search(header) and text.lower() not in EMPTY:
-            found = number(text)
-            kept.append((name, f"{found.value:.4g}" if found else text))
-    return tuple(kept)
+        text = str(cell).strip()
+        header = plain(name)
+        is_row_number = header in ("run", "id", *INDEXES) and text.isdigit()
+        if is_row_number or MEASURED.search(header) or text.lower() in EMPTY:
+            continue
+        parsed = number(text)
+        settings.append((name, f"{parsed.value:.4g}" if parsed else text))
+    return tuple(settings)
 
 
-def _repeats(rows: Sequence[Row]) -> Iterator[Defect]:
+def _check_replicates(rows: Sequence[Row]) -> Iterator[Defect]:
+    """Find rows of equal settings, different results and no seed."""
     groups: dict[tuple[tuple[str, str], ...], list[Row]] = defaultdict(list)
     for row in rows:
         groups[_settings(row)].append(row)
-    for settings, same in groups.items():
-        results = {(row.get("val_bpb"), row.get("core")) for row in same}
-        if settings and len(results) > 1 and any(row.get("seed") is None for row in same):
-            for row in same:
-                others = [other for other in same[: SHOWN + 2] if other is not row]
-                yield Defect("unlabelled-seed", f"set as in rows {_numbers(others)}", row.number)
+    for settings, group in groups.items():
+        results = {(row.get("val_bpb"), row.get("core")) for row in group}
+        has_unlabelled = any(row.get("seed") is None for row in group)
+        if not settings or len(results) == 1 or not has_unlabelled:
+            continue
+        for row in group:
+            twins = [twin for twin in group[: MAX_ROWS_LISTED + 2] if twin is not row]
+            message = f"the same settings as in rows {_row_numbers(twins)}"
+            yield Defect("unlabelled-seed", message, row.number)
 
 
-def _datasets(rows: Sequence[Row]) -> Iterator[Defect]:
-    found = Counter(row.get("corpus") for row in rows if row.get("corpus"))
-    if len(found) > 1:
-        shown = ", ".join(f"{name} ({count})" for name, count in found.items())
-        yield from (Defect("mixed-data", shown, row.number, "corpus") for row in rows)
+def _check_datasets(rows: Sequence[Row]) -> Iterator[Defect]:
+    corpora = Counter(row.get("corpus") for row in rows if row.get("corpus"))
+    if len(corpora) > 1:
+        message = ", ".join(f"{name} ({count})" for name, count in corpora.items())
+        yield from (Defect("mixed-data", message, row.number, "corpus") for row in rows)
 
 
-def _rounded(rows: Sequence[Row]) -> Iterator[Defect]:
-    """Counts of which two or three digits were printed."""
+def _note_rounding(rows: Sequence[Row]) -> Iterator[Defect]:
+    """Note counts printed with two or three digits."""
     for name in COUNTS:
-        if name.startswith(("parameters_", "tokens", "flops")):
-            read = [row for row in rows if row.get(name) and row.units.get(name, 0) > 1]
-            worst = max((row.units[name] / 2 / row.values[name] for row in read), default=0.0)
-            if worst > 0.001:
-                yield Defect(
-                    "rounded", f"{name} up to ±{100 * worst:.2g} % by its digits", None, name
-                )
+        if not name.startswith(("parameters_", "tokens", "flops")):
+            continue
+        printed = [row for row in rows if row.get(name) and row.units.get(name, 0) > 1]
+        worst = max((row.units[name] / 2 / row.values[name] for row in printed), default=0.0)
+        if worst > 0.001:
+            message = f"{name} up to ±{100 * worst:.2g} % by its digits"
+            yield Defect("rounded", message, None, name)
 
 
-def _empty(rows: Sequence[Row]) -> Iterator[Defect]:
+def _note_empty_columns(rows: Sequence[Row]) -> Iterator[Defect]:
     names = list(rows[0].original) if len(rows) > 1 else []
     for name in names:
         if all(str(row.original.get(name, "")).strip().lower() in EMPTY for row in rows):
             yield Defect("empty-column", f"{name} is empty in every row", None, name)
 
 
-def weighing(flags: str, weight: Weight) -> str:
-    """Those of a row's flags, joined by commas, that have a weight; a code that is not known has any."""
-    return ",".join(
+def flags_of_weight(flags: str, weight: Weight) -> str:
+    """Select the flags of a weight from a comma-separated list; unknown flags have every weight."""
+    matching = [
         flag for flag in flags.split(",") if flag not in CODES or CODES[flag].weight == weight
-    )
+    ]
+    return ",".join(matching)
 
 
 def usable(flags: Iterable[str]) -> bool:
-    """Whether fits may use a row."""
+    """Whether fits may use a row with these flags."""
     return all(CODES[flag].weight != "forbids" for flag in flags)

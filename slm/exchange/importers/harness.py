@@ -1,7 +1,8 @@
-"""nanochat's experiment harness: a folder of runs, whose logs hold records `<tag> key=value …` among their prose.
+"""Read nanochat's experiment harness: a folder of runs whose logs hold `<tag> key=value …` records.
 
-`experiments/<name>/meta.json` names commit and dataset; each run is a folder below it with a base_train.log. The
-`summary` is the result, `params`, `config` and `argv` say what was run, `eval` and `core` are the curve.
+`experiments/<name>/meta.json` names commit and dataset; each run is a folder below it with a
+base_train.log. `summary` records are the result; `params`, `config` and `argv` say what was run;
+`eval`, `core` and `step` are the curve.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from slm.exchange.importers import base_train_log
+from slm.exchange.importers.base_train_log import Log, parse_log, run_of_log
 from slm.exchange.importers.numbers import number
-from slm.exchange.importers.types import Defect, Found, Row, Source
+from slm.exchange.importers.types import Defect, ParsedSource, Row, Source
 
 TAGS = ("argv", "config", "params", "eval", "core", "step", "summary")
 RECORD = re.compile(rf"({'|'.join(TAGS)})( [\w./-]+=.*)")
-NAMES = {
+COLUMNS = {
     "model_tag": "label",
     "depth": "depth",
     "n_layer": "depth",
@@ -46,131 +47,122 @@ NAMES = {
     "gpu": "device_name",
     "seed": "seed",
 }
-"""Keys of params, config, argv and summary under our names."""
-TRAIN = {
-    "loss": "loss",
-    "lrm": "lr",
-    "tok_per_sec": "tokens_per_second",
-    "train_time_sec": "train_seconds",
-}
+"""Keys of params, config, argv and summary records, by column."""
+STEP_CELLS = {"loss": "loss", "lrm": "lrm", "tok_per_sec": "tok/sec"}
+"""Keys of step records, and the same cells of a step's line in the log."""
 
 
-def recognises(text: str) -> bool:
-    """Whether this is a log with records, or a folder's meta.json."""
-    return any(_record(line) for line in text.splitlines() if line.startswith(TAGS)) or _is_meta(
-        text
-    )
-
-
-def _is_meta(text: str) -> bool:
+def is_harness(text: str) -> bool:
+    """Whether a text is a log with records, or a folder's meta.json."""
+    if any(_parse_record(line) for line in text.splitlines() if line.startswith(TAGS)):
+        return True
     return text.lstrip().startswith("{") and '"git_commit"' in text and '"dataset"' in text
 
 
-def read(source: Source, mapping: Mapping[str, str]) -> Found:
-    """The runs of a folder, or of one log. Raises ValueError for a mapping, and for a folder without a log."""
+def read_harness(source: Source, mapping: Mapping[str, str]) -> ParsedSource:
+    """Read the runs of a folder, or of one log.
+
+    Raises ValueError for a mapping, and for a folder without a log.
+    """
     if mapping:
         raise ValueError("--map names columns, and a log has none")
     metas = [text for name, text in source.texts.items() if PurePosixPath(name).name == "meta.json"]
     meta = json.loads(metas[0], parse_constant=str) if metas else {}
     if not isinstance(meta, dict):
-        raise ValueError("meta.json is no object")
+        raise ValueError("meta.json is not a JSON object")
     logs = {name: text for name, text in source.texts.items() if name.endswith(".log")}
     if not logs:
         raise ValueError("no base_train.log in the folders below it")
-    found = Found([], name=str(meta.get("name") or "") or None)
-    for position, name in enumerate(sorted(logs, key=_natural), 1):
-        row, defects = _run(logs[name], position, PurePosixPath(name).parent.name or source.name)
-        _identity(row, meta)
-        found.rows.append(row)
-        found.defects.extend([*defects, *_dirty(meta, position)])
-    return found
+    parsed = ParsedSource([], name=str(meta.get("name") or "") or None)
+    for position, name in enumerate(sorted(logs, key=_natural_order), 1):
+        label = PurePosixPath(name).parent.name or source.name
+        row, defects = _read_run(logs[name], position, label)
+        _add_identity(row, meta)
+        parsed.rows.append(row)
+        parsed.defects.extend(defects)
+        if meta.get("git_dirty"):
+            parsed.defects.append(Defect("dirty-code", "meta.json says git_dirty", position))
+    return parsed
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """d8 before d12."""
+def _natural_order(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts d8 before d12."""
     return [(int(digits or 0), text) for text, digits in re.findall(r"(\D*)(\d*)", name)]
 
 
-def _record(line: str) -> tuple[str, dict[str, str]] | None:
-    """Tag and fields of a record; None for prose."""
+def _parse_record(line: str) -> tuple[str, dict[str, str]] | None:
+    """Return tag and fields of a record, None for prose."""
     match = RECORD.fullmatch(line.strip())
     if not match:
         return None
     try:
-        words = shlex.split(match[2])
+        tokens = shlex.split(match[2])
     except ValueError:
         return None
-    pairs = [word.partition("=") for word in words]
-    return (
-        (match[1], {key: value for key, _, value in pairs})
-        if all(equals for _, equals, _ in pairs)
-        else None
-    )
+    pairs = [token.partition("=") for token in tokens]
+    if not all(equals for _, equals, _ in pairs):
+        return None
+    return match[1], {key: value for key, _, value in pairs}
 
 
-def _run(text: str, position: int, label: str) -> tuple[Row, list[Defect]]:
-    """A log's run: what its prose says, then what its records say."""
-    log = base_train_log.gathered(text)
+def _read_run(text: str, position: int, label: str) -> tuple[Row, list[Defect]]:
+    """Read a run from its log: first the prose, then the records."""
+    log = parse_log(text)
     records: dict[str, dict[str, str]] = {}
     for line in text.splitlines():
-        if record := _record(line):
-            tag, fields = record
-            if tag in ("eval", "core", "step"):
-                _point(log, tag, fields)
-            else:
-                records.setdefault(tag, {}).update(fields)
-                _facts(log, tag, fields)
-    row, defects = base_train_log.run_of(log, position, log.values.get("label", label))
+        record = _parse_record(line)
+        if record is None:
+            continue
+        tag, fields = record
+        if tag in ("eval", "core", "step"):
+            _add_curve_point(log, tag, fields)
+        else:
+            records.setdefault(tag, {}).update(fields)
+            _add_facts(log, tag, fields)
+    row, defects = run_of_log(log, position, log.values.get("label", label))
     row.original.update(records)
     return row, defects
 
 
-def _point(log: base_train_log.Log, tag: str, fields: Mapping[str, str]) -> None:
-    """A record of the curve."""
+def _add_curve_point(log: Log, tag: str, fields: Mapping[str, str]) -> None:
     step = number(fields.get("step", ""))
-    value = number(fields.get({"eval": "val_bpb", "core": "core"}.get(tag, "loss"), ""))
     if step is None:
         return
     if tag == "step":
-        cells = {
-            theirs: fields[key]
-            for key, theirs in (("loss", "loss"), ("lrm", "lrm"), ("tok_per_sec", "tok/sec"))
-            if key in fields
-        }
+        cells = {cell: fields[key] for key, cell in STEP_CELLS.items() if key in fields}
         log.steps.append((int(step.value), cells))
-    elif value is None:
-        log.unread += 1
-    else:
-        (log.evals if tag == "eval" else log.cores)[int(step.value)] = float(value.value)
+        return
+    value = number(fields.get("val_bpb" if tag == "eval" else "core", ""))
+    if value is None:
+        log.unparsed_losses += 1
+        return
+    series = log.evals if tag == "eval" else log.cores
+    series[int(step.value)] = float(value.value)
 
 
-def _facts(log: base_train_log.Log, tag: str, fields: Mapping[str, str]) -> None:
-    """A record of the run; what is asked for with -1 is asked of nobody, and an argv asks before the run decides."""
+def _add_facts(log: Log, tag: str, fields: Mapping[str, str]) -> None:
+    """Record what a run is; -1 means unset, and an argv does not override what the run printed."""
     for key, text in fields.items():
-        ours = NAMES.get(key.lstrip("-").replace("-", "_"))
-        found = number(text)
-        if ours in ("label", "device_name"):
-            log.values[ours] = text
-        elif ours and found and found.value != -1 and not (tag == "argv" and ours in log.values):
-            log.values[ours], log.units[ours] = found.value, found.unit
+        column = COLUMNS.get(key.lstrip("-").replace("-", "_"))
+        if column in ("label", "device_name"):
+            log.values[column] = text
+            continue
+        parsed = number(text)
+        is_overridden = tag == "argv" and column in log.values
+        if column and parsed and parsed.value != -1 and not is_overridden:
+            log.values[column] = parsed.value
+            log.units[column] = parsed.unit
     budget = number(fields.get("target_flops", ""))
     if budget and budget.value > 0:
         log.values["horizon"] = f"flops={budget.value:g}"
-    if "peak_vram_mib" in fields and (found := number(fields["peak_vram_mib"])):
-        log.values["peak_memory_bytes"] = round(found.value * 2**20)
+    memory = number(fields.get("peak_vram_mib", ""))
+    if memory:
+        log.values["peak_memory_bytes"] = round(memory.value * 2**20)
 
 
-def _identity(row: Row, meta: Mapping[str, Any]) -> None:
-    """Commit and dataset of the experiment."""
-    for ours, theirs in (("commit", "git_commit"), ("corpus", "dataset")):
-        if isinstance(meta.get(theirs), str) and meta[theirs]:
-            row.values[ours] = meta[theirs]
+def _add_identity(row: Row, meta: Mapping[str, Any]) -> None:
+    """Add commit and dataset of the experiment."""
+    for column, key in (("commit", "git_commit"), ("corpus", "dataset")):
+        if isinstance(meta.get(key), str) and meta[key]:
+            row.values[column] = meta[key]
     row.original["meta"] = dict(meta)
-
-
-def _dirty(meta: Mapping[str, Any], position: int) -> list[Defect]:
-    return (
-        [Defect("dirty-code", "meta.json says git_dirty", position)]
-        if meta.get("git_dirty")
-        else []
-    )

@@ -1,4 +1,4 @@
-"""Any table of runs, CSV or Markdown: known names of columns, units in headers, `--map` for the rest."""
+"""Read any table of runs: known column names, units in headers, `--map` for the rest."""
 
 from __future__ import annotations
 
@@ -8,50 +8,50 @@ from itertools import pairwise
 from typing import Any
 
 from slm.exchange.importers.numbers import number
-from slm.exchange.importers.readers import Sheet, chosen, is_markdown, plain, sheet, typed
-from slm.exchange.importers.types import Found, Row, Source
+from slm.exchange.importers.readers import (
+    Table,
+    choose_columns,
+    is_markdown,
+    parse_rows,
+    plain,
+    read_table,
+)
+from slm.exchange.importers.types import ParsedSource, Row, Source
 
-COLUMNS = {
-    **dict.fromkeys(("label", "run", "name", "model_tag", "run_name"), "label"),
-    **dict.fromkeys(("recipe", "family"), "recipe"),
-    **dict.fromkeys(("depth", "layers", "n_layer", "num_layers"), "depth"),
+SPELLINGS = {
+    "label": "label run name model_tag run_name",
+    "recipe": "recipe family",
+    "depth": "depth layers n_layer num_layers",
     "seed": "seed",
     "status": "status",
-    **dict.fromkeys(("commit", "git_commit"), "commit"),
-    **dict.fromkeys(("dataset", "corpus", "data"), "corpus"),
-    **dict.fromkeys(("gpu", "device", "device_name"), "device_name"),
-    **dict.fromkeys(("sequence_length", "max_seq_len", "seq_len", "context"), "sequence_length"),
-    **dict.fromkeys(
-        ("params_total", "params", "total_params", "num_params", "params_full", "n_params"),
-        "parameters_total",
-    ),
-    **dict.fromkeys(
-        ("scaling_params", "num_scaling_params", "params_scaling"), "parameters_scaling"
-    ),
-    **dict.fromkeys(("params_transformer", "params_matrices"), "parameters_matrices"),
-    "params_value_embeds": "parameters_value_embeds",
-    "params_lm_head": "parameters_lm_head",
-    "params_wte": "parameters_wte",
+    "commit": "commit git_commit",
+    "corpus": "dataset corpus data",
+    "device_name": "gpu device device_name",
+    "sequence_length": "sequence_length max_seq_len seq_len context",
+    "parameters_total": "params_total params total_params num_params params_full n_params",
+    "parameters_scaling": "scaling_params num_scaling_params params_scaling",
+    "parameters_matrices": "params_transformer params_matrices",
+    "parameters_value_embeds": "params_value_embeds",
+    "parameters_lm_head": "params_lm_head",
+    "parameters_wte": "params_wte",
     "flops_per_token": "flops_per_token",
-    **dict.fromkeys(("total_batch_size", "batch_tokens", "batch_size_tokens"), "batch_tokens"),
-    **dict.fromkeys(("steps", "step", "iterations", "num_iterations"), "steps"),
-    **dict.fromkeys(("tokens", "tokens_trained", "train_tokens", "total_tokens"), "tokens"),
-    **dict.fromkeys(("flops", "total_flops", "total_training_flops", "training_flops"), "flops"),
-    **dict.fromkeys(("val_bpb", "final_bpb", "validation_bpb", "bpb", "final_val_bpb"), "val_bpb"),
-    **dict.fromkeys(("val_loss", "val_loss_final", "validation_loss"), "val_loss"),
-    **dict.fromkeys(("train_loss", "train_loss_final"), "train_loss"),
-    **dict.fromkeys(("core", "core_score", "core_metric"), "core"),
-    **dict.fromkeys(
-        ("train_time", "total_training_time", "training_time", "time", "train_seconds"),
-        "train_seconds",
-    ),
-    **dict.fromkeys(("hours", "train_hours"), "train_seconds:3600"),
-    **dict.fromkeys(("wall_time", "wall_seconds", "runtime"), "wall_seconds"),
-    **dict.fromkeys(("tok_per_sec", "tokens_per_sec", "tokens_per_second"), "tokens_per_second"),
-    **dict.fromkeys(("memory", "peak_memory", "peak_memory_bytes"), "peak_memory_bytes"),
+    "batch_tokens": "total_batch_size batch_tokens batch_size_tokens",
+    "steps": "steps step iterations num_iterations",
+    "tokens": "tokens tokens_trained train_tokens total_tokens",
+    "flops": "flops total_flops total_training_flops training_flops",
+    "val_bpb": "val_bpb final_bpb validation_bpb bpb final_val_bpb",
+    "val_loss": "val_loss val_loss_final validation_loss",
+    "train_loss": "train_loss train_loss_final",
+    "core": "core core_score core_metric",
+    "train_seconds": "train_time total_training_time training_time time train_seconds",
+    "train_seconds:3600": "hours train_hours",
+    "wall_seconds": "wall_time wall_seconds runtime",
+    "tokens_per_second": "tok_per_sec tokens_per_sec tokens_per_second",
+    "peak_memory_bytes": "memory peak_memory peak_memory_bytes",
 }
-"""Headers by which a column is known, plain (sheet.plain) and without their unit."""
-OF_A_CURVE = {
+"""Normalised headers (`readers.plain`), without unit, by which a column is recognised."""
+COLUMNS = {name: column for column, names in SPELLINGS.items() for name in names.split()}
+CURVE_COLUMNS = {
     "step",
     "tokens",
     "flops",
@@ -65,125 +65,134 @@ OF_A_CURVE = {
     "dt",
     "epoch",
 }
-RESULTS = ("val_bpb", "val_loss", "core")
+CURVE_FIELDS = {
+    "tokens": "tokens",
+    "flops": "flops",
+    "train_loss": "loss",
+    "val_bpb": "val_bpb",
+    "val_loss": "val_loss",
+    "core": "core",
+}
+"""Columns of a curve, and the event field of each."""
+RESULTS = {"val_bpb", "val_loss", "core"}
 
 
-def recognises(text: str) -> bool:
-    """Whether this is a table at all, by its first line."""
+def is_run_table(text: str) -> bool:
+    """Whether a text is a table at all, by its first line."""
     return is_markdown(text) or bool(set(text.lstrip().partition("\n")[0]) & set("\t,;"))
 
 
-def read(source: Source, mapping: Mapping[str, str], insisting: bool = False) -> Found:
-    """The runs of a table; one run where the table is a curve.
+def read_run_table(source: Source, mapping: Mapping[str, str], force: bool = False) -> ParsedSource:
+    """Read the runs of a table; a table that is a curve is one run.
 
-    Raises ValueError for a table without a result, and, unless one insists, for one of optima, predictions or pairs.
+    Raises ValueError for a table without a result and, unless `force`, for one of optima or
+    predictions.
     """
-    table = sheet(source.text)
-    columns = chosen(table.header, COLUMNS, mapping)
-    if not {column.name for column in columns} & set(RESULTS):
+    table = read_table(source.text)
+    columns = choose_columns(table.header, COLUMNS, mapping)
+    if not {column.name for column in columns} & RESULTS:
         raise ValueError(_no_result(table))
-    if not insisting and (why := _not_runs(table)):
-        raise ValueError(f"{why}; --format table imports its rows as runs all the same")
-    found = typed(table, columns)
+    if not force and (reason := _not_runs(table)):
+        raise ValueError(f"{reason}; --format table imports its rows as runs nevertheless")
+    parsed = parse_rows(table, columns)
     if _is_curve(table):
-        return _one_run(found, source.name)
-    _named(found, table)
-    return found
+        return _as_one_run(parsed, source.name)
+    _label_rows(parsed, table)
+    return parsed
 
 
-def _no_result(table: Sheet) -> str:
-    like = [
-        name
-        for name in table.header
-        if any(word in plain(name).split("_") for word in ("bpb", "core", "loss"))
+def _no_result(table: Table) -> str:
+    """Explain that no column is a result, and how to name one."""
+    candidates = [
+        name for name in table.header if {"bpb", "core", "loss"} & set(plain(name).split("_"))
     ]
-    if len(like) == 1:
-        ours = "core" if "core" in plain(like[0]) else "val_bpb"
-        return f"no column is known as a result; --map {ours}={like[0]!r} takes the one that looks like it"
-    if like:
-        return f"{len(like)} results a row ({', '.join(like)}), not one; --map val_bpb={like[0]} takes one of them"
+    if len(candidates) == 1:
+        target = "core" if "core" in plain(candidates[0]) else "val_bpb"
+        return (
+            f"no column is recognised as a result; --map {target}={candidates[0]!r} takes the "
+            "one that looks like it"
+        )
+    if candidates:
+        return (
+            f"{len(candidates)} results per row ({', '.join(candidates)}), not one; "
+            f"--map val_bpb={candidates[0]} takes one of them"
+        )
     names = ", ".join(table.header)[:120]
-    return f"no results: no column holds val_bpb, val_loss or CORE ({names}); --map val_bpb=COLUMN names it"
+    return (
+        f"no results: no column holds val_bpb, val_loss or CORE ({names}); "
+        "--map val_bpb=COLUMN names it"
+    )
 
 
-def _not_runs(table: Sheet) -> str | None:
-    """Why the rows of a table look like something else than runs."""
+def _not_runs(table: Table) -> str | None:
+    """Return why the rows look like optima or predictions instead of runs, else None."""
     names = {plain(name): name for name in table.header}
     if {"target", "predicted", "extrapolated"} & set(names):
-        return f"predictions, not runs: a column {names.get('target') or 'of predictions'}"
-    identity = {"depth", "run", "label", "name", "seed", "step", "steps", "model", "size"} & set(
-        names
+        column = names.get("target") or "of predictions"
+        return f"predictions, not runs: a column {column}"
+    identifiers = {"depth", "run", "label", "name", "seed", "step", "steps", "model", "size"}
+    if "flops" not in names or "tokens" not in names or identifiers & set(names):
+        return None
+    methods = [
+        header
+        for name, header in names.items()
+        if name in ("convention", "definition", "method", "model")
+    ]
+    budgets = Counter(
+        (row[names["flops"]], *(row[method] for method in methods)) for _, row in table.lines
     )
-    if "flops" in names and "tokens" in names and not identity:
-        others = [
-            name
-            for plain_, name in names.items()
-            if plain_ in ("convention", "definition", "method", "model")
-        ]
-        budgets = Counter(
-            (row[names["flops"]], *(row[other] for other in others)) for _, row in table.lines
-        )
-        if max(budgets.values()) == 1 and all(_few_digits(flops) for flops, *_ in budgets):
-            return "optima, not runs: one model for each budget of FLOPs, and none that was trained"
+    if max(budgets.values()) == 1 and all(_has_few_digits(flops) for flops, *_ in budgets):
+        return "optima, not runs: one model per FLOPs budget, and none that was trained"
     return None
 
 
-def _few_digits(text: str) -> bool:
-    found = number(text)
-    return found is not None and found.value / found.unit < 1000
+def _has_few_digits(text: str) -> bool:
+    parsed = number(text)
+    return parsed is not None and parsed.value / parsed.unit < 1000
 
 
-def _is_curve(table: Sheet) -> bool:
-    """Whether a table is one run by steps: nothing but step and what changes with it, steps growing."""
+def _is_curve(table: Table) -> bool:
+    """Whether a table is one run by step: only steps and what changes with them, increasing."""
     names = {plain(name): name for name in table.header}
-    if "step" not in names or not set(names) <= OF_A_CURVE or len(table.lines) < 3:
+    if "step" not in names or not set(names) <= CURVE_COLUMNS or len(table.lines) < 3:
         return False
     steps = [number(row[names["step"]]) for _, row in table.lines]
-    known = [step.value for step in steps if step]
-    return len(known) == len(steps) and all(one < other for one, other in pairwise(known))
+    values = [step.value for step in steps if step]
+    return len(values) == len(steps) and all(a < b for a, b in pairwise(values))
 
 
-def _one_run(found: Found, name: str) -> Found:
-    """The last row, with all of them as its curve."""
-    last = found.rows[-1]
-    curve = tuple(_event(row) for row in found.rows)
+def _as_one_run(parsed: ParsedSource, name: str) -> ParsedSource:
+    """Return the last row as a run, with all rows as its curve."""
+    last = parsed.rows[-1]
     values = {**last.values, "label": name.rpartition(".")[0] or name}
-    run = Row(last.number, values, {**last.original, "rows": len(found.rows)}, last.units, curve)
-    return Found([run], found.defects, found.columns)
+    original = {**last.original, "rows": len(parsed.rows)}
+    curve = tuple(_event(row) for row in parsed.rows)
+    run = Row(last.number, values, original, last.units, curve)
+    return ParsedSource([run], parsed.defects, parsed.columns)
 
 
 def _event(row: Row) -> dict[str, Any]:
-    """A row of a curve."""
-    names = {
-        "tokens": "tokens",
-        "flops": "flops",
-        "train_loss": "loss",
-        "val_bpb": "val_bpb",
-        "val_loss": "val_loss",
+    fields = {
+        event_field: row.values[column]
+        for column, event_field in CURVE_FIELDS.items()
+        if column in row.values
     }
-    told = {
-        theirs: row.values[ours]
-        for ours, theirs in {**names, "core": "core"}.items()
-        if ours in row.values
-    }
-    kind = "eval" if {"val_bpb", "val_loss", "core"} & set(told) else "train"
-    return {"event": kind, "time": None, "step": row.get("steps"), **told}
+    kind = "eval" if RESULTS & set(fields) else "train"
+    return {"event": kind, "time": None, "step": row.get("steps"), **fields}
 
 
-def _named(found: Found, table: Sheet) -> None:
-    """Rows without a name take the first column of words."""
-    if "label" in found.columns or "recipe" in found.columns:
+def _label_rows(parsed: ParsedSource, table: Table) -> None:
+    """Label rows without a name by the first column of words."""
+    if "label" in parsed.columns or "recipe" in parsed.columns:
         return
-    words = [
-        name
-        for name in table.header
-        if name not in found.columns.values() and _is_words(found.rows, name)
-    ]
-    for row in found.rows if words else ():
-        if row.original[words[0]].strip():
-            row.values["label"] = row.original[words[0]].strip()
-    if words:
-        found.columns["label"] = words[0]
+    unused = [name for name in table.header if name not in parsed.columns.values()]
+    column = next((name for name in unused if _is_words(parsed.rows, name)), None)
+    if column is None:
+        return
+    for row in parsed.rows:
+        if row.original[column].strip():
+            row.values["label"] = row.original[column].strip()
+    parsed.columns["label"] = column
 
 
 def _is_words(rows: list[Row], name: str) -> bool:

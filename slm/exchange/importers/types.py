@@ -1,4 +1,4 @@
-"""What an import is made of: rows under our names, curves, defects."""
+"""Records of an import: source files, rows under the project's column names, curves, defects."""
 
 from __future__ import annotations
 
@@ -7,118 +7,126 @@ from dataclasses import dataclass, field
 from typing import Any
 
 TEXTS = (
-    *(
-        "label",
-        "recipe",
-        "horizon",
-        "status",
-        "reason",
-        "host",
-        "device_name",
-        "commit",
-        "corpus",
-        "tokenizer",
-    ),
+    "label",
+    "recipe",
+    "horizon",
+    "status",
+    "reason",
+    "host",
+    "device_name",
+    "commit",
+    "corpus",
+    "tokenizer",
     "validation",
 )
-"""Columns of a row that are text."""
+"""Text columns of a row."""
 COUNTS = (
-    *(
-        "depth",
-        "seed",
-        "parameters_wte",
-        "parameters_value_embeds",
-        "parameters_lm_head",
-        "parameters_matrices",
-    ),
-    *(
-        "parameters_scalars",
-        "parameters_scaling",
-        "parameters_total",
-        "flops_per_token",
-        "tokens_asked",
-    ),
-    *("batch_tokens", "steps", "tokens", "flops", "peak_memory_bytes", "ranks", "sequence_length"),
+    "depth",
+    "seed",
+    "parameters_wte",
+    "parameters_value_embeds",
+    "parameters_lm_head",
+    "parameters_matrices",
+    "parameters_scalars",
+    "parameters_scaling",
+    "parameters_total",
+    "flops_per_token",
+    "tokens_asked",
+    "batch_tokens",
+    "steps",
+    "tokens",
+    "flops",
+    "peak_memory_bytes",
+    "ranks",
+    "sequence_length",
 )
-"""Columns that count something: whole, and, seeds and groups of parameters aside, never 0."""
+"""Columns of whole numbers. Only seeds and groups of parameters may be 0."""
 MEASURES = (
-    *("train_loss", "val_loss", "val_bpb", "core", "train_seconds", "wall_seconds"),
-    *("tokens_per_second", "flops_per_second"),
+    "train_loss",
+    "val_loss",
+    "val_bpb",
+    "core",
+    "train_seconds",
+    "wall_seconds",
+    "tokens_per_second",
+    "flops_per_second",
 )
-"""Columns that were measured: losses in nats a token, val_bpb in bits a byte."""
+"""Measured columns: losses in nats per token, val_bpb in bits per byte."""
 COLUMNS = (*TEXTS, *COUNTS, *MEASURES)
-"""Every column of an imported row that may be empty."""
+"""Every column of an imported row. Any of them may be NULL."""
 
 
 @dataclass(frozen=True)
 class Defect:
-    """Something wrong with a source, or worth knowing before its numbers are used."""
+    """A fault of a source, or a fact to know before its numbers are used."""
 
     code: str
-    """Stable name of the kind, a key of `defects.CODES`."""
+    """Stable name of the kind: a key of `checks.CODES`."""
     message: str
-    """What was found, with the value."""
     row: int | None = None
-    """Number of the row; None for the whole file."""
+    """Row number; None for the whole file."""
     column: str | None = None
-    """The column: the source's name where a cell is at fault, else ours."""
+    """The source's column name where a cell is faulty, else the project's."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run of a source."""
+    """Run of a source."""
 
     number: int
-    """Line of the source (in a log, the number of the run)."""
+    """Line in the source; in a log, the number of the run."""
     values: dict[str, Any]
-    """Values by our column names; what is missing is NULL. The checks fill in what they can compute."""
+    """Values by the project's column names. The checks fill in what they can compute."""
     original: dict[str, Any]
-    """The source's own columns, as they stand there."""
+    """Columns as the source has them."""
     units: Mapping[str, float] = field(default_factory=dict)
-    """Unit of the last digit printed, by our column names: 1e16 for 2.15e18."""
+    """Value of the last printed digit, by column: 1e16 for 2.15e18."""
     curve: tuple[dict[str, Any], ...] = ()
-    """Events of the run as in an attempt's events.jsonl."""
+    """Events of the run, as in an attempt's events.jsonl."""
 
     def get(self, name: str) -> Any:
-        """A value, None where it is missing."""
+        """Return a value, None where it is missing."""
         return self.values.get(name)
 
     def agrees(self, name: str, value: float, slack: float = 0.0) -> bool:
-        """Whether a value read is this one, as far as its digits (and a relative slack) tell; what is missing is."""
+        """Whether a value agrees with the one read, within its digits plus a relative slack.
+
+        A missing value agrees.
+        """
         read = self.get(name)
-        return read is None or abs(read - value) <= 0.5001 * self.units.get(
-            name, 1.0
-        ) + slack * abs(value)
+        if read is None:
+            return True
+        rounding = 0.5001 * self.units.get(name, 1.0)
+        return abs(read - value) <= rounding + slack * abs(value)
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a format's reader found in a source."""
+class ParsedSource:
+    """Rows that a reader parsed from a source."""
 
     rows: list[Row]
-    """Runs, in the source's order."""
     defects: list[Defect] = field(default_factory=list)
-    """What the reader saw that the common checks cannot see."""
+    """Defects that only the reader of the format can see."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Our columns, each with the source's it was read from, and the factor where there is one."""
+    """Source column of each of the project's columns, with its factor if it has one."""
     name: str | None = None
     """The source's own name of the experiment."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """The files of one import, decoded."""
+    """Decoded files of one import."""
 
     name: str
-    """Name of the file or folder that was given."""
+    """File or folder name."""
     contents: dict[str, bytes]
-    """Bytes by path below a folder; a single file's by its name."""
+    """Bytes by path below the folder, or by file name."""
     texts: dict[str, str]
-    """The same as text."""
+    """The same, decoded."""
     defects: list[Defect]
-    """Bytes that are no UTF-8."""
+    """Invalid UTF-8."""
 
     @property
     def text(self) -> str:
-        """The text of a single file, or of a folder's first."""
+        """Return the text of a single file, or of a folder's first."""
         return next(iter(self.texts.values()))
