@@ -1,6 +1,6 @@
-"""How much compute does a matrix learning rate five times too high waste?
+"""Compute wasted by a matrix learning rate that is five times too high.
 
-The depths and seeds of seeds.py with one change: `slm compare seeds crippled` prices it.
+The depths and seeds of seeds.py with one change: `slm compare seeds crippled` measures the waste.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""At a fixed compute budget, how should a pocket model share it between parameters and tokens?
+"""IsoFLOP grid: a fixed compute budget shared between parameters and tokens in different ways.
 
 Two budgets, five depths each, two seeds: the deeper the model, the fewer tokens it sees.
 """

@@ -1,6 +1,4 @@
-"""What does a pocket model gain from more compute?
-
-Five depths, each trained compute-optimally: the curve that `make demo` draws.
+"""Compute-optimal ladder of five depths, whose curve `make demo` draws.
 """
 
 from slm.experiment import Experiment

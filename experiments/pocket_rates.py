@@ -1,8 +1,7 @@
-"""Which learning rates and batch suit a pocket model?
+"""Learning rates and batch of the pocket recipe: one depth, one change at a time.
 
-The reference's constants hold at a batch of 2^19 tokens and depth 12; pocket re-bases them. One depth, one change at a
-time: every rate halved and doubled, the reference batch halved and doubled, and the reference's own rates for x0 and
-smear.
+The reference's constants hold at a batch of 2^19 tokens and depth 12; pocket re-bases them. Every rate is halved and doubled, so is the reference batch, and the
+reference's rates for x0 and smear are tried.
 """
 
 from dataclasses import replace
@@ -12,12 +11,11 @@ from slm.recipe import Recipe, nanochat, pocket
 
 
 def rates(name: str, factor: float) -> Recipe:
-    """Pocket with every scaled rate times a factor."""
-    groups = ("lm_head", "wte", "value_embeds", "resid", "x0")
-    scaled = {
-        group: replace(getattr(pocket, group), lr=getattr(pocket, group).lr * factor)
-        for group in groups
-    }
+    """Return pocket with every scaled rate times a factor."""
+    scaled = {}
+    for name_of_group in ("lm_head", "wte", "value_embeds", "resid", "x0"):
+        group = getattr(pocket, name_of_group)
+        scaled[name_of_group] = replace(group, lr=group.lr * factor)
     return replace(pocket, name=name, matrix_lr=pocket.matrix_lr * factor, **scaled)
 
 

@@ -1,4 +1,4 @@
-"""Does a comparison call luck a gain?
+"""A recipe compared with itself: no gain should be found.
 
 The depths of seeds.py with three other seeds: `slm compare seeds repeat` compares a recipe with itself.
 """

@@ -1,4 +1,4 @@
-"""How much of a difference in val_bpb is luck?
+"""Noise of val_bpb between seeds.
 
 Three seeds at three depths: the spread at equal depth is the noise that every comparison must beat.
 """

@@ -1,4 +1,6 @@
-"""An attempt's events.jsonl: one table of fields, an append-only writer, a reader that ignores a torn last line."""
+"""Events of an attempt, events.jsonl: a table of fields, an append-only writer, a reader that
+ignores a torn last line.
+"""
 
 from __future__ import annotations
 
@@ -51,21 +53,25 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "finished": ("step", "tokens", "flops", "val_bpb", "train_seconds", "wall_seconds"),
     "failed": ("reason", "message"),
 }
-"""Fields of each event, beside `event` and `time` (unix seconds): tokens and flops are totals since step 0, loss in
-nats a token, lr the schedule's multiplier, gradient_norm that of the mean loss over all parameters, update_size the
-matrices' change as a share of their size, train_seconds the time in steps since step 0 over all attempts,
-memory_bytes the peak of this attempt so far. `core` is the mean over the tasks of the
-bundle `metric` that `mode` asks, null where one could not be evaluated. `working` announces what takes longer than a
-step, one of WORKS, and how much of it is done where that is known.
-After a `warning` training goes on: its message says what went wrong, and the way out."""
+"""Fields of each event, in addition to `event` and `time` (unix seconds).
+
+tokens and flops are totals since step 0, loss is in nats a token, lr is the schedule's multiplier,
+gradient_norm is that of the mean loss over all parameters, update_size is the matrices' change as a
+share of their size, train_seconds is the time in steps since step 0 over all attempts, memory_bytes
+is the peak of this attempt so far. `core` is the mean over the requested tasks (`mode`) of the
+bundle `metric`, null where one could not be evaluated. `working` announces work that takes longer
+than a step, one of WORKS, with the share done where it is known. After a `warning` training
+continues; its message gives the problem and the way out."""
 
 WORKS = ("compilation", "checkpoint", "evaluation", "core")
-"""What takes longer than a step; evaluations say so again now and then."""
+"""Kinds of work that take longer than a step; evaluations repeat their event now and then."""
 
 REASONS = ("oom", "error", "timeout", "node", "data", "interrupted", "diverged", "cancelled")
-"""Why an attempt ended without finishing. `diverged` is a result; `interrupted` will go on."""
+"""Reasons for which an attempt ends before its run is finished. `diverged` is a result; an
+`interrupted` run will be resumed."""
 
 DURABLE = ("eval", "core", "checkpoint", "warning", "finished", "failed")
+"""Events that are synced to disk before `write` returns."""
 
 
 class Writer:
@@ -75,9 +81,9 @@ class Writer:
         self._path = path
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one event as one line, whole or not at all; what a reader must not lose is on disk when this returns.
+        """Append one event as one line, whole or not at all.
 
-        Raises OSError naming the file when it cannot be written.
+        Raises OSError with the file's path when it cannot be written.
         """
         assert set(fields) == set(FIELDS[event]), (event, sorted(fields))
         line = json.dumps({"event": event, "time": time.time(), **fields}).encode() + b"\n"
@@ -94,14 +100,16 @@ class Writer:
 
 
 class Reader:
-    """Yields the events of a growing file, each once; a damaged line is left out, and named by the store's ingest."""
+    """Reads the events of a growing file, each once; damaged lines are left out, and reported by
+    the store's ingest.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset = 0
 
     def new(self) -> Iterator[dict[str, Any]]:
-        """Events whose lines have been completed since the last call."""
+        """Yield the events whose lines were completed since the last call."""
         if not self._path.exists():
             return
         with self._path.open("rb") as file:

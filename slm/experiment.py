@@ -1,14 +1,15 @@
-"""Experiment: what is asked, as recipes x depths x horizons x seeds; declared in experiments/*.py or from flags.
+"""Experiment: a question, and the runs that answer it.
 
-Or as plans, which hold whole runs.
+The runs are recipes x depths x horizons x seeds, declared in experiments/*.py or by options, or
+plans of runs to repeat.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,18 +22,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RequestedRun:
-    """One run of an experiment, before its data are known."""
+    """A run of an experiment, before its data are known."""
 
     recipe: str
     """Name of the recipe."""
     horizon: str
-    """How the horizon was asked for."""
+    """The requested horizon, e.g. "compute-optimal" or "flops=1e+12"."""
     seed: int
-    """Seed of the run."""
     hyperparameters: Hyperparameters
-    """What the recipe gave."""
     plan: Plan | None = None
-    """The plan that asks for it, made elsewhere; None where a recipe does."""
+    """The plan to repeat; None for a run that a recipe gives."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +39,16 @@ class Experiment:
     """A question and the runs that answer it."""
 
     name: str
-    """What results are found under: letters, digits, '.', '_' and '-'."""
+    """Name of the results: letters, digits, '.', '_' and '-'."""
     recipes: tuple[Recipe, ...]
-    """The families to train; variants are `dataclasses.replace(nanochat, name=…, …)`."""
+    """Recipes to train; variants are `dataclasses.replace(nanochat, name=…, …)`."""
     depths: tuple[int, ...]
     """The dial."""
     flops: tuple[float, ...] = ()
     """FLOPs budgets of an isoFLOP grid."""
     ratios: tuple[float, ...] = ()
-    """Tokens-per-parameter ratios. With neither budgets nor ratios nor steps, every run is compute-optimal."""
+    """Tokens-per-parameter ratios. With neither budgets nor ratios nor steps, every run is
+    compute-optimal."""
     steps: int | None = None
     """Optimiser steps of smoke runs."""
     seeds: tuple[int, ...] = (0,)
@@ -56,21 +56,22 @@ class Experiment:
     data: str = "python"
     """Corpus: a name or a folder."""
     tokenizer: str | None = None
-    """Tokeniser: a file or one of tiktoken's names; None: one is trained on the corpus."""
+    """Tokeniser: a file or one of tiktoken's names; None trains one on the corpus."""
     question: str = ""
-    """What it is to find out."""
+    """The question that the runs answer."""
     plans: tuple[Plan, ...] = ()
-    """Runs to repeat as they were planned. A plan names its recipe but not the recipe's constants, so none is declared
-    for it: that these runs belong to the experiment is the word of whoever named it."""
+    """Runs to repeat as they were planned. A plan names its recipe but not the recipe's constants,
+    so no recipe is declared for it: whoever named the experiment vouches that these runs belong to
+    it."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
             raise ValueError(
                 f"experiment name {self.name!r}: letters, digits, '.', '_' and '-' only"
             )
-        given = [name for name in ("flops", "ratios", "steps") if getattr(self, name)]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} given together: choose one horizon")
+        horizons = [name for name in ("flops", "ratios", "steps") if getattr(self, name)]
+        if len(horizons) > 1:
+            raise ValueError(f"{' and '.join(horizons)} given together: choose one horizon")
         for name in ("recipes", "depths", "seeds"):
             if not getattr(self, name) and not self.plans:
                 raise ValueError(f"experiment {self.name}: no {name}")
@@ -82,36 +83,33 @@ class Experiment:
         return list(dict.fromkeys(names))
 
     def requested_runs(self) -> list[RequestedRun]:
-        """Every run, cheapest first. Raises ValueError for what a recipe refuses."""
-        runs = [
-            RequestedRun(recipe.name, label, seed, recipe(depth, **horizon))
-            for recipe in self.recipes
-            for depth in self.depths
-            for label, horizon in self._horizons()
-            for seed in self.seeds
-        ]
-        runs += [
-            RequestedRun(plan.recipe, plan.horizon, plan.seed, plan.hyperparameters, plan)
-            for plan in self.plans
-        ]
+        """Return every run, cheapest first. Raises ValueError for a depth or horizon that a recipe
+        refuses.
+        """
+        runs = []
+        grid = itertools.product(self.recipes, self.depths, self._horizons(), self.seeds)
+        for recipe, depth, (label, horizon), seed in grid:
+            runs.append(RequestedRun(recipe.name, label, seed, recipe(depth, **horizon)))
+        for plan in self.plans:
+            hp = plan.hyperparameters
+            runs.append(RequestedRun(plan.recipe, plan.horizon, plan.seed, hp, plan))
         return sorted(runs, key=lambda run: run.hyperparameters.flops)
 
-    def _horizons(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _horizons(self) -> list[tuple[str, dict[str, Any]]]:
+        """Return each horizon's label and the arguments that give it to a recipe."""
         if self.steps is not None:
-            yield f"steps={self.steps}", {"steps": self.steps}
-        elif self.flops:
-            yield from ((f"flops={flops:g}", {"flops": flops}) for flops in self.flops)
-        elif self.ratios:
-            yield from ((f"ratio={ratio:g}", {"ratio": ratio}) for ratio in self.ratios)
-        else:
-            yield "compute-optimal", {}
+            return [(f"steps={self.steps}", {"steps": self.steps})]
+        if self.flops:
+            return [(f"flops={flops:g}", {"flops": flops}) for flops in self.flops]
+        if self.ratios:
+            return [(f"ratio={ratio:g}", {"ratio": ratio}) for ratio in self.ratios]
+        return [("compute-optimal", {})]
 
     def declared(self) -> dict[str, Any]:
-        """What was asked, for the record."""
+        """Return the declaration as a JSON document."""
+        recipes = json.loads(json.dumps([asdict(recipe) for recipe in self.recipes]))
         return {
-            "recipes": {
-                recipe.name: json.loads(json.dumps(asdict(recipe))) for recipe in self.recipes
-            },
+            "recipes": {recipe["name"]: recipe for recipe in recipes},
             "depths": list(self.depths),
             "flops": list(self.flops),
             "ratios": list(self.ratios),
@@ -124,7 +122,7 @@ class Experiment:
 
 
 def load(path: Path) -> Experiment:
-    """The `experiment` that a Python file declares. Raises ValueError when there is none."""
+    """Load the `experiment` that a Python file declares. Raises ValueError when there is none."""
     spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise ValueError(f"{path}: no such experiment file")

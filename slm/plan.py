@@ -1,4 +1,6 @@
-"""Plan: one run, frozen. Its run_id is the hash of what shapes weights and validation rows, and of nothing else."""
+"""Plan: one run, frozen. Its run_id is the hash of everything that shapes weights and validation
+rows, and of nothing else.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +32,10 @@ TRAINER_SOURCES = (
 
 @dataclass(frozen=True)
 class DataIdentity:
-    """The rows that a run reads, by content."""
+    """Rows that a run reads, identified by content."""
 
     corpus: str
-    """Name of the corpus; not identity."""
+    """Name of the corpus; not part of the identity."""
     tokenizer: str
     """Fingerprint of the tokeniser."""
     train: str
@@ -43,31 +45,29 @@ class DataIdentity:
     validation_rows: int
     """Rows that val_bpb reads."""
     rows: int
-    """Training rows there are; not identity."""
+    """Training rows of the dataset; not part of the identity."""
     epochs: float
-    """Passes over the training rows; not identity."""
+    """Passes over the training rows; not part of the identity."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One run."""
+    """Plan of a run."""
 
     recipe: str
-    """Name of the recipe; not identity."""
+    """Name of the recipe; not part of the identity."""
     horizon: str
-    """How the horizon was asked for, e.g. "compute-optimal" or "flops=1e+12"; not identity."""
+    """The requested horizon, e.g. "compute-optimal" or "flops=1e+12"; not part of the identity."""
     seed: int
     """Seed of the initial weights and of the order of rows."""
     hyperparameters: Hyperparameters
-    """What the recipe gave."""
     data: DataIdentity
-    """What it is trained and validated on."""
     code: str
     """Fingerprint of the trainer's sources."""
 
     @cached_property
     def run_id(self) -> str:
-        """First 12 hex digits of the SHA-256 of the canonical identity."""
+        """The first 12 hex digits of the SHA-256 of the canonical identity."""
         data = self.data
         identity = {
             "hyperparameters": asdict(self.hyperparameters),
@@ -78,52 +78,61 @@ class Plan:
         return hashlib.sha256(canonical(identity).encode()).hexdigest()[:12]
 
     def document(self) -> dict[str, Any]:
-        """The plan as plan.json holds it."""
+        """Return the plan as plan.json holds it."""
         return {"run_id": self.run_id, **asdict(self)}
 
     @classmethod
     def read(cls, path: Path) -> Plan:
-        """The plan in a plan.json.
+        """Read a plan.json.
 
-        Raises ValueError when the file holds no plan of this version, or one that is not the run its run_id names.
+        Raises ValueError when the file holds no plan of this version, or a plan other than its
+        run_id names.
         """
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
             run_id = document.pop("run_id", None) if isinstance(document, dict) else None
             plan: Plan = _typed(cls, document, "plan")
-            content = plan.run_id
+            actual_id = plan.run_id
         except ValueError as error:
-            raise ValueError(f"{path} is no plan that this version of slm reads: {error}") from None
-        if content != run_id:
             raise ValueError(
-                f"{path}: its content is run {content}, not {run_id}: the file was changed"
+                f"{path} is not a plan that this version of slm can read: {error}"
+            ) from None
+        if actual_id != run_id:
+            raise ValueError(
+                f"{path}: its content is run {actual_id}, not {run_id}: the file was changed"
             )
         return plan
 
 
-def _typed(kind: Any, value: Any, where: str) -> Any:
-    """A value of JSON as what a field's type says; dataclasses have exactly their fields. Raises ValueError."""
+def _typed(kind: Any, value: Any, path: str) -> Any:
+    """Convert a JSON value to the type of a field; a dataclass has exactly its fields. Raises
+    ValueError.
+    """
     if isinstance(kind, type) and is_dataclass(kind):
-        return kind(**_fields(kind, value, where))
-    written = list if get_origin(kind) is tuple else int | float if kind is float else kind
-    if not isinstance(value, written):
-        raise ValueError(f"{where} is {value!r}")
+        return kind(**_fields(kind, value, path))
+    json_type = kind
+    if get_origin(kind) is tuple:
+        json_type = list
+    elif kind is float:
+        json_type = int | float
+    if not isinstance(value, json_type):
+        raise ValueError(f"{path} is {value!r}")
     return tuple(value) if isinstance(value, list) else value
 
 
-def _fields(kind: type, value: Any, where: str) -> dict[str, Any]:
-    """The fields of a dataclass. Raises ValueError naming those that are missing or unknown."""
+def _fields(kind: type, value: Any, path: str) -> dict[str, Any]:
+    """Convert the fields of a dataclass. Raises ValueError for missing and unknown fields."""
     hints = get_type_hints(kind)
     if not isinstance(value, dict):
-        raise ValueError(f"{where} is not an object")
+        raise ValueError(f"{path} is not an object")
     if wrong := sorted(hints.keys() ^ value.keys()):
-        named = (f"no {name}" if name in hints else f"an unknown {name}" for name in wrong)
-        raise ValueError(f"{where} has {', '.join(named)}")
-    return {name: _typed(hint, value[name], f"{where}.{name}") for name, hint in hints.items()}
+        problems = (f"no {name}" if name in hints else f"an unknown {name}" for name in wrong)
+        raise ValueError(f"{path} has {', '.join(problems)}")
+    return {name: _typed(hint, value[name], f"{path}.{name}") for name, hint in hints.items()}
 
 
 def canonical(value: Any) -> str:
-    """The one JSON text of a value."""
+    """Return the canonical JSON text of a value."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 

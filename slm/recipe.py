@@ -1,28 +1,35 @@
 """Depth and horizon -> Hyperparameters: the only configuration, and its formula sheet.
 
-Symbols: L depth, d width, h heads, q head dimension, T sequence length, V vocabulary, N scaling parameters,
-D training tokens, B batch in tokens, C training FLOPs. `ref` is the same recipe at its reference depth and batch.
+Symbols: L depth, d width, h heads, q head dimension, T sequence length, V vocabulary, N scaling
+parameters, D training tokens, B batch in tokens, C training FLOPs. `ref` is the same recipe at its
+reference depth and batch.
 
 Shape           d = ceil(aspect_ratio·L / q)·q,  h = d/q,  V padded up to a multiple of 64.
-Windows         pattern SSSL tiled over the layers, the last one long. Long = T, short = T/4 rounded up to a multiple
-                of 128 and at most T. A window of w sees the token itself and the w tokens before it.
-Parameters      wte = V·d; value_embeds = V·d on every other layer, the last one included; lm_head = V·d;
-                transformer_matrices = 12·d² a layer (4 attention, 8 MLP), and a gate h × min(12, d) a value embedding;
-                scalars = 2 a layer, min(24, d) smear channels, smear, backout.
-                Scaling parameters N = transformer_matrices + lm_head: the convention with the cleanest exponents.
-FLOPs a token   6·(transformer_matrices + lm_head + smear channels) + Σ_layers 12·h·q·window, forward and backward.
-Horizon         D = tokens_per_parameter·N; or C / (FLOPs a token); or ratio·N; or steps·B. Settled before all below.
-Batch           B = 2^round(log2(B_ref·(D/D_ref)^0.383)) (Power Lines, arXiv 2505.13738), at least one row.
-                For a horizon in steps, D = steps·B makes this an equation in B; its solution is
-                log2 B = round(log2(B_ref·(steps/D_ref)^0.383) / (1 - 0.383)).
+Windows         pattern SSSL tiled over the layers, the last one long. Long = T, short = T/4 rounded
+                up to a multiple of 128 and at most T. A window of w sees the token itself and the w
+                tokens before it.
+Parameters      wte = V·d; value_embeds = V·d on every other layer, the last one included; lm_head =
+                V·d; transformer_matrices = 12·d² a layer (4 attention, 8 MLP), and a gate h ×
+                min(12, d) a value embedding; scalars = 2 a layer, min(24, d) smear channels, smear,
+                backout. Scaling parameters N = transformer_matrices + lm_head: the convention with
+                the cleanest exponents.
+FLOPs a token   6·(transformer_matrices + lm_head + smear channels) + Σ_layers 12·h·q·window,
+                forward and backward.
+Horizon         D = tokens_per_parameter·N; or C / (FLOPs a token); or ratio·N; or steps·B. Settled
+                before all below.
+Batch           B = 2^round(log2(B_ref·(D/D_ref)^0.383)) (Power Lines, arXiv 2505.13738), at least
+                one row. For a horizon in steps, D = steps·B makes this an equation in B; its
+                solution is log2 B = round(log2(B_ref·(steps/D_ref)^0.383) / (1 - 0.383)).
 Steps           D // B; at a FLOPs budget round(D / B).
-Learning rates  every one but smear and backout times √(B/B_ref); embeddings and head also times √(d_ref/d).
-                Warm-up, constant, then linear down over the last 65 % to 5 %.
-Weight decay    of the matrices: 0.28·√(B/B_ref)·(D_ref/D) (T_epoch, arXiv 2405.13698), cosine to zero, cautious.
-Muon            momentum 0.85 -> 0.97 over its warm-up, then -> 0.90 over the warm-down; its update is in optim.py.
+Learning rates  every one but smear and backout times √(B/B_ref); embeddings and head also times
+                √(d_ref/d). Warm-up, constant, then linear down over the last 65 % to 5 %.
+Weight decay    of the matrices: 0.28·√(B/B_ref)·(D_ref/D) (T_epoch, arXiv 2405.13698), cosine to
+                zero, cautious.
+Muon            momentum 0.85 -> 0.97 over its warm-up, then -> 0.90 over the warm-down; its update
+                is in optimizer.py.
 
-`nanochat` is karpathy/nanochat of July 2026 (commit 92d63d4). `pocket` keeps every law and re-bases the constants for
-two CPU cores; its docstring below says by which measurement.
+`nanochat` is karpathy/nanochat of July 2026 (commit 92d63d4). `pocket` keeps every law and re-bases
+the constants for two CPU cores; its docstring below gives the measurements.
 """
 
 from __future__ import annotations
@@ -32,7 +39,7 @@ from dataclasses import dataclass, replace
 
 BATCH_EXPONENT = 0.383
 LARGEST_HORIZON = 1e40
-"""FLOPs, tokens a parameter or steps beyond which a horizon is a slip of the hand."""
+"""FLOPs, tokens a parameter or steps beyond which a horizon must be a typing error."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +47,10 @@ class AdamW:
     """Settings of one AdamW parameter group."""
 
     lr: float
-    """Learning rate at the reference batch and width (in a Recipe), or the one to use (in Hyperparameters)."""
+    """Learning rate at the reference batch and width (in a Recipe), or the one to use (in
+    Hyperparameters)."""
     beta1: float
-    """Decay of the first moment."""
     beta2: float
-    """Decay of the second moment."""
     decay: float
     """Decoupled weight decay."""
 
@@ -54,22 +60,18 @@ class Parameters:
     """Exact parameter counts by group."""
 
     wte: int
-    """Token embedding."""
     value_embeds: int
-    """Value embeddings."""
     lm_head: int
-    """Head."""
     transformer_matrices: int
-    """Everything inside the blocks, value gates included."""
+    """Parameters inside the blocks, value gates included."""
     scalars: int
     """Residual, x0, smear and backout scalars and the smear gate."""
 
     @property
     def total(self) -> int:
-        """All parameters."""
-        return (
-            self.wte + self.value_embeds + self.lm_head + self.transformer_matrices + self.scalars
-        )
+        """The sum of all groups."""
+        embeddings = self.wte + self.value_embeds + self.lm_head
+        return embeddings + self.transformer_matrices + self.scalars
 
     @property
     def scaling(self) -> int:
@@ -79,16 +81,16 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Everything that shapes one model and its training, resolved to numbers."""
+    """Hyperparameters of one model and its training, resolved to numbers."""
 
     depth: int
     """Layers."""
     width: int
     """Model dimension."""
     heads: int
-    """Attention heads (as many for keys and values)."""
+    """Attention heads, the same number for queries, keys and values."""
     head_dim: int
-    """Channels a head."""
+    """Channels of a head."""
     sequence_length: int
     """Tokens of context."""
     vocab_size: int
@@ -96,7 +98,6 @@ class Hyperparameters:
     windows: tuple[int, ...]
     """Attention window of each layer, in tokens before the current one."""
     parameters: Parameters
-    """Parameter counts."""
     flops_per_token: int
     """FLOPs a training token, forward and backward."""
     tokens_asked: float
@@ -118,21 +119,15 @@ class Hyperparameters:
     momentum: tuple[float, float, float]
     """Muon momentum at the start, after its warm-up, at the end."""
     momentum_warmup_steps: int
-    """Steps of momentum warm-up."""
     matrix_beta2: float
     """Decay of Muon's factored second moment."""
     lm_head: AdamW
-    """Head group."""
     wte: AdamW
-    """Token embedding group."""
     value_embeds: AdamW
-    """Value embedding group."""
     resid: AdamW
-    """Residual scalar group."""
     x0: AdamW
-    """x0 scalar group."""
     smear: AdamW
-    """Smear and backout group."""
+    """Group of the smear and backout parameters."""
     validation_tokens: int
     """Tokens that val_bpb reads."""
     split_documents: bool
@@ -145,7 +140,7 @@ class Hyperparameters:
 
     @property
     def tokens(self) -> int:
-        """Tokens trained: steps·batch_tokens."""
+        """Training tokens: steps·batch_tokens."""
         return self.steps * self.batch_tokens
 
     @property
@@ -171,14 +166,15 @@ class Hyperparameters:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The constants of a family of models. Called with a depth and at most one horizon it gives Hyperparameters.
+    """Constants of a family of models. Called with a depth and at most one horizon, it returns
+    Hyperparameters.
 
     >>> nanochat(12).tokens_asked == 12 * nanochat(12).parameters.scaling
     True
     """
 
     name: str
-    """What people call the family."""
+    """Name of the family, for people."""
     aspect_ratio: int = 64
     """Width a layer, before rounding up to whole heads."""
     head_dim: int = 128
@@ -212,17 +208,12 @@ class Recipe:
     momentum: tuple[float, float, float] = (0.85, 0.97, 0.90)
     """Muon momentum at the start, after its warm-up, at the end."""
     lm_head: AdamW = AdamW(0.008, 0.8, 0.96, 0.01)
-    """Head group."""
     wte: AdamW = AdamW(0.3, 0.8, 0.995, 0.001)
-    """Token embedding group."""
     value_embeds: AdamW = AdamW(0.15, 0.8, 0.995, 0.01)
-    """Value embedding group."""
     resid: AdamW = AdamW(0.005, 0.8, 0.95, 0.05)
-    """Residual scalar group."""
     x0: AdamW = AdamW(0.5, 0.96, 0.95, 0.0)
-    """x0 scalar group."""
     smear: AdamW = AdamW(0.2, 0.8, 0.95, 0.0)
-    """Smear and backout group; its rate is never scaled."""
+    """Group of the smear and backout parameters; its rate is never scaled."""
     validation_tokens: int = 80 * 2**19
     """Tokens that val_bpb reads."""
     split_documents: bool = False
@@ -236,10 +227,11 @@ class Recipe:
         ratio: float | None = None,
         steps: int | None = None,
     ) -> Hyperparameters:
-        """Hyperparameters of one model: compute-optimal, or at a FLOPs budget, a tokens-per-parameter ratio, or for a
-        number of steps (a smoke run).
+        """Return the hyperparameters of one model: compute-optimal, or at a FLOPs budget, a
+        tokens-per-parameter ratio, or for a number of steps (a smoke run).
 
-        Raises ValueError for a depth below 1, more than one horizon, or a horizon that holds no step.
+        Raises ValueError for a depth below 1, more than one horizon, or a horizon that holds no
+        step.
         """
         width, parameters, windows, flops_per_token = self._shape(depth)
         tokens, batch, steps = self._horizon(depth, flops, ratio, steps)
@@ -279,19 +271,15 @@ class Recipe:
     def _horizon(
         self, depth: int, flops: float | None, ratio: float | None, steps: int | None
     ) -> tuple[float, int, int]:
-        """Tokens asked for, tokens a step, steps. Raises ValueError as a call does."""
-        given = {
-            name: x
-            for name, x in (("flops", flops), ("ratio", ratio), ("steps", steps))
-            if x is not None
-        }
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} given together: choose one horizon")
-        for name, value in given.items():
+        """Return requested tokens, tokens a step, and steps. Raises ValueError as a call does."""
+        requested = {"flops": flops, "ratio": ratio, "steps": steps}
+        horizons = {name: value for name, value in requested.items() if value is not None}
+        if len(horizons) > 1:
+            raise ValueError(f"{' and '.join(horizons)} given together: choose one horizon")
+        for name, value in horizons.items():
             if not 0 < value <= LARGEST_HORIZON:
-                raise ValueError(
-                    f"{name} {str(value)[:20]}: a horizon must be positive and below {LARGEST_HORIZON:g}"
-                )
+                limit = f"a horizon must be positive and below {LARGEST_HORIZON:g}"
+                raise ValueError(f"{name} {str(value)[:20]}: {limit}")
         if steps is not None:
             batch = self._batch_of_steps(steps)
             return steps * batch, batch, steps
@@ -311,54 +299,51 @@ class Recipe:
         return _round_up(self.aspect_ratio * depth, self.head_dim)
 
     def _shape(self, depth: int) -> tuple[int, Parameters, tuple[int, ...], int]:
-        """Width, parameters, windows and FLOPs a token of one depth."""
+        """Return the width, parameters, windows and FLOPs a token of a depth."""
         if depth < 1:
             raise ValueError(f"depth {depth}: a model has at least one layer")
-        width, vocab = self._width(depth), _round_up(self.vocab_size, 64)
+        width = self._width(depth)
+        vocab = _round_up(self.vocab_size, 64)
         tables = (depth + 1) // 2
+        gates = tables * (width // self.head_dim) * min(12, width)
         smear_channels = min(24, width)
         parameters = Parameters(
             wte=vocab * width,
             value_embeds=tables * vocab * width,
             lm_head=vocab * width,
-            transformer_matrices=12 * width**2 * depth
-            + tables * (width // self.head_dim) * min(12, width),
+            transformer_matrices=12 * width**2 * depth + gates,
             scalars=2 * depth + smear_channels + 2,
         )
         windows = self._windows(depth)
-        products = parameters.scaling + smear_channels
-        return (
-            width,
-            parameters,
-            windows,
-            6 * products + sum(12 * width * window for window in windows),
-        )
+        attention = sum(12 * width * window for window in windows)
+        flops_per_token = 6 * (parameters.scaling + smear_channels) + attention
+        return width, parameters, windows, flops_per_token
 
     def _windows(self, depth: int) -> tuple[int, ...]:
-        short = min(_round_up(-(-self.sequence_length // 4), 128), self.sequence_length)
-        size = {"S": short, "L": self.sequence_length}
+        length = self.sequence_length
+        short = min(_round_up(-(-length // 4), 128), length)
+        sizes = {"S": short, "L": length}
         pattern = self.window_pattern
-        return (
-            *(size[pattern[layer % len(pattern)]] for layer in range(depth - 1)),
-            self.sequence_length,
-        )
+        tiled = [sizes[pattern[layer % len(pattern)]] for layer in range(depth - 1)]
+        return (*tiled, length)
 
     def _reference_tokens(self) -> float:
         return self.tokens_per_parameter * self._shape(self.reference_depth)[1].scaling
 
     def _batch(self, tokens: float) -> int:
-        log2 = math.log2(self.reference_batch) + BATCH_EXPONENT * math.log2(
-            tokens / self._reference_tokens()
-        )
-        return self._whole_rows(log2)
+        """Return the batch of a horizon in tokens."""
+        return self._round_batch(self._log2_batch(tokens))
 
     def _batch_of_steps(self, steps: int) -> int:
-        log2 = math.log2(self.reference_batch) + BATCH_EXPONENT * math.log2(
-            steps / self._reference_tokens()
-        )
-        return self._whole_rows(log2 / (1 - BATCH_EXPONENT))
+        """Return the batch of a horizon in steps."""
+        return self._round_batch(self._log2_batch(steps) / (1 - BATCH_EXPONENT))
 
-    def _whole_rows(self, log2: float) -> int:
+    def _log2_batch(self, horizon: float) -> float:
+        ratio = horizon / self._reference_tokens()
+        return math.log2(self.reference_batch) + BATCH_EXPONENT * math.log2(ratio)
+
+    def _round_batch(self, log2: float) -> int:
+        """Return the nearest power of two of tokens that holds at least one row."""
         batch = max(2 ** max(round(log2), 0), self.sequence_length)
         if batch % self.sequence_length:
             raise ValueError(f"sequence_length {self.sequence_length}: must be a power of two")
@@ -390,16 +375,22 @@ pocket = Recipe(
     validation_tokens=2**17,
     split_documents=True,
 )
-"""nanochat's laws for two CPU cores; what differs, and the measurement behind it (experiments/LOG.md has the figures):
+"""nanochat's laws for two CPU cores; differences, with the measurement behind each (figures in
+experiments/LOG.md):
 
-Width           8 a layer, heads of 8, vocabulary 512, context 128: depths 2 to 6 train in minutes (`make demo`).
-Horizon         16 tokens a scaling parameter. The isoFLOP minima lie near 24 (experiments/isoflop.py) in a flat valley:
-                at 16 the loss is higher by about what seeds differ, and the ladder takes two thirds of the time.
-Batch           1,024 tokens at depth 4, where the rates are the reference's own, unscaled (experiments/pocket_rates.py:
-                half the batch or twice the rates gain about what seeds differ, every other change loses more).
-x0, smear       rates of 0.05 and 0.02, a tenth of the reference's, which at this few steps lose (same experiment).
-Momentum        warm-up over 100 steps, since a run has a few hundred; the learning rate's 40 steps are the reference's.
-Documents       longer than a row are split and shuffled, not cropped: 11 MB cannot spare what cropping drops at 128.
-"""
+Width           8 a layer, heads of 8, vocabulary 512, context 128: depths 2 to 6 train in minutes
+                (`make demo`).
+Horizon         16 tokens a scaling parameter. The isoFLOP minima lie near 24
+                (experiments/isoflop.py) in a flat valley: at 16 the loss is higher by about what
+                seeds differ, and the ladder takes two thirds of the time.
+Batch           1,024 tokens at depth 4, where the rates are the reference's own, unscaled
+                (experiments/pocket_rates.py: half the batch or twice the rates gain about what
+                seeds differ, every other change loses more).
+x0, smear       rates of 0.05 and 0.02, a tenth of the reference's, which at this few steps lose
+                (same experiment).
+Momentum        warm-up over 100 steps, since a run has a few hundred; the learning rate's 40 steps
+                are the reference's.
+Documents       longer than a row are split and shuffled, not cropped: 11 MB cannot spare what
+                cropping drops at 128."""
 
 RECIPES = {recipe.name: recipe for recipe in (nanochat, pocket)}
