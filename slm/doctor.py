@@ -1,7 +1,8 @@
-"""What this machine can run and what is missing: a flat list of checks, each one line for people with the way out.
+"""Checks of what this machine can run and what is missing.
 
-A check looks and changes nothing, but for a file in the home that it makes and removes. None loads torch here: whether
-it loads is asked of a process of its own, last.
+Each check yields one line per result, for people, with the way out. Checks change nothing except
+for files that they make in the home and remove. None imports torch here: the last one loads it in
+another process.
 """
 
 from __future__ import annotations
@@ -21,273 +22,292 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from slm.experiment import Experiment, RequestedRun
 from slm.files import lock_holder, read_json
 from slm.hardware import devices
 from slm.hardware.slot import Slot
 from slm.recipe import Hyperparameters
-from slm.run import is_done, is_on_this_machine, last_attempt, read_exit
+from slm.run import is_done, is_on_this_machine, last_attempt, list_runs, read_exit
+from slm.text import first_few, plural
 
-FILES, FEW_FILES = 256, 1024
-"""Open files below which a sweep fails, and below which a large one may."""
-PROCESSES = 256
-"""Processes that a sweep may need beside those there are: ranks, supervisors, compilers."""
-DISK, LITTLE_DISK = 1e9, 20e9
-"""Bytes free below which nothing should start, and below which a home soon fills."""
-SHARED_MEMORY = 2**30
-"""Bytes of /dev/shm that several GPUs of one run want; containers have 64 MB by default."""
+MIN_FILES = 256
+"""Open files below which a sweep fails."""
+LOW_FILES = 1024
+"""Open files below which a large sweep may fail."""
+LOW_PROCESSES = 256
+"""Processes that a sweep may start: ranks, supervisors, compilers."""
+MIN_DISK = 1e9
+"""Free bytes below which no run should start."""
+LOW_DISK = 20e9
+"""Free bytes below which the disk soon fills up."""
+MIN_SHARED_MEMORY = 2**30
+"""Bytes of /dev/shm for a run on several GPUs; containers have 64 MB by default."""
 STATE_BYTES = 12
-"""Bytes of a checkpoint a parameter, at most: the weights and two moments."""
-REMOTE = (
-    "nfs",
-    "nfs4",
-    "lustre",
-    "gpfs",
-    "beegfs",
-    "cifs",
-    "smb3",
-    "ceph",
-    "fuse.sshfs",
-    "9p",
-    "afs",
-)
+"""Bytes of a checkpoint per parameter, at most: the weights and two moments."""
+NETWORK_FILE_SYSTEMS = {
+    *("nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs"),
+    *("smb3", "ceph", "fuse.sshfs", "9p", "afs"),
+}
 """File systems of several machines, by the kernel's names."""
-SLURM = ("sbatch", "squeue", "scancel", "scontrol")
-ANSWER_SECONDS = 3.0
-"""Time in which a server answers."""
+SLURM_COMMANDS = ("sbatch", "squeue", "scancel", "scontrol")
+CONNECT_SECONDS = 3.0
+"""Time for a server to answer."""
 LOAD_SECONDS = 120.0
-"""Time in which torch loads, from the slowest of network file systems."""
+"""Time for torch to load, from a slow network file system too."""
 TORCH = """
 import torch
-found = [f"{torch.cuda.device_count()} CUDA"] if torch.cuda.is_available() else []
-found += ["MPS"] if torch.backends.mps.is_available() else []
-print(f"{torch.__version__} loads; devices: {', '.join([*found, 'cpu'])}")
+devices = [f"{torch.cuda.device_count()} CUDA"] if torch.cuda.is_available() else []
+devices += ["MPS"] if torch.backends.mps.is_available() else []
+print(f"{torch.__version__} loads; devices: {', '.join([*devices, 'cpu'])}")
 """
 
 State = Literal["ok", "note", "problem"]
 
 
+class Outcome(NamedTuple):
+    """Result of a check."""
+
+    state: State
+    """`note` may matter, `problem` keeps something from running."""
+    message: str
+    """Sentence with the values and the way out."""
+
+
 @dataclass(frozen=True)
 class Finding:
-    """What a check found."""
+    """Result with the name of its check."""
 
     check: str
-    """What was looked at, in a word or two."""
     state: State
-    """`note` is what may matter, `problem` what keeps something from running."""
     message: str
-    """One sentence: the values, and the way out."""
 
 
-Check = Callable[[], Iterator[Finding]]
+Check = Callable[[], Iterator[Outcome]]
 
 
-def machine(home: Path, url: str | None = None) -> list[tuple[str, Check]]:
-    """The checks of a machine and a home, by name; with a `url`, whether its server answers."""
+def ok(message: str) -> Outcome:
+    """Return the result of a check that passed."""
+    return Outcome("ok", message)
+
+
+def note(message: str) -> Outcome:
+    """Return a result that may matter."""
+    return Outcome("note", message)
+
+
+def problem(message: str) -> Outcome:
+    """Return a result that keeps something from running."""
+    return Outcome("problem", message)
+
+
+def machine_checks(home: Path, url: str | None = None) -> list[tuple[str, Check]]:
+    """Return the checks of a machine and a home, by name; with `url`, also of its server."""
     checks: list[tuple[str, Check]] = [
-        ("python", python),
-        ("packages", packages),
-        ("devices", found_devices),
+        ("python", python_version),
+        ("packages", package_versions),
+        ("devices", gpus),
         ("cores", cores),
         ("compiler", compiler),
         ("limits", limits),
         ("home", lambda: writable(home)),
-        ("locks", lambda: locking(home)),
+        ("locks", lambda: locks(home)),
         ("disk", lambda: disk(home)),
         ("data", lambda: prepared(home)),
         ("runs", lambda: leftovers(home)),
         ("slurm", slurm),
         ("store", lambda: database(home)),
     ]
-    return [*checks, *([("network", lambda: network(url))] if url else [])]
+    if url:
+        checks.append(("network", lambda: network(url)))
+    return checks
 
 
-def plan(experiment: Experiment, home: Path, core: bool) -> list[tuple[str, Check]]:
-    """The checks of an experiment's runs here; `core` asks for a bundle, too."""
-    asked = experiment.requested_runs()
+def plan_checks(experiment: Experiment, home: Path, core: bool) -> list[tuple[str, Check]]:
+    """Return the checks of an experiment's runs on this machine; `core` adds that of a bundle."""
+    runs = experiment.requested_runs()
     checks: list[tuple[str, Check]] = [
-        ("plan: data", lambda: enough_data(experiment, asked, home)),
-        ("plan: memory", lambda: enough_memory(asked)),
-        ("plan: disk", lambda: enough_disk(asked, home)),
+        ("plan: data", lambda: plan_data(experiment, runs, home)),
+        ("plan: memory", lambda: plan_memory(runs)),
+        ("plan: disk", lambda: plan_disk(runs, home)),
     ]
-    return [*checks, *([("plan: CORE", lambda: bundle(home))] if core else [])]
+    if core:
+        checks.append(("plan: CORE", lambda: plan_bundle(home)))
+    return checks
 
 
 def examine(checks: Sequence[tuple[str, Check]]) -> Iterator[Finding]:
-    """The findings, each as soon as it is there; a check that cannot look is a problem, and the others go on."""
+    """Yield findings as soon as they are known. A check that fails is a problem; the others run."""
     for name, check in checks:
         try:
-            yield from check()
+            for outcome in check():
+                yield Finding(name, *outcome)
         except (RuntimeError, ValueError) as error:
             yield Finding(name, "problem", " ".join(str(error).split()))
         except (OSError, KeyError, TypeError) as error:
-            yield Finding(name, "problem", f"could not look ({type(error).__name__}: {error})")
+            message = f"the check failed ({type(error).__name__}: {error})"
+            yield Finding(name, "problem", message)
 
 
-def python() -> Iterator[Finding]:
-    """The interpreter against what the package asks for."""
+# The machine
+
+
+def python_version() -> Iterator[Outcome]:
+    """Check the interpreter against the versions that slm supports."""
     from packaging.specifiers import SpecifierSet
 
-    wanted, here = metadata.metadata("slm")["Requires-Python"], platform.python_version()
-    known = SpecifierSet(wanted).contains(here)
-    way = "" if known else ": make an environment with one of those"
-    yield Finding("python", "ok" if known else "problem", f"{here} (supported: {wanted}){way}")
+    supported = metadata.metadata("slm")["Requires-Python"]
+    version = f"{platform.python_version()} (supported: {supported})"
+    if SpecifierSet(supported).contains(platform.python_version()):
+        yield ok(version)
+    else:
+        yield problem(f"{version}: make an environment with one of those")
 
 
-def packages() -> Iterator[Finding]:
-    """Every package against the range that slm names."""
+def package_versions() -> Iterator[Outcome]:
+    """Check every package against the range that slm requires."""
     from packaging.requirements import Requirement
 
-    wanted = [Requirement(text) for text in metadata.requires("slm") or ()]
-    needed = [own for own in wanted if own.marker is None or own.marker.evaluate({"extra": ""})]
-    wrong = [why for own in needed if (why := wrong_version(own.name, str(own.specifier)))]
-    if wrong:
-        names = " ".join(f"'{why.partition(' ')[0]}{why.rpartition(' ')[2]}'" for why in wrong)
-        yield Finding("packages", "problem", f"{'; '.join(wrong)}: pip install {names}")
+    requirements = [Requirement(text) for text in metadata.requires("slm") or ()]
+    required = [
+        requirement
+        for requirement in requirements
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+    ]
+    errors = {}
+    for requirement in required:
+        if error := version_error(requirement.name, str(requirement.specifier)):
+            errors[f"'{requirement.name}{requirement.specifier}'"] = error
+    if errors:
+        yield problem(f"{'; '.join(errors.values())}: pip install {' '.join(errors)}")
     else:
-        yield Finding("packages", "ok", f"{len(needed)} as needed, slm {metadata.version('slm')}")
+        yield ok(f"{len(required)} as required, slm {metadata.version('slm')}")
 
 
-def wrong_version(name: str, wanted: str) -> str | None:
-    """What is wrong with an installed package: `NAME … wants RANGE`; None when nothing is."""
+def version_error(name: str, required: str) -> str | None:
+    """Return what is wrong with an installed package, None if its version is in the range."""
     from packaging.specifiers import SpecifierSet
 
     try:
-        here = metadata.version(name)
+        installed = metadata.version(name)
     except metadata.PackageNotFoundError:
-        return f"{name} is not installed, slm wants {wanted}"
-    return (
-        None
-        if SpecifierSet(wanted).contains(here, prereleases=True)
-        else f"{name} is {here}, slm wants {wanted}"
-    )
+        return f"{name} is not installed, slm requires {required}"
+    if SpecifierSet(required).contains(installed, prereleases=True):
+        return None
+    return f"{name} is {installed}, slm requires {required}"
 
 
-def found_devices() -> Iterator[Finding]:
-    """GPUs, and whether torch was built for them; asked of the driver and of torch's files."""
-    names, built = devices.gpu_names(), torch_cuda()
+def gpus() -> Iterator[Outcome]:
+    """Check GPUs, and that torch is built for them, by the driver and by torch's files."""
+    names = devices.gpu_names()
+    cuda = torch_cuda()
     if names:
         memory = f"{(devices.gpu_memory() or 0) / 1e9:.3g} GB, driver {devices.driver()}"
-        what = f"{len(names)} x {names[0]}, {memory}"
-        if built is None:
-            way = "torch is built without CUDA, so they stay idle: install torch's CUDA build"
-            yield Finding("devices", "problem", f"{what}; {way}")
+        description = f"{len(names)} x {names[0]}, {memory}"
+        if cuda is None:
+            yield problem(
+                f"{description}; torch is built without CUDA, so they stay idle: "
+                "install torch's CUDA build"
+            )
         else:
-            yield Finding("devices", "ok", f"{what}; torch is built for CUDA {built}")
+            yield ok(f"{description}; torch is built for CUDA {cuda}")
     elif devices.apple_gpu():
-        yield Finding(
-            "devices",
-            "note",
-            f"{devices.name('mps')}: `slm sweep --gpus 1` takes it, else the cores train",
-        )
-    elif built:
-        yield Finding(
-            "devices",
-            "note",
-            f"no GPU is seen, though torch is built for CUDA {built}: the cores train",
-        )
+        yield note(f"{devices.name('mps')}: `slm sweep --gpus 1` uses it, else the CPU trains")
+    elif cuda:
+        yield note(f"no GPU found, though torch is built for CUDA {cuda}: the CPU trains")
     else:
-        yield Finding(
-            "devices", "ok", "no GPU: the cores train, which is what recipe pocket is for"
-        )
+        yield ok("no GPU: the CPU trains, which the recipe pocket is made for")
 
 
 def torch_cuda() -> str | None:
-    """The CUDA that torch is built for, by its own version file, which takes no import; None without."""
+    """Return the CUDA version torch is built for, from its version.py without importing it."""
     spec = util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
-    found = re.search(
-        r"^cuda\b[^=]*= *'([\d.]+)'",
-        Path(spec.origin).with_name("version.py").read_text(),
-        re.MULTILINE,
-    )
-    return found[1] if found else None
+    text = Path(spec.origin).with_name("version.py").read_text()
+    match = re.search(r"^cuda\b[^=]*= *'([\d.]+)'", text, re.MULTILINE)
+    return match[1] if match else None
 
 
-def cores() -> Iterator[Finding]:
-    """Cores and memory that this process may use."""
+def cores() -> Iterator[Outcome]:
+    """Report the cores and memory that this process may use."""
     import psutil
 
     free = min(psutil.virtual_memory().available, devices.memory())
-    text = f"{devices.cores()} x {devices.name('cpu')}, {devices.memory() / 1e9:.3g} GB of which {free / 1e9:.3g} free"
-    yield Finding("cores", "ok", text)
+    memory = f"{devices.memory() / 1e9:.3g} GB of which {free / 1e9:.3g} free"
+    yield ok(f"{devices.cores()} x {devices.name('cpu')}, {memory}")
 
 
-def compiler() -> Iterator[Finding]:
-    """What `torch.compile` calls."""
+def compiler() -> Iterator[Outcome]:
+    """Check that there is a compiler for `torch.compile`."""
     names = (os.environ.get("CXX", "g++"), "clang++")
-    found = next((path for name in names if (path := shutil.which(name))), None)
-    if found:
-        yield Finding("compiler", "ok", f"{found} compiles long runs")
+    path = shutil.which(names[0]) or shutil.which(names[1])
+    if path:
+        yield ok(f"{path} compiles long runs")
     else:
-        way = "long runs train uncompiled, which is slower: install g++, or name one in CXX"
-        yield Finding("compiler", "note", f"no {' and no '.join(names)}: {way}")
+        yield note(
+            f"no {' and no '.join(names)}: long runs train uncompiled, which is slower: "
+            "install g++, or name a compiler in CXX"
+        )
 
 
-def limits() -> Iterator[Finding]:
-    """Open files, processes and shared memory."""
+def limits() -> Iterator[Outcome]:
+    """Check the limits of open files, processes and shared memory."""
+    outcomes = []
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    room, shared = process_room(), shared_memory()
-    found = []
-    if 0 <= files < FEW_FILES:
-        state: State = "problem" if files < FILES else "note"
-        found.append(
-            Finding("limits", state, f"{files} open files: `ulimit -n {4 * FEW_FILES}` allows more")
-        )
-    if room is not None and room < PROCESSES:
-        state = "problem" if room < devices.cores() else "note"
-        found.append(
-            Finding("limits", state, f"{room} more processes are allowed: `ulimit -u` allows more")
-        )
-    if shared is not None and shared < SHARED_MEMORY and devices.gpu_count() > 1:
-        way = "give the container more (--shm-size=8g, --ipc=host), or take --gpus-per-run 1"
-        found.append(
-            Finding(
-                "limits", "problem", f"/dev/shm has {shared / 1e6:.0f} MB for several GPUs: {way}"
+    if 0 <= files < LOW_FILES:
+        message = f"{files} open files: `ulimit -n {4 * LOW_FILES}` allows more"
+        outcomes.append(problem(message) if files < MIN_FILES else note(message))
+    processes = process_room()
+    if processes is not None and processes < LOW_PROCESSES:
+        message = f"{processes} more processes are allowed: `ulimit -u` allows more"
+        outcomes.append(problem(message) if processes < devices.cores() else note(message))
+    shared = shared_memory()
+    if shared is not None and shared < MIN_SHARED_MEMORY and devices.gpu_count() > 1:
+        outcomes.append(
+            problem(
+                f"/dev/shm has {shared / 1e6:.0f} MB for several GPUs: give the container more "
+                "(--shm-size=8g, --ipc=host), or use --gpus-per-run 1"
             )
         )
-    yield from found or [
-        Finding("limits", "ok", f"{files if files >= 0 else 'any number of'} open files, processes")
-    ]
+    yield from outcomes or [ok(f"{files if files >= 0 else 'unlimited'} open files, processes")]
 
 
 def process_room() -> int | None:
-    """Processes that this user may still start; None without a limit."""
+    """Return how many more processes this user may start, None without a limit."""
     import psutil
 
-    most = resource.getrlimit(resource.RLIMIT_NPROC)[0]
-    if most == resource.RLIM_INFINITY or os.getuid() == 0:  # root is not held to it
+    limit = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    if limit == resource.RLIM_INFINITY or os.getuid() == 0:  # the limit does not apply to root
         return None
-    own = [process for process in psutil.process_iter(["uids"]) if process.info["uids"]]
-    return most - sum(process.info["uids"].real == os.getuid() for process in own)
+    uids = [process.info["uids"] for process in psutil.process_iter(["uids"])]
+    return limit - sum(uid is not None and uid.real == os.getuid() for uid in uids)
 
 
 def shared_memory() -> int | None:
-    """Bytes of /dev/shm; None where there is none."""
+    """Return the bytes of /dev/shm, None if there is none."""
     folder = Path("/dev/shm")
     return shutil.disk_usage(folder).total if folder.is_dir() else None
 
 
-def writable(home: Path) -> Iterator[Finding]:
-    """Whether files can be made and renamed in the home."""
-    if (problem := unwritable(home)) is None:
-        made = "" if home.is_dir() else " (a sweep makes it)"
-        yield Finding("home", "ok", f"{home.absolute()}{made} can be written")
+# The home
+
+
+def writable(home: Path) -> Iterator[Outcome]:
+    """Check that files can be created and renamed in the home."""
+    error = write_error(home)
+    if error is None:
+        remark = "" if home.is_dir() else " (a sweep creates it)"
+        yield ok(f"{home.absolute()}{remark} is writable")
     else:
-        yield Finding(
-            "home",
-            "problem",
-            f"{home.absolute()} cannot be written ({problem}): SLM_HOME names another",
-        )
+        yield problem(f"{home.absolute()} is not writable ({error}): SLM_HOME names another")
 
 
-def unwritable(home: Path) -> str | None:
-    """Why no file can be made in a home, or where it will be made; None when one can."""
+def write_error(home: Path) -> str | None:
+    """Return why no file can be created in a home, or where it will be; None if one can."""
     try:
-        with tempfile.TemporaryDirectory(prefix=".doctor-", dir=standing(home)) as folder:
+        with tempfile.TemporaryDirectory(prefix=".doctor-", dir=existing_folder(home)) as folder:
             (Path(folder) / "a").write_text("slm")
             (Path(folder) / "a").rename(Path(folder) / "b")
     except OSError as error:
@@ -295,36 +315,37 @@ def unwritable(home: Path) -> str | None:
     return None
 
 
-def standing(home: Path) -> Path:
-    """The home, else the folder above that there is."""
+def existing_folder(home: Path) -> Path:
+    """Return the home, or the nearest folder above it that exists."""
     return next(folder for folder in (home.absolute(), *home.absolute().parents) if folder.exists())
 
 
-def locking(home: Path) -> Iterator[Finding]:
-    """Whether a lock keeps others out, as runs, sweeps and the store rely on; and who holds the home's."""
-    if unwritable(home):
+def locks(home: Path) -> Iterator[Outcome]:
+    """Check that locks exclude others, as runs, sweeps and the store need; name those held."""
+    if write_error(home):
         return
     kind = file_system(home)
-    if problem := unlockable(standing(home)):
-        way = f"two sweeps could train one run: mount {kind or 'it'} with locks, or put SLM_HOME on another disk"
-        yield Finding("locks", "problem", f"{problem}; {way}")
-    elif kind in REMOTE:
-        way = "hold on this machine; between machines they need its lock service (no `nolock`, no `local_lock`)"
-        yield Finding("locks", "note", f"the home lies on {kind}: locks {way}")
+    if error := lock_error(existing_folder(home)):
+        yield problem(
+            f"{error}; two sweeps could train one run: mount {kind or 'it'} with locks, "
+            "or put SLM_HOME on another disk"
+        )
+    elif kind in NETWORK_FILE_SYSTEMS:
+        yield note(
+            f"the home is on {kind}: locks work on this machine; between machines they need its "
+            "lock service (no `nolock`, no `local_lock`)"
+        )
     else:
-        yield Finding("locks", "ok", f"hold here{f', on {kind}' if kind else ''}")
-    for name, what in (
-        ("sweep.lock", "conducts a sweep of this home"),
-        ("store.lock", "writes its database"),
-    ):
+        yield ok(f"locks work{f', on {kind}' if kind else ''}")
+    holders = {"sweep.lock": "sweeps this home", "store.lock": "writes its database"}
+    for name, activity in holders.items():
         if process := lock_holder(home / name):
-            yield Finding(
-                "locks", "note", f"process {process} {what}: `slm status --watch` shows it"
-            )
+            yield note(f"process {process} {activity}: `slm status --watch` shows it")
 
 
-def unlockable(folder: Path) -> str | None:
-    """What is wrong with `flock` in a folder: it is refused, or granted twice; None when it is right."""
+def lock_error(folder: Path) -> str | None:
+    """Return what is wrong with `flock` in a folder: refused, or granted twice; None if it
+    works."""
     with (
         tempfile.NamedTemporaryFile(prefix=".doctor-", dir=folder) as first,
         open(first.name) as second,
@@ -341,128 +362,102 @@ def unlockable(folder: Path) -> str | None:
 
 
 def file_system(home: Path) -> str | None:
-    """What the kernel calls the file system of a home; None where it does not say."""
+    """Return the kernel's name of the file system of a home, None if unknown."""
     import psutil
 
-    place = standing(home).resolve()
+    folder = existing_folder(home).resolve()
     mounts = [
-        own for own in psutil.disk_partitions(all=True) if place.is_relative_to(own.mountpoint)
+        mount
+        for mount in psutil.disk_partitions(all=True)
+        if folder.is_relative_to(mount.mountpoint)
     ]
-    return max(mounts, key=lambda own: len(own.mountpoint)).fstype if mounts else None
+    return max(mounts, key=lambda mount: len(mount.mountpoint)).fstype if mounts else None
 
 
-def disk(home: Path) -> Iterator[Finding]:
-    """Space at the home."""
-    free = shutil.disk_usage(standing(home)).free
-    text = f"{free / 1e9:.3g} GB free at the home"
-    if free < LITTLE_DISK:
-        state: State = "problem" if free < DISK else "note"
-        yield Finding(
-            "disk",
-            state,
-            f"{text}: free some, `slm rm` removes runs, or SLM_HOME names another disk",
-        )
+def disk(home: Path) -> Iterator[Outcome]:
+    """Check the free space for the home."""
+    free = free_disk(home)
+    text = f"{free / 1e9:.3g} GB free for the home"
+    if free >= LOW_DISK:
+        yield ok(text)
     else:
-        yield Finding("disk", "ok", text)
+        message = f"{text}: free some, `slm rm` removes runs, or SLM_HOME names another disk"
+        yield problem(message) if free < MIN_DISK else note(message)
 
 
-def prepared(home: Path) -> Iterator[Finding]:
-    """Corpora and bundles that are there."""
-    found, wrong = [], []
+def free_disk(home: Path) -> int:
+    """Return the free bytes of a home's disk."""
+    return shutil.disk_usage(existing_folder(home)).free
+
+
+def prepared(home: Path) -> Iterator[Outcome]:
+    """List the prepared corpora and the bundles, and check that manifests are readable."""
+    from slm.evaluate.bundle import names_of
+
+    corpora = []
     for path in sorted((home / "data").glob("*/manifest.json")):
         try:
             manifest = read_json(path)
-            found.append(
-                f"{path.parent.name} ({manifest['train']['rows'] * (manifest['row_tokens'] - 1):,} tokens)"
-            )
+            tokens = manifest["train"]["rows"] * (manifest["row_tokens"] - 1)
+            corpora.append(f"{path.parent.name} ({tokens:,} tokens)")
         except (ValueError, KeyError, TypeError):
-            wrong.append(
-                Finding(
-                    "data",
-                    "problem",
-                    f"{path} cannot be read: remove its folder and prepare it again",
-                )
-            )
-    bundles = [folder.name for folder in bundles_of(home)]
-    text = f"corpora: {', '.join(found) or 'none yet (a sweep prepares what it needs)'}"
-    yield from wrong
-    yield Finding(
-        "data", "ok", f"{text}; bundles: {', '.join(bundles) or 'none (`slm data core` gets one)'}"
-    )
+            yield problem(f"{path} cannot be read: remove its folder and prepare it again")
+    known = ", ".join(corpora) or "none yet (a sweep prepares what it needs)"
+    bundles = ", ".join(names_of(home)) or "none (`slm data core` gets one)"
+    yield ok(f"corpora: {known}; bundles: {bundles}")
 
 
-def bundles_of(home: Path) -> list[Path]:
-    """Folders of the bundles that a home has."""
-    return sorted(path.parent for path in (home / "data" / "core").glob("[!.]*/core.yaml"))
+def leftovers(home: Path) -> Iterator[Outcome]:
+    """Find what dead processes left: runs without an exit, lone trainers, half-prepared data."""
+    from slm.data.inventory import entries
 
-
-def leftovers(home: Path) -> Iterator[Finding]:
-    """What dead processes left: runs without a word of their end, trainers without a supervisor, half-made folders."""
-    folders, dead, alone = sorted(path.parent for path in home.glob("*/plan.json")), [], []
-    for folder in folders:
-        last = last_attempt(folder)
-        supervisor, trainer = (lock_holder(folder / name) for name in ("lock", "train.lock"))
-        if supervisor is None and trainer is not None:
-            alone.append(f"{folder.name} (process {trainer})")
-        elif supervisor is None and last and is_on_this_machine(folder) and not is_done(folder):
-            dead += [folder.name] if read_exit(last) is None else []
-    half = [
-        path.parent
-        for path in home.glob("data/*/lock")
-        if not (path.parent / "manifest.json").exists()
-    ]
-    half = [folder for folder in half if lock_holder(folder / "lock") is None]
-    if alone:
-        yield Finding(
-            "runs",
-            "note",
-            f"train without a supervisor: {named(alone)}; `slm sweep` typed again adopts them",
+    runs = list_runs(home) if home.is_dir() else []
+    dead = []
+    orphans = []
+    for folder in runs:
+        supervisor = lock_holder(folder / "lock")
+        trainer = lock_holder(folder / "train.lock")
+        attempt = last_attempt(folder)
+        if supervisor is not None:
+            continue
+        if trainer is not None:
+            orphans.append(f"{folder.name} (process {trainer})")
+        elif attempt and is_on_this_machine(folder) and not is_done(folder):
+            dead += [folder.name] if read_exit(attempt) is None else []
+    unfinished = [entry.folder.name for entry in entries(home) if entry.state == "unfinished"]
+    if orphans:
+        yield note(
+            f"trainers without a supervisor: {first_few(orphans)}; the next `slm sweep` adopts them"
         )
     if dead:
-        yield Finding(
-            "runs",
-            "note",
-            f"ended without a word: {named(dead)}; `slm sweep` typed again goes on with them",
-        )
-    if half:
-        yield Finding(
-            "runs",
-            "note",
-            f"half-prepared data: {named([path.name for path in half])}; the next sweep goes on",
-        )
-    if not (alone or dead or half):
-        yield Finding(
-            "runs", "ok", f"{len(folders)} in the home, nothing left behind by dead processes"
-        )
+        yield note(f"ended without an exit.json: {first_few(dead)}; the next `slm sweep` resumes")
+    if unfinished:
+        yield note(f"half-prepared data: {first_few(unfinished)}; the next sweep resumes")
+    if not (orphans or dead or unfinished):
+        yield ok(f"{plural(len(runs), 'run')}, nothing left behind by dead processes")
 
 
-def named(words: Sequence[str], most: int = 4) -> str:
-    """Some of the words, and how many more."""
-    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
-
-
-def slurm() -> Iterator[Finding]:
-    """Slurm's commands, and whether it answers."""
+def slurm() -> Iterator[Outcome]:
+    """Check Slurm's commands, and that it answers."""
     from slm.sweep.slurm import queue
 
-    missing = [name for name in SLURM if shutil.which(name) is None]
-    if len(missing) == len(SLURM):
-        yield Finding("slurm", "ok", "none here: runs train on this machine")
+    missing = [name for name in SLURM_COMMANDS if shutil.which(name) is None]
+    if len(missing) == len(SLURM_COMMANDS):
+        yield ok("not installed: runs train on this machine")
     elif missing:
-        yield Finding(
-            "slurm",
-            "problem",
-            f"no {', '.join(missing)} beside the others: sweep where you submit jobs from",
+        yield problem(
+            f"no {', '.join(missing)}, unlike the other commands: "
+            "start sweeps where you submit jobs from"
         )
     else:
         try:
-            yield Finding("slurm", "ok", f"answers, {len(queue())} jobs of runs in the queue")
+            yield ok(f"answers, {plural(len(queue()), 'job')} of runs in the queue")
         except RuntimeError as error:
-            yield Finding("slurm", "note", f"does not answer ({error}): --launcher slurm needs it")
+            yield note(f"does not answer ({error}): --launcher slurm needs it")
 
 
-def database(home: Path) -> Iterator[Finding]:
-    """Whether the store, in the home or on the server that SLM_STORE names, answers and holds the files as they are."""
+def database(home: Path) -> Iterator[Outcome]:
+    """Check that the store, in the home or on SLM_STORE's server, answers and is up to date."""
     import store
     from store import paths
 
@@ -470,41 +465,39 @@ def database(home: Path) -> Iterator[Finding]:
         if url := paths.server_url():
             from store import server
 
-            what = f"{server.ping(url)} answers"
+            status = f"{server.ping(url)} answers"
         elif paths.snapshot(home).exists():
             runs = store.sql("select count(*) as n from runs", home=home)["n"].iloc[0]
-            what = f"runs: {runs}"
+            status = f"runs: {runs}"
         else:
-            yield Finding("store", "ok", "no results yet: the first sweep makes them")
+            yield ok("no results yet: the first sweep makes them")
             return
     except store.StoreError as error:
-        yield Finding("store", "problem", str(error))
+        yield problem(str(error))
         return
     if store.is_current(home):
-        yield Finding("store", "ok", f"{what}, as the files are")
+        yield ok(f"{status}, up to date")
     else:
-        way = "any command that reads results brings it up to date; if that fails, `slm store rebuild`"
-        yield Finding("store", "note", f"{what}, older than the files: {way}")
+        yield note(
+            f"{status}, older than the files: any command that reads results updates it; "
+            "if that fails, `slm store rebuild`"
+        )
 
 
-def network(url: str) -> Iterator[Finding]:
-    """Whether the bundle of CORE can be downloaded from here."""
+def network(url: str) -> Iterator[Outcome]:
+    """Check that the server of the CORE bundle answers."""
     from urllib.parse import urlsplit
 
     host = urlsplit(url).hostname or ""
     try:
-        socket.create_connection((host, 443), ANSWER_SECONDS).close()
-        yield Finding("network", "ok", f"{host} answers: `slm data core` can download")
+        socket.create_connection((host, 443), CONNECT_SECONDS).close()
+        yield ok(f"{host} answers: `slm data core` can download")
     except OSError as error:
-        yield Finding(
-            "network",
-            "note",
-            f"{host} is not reached ({error}): `slm data core --from ZIP` takes a copy",
-        )
+        yield note(f"{host} does not answer ({error}): `slm data core --from ZIP` takes a copy")
 
 
-def torch_loads() -> Iterator[Finding]:
-    """Whether torch loads, in a process of its own, and the devices it sees."""
+def torch_loads() -> Iterator[Outcome]:
+    """Check that torch loads, in another process, and sees the devices."""
     began = time.monotonic()
     command = [sys.executable, "-c", TORCH]
     try:
@@ -512,116 +505,102 @@ def torch_loads() -> Iterator[Finding]:
             command, capture_output=True, text=True, timeout=LOAD_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
-        yield Finding(
-            "torch", "problem", f"does not load within {LOAD_SECONDS:.0f} s: look at its disk"
-        )
+        yield problem(f"does not load within {LOAD_SECONDS:.0f} s: check its disk")
         return
-    said = (result.stdout if result.returncode == 0 else result.stderr).strip().splitlines()
+    output = result.stderr if result.returncode else result.stdout
+    message = (output.strip().splitlines() or [str(result.returncode)])[-1]
     if result.returncode:
-        yield Finding(
-            "torch",
-            "problem",
-            f"does not load ({said[-1] if said else result.returncode}): install it anew",
-        )
-    elif devices.gpu_count() and torch_cuda() and "CUDA" not in said[-1]:
-        yield Finding(
-            "torch",
-            "problem",
-            f"{said[-1]}: it cannot use the GPU; its CUDA and the driver do not match",
-        )
+        yield problem(f"does not load ({message}): reinstall it")
+    elif devices.gpu_count() and torch_cuda() and "CUDA" not in message:
+        yield problem(f"{message}: it cannot use the GPU; its CUDA and the driver do not match")
     else:
-        yield Finding("torch", "ok", f"{said[-1]} ({time.monotonic() - began:.1f} s)")
+        yield ok(f"{message} ({time.monotonic() - began:.1f} s)")
 
 
-def enough_data(experiment: Experiment, asked: Sequence[RequestedRun], home: Path) -> Iterator[Finding]:
-    """Whether the corpus is there, prepared, and long enough for every run."""
-    from slm.sweep.planning import Corpora, plan_of
+# A plan
 
-    corpora, short = Corpora(experiment, home), []
-    for run in asked:
-        data = corpora.find(run)
+
+def plan_data(
+    experiment: Experiment, runs: Sequence[RequestedRun], home: Path
+) -> Iterator[Outcome]:
+    """Check that the corpus is prepared, and long enough for every run."""
+    from slm.sweep.planning import Planner, plan_of
+
+    planner = Planner(experiment, home)
+    errors = []
+    for run in runs:
+        data = planner.find(run)
         if data is None:
-            way = f"`slm data prepare {experiment.data} --recipe {run.recipe}` does it now, else the sweep"
-            yield Finding(
-                "plan: data",
-                "note",
-                f"corpus {experiment.data} is not prepared for {run.recipe}: {way}",
+            yield note(
+                f"corpus {experiment.data} is not prepared for {run.recipe}: "
+                f"`slm data prepare {experiment.data} --recipe {run.recipe}` does it now, "
+                "else the sweep does"
             )
             return
         try:
             plan_of(run, data)
         except ValueError as error:
-            short.append(str(error))
-    if short:
-        yield Finding("plan: data", "problem", f"{len(short)} of {len(asked)} runs: {short[0]}")
+            errors.append(str(error))
+    if errors:
+        yield problem(f"{len(errors)} of {plural(len(runs), 'run')}: {errors[0]}")
     else:
-        yield Finding(
-            "plan: data", "ok", f"corpus {experiment.data} has the rows of all {len(asked)} runs"
-        )
+        yield ok(f"corpus {experiment.data} has the rows of all {plural(len(runs), 'run')}")
 
 
-def enough_memory(asked: Sequence[RequestedRun]) -> Iterator[Finding]:
-    """Whether every run has a share of the devices of which the memory holds one row a pass."""
+def plan_memory(runs: Sequence[RequestedRun]) -> Iterator[Outcome]:
+    """Check that each run fits on some share of the devices with at least one row per pass."""
     from slm.sweep import local
 
-    here = local.machine()
-    slots = [here.slot(range(count)) for count in local.sizes("auto", here)]
+    machine = local.this_machine()
+    slots = [machine.slot(range(count)) for count in machine.run_sizes("auto")]
     failed: dict[int, str] = {}
-    for given in [run.hyperparameters for run in asked]:
-        refusals = [why for slot in slots if (why := too_much(given, slot))]
-        if len(refusals) == len(slots):
-            failed[given.depth] = refusals[-1]
+    for run in runs:
+        errors = [memory_error(run.hyperparameters, slot) for slot in slots]
+        if all(errors):
+            failed[run.hyperparameters.depth] = str(errors[-1])
     if failed:
-        yield Finding(
-            "plan: memory",
-            "problem",
-            f"{failed[min(failed)]} ({len(failed)} depths do not fit here)",
-        )
+        yield problem(f"{failed[min(failed)]} ({plural(len(failed), 'depth')} too large)")
     else:
-        yield Finding(
-            "plan: memory",
-            "ok",
-            f"all {len(asked)} runs fit on {len(here.ids)} x {here.device_name}",
-        )
+        device = f"{len(machine.ids)} x {machine.device_name}"
+        yield ok(f"all {plural(len(runs), 'run')} fit on {device}")
 
 
-def too_much(given: Hyperparameters, slot: Slot) -> str | None:
-    """Why the memory of a slot does not hold a run; None when it does."""
+def memory_error(hp: Hyperparameters, slot: Slot) -> str | None:
+    """Return why a run does not fit into the memory of a slot, None if it does."""
     from slm.sweep.micro_batch import MicroBatches
 
     try:
-        MicroBatches().rows(given, slot)
+        MicroBatches().choose(hp, slot)
     except ValueError as error:
         return str(error)
     return None
 
 
-def enough_disk(asked: Sequence[RequestedRun], home: Path) -> Iterator[Finding]:
-    """Whether the weights of all runs fit beside two checkpoints of the largest on every device."""
+def plan_disk(runs: Sequence[RequestedRun], home: Path) -> Iterator[Outcome]:
+    """Check space for all weights, and for two checkpoints of the largest run on every device."""
     from slm.sweep import local
 
-    sizes = [run.hyperparameters.parameters.total for run in asked]
-    need = 4 * sum(sizes) + 2 * STATE_BYTES * max(sizes) * min(len(sizes), len(local.machine().ids))
-    free = shutil.disk_usage(standing(home)).free
+    sizes = [run.hyperparameters.parameters.total for run in runs]
+    concurrent = min(len(sizes), len(local.this_machine().ids))
+    need = 4 * sum(sizes) + 2 * STATE_BYTES * max(sizes) * concurrent
+    free = free_disk(home)
     text = f"weights and checkpoints take {need / 1e9:.3g} GB of {free / 1e9:.3g} free"
     if need > free:
-        yield Finding("plan: disk", "problem", f"{text}: free some, or SLM_HOME names another disk")
+        yield problem(f"{text}: free some, or SLM_HOME names another disk")
     else:
-        yield Finding("plan: disk", "ok", text)
+        yield ok(text)
 
 
-def bundle(home: Path) -> Iterator[Finding]:
-    """Whether there is a bundle to evaluate with, its files as they were."""
-    from slm.evaluate.bundle import read
+def plan_bundle(home: Path) -> Iterator[Outcome]:
+    """Check that there is a bundle to evaluate with, and that its files are unchanged."""
+    from slm.evaluate.bundle import installed, names_of
 
-    found = bundles_of(home)
-    if not found:
-        yield Finding("plan: CORE", "problem", f"no bundle in {home}: `slm data core` gets it")
-    for folder in found:
-        own = read(folder)
-        if own.id == folder.name:
-            yield Finding("plan: CORE", "ok", f"bundle {own.id}: {len(own.tasks)} tasks")
-        else:
-            yield Finding(
-                "plan: CORE", "problem", f"{folder} was changed: remove it and get it again"
-            )
+    ids = list(names_of(home))
+    if not ids:
+        yield problem(f"no bundle in {home}: `slm data core` gets it")
+    for bundle_id in ids:
+        try:
+            bundle = installed(home, bundle_id)
+            yield ok(f"bundle {bundle.id}: {plural(len(bundle.tasks), 'task')}")
+        except ValueError as error:
+            yield problem(str(error))

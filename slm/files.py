@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, JSON documents, SHA-256, and locks that end with their process."""
+"""Atomic writes, JSON documents, SHA-256, and locks that end with their process."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typing import Any, TextIO
 LOCK_RETRY_SECONDS = 0.3
 """Retry window of `hold_lock`, since `lock_holder` takes the lock for a moment."""
 NO_HOLDER = 0
-"""Process number in a lock that is being handed over; `lock_holder` waits until a real one is written."""
+"""Process number in a lock being handed over; `lock_holder` waits for the real one."""
 PID_DIGITS = 10
 """Width of the process number in a lock file."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that replaces `path` when the block ends; on an error nothing changes."""
+    """Yield a temporary path that replaces `path` when the block ends, unless it raises."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
@@ -32,7 +32,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write a JSON document whole or not at all, and sync it to disk."""
+    """Write a JSON document atomically, and sync it to disk."""
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         json.dump(document, file, indent=1)
         file.write("\n")
@@ -55,9 +55,9 @@ def sha256_of(path: Path) -> str:
 
 
 def hold_lock(path: Path, process: int | None = None) -> TextIO | None:
-    """Take a lock that lasts until the file is closed or the process ends; None if another process has it.
+    """Take a lock, held until the file is closed or the process ends; None if it is taken.
 
-    The lock file names this process, or `process`: pass NO_HOLDER for a lock that is to be handed over.
+    The lock file names this process, or `process`: NO_HOLDER for a lock to be handed over.
     """
     path.touch()
     file = path.open("r+", encoding="utf-8")
@@ -72,7 +72,7 @@ def hold_lock(path: Path, process: int | None = None) -> TextIO | None:
 
 
 def hand_over_lock(file: TextIO, process: int) -> None:
-    """Name the process that inherited the open lock file, and close it here; the lock stays held."""
+    """Name the process that inherited the open lock file, and close it; the lock stays held."""
     _write_pid(file, process)
     file.close()
 
@@ -98,7 +98,7 @@ def lock_holder(path: Path) -> int | None:
 
 
 def _write_pid(file: TextIO, process: int) -> None:
-    # One write over the old bytes: two processes may write at once, and a full disk already has the space.
+    # One write over the old bytes: two processes may write at once, and a full disk has the space.
     os.pwrite(file.fileno(), f"{process:<{PID_DIGITS}}".encode(), 0)
 
 

@@ -1,15 +1,18 @@
-"""Text for people: durations, counts, FLOPs, plurals and short lists. Standard library only."""
+"""Text for people: durations, counts, plurals and short lists. Standard library only."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 LIST_LIMIT = 4
 """Names that `first_few` shows."""
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+"""Terminal escape sequences for colours."""
 
 
 def duration(seconds: float) -> str:
-    """Return hours, minutes and seconds, the two largest units: "2 h 05 min", "3 min 09 s", "7 s"."""
+    """Return a duration in its two largest units: "2 h 05 min", "3 min 09 s", "7 s"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -39,3 +42,9 @@ def plural(number: float, noun: str) -> str:
 def first_few(words: Sequence[str], limit: int = LIST_LIMIT) -> str:
     """Join the first words with commas; an ellipsis stands for the others."""
     return ", ".join(words[:limit]) + (", …" if len(words) > limit else "")
+
+
+def one_line(text: str) -> str:
+    """Return a text without line ends, colours and unprintable characters."""
+    text = COLOURS.sub("", text)
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())

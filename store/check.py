@@ -51,9 +51,9 @@ class CheckReport:
     rows: dict[str, int]
     """Rows of each table."""
     problems: list[str] = field(default_factory=list)
-    """One line each, with the way out."""
+    """Lines that name the problem and the way out."""
     notes: list[str] = field(default_factory=list)
-    """Remarks that are not faults, one line each."""
+    """Remarks that are not problems."""
 
 
 def check(home: Path, patience: float = PATIENCE) -> CheckReport:

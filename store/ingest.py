@@ -42,7 +42,7 @@ class Counts:
     metrics: int
     """Numbers in these lines."""
     problems: list[str]
-    """One line for each file that was refused (the next ingest tries it again), and one when the
+    """A line for each file that was refused (the next ingest tries it again), and one when the
     database was rebuilt because it belonged to an older version or another home."""
 
 

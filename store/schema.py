@@ -144,7 +144,7 @@ class Run(Base):
 
 
 class Attempt(Base):
-    """One attempt at a run, and how it ended."""
+    """An attempt at a run, and how it ended."""
 
     __tablename__ = "attempts"
     __table_args__ = (_check("nothing_negative", "ranks threads estimated_seconds", "{} >= 0"),)
@@ -175,7 +175,7 @@ class Attempt(Base):
 
 
 class Metric(Base):
-    """One number of one event, in long format; no primary key, see the module's docstring."""
+    """A number of an event, in long format; no primary key, see the module's docstring."""
 
     __tablename__ = "metrics"
     __table_args__ = (
@@ -225,7 +225,7 @@ class Finished(Base):
 
 
 class Evaluation(Base):
-    """One evaluation of some weights."""
+    """An evaluation of some weights."""
 
     __tablename__ = "evaluations"
     __table_args__ = (

@@ -1,5 +1,4 @@
-"""A PostgreSQL that holds the results of several homes, in a schema of its own for each version
-of the store."""
+"""A PostgreSQL with the results of several homes, in a separate schema for each store version."""
 
 from __future__ import annotations
 
@@ -190,8 +189,7 @@ _TYPES = {
     23: ("int32", "Int32"),
 }
 _TYPES |= dict.fromkeys((700, 701, 1700), ("float64", "float64"))
-"""Pandas types of booleans, integers and floats, without and with NULLs, by PostgreSQL's type
-codes."""
+"""Pandas types without and with NULLs, by PostgreSQL's codes of booleans, integers and floats."""
 
 
 def _typed(values: pandas.Series[Any], type_code: int) -> pandas.Series[Any]:

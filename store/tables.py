@@ -21,8 +21,7 @@ BATCH = 100_000
 DICTIONARY = Path(__file__).parent / "README.md"
 """Document with the meaning of every column."""
 KEY_COLUMNS = ("experiment", "hash", "run_id")
-"""Columns that name the subject of a row; the first one in a table decides whether a row belongs
-to an experiment."""
+"""Columns that name a row's subject; a selection uses the first one that a table has."""
 Report = Callable[[int, int], None]
 """Progress callback: parts done, and parts in all."""
 

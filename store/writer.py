@@ -1,5 +1,4 @@
-"""Rows into the database: every function works on an open connection of the only process that
-writes a home."""
+"""Rows into the database, on an open connection of the only process that writes a home."""
 
 from __future__ import annotations
 
@@ -54,8 +53,7 @@ from store.schema import (
 CHUNK = 200
 """Rows per INSERT: one statement of many rows is ten times as fast as many statements."""
 BATCH = 64 * 2**20
-"""Bytes of files per transaction, so that memory does not grow with the home; the last file may
-add as many again."""
+"""Bytes of files per transaction, to bound memory; the last file may add as many again."""
 
 STAGE = """
 CREATE OR REPLACE TEMP TABLE staged AS
@@ -76,7 +74,7 @@ WHERE field.key NOT IN ('@run', '@attempt', 'event', 'time', 'step')
   AND step IS NOT NULL
   AND TRY_CAST(CAST(field.value AS VARCHAR) AS DOUBLE) IS NOT NULL
 """
-"""One row for each number of a line, NaN and infinities included; texts and nulls give no row."""
+"""Rows of the numbers of each line, NaN and infinities included; texts and nulls give none."""
 STAGE_EXAMPLES = """
 CREATE OR REPLACE TEMP TABLE examples AS
 SELECT ? AS home, run_id, parse_filename(filename, true) AS evaluation,
@@ -104,7 +102,7 @@ SELECT * FROM (
   )
 ) WHERE correct IS NOT NULL
 """
-"""One row per example; skipped ones give no row."""
+"""Rows of the examples; skipped ones give none."""
 
 RUN_TABLES: tuple[Any, ...] = (
     Run,
@@ -120,8 +118,7 @@ Cursors = dict[str, tuple[int, str]]
 
 
 class Outdated(Exception):
-    """Raised for a database of an older version or another home: it holds nothing that the files
-    do not."""
+    """Raised for a database of an older version or another home, which may be rebuilt safely."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +129,7 @@ class Change:
     start: int = 0
     """Bytes of an events file that were read before."""
     rows: Rows = field(default_factory=list)
-    """Rows of a document; events files and the examples of evaluations are read when they are
-    written."""
+    """Rows of a document; events files and examples are read only when they are written."""
 
 
 @dataclass(frozen=True)
@@ -209,8 +205,7 @@ def _create(path: Path) -> None:
 
 
 def _check(connection: Connection, path: Path, home: str) -> None:
-    """Raise Outdated for a database of an older version or another home, StoreError for a newer
-    or unreadable one."""
+    """Raise Outdated for an older version or another home, StoreError if newer or unreadable."""
     try:
         version = connection.execute(select(SchemaVersion.version)).scalar()
     except DBAPIError as error:
@@ -237,8 +232,7 @@ def read_cursors(target: Target) -> Cursors:
 
 
 def owner_of(name: str) -> str:
-    """Return the owner of a file, whose rows are dropped together: a run, an import, or the file
-    itself."""
+    """Return what a file belongs to, whose rows are dropped together: run, import, or itself."""
     folder, slash, rest = name.partition("/")
     if folder == "imports":
         return f"imports/{rest.partition('/')[0]}/"
@@ -305,8 +299,7 @@ def _write_or_halve(
 
 
 def _drop(target: Target, owners: Collection[str] | None) -> None:
-    """Drop the rows and cursors of owners (None: of the whole home), as if their files had never
-    been read."""
+    """Drop the rows and cursors of owners (None: of the whole home), as if never read."""
     if owners is None:
         for table in Base.metadata.sorted_tables:
             if "home" in table.c:
@@ -341,8 +334,7 @@ def _conditions(owner: str, home: str) -> Iterator[tuple[type[Any], ColumnElemen
 
 
 def _name_experiments(target: Target) -> None:
-    """Make the rows of experiments that consist of imports alone (several may share a name), and
-    drop stale ones."""
+    """Update the experiments that consist of imports alone; several imports may share a name."""
     read = select(Cursor.file).where(Cursor.home == target.home)
     swept = literal("experiments/") + Experiment.name + ".json"
     imported = literal("experiments/") + Import.experiment + ".json"
@@ -447,8 +439,7 @@ def _append(target: Target, table: str, query: str) -> int:
 def _write_events(
     target: Target, changes: Sequence[Change]
 ) -> tuple[Cursors, Counter[str], list[str]]:
-    """Append the complete new lines of events files; return the new cursors, counts and
-    problems."""
+    """Append the complete new lines of events files; return new cursors, counts and problems."""
     staging = target.folder / "slm.duckdb.events"
     lines: dict[File, int] = {}
     read: Cursors = {}
@@ -478,8 +469,7 @@ def _write_events(
 
 
 def _complete_lines(change: Change) -> bytes:
-    """Return what is new, at most a BATCH, without an unfinished last line: it is still being
-    written."""
+    """Return what is new, at most a BATCH, without a last line that is still being written."""
     with change.file.path.open("rb") as file:
         file.seek(change.start)
         chunk = file.read(min(BATCH, change.file.size - change.start)) + file.readline()

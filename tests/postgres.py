@@ -1,4 +1,4 @@
-"""A real PostgreSQL on this machine: a server of the test's own, on a socket, that keeps nothing."""
+"""A real PostgreSQL on this machine: a throw-away server on a socket."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ACCOUNT = "postgres"
-"""Who runs the server where root tests: it refuses root."""
+"""Account that runs the server when root runs the tests: PostgreSQL refuses root."""
 SETTINGS = "-c listen_addresses= -c fsync=off -c synchronous_commit=off -c full_page_writes=off"
 
 
 def why_not() -> str | None:
-    """What keeps PostgreSQL from running here; None where nothing does."""
+    """Return what keeps PostgreSQL from running here, None if nothing does."""
     if _binaries() is None:
         return "no PostgreSQL here: apt-get install postgresql"
     if find_spec("psycopg") is None:
@@ -29,21 +29,22 @@ def why_not() -> str | None:
 
 
 def _binaries() -> Path | None:
-    found = shutil.which("initdb")
+    if path := shutil.which("initdb"):
+        return Path(path).parent
     debian = sorted(
         Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3])
     )
-    return Path(found).parent if found else debian[-1].parent if debian else None
+    return debian[-1].parent if debian else None
 
 
 @contextmanager
 def server() -> Iterator[str]:
-    """The folder of the socket of a server that runs meanwhile; it lets everyone in as `slm`."""
-    binaries, account = _binaries(), ACCOUNT if os.geteuid() == 0 else None
+    """Run a server that admits everyone as `slm`; yield the folder of its socket."""
+    binaries = _binaries()
     assert binaries is not None
-    folder = Path(
-        tempfile.mkdtemp(prefix="slm-postgres-")
-    )  # pytest's own lies below a folder that is root's alone
+    account = ACCOUNT if os.geteuid() == 0 else None
+    # Only root may enter the parent of pytest's temporary folders.
+    folder = Path(tempfile.mkdtemp(prefix="slm-postgres-"))
     if account:
         shutil.chown(folder, account, account)
 

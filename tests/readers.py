@@ -1,6 +1,7 @@
-"""Readers in a loop, each a process that asks what notebooks and `slm query` ask, until standard input ends.
+"""Readers in a loop: processes that run the queries of notebooks and `slm query`.
 
-`python -m tests.readers HOME COUNT` prints what each of them met, a line of JSON a reader.
+`python -m tests.readers HOME COUNT` runs until standard input ends, and prints one tally per reader
+as a line of JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import duckdb  # noqa: F401  # here, so that it is loaded once for all readers
+import duckdb  # noqa: F401  # loaded once, before the readers are forked
 import pandas  # noqa: F401
 
 import store
@@ -23,43 +24,43 @@ import store
 
 @dataclass
 class Tally:
-    """What a reader met."""
+    """Reads and failures of one reader."""
 
     early: int = 0
     """Reads before the first snapshot."""
     reads: int = 0
     """Reads that gave rows."""
     failures: list[str] = field(default_factory=list)
-    """Reads that failed after the first snapshot, and numbers that became fewer."""
+    """Reads that failed after the first snapshot, or saw fewer numbers than before."""
     metrics: int = 0
-    """Numbers that the last read counted."""
+    """Numbers counted by the last read."""
     slowest: float = 0.0
-    """Seconds that the slowest read took."""
+    """Seconds of the slowest read."""
 
 
 def look(home: Path, tally: Tally) -> None:
-    """All results, the curve of one run, and a query of one's own."""
+    """Read all results, the curve of one run, and a count of all metrics."""
     began = time.monotonic()
     try:
         results = store.results(home=home)
         for run in results["run_id"].sample(min(1, len(results))):
             store.curves(home=home, run=run)
-        found = int(store.sql("SELECT count(*) AS n FROM metrics", home=home)["n"][0])
+        metrics = int(store.sql("SELECT count(*) AS n FROM metrics", home=home)["n"][0])
     except store.StoreError as error:
         if tally.reads or "no results yet" not in str(error):
             tally.failures.append(str(error))
         tally.early += 1
         time.sleep(0.05)
         return
-    if found < tally.metrics:
-        tally.failures.append(f"{found} numbers after {tally.metrics}")
-    tally.metrics = found
+    if metrics < tally.metrics:
+        tally.failures.append(f"{metrics} numbers after {tally.metrics}")
+    tally.metrics = metrics
     tally.slowest = max(tally.slowest, time.monotonic() - began)
     tally.reads += 1
 
 
 def read(home: Path, ended: Callable[[], bool]) -> None:
-    """Look again and again, and once more when the end is told; print the tally."""
+    """Read until the end is signalled, and once more after it; print the tally."""
     tally = Tally()
     while not ended():
         look(home, tally)
@@ -68,8 +69,10 @@ def read(home: Path, ended: Callable[[], bool]) -> None:
 
 
 def main() -> None:
-    """By hand, or from tests."""
-    home, count, stdin = Path(sys.argv[1]), int(sys.argv[2]), os.dup(0)
+    """Start the readers and wait for them."""
+    home = Path(sys.argv[1])
+    count = int(sys.argv[2])
+    stdin = os.dup(0)
     context = multiprocessing.get_context("fork")
     ended = lambda: bool(select.select([stdin], [], [], 0)[0])  # noqa: E731
     readers = [context.Process(target=read, args=(home, ended)) for _ in range(count)]

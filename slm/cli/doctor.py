@@ -27,49 +27,49 @@ def doctor(
     ] = None,
     data: Data = None,
     core: Annotated[
-        bool, typer.Option("--core", help="The plan is to be evaluated on a bundle, too.")
+        bool, typer.Option("--core", help="Check that the plan can be evaluated with CORE, too.")
     ] = False,
     online: Annotated[
-        bool, typer.Option("--online", help="Ask whether the bundle of CORE can be downloaded.")
+        bool, typer.Option("--online", help="Check that the CORE bundle can be downloaded.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Check this machine and home, and a plan if one is named. Exit code 1 where something keeps it from running."""
+    """Check this machine and home, and a plan if named; exit code 1 if there is a problem."""
     from dataclasses import asdict
 
     from slm import doctor
     from store import home
 
-    experiment = _plan(declaration, depths, recipe, (flops, ratios), data)
+    experiment = _experiment(declaration, depths, recipe, (flops, ratios), data)
     if core and experiment is None:
-        raise ValueError("--core: it goes with a plan; name --depths, or a file of experiments/")
-    checks = doctor.machine(home(), CORE_URL if online else None)
-    checks += doctor.plan(experiment, home(), core) if experiment else []
+        raise ValueError("--core needs a plan: name --depths, or a file of experiments/")
+    checks = doctor.machine_checks(home(), CORE_URL if online else None)
+    if experiment:
+        checks += doctor.plan_checks(experiment, home(), core)
     checks.append(("torch", doctor.torch_loads))
-    found = []
+    findings = []
     for finding in doctor.examine(checks):
-        found.append(finding)
+        findings.append(finding)
         if not as_json:
             print(f"{finding.state:8}{finding.check:14}{finding.message}", flush=True)
-    counts = Counter(finding.state for finding in found)
+    counts = Counter(finding.state for finding in findings)
     if as_json:
-        print_json(
-            {"problems": counts["problem"], "checks": [asdict(finding) for finding in found]}
-        )
+        documents = [asdict(finding) for finding in findings]
+        print_json({"problems": counts["problem"], "checks": documents})
     else:
         print(f"\n{counts['problem']} problems, {counts['note']} notes, {counts['ok']} ok")
     if counts["problem"]:
         raise typer.Exit(1)
 
 
-def _plan(
+def _experiment(
     declaration: Path | None,
     depths: str | None,
     recipe: str | None,
     horizons: tuple[str | None, str | None],
     data: str | None,
 ) -> Experiment | None:
-    """The experiment that is named; None for none. Raises ValueError for options that do not go together."""
+    """Return the experiment that is named, if any. Raises ValueError for options that conflict."""
     from dataclasses import replace
 
     from slm.experiment import Experiment, load
@@ -81,11 +81,13 @@ def _plan(
     elif depths is None:
         if recipe or any(horizons) or data:
             raise ValueError(
-                "a plan has --depths: write `slm doctor --depths 2-6`, or name a file of experiments/"
+                "a plan needs --depths: write `slm doctor --depths 2-6`, "
+                "or name a file of experiments/"
             )
         return None
     else:
-        family, (flops, ratios) = recipe_of(recipe), horizons
+        family = recipe_of(recipe)
+        flops, ratios = horizons
         experiment = Experiment(
             family.name,
             (family,),

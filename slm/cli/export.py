@@ -1,4 +1,4 @@
-"""`slm export`: the results of a home as tables for everybody, and as files that another home takes in."""
+"""`slm export`: the results of a home as tables, and as files that another home can import."""
 
 from __future__ import annotations
 
@@ -7,27 +7,30 @@ from typing import Annotated
 
 import typer
 
-from slm.cli.data import progress
 from slm.cli.options import Json, print_json, report_problems
+from slm.monitor.progress import ProgressBars
 from slm.text import count
 
 
 def export(
     folder: Annotated[
-        Path, typer.Argument(help="To be made; `slm import FOLDER` takes it into another home.")
+        Path, typer.Argument(help="New folder; `slm import FOLDER` merges it into another home.")
     ],
-    experiments: Annotated[list[str] | None, typer.Argument(help="Only these experiments.")] = None,
+    experiments: Annotated[
+        list[str] | None, typer.Argument(help="Export only these experiments.")
+    ] = None,
     weights: Annotated[
-        bool, typer.Option("--weights", help="With the final weights of the runs.")
+        bool, typer.Option("--weights", help="Include the final weights of the runs.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write results into a folder: tables and views as Parquet, what they mean, and the files they are made from."""
+    """Write results into a folder: tables and views as Parquet, a data dictionary, and files."""
     from slm import exchange
     from store import home
 
-    reports = (progress("files"), progress("tables"))
-    document = exchange.export(home(), folder, experiments or (), weights, reports)
+    with ProgressBars() as bars:
+        reports = (bars.add("files"), bars.add("tables"))
+        document = exchange.export(home(), folder, experiments or (), weights, reports)
     report_problems(document["problems"])
     if as_json:
         print_json({"folder": str(folder), **document})
@@ -36,6 +39,5 @@ def export(
     runs = sum(name.startswith("runs/") and name.endswith("/plan.json") for name in files)
     tables = sum(name.startswith("tables/") for name in files)
     size = count(sum(files.values()))
-    print(
-        f"{folder}: {runs} runs, {tables} tables, {len(files)} files of {size}B; home {document['home']['id']}"
-    )
+    home_id = document["home"]["id"]
+    print(f"{folder}: {runs} runs, {tables} tables, {len(files)} files of {size}B; home {home_id}")

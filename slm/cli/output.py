@@ -1,4 +1,4 @@
-"""Rows of a query as text or Parquet, batch by batch: NULL, NaN and the last digit as they are."""
+"""Rows of a query as text or Parquet, one batch at a time; NULL, NaN and all digits are kept."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     import pyarrow
 
 
-SPECIAL = re.compile(r'[,"\r\n]')
-"""What a field of CSV is quoted for."""
+QUOTED_CHARACTERS = re.compile(r'[,"\r\n]')
+"""Characters that make a CSV field quoted."""
 
 
 class Format(StrEnum):
-    """How a query's rows are printed."""
+    """Output format of a query's rows."""
 
     TABLE = "table"
     CSV = "csv"
@@ -29,11 +29,11 @@ class Format(StrEnum):
     PARQUET = "parquet"
 
 
-def write(rows: pyarrow.RecordBatchReader, kind: Format, file: IO[bytes]) -> None:
-    """Write rows to a file. Raises ValueError where JSON or Parquet would have two columns of one name."""
+def write_rows(rows: pyarrow.RecordBatchReader, output_format: Format, file: IO[bytes]) -> None:
+    """Write rows to a file. Raises ValueError for JSON or Parquet with two columns of one name."""
     import io
 
-    if kind is Format.PARQUET:
+    if output_format is Format.PARQUET:
         from store import tables
 
         _check_names(rows)
@@ -41,19 +41,23 @@ def write(rows: pyarrow.RecordBatchReader, kind: Format, file: IO[bytes]) -> Non
         return
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     try:
-        {Format.CSV: _csv, Format.JSON: _json}.get(kind, _table)(rows, text, kind)
+        if output_format is Format.CSV:
+            _write_csv(rows, text)
+        elif output_format is Format.JSON:
+            _write_json(rows, text)
+        else:
+            _write_table(rows, text, markdown=output_format is Format.MARKDOWN)
     finally:
         text.detach()
 
 
 def _check_names(rows: pyarrow.RecordBatchReader) -> None:
     names = rows.schema.names
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"two columns are named {twice[0]}: name one of them anew, with AS")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two columns are named {repeated[0]}: rename one of them with AS")
 
 
 def _values(rows: pyarrow.RecordBatchReader) -> Iterator[tuple[Any, ...]]:
-    """Rows of plain values; what is a whole number is one, of any size."""
     for batch in rows:
         yield from zip(
             *([_plain(value) for value in column.to_pylist()] for column in batch.columns),
@@ -62,59 +66,70 @@ def _values(rows: pyarrow.RecordBatchReader) -> Iterator[tuple[Any, ...]]:
 
 
 def _plain(value: Any) -> Any:
+    """Return a value as one of Python's plain types; whole decimals become integers of any size."""
     if isinstance(value, Decimal):
         return int(value) if value == value.to_integral_value() else float(value)
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def _csv(rows: pyarrow.RecordBatchReader, file: IO[str], kind: Format) -> None:
-    """NULL is nothing between the commas, a text of no letters two quotes."""
+def _write_csv(rows: pyarrow.RecordBatchReader, file: IO[str]) -> None:
+    """Write CSV; NULL is an empty field, an empty text two quotes."""
     for row in chain([rows.schema.names], _values(rows)):
-        file.write(",".join(map(_field, row)) + "\n")
+        file.write(",".join(map(_csv_field, row)) + "\n")
 
 
-def _field(value: Any) -> str:
+def _csv_field(value: Any) -> str:
     if value is None:
         return ""
     text = str(value)
-    return f'"{text.replace(chr(34), chr(34) * 2)}"' if not text or SPECIAL.search(text) else text
+    if not text or QUOTED_CHARACTERS.search(text):
+        return '"' + text.replace('"', '""') + '"'
+    return text
 
 
-def _json(rows: pyarrow.RecordBatchReader, file: IO[str], kind: Format) -> None:
-    """One list; NULL is null, and NaN and infinities, which JSON has not, are the texts NaN, Infinity and -Infinity."""
+def _write_json(rows: pyarrow.RecordBatchReader, file: IO[str]) -> None:
+    """Write one list; NaN and infinities are the texts NaN, Infinity and -Infinity."""
     _check_names(rows)
-    between = "[\n "
+    separator = "[\n "
     for row in _values(rows):
-        named = {name: _finite(value) for name, value in zip(rows.schema.names, row, strict=True)}
-        file.write(between + json.dumps(named, allow_nan=False))
-        between = ",\n "
-    file.write("\n]\n" if between[0] == "," else "[]\n")
+        document = {
+            name: _json_value(value) for name, value in zip(rows.schema.names, row, strict=True)
+        }
+        file.write(separator + json.dumps(document, allow_nan=False))
+        separator = ",\n "
+    file.write("\n]\n" if separator[0] == "," else "[]\n")
 
 
-def _finite(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     if not isinstance(value, float) or math.isfinite(value):
         return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if math.isnan(value):
+        return "NaN"
+    return "Infinity" if value > 0 else "-Infinity"
 
 
-def _table(rows: pyarrow.RecordBatchReader, file: IO[str], kind: Format) -> None:
-    """NULL is a dash; floats have six digits."""
+def _write_table(rows: pyarrow.RecordBatchReader, file: IO[str], markdown: bool) -> None:
+    """Write an aligned table; NULL is a dash, floats have six digits."""
     import pyarrow
     from tabulate import tabulate
 
-    words = [[_cell(value, kind) for value in row] for row in _values(rows)]
-    are_numbers = (pyarrow.types.is_integer, pyarrow.types.is_floating, pyarrow.types.is_decimal)
-    aligned = [
-        "right" if any(test(field.type) for test in are_numbers) else "left"
-        for field in rows.schema
+    cells = [[_cell(value, markdown) for value in row] for row in _values(rows)]
+    is_number = (pyarrow.types.is_integer, pyarrow.types.is_floating, pyarrow.types.is_decimal)
+    alignment = [
+        "right" if any(test(field.type) for test in is_number) else "left" for field in rows.schema
     ]
-    style = "github" if kind is Format.MARKDOWN else "simple"
-    settings = {"headers": rows.schema.names, "tablefmt": style, "disable_numparse": True}
-    file.write(tabulate(words, **settings, colalign=aligned if words else None) + "\n")
+    table = tabulate(
+        cells,
+        headers=rows.schema.names,
+        tablefmt="github" if markdown else "simple",
+        disable_numparse=True,
+        colalign=alignment if cells else None,
+    )
+    file.write(table + "\n")
 
 
-def _cell(value: Any, kind: Format) -> str:
+def _cell(value: Any, markdown: bool) -> str:
     if value is None:
         return "-"
     text = f"{value:.6g}" if isinstance(value, float) else " ".join(str(value).split("\n"))
-    return text.replace("|", "\\|") if kind is Format.MARKDOWN else text
+    return text.replace("|", "\\|") if markdown else text

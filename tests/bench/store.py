@@ -1,6 +1,7 @@
-"""Store: ten million metric rows of a thousand runs, then MLflow's and Optuna's SQLite stores beside ours on fewer.
+"""Store: ten million metric rows of a thousand runs, then MLflow and Optuna on SQLite next to it.
 
-ROWS=1000000 measures on fewer. PEERS names a folder of packages for the peers, which the lock does not hold.
+ROWS=1000000 measures fewer rows, SLM_BENCH_SMALL=1 the smallest size. PEERS names a folder with the
+peers' packages, which are not in the lock file.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,155 +26,141 @@ from slm.experiment import Experiment
 from slm.recipe import pocket
 from tests.homes import home_of
 
-HEADERS = ("work", "rows", "seconds", "wanted", "microseconds a row", "times ours", "MB")
+SMALL = bool(os.environ.get("SLM_BENCH_SMALL"))
+"""Whether to run at the smallest size, as a smoke test."""
 NAMES = FIELDS["train"][1:]
-"""The numbers that the trainer writes at a step, beside the step."""
-FEW, RUNS, READERS = 100_000, 1000, 10
+"""Numbers that the trainer writes at a step, besides the step."""
+ROWS = 40_000 if SMALL else int(os.environ.get("ROWS", 10_000_000))
+"""Metric rows at scale."""
+RUNS = 40 if SMALL else 1000
+"""Runs at scale."""
+PEER_ROWS = 4_000 if SMALL else 100_000
+"""Metric rows for each store in the comparison."""
+READERS = 2 if SMALL else 10
+"""Concurrent readers."""
+REPEATS = 1 if SMALL else 5
+"""Repetitions of which the median counts."""
+PEER_PACKAGES = "mlflow-skinny optuna sqlalchemy alembic"
 INGEST = """
 import resource, sys, time, store
 from pathlib import Path
 began = time.perf_counter()
 counts = store.ingest(Path(sys.argv[1]))
-print(counts.metrics, time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(counts.metrics, time.perf_counter() - began, peak)
 """
 
-Row = tuple[str, int, float, float | None, float | None, float | None, float | None]
-Peer = Callable[[Path, list[str], int], Iterator[tuple[str, int, float, float | None]]]
+
+class Row(NamedTuple):
+    """A line of the table."""
+
+    work: str
+    rows: int
+    seconds: float
+    limit: float | None = None
+    """Target in seconds."""
+    microseconds: float | None = None
+    """Microseconds per row."""
+    ratio: float | None = None
+    """Microseconds per row relative to slm at the same work."""
+    megabytes: float | None = None
+
+
+HEADERS = ("work", "rows", "seconds", "limit", "microseconds a row", "times slm", "MB")
+Measured = Iterator[tuple[str, int, float, float | None]]
+"""Work, rows, seconds and megabytes."""
 
 
 def rows() -> Iterator[Row]:
-    """Rows of HEADERS: at scale, then each store with the same few rows."""
-    asked = int(os.environ.get("ROWS", 10_000_000))
+    """Yield the rows of HEADERS: slm at scale, then each store with the same few rows."""
     with tempfile.TemporaryDirectory() as folder:
-        yield from _at_scale(Path(folder), asked)
+        yield from _at_scale(Path(folder))
     sys.path.append(os.environ.get("PEERS", ""))
-    ours: dict[str, float] = {}
-    for name, needed, peer in (
-        ("slm", "store", _slm),
-        ("MLflow", "mlflow", _mlflow),
-        ("Optuna", "optuna", _optuna),
-    ):
-        if not find_spec(needed):
-            packages = "mlflow-skinny optuna sqlalchemy alembic"
-            print(
-                f"no {name}: pip install --target FOLDER {packages}; PEERS=FOLDER make bench",
-                file=sys.stderr,
-            )
+    baseline: dict[str, float] = {}
+    stores = (("slm", "store", _slm), ("MLflow", "mlflow", _mlflow), ("Optuna", "optuna", _optuna))
+    for name, package, measure in stores:
+        if not find_spec(package):
+            install = f"pip install --target FOLDER {PEER_PACKAGES}; PEERS=FOLDER make bench"
+            print(f"no {name}: {install}", file=sys.stderr)
             continue
         with tempfile.TemporaryDirectory() as folder:
             runs = [f"{number:04d}" for number in range(RUNS // 10)]
-            for work, count, seconds, megabytes in peer(
-                Path(folder), runs, FEW // len(runs) // len(NAMES)
-            ):
+            lines = PEER_ROWS // len(runs) // len(NAMES)
+            for work, count, seconds, megabytes in measure(Path(folder), runs, lines):
                 each = 1e6 * seconds / count
-                yield (
-                    f"{name}: {work}",
-                    count,
-                    seconds,
-                    None,
-                    each,
-                    each / ours.setdefault(work, each),
-                    megabytes,
-                )
+                ratio = each / baseline.setdefault(work, each)
+                yield Row(f"{name}: {work}", count, seconds, None, each, ratio, megabytes)
 
 
-def _at_scale(home: Path, asked: int) -> Iterator[Row]:
-    lines = asked // RUNS // len(NAMES)
-    took = _seconds(lambda: _make(home, RUNS, lines))
-    yield (
-        "make the files",
-        asked,
-        took,
-        None,
-        1e6 * took / asked,
-        None,
-        _megabytes(home, "*/attempts/*/events.jsonl"),
+def _at_scale(home: Path) -> Iterator[Row]:
+    lines = ROWS // RUNS // len(NAMES)
+    # 1) make the files, and ingest them
+    seconds = _seconds(lambda: _make(home, RUNS, lines))
+    size = _megabytes(home, "*/attempts/*/events.jsonl")
+    yield Row("make the files", ROWS, seconds, microseconds=1e6 * seconds / ROWS, megabytes=size)
+    count, seconds, peak = _ingest(home)
+    yield Row(
+        "ingest; peak MB",
+        count,
+        seconds,
+        limit=count / 300_000,
+        microseconds=1e6 * seconds / count,
+        megabytes=peak,
     )
-    count, took, peak = _ingest(home)
-    yield "ingest; peak MB", count, took, count / 300_000, 1e6 * took / count, None, peak
-    yield "  on disk", count, 0.0, None, None, None, _megabytes(home, "slm.duckdb")
+    yield Row("  on disk", count, 0.0, megabytes=_megabytes(home, "slm.duckdb"))
+    # 2) read results and curves
     run = store.results(home=home)["run_id"][RUNS // 2]
-    yield "results()", RUNS, _often(lambda: store.results(home=home)), 0.2, None, None, None
-    yield (
-        "curves(run=…)",
-        lines,
-        _often(lambda: store.curves(home=home, run=run)),
-        0.1,
-        None,
-        None,
-        None,
-    )
-    yield (
-        "curves(experiment)",
-        10 * lines,
-        _often(lambda: store.curves("ten", home)),
-        None,
-        None,
-        None,
-        None,
-    )
-    alone = median(_more(home) for _ in range(5))
-    yield "ingest of forty lines more", 40 * len(NAMES), alone, None, None, None, None
+    yield Row("results()", RUNS, _median(lambda: store.results(home=home)), limit=0.2)
+    yield Row("curves(run=…)", lines, _median(lambda: store.curves(home=home, run=run)), limit=0.1)
+    yield Row("curves(experiment)", 10 * lines, _median(lambda: store.curves("ten", home)))
+    # 3) ingest a few more lines, alone and while others read
+    alone = median(_ingest_more(home) for _ in range(REPEATS))
+    yield Row("ingest of forty more lines", 40 * len(NAMES), alone)
     with _readers(home):
-        beside = median(_more(home) for _ in range(5))
-    yield (
-        f"  beside {READERS} readers in a loop",
-        40 * len(NAMES),
-        beside,
-        alone + 1,
-        None,
-        None,
-        None,
-    )
+        concurrent = median(_ingest_more(home) for _ in range(REPEATS))
+    work = f"  next to {READERS} readers in a loop"
+    yield Row(work, 40 * len(NAMES), concurrent, limit=alone + 1)
 
 
 def _make(home: Path, runs: int, lines: int) -> None:
-    """Finished runs with so many lines of events each, and an experiment of ten of them."""
-    home_of(
-        home, Experiment("all", (pocket,), (2, 3, 4, 5), steps=lines, seeds=tuple(range(runs // 4)))
-    )
+    """Make finished runs with this many lines of events each, and an experiment of ten of them."""
+    seeds = tuple(range(max(1, runs // 4)))
+    home_of(home, Experiment("all", (pocket,), (2, 3, 4, 5), steps=lines, seeds=seeds))
     home_of(home, Experiment("ten", (pocket,), (2,), steps=lines, seeds=tuple(range(10))))
     for number, path in enumerate(sorted(home.glob("*/attempts/001/events.jsonl"))):
         path.write_text("".join(_lines(number, lines)))
 
 
 def _lines(number: int, count: int) -> Iterator[str]:
-    """Lines of events as the trainer writes them, every digit of their numbers drawn."""
+    """Yield lines of events as the trainer writes them, with all digits of the numbers random."""
     for step, values in enumerate(_values(number, count), 1):
         numbers = ", ".join(f'"{name}": {value}' for name, value in zip(NAMES, values, strict=True))
-        yield f'{{"event": "train", "time": {1.79e9 + 600 * number + 0.1 * step}, "step": {step}, {numbers}}}\n'
+        time_of_step = 1.79e9 + 600 * number + 0.1 * step
+        yield f'{{"event": "train", "time": {time_of_step}, "step": {step}, {numbers}}}\n'
 
 
 def _values(number: int, count: int) -> Iterator[tuple[Any, ...]]:
     draw = np.random.default_rng(number)
-    noise = (1 + 0.1 * draw.standard_normal((5, count))) * np.array(
-        [[3.0], [0.3], [1e-3], [1e4], [0.1]]
-    )
-    for step, (loss, norm, update, speed, took) in enumerate(noise.T.tolist(), 1):
-        counted = 1024 * step, 604717056 * step
-        yield (
-            *counted,
-            loss,
-            min(1.0, step / 40),
-            norm,
-            update,
-            speed,
-            step * took,
-            303271936 + 4096 * (step // 50),
-        )
+    scales = np.array([[3.0], [0.3], [1e-3], [1e4], [0.1]])
+    noise = (1 + 0.1 * draw.standard_normal((5, count))) * scales
+    for step, (loss, norm, update, speed, seconds) in enumerate(noise.T.tolist(), 1):
+        tokens = 1024 * step
+        flops = 604717056 * step
+        memory = 303271936 + 4096 * (step // 50)
+        lr = min(1.0, step / 40)
+        yield tokens, flops, loss, lr, norm, update, speed, step * seconds, memory
 
 
 def _ingest(home: Path) -> tuple[int, float, float]:
-    """Rows, seconds and the most memory of an ingest in a process of its own, imports and all."""
-    done = subprocess.run(
-        [sys.executable, "-c", INGEST, str(home)], check=True, capture_output=True, text=True
-    )
-    count, took, peak = map(float, done.stdout.split())
-    return int(count), took, peak
+    """Ingest in another process; return rows, seconds with imports, and peak memory in MB."""
+    command = [sys.executable, "-c", INGEST, str(home)]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    count, seconds, peak = map(float, result.stdout.split())
+    return int(count), seconds, peak
 
 
-def _more(home: Path) -> float:
-    """Seconds to ingest ten lines more of each of four runs, as a sweep at work brings them."""
+def _ingest_more(home: Path) -> float:
+    """Return the seconds to ingest ten more lines of each of four runs, as during a sweep."""
     for path in sorted(home.glob("*/attempts/001/events.jsonl"))[:4]:
         with path.open("a") as file:
             file.writelines(_lines(0, 10))
@@ -184,64 +171,54 @@ def _more(home: Path) -> float:
 def _readers(home: Path) -> Iterator[None]:
     command = [sys.executable, "-m", "tests.readers", str(home), str(READERS)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as readers:
-        time.sleep(5)  # until all of them are at it
+        time.sleep(1 if SMALL else 5)  # until all of them read
         yield
         readers.communicate()
 
 
-def _slm(home: Path, runs: list[str], lines: int) -> Iterator[tuple[str, int, float, float | None]]:
-    """From the files of the runs."""
+def _slm(home: Path, runs: list[str], lines: int) -> Measured:
+    """Measure slm, from the files of the runs."""
     _make(home, len(runs), lines)
     count = len(runs) * lines * len(NAMES)
     yield "write", count, _seconds(lambda: store.ingest(home)), _megabytes(home, "slm.duckdb")
-    yield "all results", len(runs), _often(lambda: store.results(home=home)), None
+    yield "all results", len(runs), _median(lambda: store.results(home=home)), None
     run = store.results(home=home)["run_id"][0]
-    yield (
-        "one run's curves",
-        lines * len(NAMES),
-        _often(lambda: store.curves(home=home, run=run)),
-        None,
-    )
+    seconds = _median(lambda: store.curves(home=home, run=run))
+    yield "one run's curves", lines * len(NAMES), seconds, None
 
 
-def _mlflow(
-    folder: Path, runs: list[str], lines: int
-) -> Iterator[tuple[str, int, float, float | None]]:
-    """`log_batch` of a thousand metrics, the most that it takes, and `search_runs`; a history a name."""
+def _mlflow(folder: Path, runs: list[str], lines: int) -> Measured:
+    """Measure MLflow: `log_batch` of its maximum of 1,000 metrics, and one history per name."""
     os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_LOGGING_LEVEL="ERROR")
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
-    experiment, made = client.create_experiment("bench", artifact_location=str(folder)), []
+    experiment = client.create_experiment("bench", artifact_location=str(folder))
+    run_ids = []
 
     def write() -> None:
         for number, _ in enumerate(runs):
             run = client.create_run(experiment).info.run_id
-            made.append(run)
-            steps = enumerate(_values(number, lines), 1)
-            found = [
-                Metric(name, each, 0, step)
-                for step, values in steps
-                for name, each in zip(NAMES, values)
-            ]
-            for start in range(0, len(found), 1000):
-                client.log_batch(run, metrics=found[start : start + 1000])
+            run_ids.append(run)
+            metrics = []
+            for step, values in enumerate(_values(number, lines), 1):
+                metrics += [Metric(name, value, 0, step) for name, value in zip(NAMES, values)]
+            for start in range(0, len(metrics), 1000):
+                client.log_batch(run, metrics=metrics[start : start + 1000])
             client.set_terminated(run)
 
     def curves() -> None:
         for name in NAMES:
-            client.get_metric_history(made[0], name)
+            client.get_metric_history(run_ids[0], name)
 
     yield "write", len(runs) * lines * len(NAMES), _seconds(write), _megabytes(folder, "mlflow.db")
-    yield "all results", len(runs), _often(lambda: client.search_runs([experiment])), None
-    yield "one run's curves", lines * len(NAMES), _often(curves), None
+    yield "all results", len(runs), _median(lambda: client.search_runs([experiment])), None
+    yield "one run's curves", lines * len(NAMES), _median(curves), None
 
 
-def _optuna(
-    folder: Path, runs: list[str], lines: int
-) -> Iterator[tuple[str, int, float, float | None]]:
-    """A trial a run, added whole: one series a trial, so that all its numbers are one after another."""
+def _optuna(folder: Path, runs: list[str], lines: int) -> Measured:
+    """Measure Optuna: one trial per run, added at once, with all numbers in its one series."""
     import optuna
     from optuna.distributions import FloatDistribution
 
@@ -251,18 +228,22 @@ def _optuna(
 
     def write() -> None:
         for number, _ in enumerate(runs):
-            values = dict(enumerate(each for line in _values(number, lines) for each in line))
-            given = {"params": {"depth": 2.0}, "distributions": {"depth": FloatDistribution(1, 20)}}
-            study.add_trial(optuna.create_trial(value=1.5, intermediate_values=values, **given))
+            series = [value for values in _values(number, lines) for value in values]
+            trial = optuna.create_trial(
+                value=1.5,
+                intermediate_values=dict(enumerate(series)),
+                params={"depth": 2.0},
+                distributions={"depth": FloatDistribution(1, 20)},
+            )
+            study.add_trial(trial)
 
     def results() -> None:
-        optuna.load_study(study_name=study.study_name, storage=storage).trials_dataframe(
-            ("number", "value", "params")
-        )
+        loaded = optuna.load_study(study_name=study.study_name, storage=storage)
+        loaded.trials_dataframe(("number", "value", "params"))
 
     yield "write", len(runs) * lines * len(NAMES), _seconds(write), _megabytes(folder, "optuna.db")
-    yield "all results", len(runs), _often(results), None
-    yield "one run's curves", lines * len(NAMES), _often(lambda: storage.get_trial(1)), None
+    yield "all results", len(runs), _median(results), None
+    yield "one run's curves", lines * len(NAMES), _median(lambda: storage.get_trial(1)), None
 
 
 def _seconds(work: Callable[[], Any]) -> float:
@@ -271,9 +252,8 @@ def _seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def _often(work: Callable[[], Any], times: int = 5) -> float:
-    """Median seconds."""
-    return median(_seconds(work) for _ in range(times))
+def _median(work: Callable[[], Any]) -> float:
+    return median(_seconds(work) for _ in range(REPEATS))
 
 
 def _megabytes(folder: Path, pattern: str) -> float:

@@ -1,4 +1,4 @@
-"""`slm query`, `slm export` and `slm store` as people type them."""
+"""`slm query`, `slm export` and `slm store` on the command line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import store
 from tests.conftest import slm
 from tests.store.test_store import dump, event, finished, write_run
 
-ASKED = """select run_id, depth, val_bpb, core, sum(tokens) over () as total, 'nan'::double as x, 'a|b' as t, '' as e
+QUERY = """select run_id, depth, val_bpb, core, sum(tokens) over () as total,
+                  'nan'::double as x, 'a|b' as t, '' as e
            from results where depth = $depth and recipe = $recipe"""
 
 
@@ -40,8 +41,8 @@ def queried(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (
             "json",
-            '[\n {"run_id": "222222222222", "depth": 2, "val_bpb": 0.30000000000000004, "core": null, "total": 64, '
-            '"x": "NaN", "t": "a|b", "e": ""}\n]\n',
+            '[\n {"run_id": "222222222222", "depth": 2, "val_bpb": 0.30000000000000004, '
+            '"core": null, "total": 64, "x": "NaN", "t": "a|b", "e": ""}\n]\n',
         ),
         (
             "markdown",
@@ -57,12 +58,12 @@ def queried(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
     ],
 )
-def test_null_nan_and_the_last_digit_are_told_apart_in_every_format(
+def test_every_format_keeps_null_nan_and_all_digits(
     queried: Path, form: str, expected: str
 ) -> None:
     result = slm(
         "query",
-        ASKED,
+        QUERY,
         "--format",
         form,
         "--param",
@@ -74,7 +75,7 @@ def test_null_nan_and_the_last_digit_are_told_apart_in_every_format(
     assert (result.stdout, result.stderr) == (expected, "")
 
 
-def test_parquet_goes_into_a_file_with_its_types(queried: Path, tmp_path: Path) -> None:
+def test_parquet_is_written_to_a_file_with_its_types(queried: Path, tmp_path: Path) -> None:
     arguments = (
         "--param",
         "depth=2",
@@ -85,13 +86,13 @@ def test_parquet_goes_into_a_file_with_its_types(queried: Path, tmp_path: Path) 
         "-o",
         str(tmp_path / "x"),
     )
-    assert slm("query", ASKED, *arguments, home=queried).returncode == 0
+    assert slm("query", QUERY, *arguments, home=queried).returncode == 0
     [row] = parquet.read_table(tmp_path / "x").to_pylist()
     assert (row["depth"], row["core"], row["total"], math.isnan(row["x"])) == (2, None, 64, True)
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
-def test_a_table_ends_after_a_thousand_rows_and_says_so(queried: Path) -> None:
+def test_a_table_stops_after_a_thousand_rows_and_says_so(queried: Path) -> None:
     result = slm("query", "select * from range(1001)", home=queried)
     assert len(result.stdout.splitlines()) == 1002
     assert "only the first 1,000 rows" in result.stderr
@@ -112,9 +113,7 @@ def test_a_table_ends_after_a_thousand_rows_and_says_so(queried: Path) -> None:
         (("export", "tests", "nonesuch"), "not empty"),
     ],
 )
-def test_a_wrong_question_is_one_line(
-    queried: Path, arguments: tuple[str, ...], named: str
-) -> None:
+def test_errors_are_one_line(queried: Path, arguments: tuple[str, ...], named: str) -> None:
     result = slm(*arguments, home=queried)
     assert result.returncode in (1, 2)
     [line] = result.stderr.splitlines()
@@ -122,7 +121,7 @@ def test_a_wrong_question_is_one_line(
     assert result.stdout == ""
 
 
-def test_an_export_is_checked_told_and_taken_into_the_store_of_another(
+def test_an_export_can_be_rebuilt_and_merged_into_another_home(
     queried: Path, tmp_path: Path
 ) -> None:
     result = slm("export", str(tmp_path / "out"), "--json", home=queried)
@@ -140,13 +139,13 @@ def test_an_export_is_checked_told_and_taken_into_the_store_of_another(
     assert merged.stdout == "out: merged: 2 new runs\n"
 
 
-def test_check_exits_with_1_where_a_file_is_damaged_and_vacuum_tells_what_it_freed(
+def test_check_exits_with_1_for_a_damaged_file_and_vacuum_prints_what_it_freed(
     tmp_path: Path,
 ) -> None:
     folder = write_run(tmp_path, "aaa")
     (folder / "attempts" / "001" / "events.jsonl").write_text(event(1) + "none\n")
     result = slm("store", "check", home=tmp_path)
     assert result.returncode == 1
-    assert "1 of 2 new lines are no events: mend or remove it" in result.stdout
+    assert "1 of 2 new lines are not events: repair or remove it" in result.stdout
     assert "1 problems" in result.stdout
     assert "of leftovers" in slm("store", "vacuum", home=tmp_path).stdout

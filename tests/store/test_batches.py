@@ -1,4 +1,4 @@
-"""Ingests in many transactions: the same rows as in one, and what one file has wrong costs no other."""
+"""Ingests in many transactions: the same rows as in one, and a faulty file affects no other."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def test_a_home_larger_than_a_batch_gives_the_same_rows(
     for number in range(4):
         folder = write_run(tmp_path, f"run{number}", steps=3 + 20 * number)
         append(folder / "attempts" / "001", event(99)[:20])
-    whole = store.ingest(tmp_path)
+    counts = store.ingest(tmp_path)
     before = all_rows(tmp_path)
     monkeypatch.setattr(writer, "BATCH", size)
-    assert store.rebuild(tmp_path) == whole
+    assert store.rebuild(tmp_path) == counts
     assert all_rows(tmp_path) == before
 
 
-def test_a_refused_piece_of_a_long_file_is_named_and_what_follows_it_waits(
+def test_a_refused_batch_of_a_long_file_is_named_and_later_lines_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempt = write_run(tmp_path, "aaa", done=False, steps=20) / "attempts" / "001"
@@ -51,7 +51,7 @@ def test_a_refused_piece_of_a_long_file_is_named_and_what_follows_it_waits(
     assert metric_count(tmp_path) == 2 * 20 * 6
 
 
-def test_only_what_a_later_attempt_repeated_is_replaced(tmp_path: Path) -> None:
+def test_metrics_latest_replaces_only_steps_that_a_later_attempt_repeated(tmp_path: Path) -> None:
     for name in ("aaa", "bbb"):
         folder = write_run(tmp_path, name)
     for number, loss in ((3, 1.0), (2, 1.5)):
@@ -60,11 +60,11 @@ def test_only_what_a_later_attempt_repeated_is_replaced(tmp_path: Path) -> None:
         append(attempt, event(4, loss=loss), event(5, loss=loss))
     store.ingest(tmp_path)
     query = "select run_id, step, attempt from metrics_latest where name = 'loss' order by all"
-    found = store.sql(query, home=tmp_path).to_numpy().tolist()
-    kept = {"aaa": [1, 1, 1, 1], "bbb": [1, 1, 1, 3, 3]}
-    assert found == [
+    rows = store.sql(query, home=tmp_path).to_numpy().tolist()
+    attempts = {"aaa": [1, 1, 1, 1], "bbb": [1, 1, 1, 3, 3]}
+    assert rows == [
         [run, step, number]
-        for run, numbers in kept.items()
+        for run, numbers in attempts.items()
         for step, number in enumerate(numbers, 1)
     ]
     assert store.curves(home=tmp_path, run="bbb")["loss"].tolist() == [2.0, 2.0, 2.0, 1.0, 1.0]

@@ -1,4 +1,4 @@
-"""`slm store check` finds what is not as the files say; `slm store vacuum` changes no row."""
+"""`slm store check` finds differences from the files; `slm store vacuum` changes no row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.store.test_store import all_rows, append, dump, event, write_run
 
 
 @pytest.fixture
-def kept(tmp_path: Path) -> Path:
+def home(tmp_path: Path) -> Path:
     """A home of three runs, one of them unfinished, in its database."""
     for number in range(3):
         write_run(tmp_path, f"run{number}", depth=number + 1, done=number > 0)
@@ -23,24 +23,24 @@ def kept(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_home_whose_ingests_went_well_is_clean(kept: Path) -> None:
-    before = sorted(path.name for path in kept.iterdir())
-    found = store.check(kept)
-    assert (found.problems, found.notes) == ([], [])
-    assert found.rows["metrics"] == 3 * 24
-    assert sorted(path.name for path in kept.iterdir()) == before
+def test_an_intact_home_is_clean(home: Path) -> None:
+    before = sorted(path.name for path in home.iterdir())
+    report = store.check(home)
+    assert (report.problems, report.notes) == ([], [])
+    assert report.rows["metrics"] == 3 * 24
+    assert sorted(path.name for path in home.iterdir()) == before
 
 
-def test_a_torn_last_line_of_an_attempt_that_ended_is_noted_and_is_no_problem(kept: Path) -> None:
-    attempt = kept / "run0" / "attempts" / "001"
+def test_a_torn_last_line_of_an_ended_attempt_is_a_note(home: Path) -> None:
+    attempt = home / "run0" / "attempts" / "001"
     append(attempt, event(5)[:9])
     dump(
         attempt / "exit.json",
         {"attempt": 1, "time": 1.0, "code": 1, "reason": "error", "message": ""},
     )
-    found = store.check(kept)
-    assert found.problems == []
-    [note] = found.notes
+    report = store.check(home)
+    assert report.problems == []
+    [note] = report.notes
     assert str(attempt / "events.jsonl") in note
 
 
@@ -69,88 +69,88 @@ def test_a_torn_last_line_of_an_attempt_that_ended_is_noted_and_is_no_problem(ke
         ("alter table runs add column more int", "table runs differs from this version's"),
     ],
 )
-def test_what_the_files_do_not_say_is_named_with_the_way_out(
-    kept: Path, damage: str, named: str
+def test_rows_and_tables_that_differ_from_the_files_are_named_with_the_way_out(
+    home: Path, damage: str, named: str
 ) -> None:
-    with duckdb.connect(str(kept / "slm.duckdb")) as connection:
+    with duckdb.connect(str(home / "slm.duckdb")) as connection:
         connection.execute(damage)
-    problems = store.check(kept).problems
+    problems = store.check(home).problems
     assert any(named in line for line in problems)
     assert all("`slm store rebuild`" in line for line in problems)
-    store.rebuild(kept)
-    assert store.check(kept).problems == []
+    store.rebuild(home)
+    assert store.check(home).problems == []
 
 
-def test_files_that_cannot_be_read_and_lines_that_are_no_events_are_named(kept: Path) -> None:
-    append(kept / "run0" / "attempts" / "001", "no event\n")
-    (kept / "run1" / "done.json").write_text("{")
-    problems = store.check(kept).problems
+def test_unreadable_files_and_lines_that_are_not_events_are_named(home: Path) -> None:
+    append(home / "run0" / "attempts" / "001", "no event\n")
+    (home / "run1" / "done.json").write_text("{")
+    problems = store.check(home).problems
     assert any(
-        str(kept / "run0" / "attempts" / "001" / "events.jsonl") in line for line in problems
+        str(home / "run0" / "attempts" / "001" / "events.jsonl") in line for line in problems
     )
-    assert any(str(kept / "run1" / "done.json") in line for line in problems)
+    assert any(str(home / "run1" / "done.json") in line for line in problems)
 
 
-def test_a_snapshot_that_is_not_the_database_is_named(kept: Path) -> None:
-    stat = (kept / "results.duckdb").stat()
-    with (kept / "results.duckdb").open("r+b") as file:
+def test_a_snapshot_that_differs_from_the_database_is_named(home: Path) -> None:
+    stat = (home / "results.duckdb").stat()
+    with (home / "results.duckdb").open("r+b") as file:
         file.seek(stat.st_size // 2)
         file.write(b"damaged")
-    os.utime(kept / "results.duckdb", ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    [problem] = store.check(kept).problems
+    os.utime(home / "results.duckdb", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    [problem] = store.check(home).problems
     assert "results.duckdb differs from slm.duckdb" in problem
 
 
-def test_a_database_of_a_newer_version_is_one_problem(kept: Path) -> None:
-    with duckdb.connect(str(kept / "slm.duckdb")) as connection:
+def test_a_database_of_a_newer_version_is_one_problem(home: Path) -> None:
+    with duckdb.connect(str(home / "slm.duckdb")) as connection:
         connection.execute("update schema_version set version = 99")
-    [problem] = store.check(kept).problems
+    [problem] = store.check(home).problems
     assert "version" in problem
     assert "99" in problem
 
 
-def test_vacuum_makes_the_file_smaller_and_changes_no_row(kept: Path) -> None:
-    append(kept / "run0" / "attempts" / "001", *(event(step) for step in range(5, 5000)))
-    store.ingest(kept)
-    shutil.rmtree(kept / "run0")
-    store.ingest(kept)
-    before, size = all_rows(kept), (kept / "slm.duckdb").stat().st_size
-    freed = store.vacuum(kept)
-    assert freed.database == size - (kept / "slm.duckdb").stat().st_size > 0
-    assert all_rows(kept) == before
-    assert store.check(kept).problems == []
-    append(kept / "run1" / "attempts" / "001", event(5))
-    assert store.ingest(kept).metrics == 6
+def test_vacuum_makes_the_file_smaller_and_changes_no_row(home: Path) -> None:
+    append(home / "run0" / "attempts" / "001", *(event(step) for step in range(5, 5000)))
+    store.ingest(home)
+    shutil.rmtree(home / "run0")
+    store.ingest(home)
+    before, size = all_rows(home), (home / "slm.duckdb").stat().st_size
+    report = store.vacuum(home)
+    assert report.database == size - (home / "slm.duckdb").stat().st_size > 0
+    assert all_rows(home) == before
+    assert store.check(home).problems == []
+    append(home / "run1" / "attempts" / "001", event(5))
+    assert store.ingest(home).metrics == 6
 
 
-def test_vacuum_removes_what_interrupted_commands_left_and_nothing_else(kept: Path) -> None:
-    evals = kept / "run1" / "evals"
+def test_vacuum_removes_only_leftovers_of_interrupted_commands(home: Path) -> None:
+    evals = home / "run1" / "evals"
     (evals / "core-1-a.parts").mkdir(parents=True)
     (evals / "core-1-b.parts").mkdir()
     (evals / "core-1-a.parts" / "task.json").write_text("12345")
     dump(evals / "core-1-a.json", {"run_id": "run1", "metric": "core", "step": 4, "tasks": {}})
     old = [
-        kept / ".check-x1",
-        kept / "run1" / ".done.json.123",
-        kept / "run1" / "attempts" / ".unfinished-ab",
+        home / ".check-x1",
+        home / "run1" / ".done.json.123",
+        home / "run1" / "attempts" / ".unfinished-ab",
     ]
     old[0].mkdir()
     for path in old[1:]:
         path.write_text("12345")
-    (kept / "experiments").mkdir()
-    (kept / "experiments" / ".young.json.123").touch()
-    at_work = kept / "data" / ".unfinished-ab"
+    (home / "experiments").mkdir()
+    (home / "experiments" / ".young.json.123").touch()
+    at_work = home / "data" / ".unfinished-ab"
     at_work.mkdir(parents=True)
     for path in (*old, at_work):
         os.utime(path, (time.time() - 7200,) * 2)
-    freed = store.vacuum(kept)
+    report = store.vacuum(home)
     removed = [
         ".check-x1",
         "run1/.done.json.123",
         "run1/attempts/.unfinished-ab",
         "run1/evals/core-1-a.parts",
     ]
-    assert (freed.names, freed.leftovers) == (removed, 15)
+    assert (report.names, report.leftovers) == (removed, 15)
     assert (evals / "core-1-b.parts").exists()
     assert at_work.exists(), "data may be prepared for hours"
-    assert (kept / "experiments" / ".young.json.123").exists()
+    assert (home / "experiments" / ".young.json.123").exists()

@@ -1,10 +1,11 @@
-"""The store in a DuckDB file: one writer, a snapshot that readers have open, versions, damage."""
+"""The store in a DuckDB file: one writer, a snapshot for readers, versions, damage."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import duckdb
@@ -19,7 +20,7 @@ def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLM_STORE", raising=False)
 
 
-def test_an_open_reader_never_stops_the_writer(tmp_path: Path) -> None:
+def test_an_open_reader_does_not_block_the_writer(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "aaa")
     store.ingest(tmp_path)
     program = f"""
@@ -39,34 +40,45 @@ sys.stdin.read()
         reader.communicate()
 
 
-def test_no_function_keeps_a_connection(tmp_path: Path) -> None:
+def test_no_function_leaves_a_connection_open(tmp_path: Path) -> None:
     write_run(tmp_path, "aaa")
     for function in (store.ingest, store.rebuild, lambda home: store.sql("select 1", home=home)):
         function(tmp_path)
         for name in ("slm.duckdb", "results.duckdb"):
-            program = f"import duckdb; duckdb.connect('{tmp_path / name}').execute('create or replace table t (a int)')"
+            statement = "create or replace table t (a int)"
+            program = f"import duckdb; duckdb.connect('{tmp_path / name}').execute({statement!r})"
             subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_a_writer_waits_for_another_and_then_goes_on(tmp_path: Path) -> None:
+def test_a_writer_waits_for_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_run(tmp_path, "aaa")
     store.ingest(tmp_path)
     program = f"""
-import duckdb, time
+import duckdb, sys
 connection = duckdb.connect("{tmp_path}/slm.duckdb")
 print("open", flush=True)
-time.sleep(1.5)
+sys.stdin.read()
 """
     write_run(tmp_path, "bbb")
+    messages = []
     with subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout is not None
         other.stdout.readline()
+
+        def wait(deadline: float, message: str) -> None:
+            messages.append(message)
+            other.communicate()
+
+        monkeypatch.setattr(import_module("store.ingest"), "_wait", wait)
         assert store.ingest(tmp_path).runs == 1
+    assert len(messages) == 1
 
 
-def test_what_was_committed_but_not_published_is_published_by_the_next(tmp_path: Path) -> None:
+def test_the_next_ingest_publishes_rows_that_a_killed_one_only_committed(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "aaa")
     store.ingest(tmp_path)
     published = tmp_path / "results.duckdb"
@@ -88,7 +100,7 @@ def test_an_ingest_of_nothing_new_publishes_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "results.duckdb").stat().st_ino == before
 
 
-def test_a_disk_that_takes_no_more_leaves_the_snapshot_and_loses_nothing(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_snapshot_and_loses_nothing(tmp_path: Path) -> None:
     write_run(tmp_path, "aaa")
     store.ingest(tmp_path)
     folder = write_run(tmp_path, "bbb", steps=1)
@@ -108,7 +120,7 @@ store.ingest(Path({str(tmp_path)!r}))
     assert metric_count(tmp_path) == 24 + 30_000 * 6
 
 
-def test_a_file_outside_the_store_is_not_read(tmp_path: Path) -> None:
+def test_queries_cannot_read_other_files(tmp_path: Path) -> None:
     store.ingest(tmp_path)
     with pytest.raises(store.QueryError, match="disabled"):
         store.sql("select * from read_csv('/etc/hosts')", home=tmp_path)
@@ -128,7 +140,7 @@ def change_database(home: Path, statement: str) -> None:
 
 
 @pytest.mark.parametrize("damage", ["database", "newer"])
-def test_a_damaged_or_newer_database_says_rebuild_and_rebuilding_mends_it(
+def test_a_damaged_or_newer_database_names_rebuild_which_repairs_it(
     tmp_path: Path, damage: str
 ) -> None:
     write_run(tmp_path, "aaa")
@@ -146,16 +158,16 @@ def test_a_damaged_or_newer_database_says_rebuild_and_rebuilding_mends_it(
 
 @pytest.fixture
 def old_home(tmp_path: Path) -> Path:
-    """A home as the first version left it: its files, its database and what readers saw."""
-    kept = Path(__file__).parent / "home_v1"
-    home = Path(shutil.copytree(kept, tmp_path / "home"))
+    """A home of the first version: its files, its database and its snapshot."""
+    source = Path(__file__).parent / "home_v1"
+    home = Path(shutil.copytree(source, tmp_path / "home"))
     for name in ("slm.duckdb", "results.duckdb"):
         with duckdb.connect(str(home / name)) as connection:
             connection.execute((home / "database.sql").read_text())
     return home
 
 
-def test_a_home_of_the_first_version_is_upgraded_by_an_ingest_which_says_so_once(
+def test_an_ingest_upgrades_a_home_of_the_first_version_and_says_so_once(
     old_home: Path,
 ) -> None:
     with pytest.raises(
@@ -164,8 +176,8 @@ def test_a_home_of_the_first_version_is_upgraded_by_an_ingest_which_says_so_once
         store.results(home=old_home)
     [said] = store.ingest(old_home).problems
     assert "version 1 of the store" in said
-    found = store.results("old", old_home)[["run_id", "depth", "status", "val_bpb", "tokens"]]
-    assert found.to_numpy().tolist() == [
+    results = store.results("old", old_home)[["run_id", "depth", "status", "val_bpb", "tokens"]]
+    assert results.to_numpy().tolist() == [
         ["9c5b8f99e240", 1, "finished", 4.447869734195452, 1280],
         ["0f61e2306968", 2, "finished", 4.445747696631848, 1280],
     ]
@@ -173,9 +185,7 @@ def test_a_home_of_the_first_version_is_upgraded_by_an_ingest_which_says_so_once
     assert store.ingest(old_home) == store.Counts(0, 0, 0, 0, [])
 
 
-def test_an_upgrade_gives_the_rows_of_a_home_that_had_no_database(
-    old_home: Path, tmp_path: Path
-) -> None:
+def test_an_upgrade_gives_the_same_rows_as_a_fresh_ingest(old_home: Path, tmp_path: Path) -> None:
     store.ingest(old_home)
     fresh = Path(
         shutil.copytree(old_home, tmp_path / "fresh", ignore=shutil.ignore_patterns("*.duckdb*"))
@@ -185,7 +195,7 @@ def test_an_upgrade_gives_the_rows_of_a_home_that_had_no_database(
     assert tables == {name: rows for name, rows in all_rows(fresh).items() if name != "cursors"}
 
 
-def test_a_home_that_lost_its_name_is_one_home_again(tmp_path: Path) -> None:
+def test_a_home_without_home_json_gets_a_new_id_for_all_rows(tmp_path: Path) -> None:
     write_run(tmp_path, "aaa")
     store.ingest(tmp_path)
     before = store.home_id(tmp_path)
@@ -200,7 +210,7 @@ def test_a_home_that_lost_its_name_is_one_home_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"id": "../../x"}', '{"id": 7}'])
-def test_a_home_json_that_says_nothing_is_named(tmp_path: Path, content: str) -> None:
+def test_an_invalid_home_json_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "home.json").write_text(content)
     with pytest.raises(store.StoreError, match=r"home\.json: its id should be 8 hex digits"):
         store.ingest(tmp_path)

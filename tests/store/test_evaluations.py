@@ -1,4 +1,5 @@
-"""Evaluations in the store: files of `evals` in, one value of CORE a run out, with what makes it comparable."""
+"""Evaluations in the store: `evals` files in, one CORE value with its comparison key per run
+out."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def task(**changed: Any) -> dict[str, Any]:
 def write_core(
     home: Path, value: float | None, file: str = "core", run_id: str = "aaa", **changed: Any
 ) -> Path:
-    """A file of `evals` as `slm eval --core` leaves it: of the whole bundle unless `mode` says otherwise."""
+    """Write a file of `evals` as `slm eval --core` does: of the whole bundle unless `mode`
+    differs."""
     document = {
         "run_id": run_id,
         "step": 4,
@@ -103,7 +105,8 @@ def test_an_evaluation_becomes_a_row_its_tasks_and_its_examples(tmp_path: Path) 
         tmp_path, 0.25, tasks={"one": task(), "two": {"error": "no example fits"}}, core=None
     )
     assert store.ingest(tmp_path).problems == []
-    query = "select metric, mode, bundle, step, core, core_error, core_corrected, examples, ties from evaluations"
+    columns = "metric, mode, bundle, step, core, core_error, core_corrected, examples, ties"
+    query = f"select {columns} from evaluations"
     assert store.sql(query, home=tmp_path).to_numpy().tolist() == [
         ["core", "full", "b", 4, 0.25, 0.01, 0.2, 2, 1]
     ]
@@ -151,7 +154,8 @@ def test_val_bpb_is_an_evaluation_without_tasks(tmp_path: Path) -> None:
         document | {"validation": "v", "val_bpb": 1.7, "val_loss": 2.2, "rows": 3, "seconds": 0.5},
     )
     assert store.ingest(tmp_path).problems == []
-    query = "select metric, mode, validation, val_bpb, val_loss, rows, core from evaluations where core is null"
+    columns = "metric, mode, validation, val_bpb, val_loss, rows, core"
+    query = f"select {columns} from evaluations where core is null"
     assert store.sql(query, home=tmp_path).iloc[0, :6].tolist() == [
         "val_bpb",
         None,
@@ -163,8 +167,8 @@ def test_val_bpb_is_an_evaluation_without_tasks(tmp_path: Path) -> None:
     assert store.results(home=tmp_path)["core"].isna().all()
 
 
-def test_core_is_that_of_the_whole_core_bundle_before_all_others(tmp_path: Path) -> None:
-    """Each evaluation that is written takes over from those before it: the order is the claim."""
+def test_core_prefers_the_whole_core_bundle(tmp_path: Path) -> None:
+    """Each evaluation in this list takes precedence over those before it."""
     write_run(tmp_path, "aaa")
     key = "metric={} bundle=b mode={} tokenizer=t context=128"
     assert core_of(tmp_path)[2:] == [None, None, None]
@@ -192,7 +196,7 @@ def test_core_is_that_of_the_whole_core_bundle_before_all_others(tmp_path: Path)
         ]
 
 
-def test_a_core_that_only_done_tells_is_core_of_an_unknown_bundle(tmp_path: Path) -> None:
+def test_a_core_found_only_in_done_json_has_no_bundle_in_its_key(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "aaa")
     dump(folder / "done.json", finished("aaa", 4) | {"core": 0.125})
     value, _, *known = core_of(tmp_path)
@@ -209,7 +213,7 @@ def test_a_core_that_only_done_tells_is_core_of_an_unknown_bundle(tmp_path: Path
         ({"core": None, "max_per_task": 5}, "5 per task, tasks one", 0.25),
     ],
 )
-def test_an_evaluation_from_before_modes_is_given_one(
+def test_the_mode_of_old_evaluations_is_derived(
     tmp_path: Path, changed: dict[str, Any], mode: str, core: float
 ) -> None:
     write_run(tmp_path, "aaa")
@@ -236,23 +240,23 @@ def test_an_evaluation_from_before_modes_is_given_one(
         {"run_id": "bbb"},
     ],
 )
-def test_an_evaluation_that_cannot_be_is_named_and_leaves_no_row(
+def test_an_invalid_evaluation_is_named_and_leaves_no_row(
     tmp_path: Path, changed: dict[str, Any]
 ) -> None:
     write_run(tmp_path, "aaa")
-    kept = write_core(tmp_path, 0.2, "kept")
+    valid = write_core(tmp_path, 0.2, "kept")
     broken = write_core(tmp_path, 0.25, "broken")
     dump(broken, json.loads(broken.read_text()) | changed)
     [problem] = store.ingest(tmp_path).problems
     assert str(broken) in problem
     for table in ("evaluations", "evaluation_tasks", "evaluation_examples"):
-        found = store.sql(f"select distinct evaluation from {table}", home=tmp_path)[
+        names = store.sql(f"select distinct evaluation from {table}", home=tmp_path)[
             "evaluation"
         ].tolist()
-        assert found == [kept.stem]
+        assert names == [valid.stem]
 
 
-def test_an_evaluation_made_again_replaces_its_rows_and_one_that_went_takes_them_along(
+def test_rewritten_and_removed_evaluations_replace_and_remove_their_rows(
     tmp_path: Path,
 ) -> None:
     write_run(tmp_path, "aaa")

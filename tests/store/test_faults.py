@@ -18,7 +18,7 @@ from tests.store.test_store import all_rows, append, dump, event, finished, metr
 pytestmark = pytest.mark.usefixtures("database")
 
 
-def test_flops_beyond_a_bigint_are_kept(tmp_path: Path) -> None:
+def test_flops_beyond_a_bigint_are_stored(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "aaa")
     plan = json.loads((folder / "plan.json").read_text())
     plan["hyperparameters"] |= {"flops_per_token": 10**10, "steps": 10**9}
@@ -31,7 +31,7 @@ def test_flops_beyond_a_bigint_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"depth": "four"}, {"steps": -4}])
-def test_a_plan_that_the_database_refuses_stops_no_other(
+def test_a_plan_that_the_database_refuses_does_not_affect_others(
     tmp_path: Path, change: dict[str, object]
 ) -> None:
     for number in range(5):
@@ -47,7 +47,7 @@ def test_a_plan_that_the_database_refuses_stops_no_other(
     assert len(store.results(home=tmp_path)) == 5
 
 
-def test_a_complete_line_that_is_no_event_is_named_and_the_others_are_read(tmp_path: Path) -> None:
+def test_a_line_that_is_not_an_event_is_named_and_the_others_are_read(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "aaa")
     append(folder / "attempts" / "001", '{"event": oops}\n', event(6))
     [problem] = store.ingest(tmp_path).problems
@@ -55,7 +55,7 @@ def test_a_complete_line_that_is_no_event_is_named_and_the_others_are_read(tmp_p
     assert store.curves(home=tmp_path)["step"].tolist() == [1, 2, 3, 4, 6]
 
 
-def test_files_that_went_take_their_rows_with_them(tmp_path: Path) -> None:
+def test_removed_files_lose_their_rows(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "aaa")
     write_run(tmp_path, "bbb")
     document = {
@@ -78,7 +78,7 @@ def test_files_that_went_take_their_rows_with_them(tmp_path: Path) -> None:
     assert all_rows(tmp_path) == after
 
 
-def test_an_attempt_that_ended_without_result_and_reason_has_failed(tmp_path: Path) -> None:
+def test_a_run_that_ended_without_result_and_reason_has_failed(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "aaa", done=False)
     document = {
         "attempt": 1,
@@ -104,10 +104,11 @@ def test_writers_of_two_threads_count_once(tmp_path: Path) -> None:
     assert metric_count(tmp_path) == 8 * 24
 
 
-def test_a_writer_out_of_patience_names_the_one_who_writes(tmp_path: Path) -> None:
+def test_a_writer_that_gives_up_names_the_process_that_writes(tmp_path: Path) -> None:
     holding = (
         f"import sys, time; from pathlib import Path; from store.ingest import hold_store_lock\n"
-        f"with hold_store_lock(Path({str(tmp_path)!r}), 1):\n    print('held', flush=True); sys.stdin.read()"
+        f"with hold_store_lock(Path({str(tmp_path)!r}), 1):\n"
+        "    print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", holding], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -121,13 +122,13 @@ def test_a_writer_out_of_patience_names_the_one_who_writes(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("query", ["", "create temp table t (a int)", "set threads = 1"])
-def test_what_is_no_query_is_refused(tmp_path: Path, query: str) -> None:
+def test_statements_that_are_not_queries_are_refused(tmp_path: Path, query: str) -> None:
     store.ingest(tmp_path)
     with pytest.raises(store.QueryError):
         store.sql(query, home=tmp_path)
 
 
-def test_a_path_with_a_quote_is_a_path(tmp_path: Path) -> None:
+def test_the_path_of_a_home_may_contain_a_quote(tmp_path: Path) -> None:
     home = tmp_path / "it's"
     write_run(home, "aaa")
     store.ingest(home)
@@ -135,8 +136,9 @@ def test_a_path_with_a_quote_is_a_path(tmp_path: Path) -> None:
     assert metric_count(home) == 24
 
 
-def test_documents_that_no_database_could_hold_stop_no_other(tmp_path: Path) -> None:
-    """Half a letter, nesting without end, a number too large for any column, an import that passes for a run."""
+def test_documents_that_no_database_can_hold_do_not_affect_others(tmp_path: Path) -> None:
+    """A lone surrogate, deep nesting, a number too large for any column, an import with a run's
+    id."""
     write_run(tmp_path, "aaa")
     plan = json.loads((write_run(tmp_path, "bbb") / "plan.json").read_text())
     dump(tmp_path / "bbb" / "plan.json", plan | {"recipe": "\ud800"})

@@ -1,4 +1,4 @@
-"""Results measured elsewhere, as rows beside our own: flagged, comparable with nothing unless the user says so."""
+"""Imported results: flagged, and comparable with other runs only if the user names an axis."""
 
 from __future__ import annotations
 
@@ -67,18 +67,18 @@ EMPTY = dict.fromkeys(
 
 
 def row(number: int, **known: Any) -> dict[str, Any]:
-    of_all = {
+    required = {
         "run_id": f"x{number:011d}",
         "row": number,
         "status": "finished",
         "flags": [],
         "usable": True,
     }
-    return EMPTY | of_all | {"original": {"flops": "1e18"}, "val_bpb": 0.8, "flops": 1e18} | known
+    return EMPTY | required | {"original": {"flops": "1e18"}, "val_bpb": 0.8, "flops": 1e18} | known
 
 
 def write_import(home: Path, *rows: dict[str, Any], digest: str = "abc", **changed: Any) -> Path:
-    """An import as `slm import` leaves it."""
+    """Write an import as `slm import` does."""
     document = {
         "hash": digest,
         "experiment": "old",
@@ -99,36 +99,36 @@ def write_import(home: Path, *rows: dict[str, Any], digest: str = "abc", **chang
     return folder
 
 
-def test_an_import_becomes_runs_of_an_experiment_beside_our_own(tmp_path: Path) -> None:
+def test_an_import_becomes_runs_of_an_experiment(tmp_path: Path) -> None:
     write_run(tmp_path, "aaa")
     flagged = row(
         2, label="d12", status="failed", val_bpb=None, flags=["no-loss", "duplicate"], usable=False
     )
     write_import(tmp_path, row(1, depth=10, core=0.1), flagged)
     assert store.ingest(tmp_path).problems == []
-    found = store.results("old", tmp_path)
-    assert found["source"].tolist() == ["import", "import"]
-    assert found["run_id"].tolist() == ["x00000000001", "x00000000002"]
-    assert found["flags"].isna().tolist() == [True, False]
-    assert found["flags"][1] == "no-loss,duplicate"
-    assert found["usable"].tolist() == [True, False]
-    assert found[["label", "status"]].iloc[1].tolist() == ["d12", "failed"]
-    assert found["val_bpb"].isna().tolist() == [False, True]
-    assert found["flops_planned"].isna().all()
-    [own] = (
+    results = store.results("old", tmp_path)
+    assert results["source"].tolist() == ["import", "import"]
+    assert results["run_id"].tolist() == ["x00000000001", "x00000000002"]
+    assert results["flags"].isna().tolist() == [True, False]
+    assert results["flags"][1] == "no-loss,duplicate"
+    assert results["usable"].tolist() == [True, False]
+    assert results[["label", "status"]].iloc[1].tolist() == ["d12", "failed"]
+    assert results["val_bpb"].isna().tolist() == [False, True]
+    assert results["flops_planned"].isna().all()
+    [row_of_run] = (
         store.sql("select source, flags, usable from results where run_id = 'aaa'", home=tmp_path)
         .to_numpy()
         .tolist()
     )
-    assert own == ["run", None, True]
-    [kept] = store.sql("select * from imports", home=tmp_path).to_dict("records")
-    assert (kept["hash"], kept["experiment"], kept["rows"], kept["strict"]) == (
+    assert row_of_run == ["run", None, True]
+    [imported] = store.sql("select * from imports", home=tmp_path).to_dict("records")
+    assert (imported["hash"], imported["experiment"], imported["rows"], imported["strict"]) == (
         "abc",
         "old",
         2,
         False,
     )
-    assert json.loads(kept["defects"])[0]["code"] == "core-zero"
+    assert json.loads(imported["defects"])[0]["code"] == "core-zero"
     questions = store.sql("select question from experiments", home=tmp_path)["question"].tolist()
     assert questions == ["imported from results.csv"]
 
@@ -152,13 +152,13 @@ def test_an_import_becomes_runs_of_an_experiment_beside_our_own(tmp_path: Path) 
         ),
     ],
 )
-def test_the_keys_of_an_import_are_its_own_or_the_axis_named(
+def test_comparison_keys_of_an_import_are_its_own_unless_an_axis_is_named(
     tmp_path: Path, axis: str | None, known: dict[str, Any], key: str, core_key: str
 ) -> None:
     write_import(tmp_path, row(1, core=0.2, **known), axis=axis)
     assert store.ingest(tmp_path).problems == []
-    found = store.results("old", tmp_path)
-    assert found[["comparison_key", "core_key"]].to_numpy().tolist() == [[key, core_key]]
+    results = store.results("old", tmp_path)
+    assert results[["comparison_key", "core_key"]].to_numpy().tolist() == [[key, core_key]]
 
 
 def test_a_curve_of_an_import_is_read_without_times(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_a_curve_of_an_import_is_read_without_times(tmp_path: Path) -> None:
         {"val_loss": float("nan")},
     ],
 )
-def test_an_import_that_cannot_be_is_named_and_leaves_no_row(
+def test_an_invalid_import_is_named_and_leaves_no_row(
     tmp_path: Path, known: dict[str, Any]
 ) -> None:
     write_run(tmp_path, "aaa")
@@ -197,7 +197,7 @@ def test_an_import_that_cannot_be_is_named_and_leaves_no_row(
     assert store.sql("select * from experiments", home=tmp_path).empty
 
 
-def test_an_import_made_again_replaces_its_runs_and_one_that_went_takes_them_along(
+def test_rewritten_and_removed_imports_replace_and_remove_their_rows(
     tmp_path: Path,
 ) -> None:
     folder = write_import(tmp_path, row(1), row(2))
@@ -216,7 +216,7 @@ def test_an_import_made_again_replaces_its_runs_and_one_that_went_takes_them_alo
         assert store.sql(f"select * from {table}", home=tmp_path).empty
 
 
-def test_imports_and_a_sweep_of_one_name_are_one_experiment_in_whatever_order_they_come(
+def test_imports_and_a_sweep_of_one_name_are_one_experiment_in_any_order(
     tmp_path: Path,
 ) -> None:
     write_run(tmp_path, "aaa")
@@ -247,7 +247,7 @@ def test_imports_and_a_sweep_of_one_name_are_one_experiment_in_whatever_order_th
     assert len(store.results("old", tmp_path)) == 2
 
 
-def test_noise_leaves_out_what_flags_forbid_and_runs_that_may_differ_in_more_than_their_seed(
+def test_noise_leaves_out_unusable_runs_and_runs_without_a_seed(
     tmp_path: Path,
 ) -> None:
     rows = [row(1, depth=2, seed=0), row(2, depth=2, seed=1, val_bpb=0.9)]

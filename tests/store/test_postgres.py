@@ -1,4 +1,5 @@
-"""One PostgreSQL for several homes: each its own rows, the same as in its own file, read by everybody."""
+"""PostgreSQL for several homes: each writes its own rows, the same as in a file; all are
+readable."""
 
 from __future__ import annotations
 
@@ -34,11 +35,11 @@ def write_home(home: Path, *runs: str, experiment: str = "one") -> Path:
     return home
 
 
-def rows_of(home: Path, own: str) -> dict[str, list[list[str]]]:
-    """Rows of one home, of every table."""
+def rows_of(home: Path, home_id: str) -> dict[str, list[list[str]]]:
+    """Return the rows of one home, by table."""
     tables = [name for name, table in schema.Base.metadata.tables.items() if "home" in table.c]
     frames = {
-        name: store.sql(f"select * from {name} where home = ?", [own], home) for name in tables
+        name: store.sql(f"select * from {name} where home = ?", [home_id], home) for name in tables
     }
     return {name: sorted(map(str, frame.to_numpy().tolist())) for name, frame in frames.items()}
 
@@ -72,10 +73,10 @@ def test_a_home_gives_the_same_tables_and_views_in_both_databases(
 
     def frames() -> dict[str, pandas.DataFrame]:
         assert store.ingest(home).problems == []
-        found = {name: store.sql(f"select * from {name}", home=home) for name in names}
+        frames = {name: store.sql(f"select * from {name}", home=home) for name in names}
         return {
-            name: frame.sort_values(list(frame.columns), key=lambda own: own.astype(str))
-            for name, frame in found.items()
+            name: frame.sort_values(list(frame.columns), key=lambda values: values.astype(str))
+            for name, frame in frames.items()
         }
 
     on_server = frames()
@@ -105,50 +106,48 @@ def test_a_home_gives_the_same_tables_and_views_in_both_databases(
         )
 
 
-def test_a_rebuild_touches_its_own_home_alone(tmp_path: Path, postgresql: str) -> None:
-    mine, theirs = (
-        write_home(tmp_path / "mine", "aaa"),
-        write_home(tmp_path / "theirs", "aaa", "bbb"),
+def test_a_rebuild_touches_only_its_own_home(tmp_path: Path, postgresql: str) -> None:
+    first, second = (
+        write_home(tmp_path / "first", "aaa"),
+        write_home(tmp_path / "second", "aaa", "bbb"),
     )
-    for home in (mine, theirs):
+    for home in (first, second):
         write_core(home, 0.1)
         store.ingest(home)
-    mine_id, theirs_id = (store.home_id(home) or "" for home in (mine, theirs))
-    before, own = rows_of(mine, theirs_id), rows_of(mine, mine_id)
+    first_id, second_id = (store.home_id(home) or "" for home in (first, second))
+    before, rows = rows_of(first, second_id), rows_of(first, first_id)
     assert len(before["runs"]) == 2
-    for folder in mine.iterdir():
+    for folder in first.iterdir():
         if folder.name == "aaa":
             folder.rename(tmp_path / "away")
-    store.rebuild(mine)
-    assert rows_of(mine, theirs_id) == before
-    assert rows_of(mine, mine_id)["runs"] == []
-    (tmp_path / "away").rename(mine / "aaa")
-    store.rebuild(mine)
-    assert {k: v for k, v in rows_of(mine, mine_id).items() if k != "cursors"} == {
-        k: v for k, v in own.items() if k != "cursors"
+    store.rebuild(first)
+    assert rows_of(first, second_id) == before
+    assert rows_of(first, first_id)["runs"] == []
+    (tmp_path / "away").rename(first / "aaa")
+    store.rebuild(first)
+    assert {k: v for k, v in rows_of(first, first_id).items() if k != "cursors"} == {
+        k: v for k, v in rows.items() if k != "cursors"
     }
 
 
-def test_an_experiment_is_the_homes_own_else_the_only_others_else_named(
-    tmp_path: Path, postgresql: str
-) -> None:
-    mine = write_home(tmp_path / "mine", "aaa")
+def test_an_experiment_is_looked_up_in_the_own_home_first(tmp_path: Path, postgresql: str) -> None:
+    first = write_home(tmp_path / "first", "aaa")
     other = write_home(tmp_path / "other", "bbb")
     third = write_home(tmp_path / "third", "ccc", experiment="third")
-    for home in (mine, other, third):
+    for home in (first, other, third):
         store.ingest(home)
-    assert store.results("one", mine)["run_id"].tolist() == ["aaa"]
+    assert store.results("one", first)["run_id"].tolist() == ["aaa"]
     assert store.results("one", other)["run_id"].tolist() == ["bbb"]
-    assert store.results("third", mine)["run_id"].tolist() == ["ccc"]
-    assert store.curves("third", mine)["run_id"].unique().tolist() == ["ccc"]
-    assert store.experiment_home("third", mine) == store.home_id(third)
-    with pytest.raises(store.QueryError, match=rf"{tmp_path}/mine.*{tmp_path}/other|other.*mine"):
+    assert store.results("third", first)["run_id"].tolist() == ["ccc"]
+    assert store.curves("third", first)["run_id"].unique().tolist() == ["ccc"]
+    assert store.experiment_home("third", first) == store.home_id(third)
+    with pytest.raises(store.QueryError, match=rf"{tmp_path}/first.*{tmp_path}/other|other.*first"):
         store.results("one", third)
     with pytest.raises(store.QueryError, match="there are one, third"):
-        store.results("none", mine)
-    assert store.results(home=mine)["run_id"].tolist() == ["aaa"]
-    assert store.curves(home=mine)["run_id"].unique().tolist() == ["aaa"]
-    assert len(store.sql("select * from results", home=mine)) == 3
+        store.results("none", first)
+    assert store.results(home=first)["run_id"].tolist() == ["aaa"]
+    assert store.curves(home=first)["run_id"].unique().tolist() == ["aaa"]
+    assert len(store.sql("select * from results", home=first)) == 3
 
 
 def test_a_reader_without_a_home_sees_every_home(tmp_path: Path, postgresql: str) -> None:
@@ -163,7 +162,10 @@ def test_first_ingests_of_several_homes_at_once_make_one_set_of_tables(
     tmp_path: Path, postgresql: str
 ) -> None:
     homes = [write_home(tmp_path / f"home{number}", "aaa", "bbb") for number in range(4)]
-    program = "import store, sys; from pathlib import Path; print(store.ingest(Path(sys.argv[1])).problems)"
+    program = (
+        "import store, sys; from pathlib import Path; "
+        "print(store.ingest(Path(sys.argv[1])).problems)"
+    )
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", program, str(home)], stdout=subprocess.PIPE, text=True
@@ -283,15 +285,14 @@ def test_an_empty_server_says_what_to_do(tmp_path: Path, postgresql: str) -> Non
         store.results(home=tmp_path)
 
 
-def test_another_version_of_the_store_keeps_its_tables_beside_ours(
-    tmp_path: Path, postgresql: str
-) -> None:
+def test_versions_of_the_store_use_separate_schemas(tmp_path: Path, postgresql: str) -> None:
     import psycopg
 
     address = postgresql.replace("+psycopg", "")
     with psycopg.connect(address) as connection:
         connection.execute(
-            "create schema slm_v2; create table slm_v2.runs (run_id text); create table runs (a int)"
+            "create schema slm_v2; create table slm_v2.runs (run_id text); "
+            "create table runs (a int)"
         )
     store.ingest(write_home(tmp_path, "aaa"))
     assert store.sql("select run_id from runs", home=tmp_path)["run_id"].tolist() == ["aaa"]
@@ -299,7 +300,7 @@ def test_another_version_of_the_store_keeps_its_tables_beside_ours(
         assert connection.execute("select count(*) from slm_v2.runs").fetchone() == (0,)
 
 
-def test_a_server_that_goes_away_during_an_ingest_loses_nothing(
+def test_a_lost_connection_during_an_ingest_loses_nothing(
     tmp_path: Path, postgresql: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import psycopg
@@ -311,11 +312,13 @@ def test_a_server_that_goes_away_during_an_ingest_loses_nothing(
 
     send = server.copy_file
 
-    def cut(*given: Any) -> None:
+    def cut(*arguments: Any) -> None:
         with psycopg.connect(postgresql.replace("+psycopg", ""), autocommit=True) as connection:
-            others = "select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid()"
-            connection.execute(others + " and datname = current_database()")
-        send(*given)
+            connection.execute(
+                "select pg_terminate_backend(pid) from pg_stat_activity "
+                "where pid <> pg_backend_pid() and datname = current_database()"
+            )
+        send(*arguments)
 
     monkeypatch.setattr(server, "copy_file", cut)
     with pytest.raises(store.StoreError, match="could not be written"):
@@ -331,7 +334,7 @@ def test_the_command_line_works_on_the_server(tmp_path: Path, postgresql: str) -
     done = slm("store", "rebuild", home=home, SLM_STORE=postgresql)
     assert done.returncode == 0, done.stderr
     assert not list(home.glob("*.duckdb"))
-    asked = slm(
+    queried = slm(
         "query",
         "select run_id from results order by 1",
         "--format",
@@ -339,7 +342,7 @@ def test_the_command_line_works_on_the_server(tmp_path: Path, postgresql: str) -
         home=home,
         SLM_STORE=postgresql,
     )
-    assert asked.stdout.split() == ["run_id", "aaa", "bbb"]
+    assert queried.stdout.split() == ["run_id", "aaa", "bbb"]
     environment = {"SLM_STORE": "postgresql+psycopg://slm@/nowhere?host=/nowhere"}
     refused = slm("query", "select 1", home=home, **environment)
     assert refused.returncode == 1

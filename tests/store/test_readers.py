@@ -1,4 +1,4 @@
-"""Readers and the writer at once, and ingests that are killed: nobody is refused, nothing is lost."""
+"""Readers during writes, and killed ingests: no reader is refused, nothing is lost."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ writer.BATCH = 500_000
 print("go", flush=True)
 getattr(store, sys.argv[2])(Path(sys.argv[1]))
 """
-"""An ingest or a rebuild in many transactions, which says when it begins."""
+"""An ingest or a rebuild in many transactions, which prints a line when it begins."""
 WRITING = """
 import os, random, select, sys
 from pathlib import Path
@@ -42,14 +42,14 @@ while not select.select([sys.stdin], [], [], draw.uniform(0, 0.02))[0]:
         numbers = {name: draw.random() for name in FIELDS["train"]}
         Writer(attempt / "events.jsonl").write("train", **numbers | {"step": step})
 """
-"""Events of several runs, as trainers write them, until standard input ends."""
-LEFT = {"home.json", "results.duckdb", "slm.duckdb", "slm.duckdb.seen", "store.lock"}
-"""What the store keeps in a home."""
+"""A process that writes events of several runs as trainers do, until standard input ends."""
+STORE_FILES = {"home.json", "results.duckdb", "slm.duckdb", "slm.duckdb.seen", "store.lock"}
+"""Files of the store in a home."""
 
 
 @contextmanager
 def working(command: list[str]) -> Iterator[subprocess.Popen[str]]:
-    """A process that works until its standard input ends, or is told to in the block."""
+    """Run a process until the block ends, which closes its standard input."""
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -59,13 +59,14 @@ def working(command: list[str]) -> Iterator[subprocess.Popen[str]]:
 
 
 def sweep_among_readers(home: Path, depths: str, seeds: int, steps: int) -> list[dict[str, Any]]:
-    """What ten readers met in a loop beside a whole sweep that ingests twice a second; its outcome is checked."""
-    question = [f"--depths={depths}", f"--seeds={seeds}", f"--steps={steps}"]
+    """Run ten readers during a sweep that ingests twice a second; check the sweep, return the
+    tallies."""
+    options = [f"--depths={depths}", f"--seeds={seeds}", f"--steps={steps}"]
     with working([sys.executable, "-m", "tests.readers", str(home), "10"]) as readers:
-        command = [sys.executable, "-m", "tests.chaos", str(home), "--conduct", *question]
+        command = [sys.executable, "-m", "tests.chaos", str(home), "--conduct", *options]
         swept = subprocess.run(command, capture_output=True, text=True, check=True)
-        said = [line for line in swept.stderr.splitlines() if line.startswith("slm:")]
-        assert said == []  # no ingest was refused
+        errors = [line for line in swept.stderr.splitlines() if line.startswith("slm:")]
+        assert errors == []  # no ingest was refused
         tallies = [json.loads(line) for line in readers.communicate()[0].splitlines()]
     lines = chaos.check_events(home)
     assert lines >= seeds * steps
@@ -73,7 +74,7 @@ def sweep_among_readers(home: Path, depths: str, seeds: int, steps: int) -> list
     return tallies
 
 
-def test_ten_readers_in_a_loop_beside_a_sweep_never_fail_and_see_all(home: Path) -> None:
+def test_ten_readers_during_a_sweep_never_fail_and_see_all_metrics(home: Path) -> None:
     tallies = sweep_among_readers(home, "2", 1, 120)
     everything = int(store.sql("select count(*) as n from metrics", home=home)["n"][0])
     assert [tally["failures"] for tally in tallies] == [[]] * 10
@@ -82,7 +83,7 @@ def test_ten_readers_in_a_loop_beside_a_sweep_never_fail_and_see_all(home: Path)
 
 
 @pytest.mark.soak
-def test_ten_readers_beside_a_long_sweep(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ten_readers_during_a_long_sweep(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tallies = sweep_among_readers(home, "1,2", 3, 1500)
     assert [tally["failures"] for tally in tallies] == [[]] * 10
     assert len({tally["metrics"] for tally in tallies}) == 1
@@ -91,7 +92,7 @@ def test_ten_readers_beside_a_long_sweep(home: Path, capsys: pytest.CaptureFixtu
             sum(tally["reads"] for tally in tallies),
             max(tally["slowest"] for tally in tallies),
         )
-        print(f"\n{reads} reads, the slowest took {slowest:.2f} s")
+        print(f"\n{reads} reads, the slowest took {slowest:.2f} s")  # noqa: T201
 
 
 @pytest.mark.soak
@@ -105,14 +106,16 @@ def test_ingests_killed_a_hundred_times_hold_every_event_once(
         [sys.executable, "-c", WRITING, str(seed), *map(str, attempts[seed::2])]
         for seed in range(2)
     ]
-    draw, longest, ends, seen = random.Random(0), 1.0, Counter[str](), [0]
+    draw = random.Random(0)
+    longest = 1.0
+    ends = Counter[str]()
+    seen = [0]
     with working(commands[0]), working(commands[1]):
         while ends["killed"] < 100:
             work = draw.choices(["ingest", "rebuild"], [4, 1])[0]
             end = kill(tmp_path, work, draw.uniform(0, longest))
-            longest *= (
-                1.05 if end == "killed" else 0.8
-            )  # one in five is let end, however fast the machine is
+            # One in five ends by itself, however fast the machine is.
+            longest *= 1.05 if end == "killed" else 0.8
             ends[end] += 1
             seen.append(look(tmp_path))
     assert seen == sorted(seen)
@@ -122,16 +125,18 @@ def test_ingests_killed_a_hundred_times_hold_every_event_once(
     assert store.check(tmp_path).problems == []
     assert {path.name for path in tmp_path.iterdir()} - {
         attempt.parents[1].name for attempt in attempts
-    } == LEFT
+    } == STORE_FILES
     rows = all_rows(tmp_path)
     assert store.rebuild(tmp_path).events == lines
     assert all_rows(tmp_path) == rows
     with capsys.disabled():
-        print(f"\n{ends}, {len({*seen})} snapshots, {lines} lines of events; {longest:.2f} s")
+        summary = f"{ends}, {len({*seen})} snapshots, {lines} lines of events; {longest:.2f} s"
+        print(f"\n{summary}")  # noqa: T201
 
 
 def kill(home: Path, work: str, after: float) -> str:
-    """Kill an ingest or a rebuild some seconds after it began, unless it is done before."""
+    """Kill an ingest or a rebuild some seconds after it began; return "killed", or "done" if it
+    ended."""
     command = [sys.executable, "-c", KILLED, str(home), work]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -144,7 +149,7 @@ def kill(home: Path, work: str, after: float) -> str:
 
 
 def look(home: Path) -> int:
-    """How many numbers readers see, each once; 0 before the first snapshot."""
+    """Return how many numbers readers see, each once; 0 before the first snapshot."""
     if not (home / "results.duckdb").exists():
         return 0
     query = "select count(*) as n, count(distinct (run_id, time, name)) as once from metrics"

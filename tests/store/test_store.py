@@ -1,4 +1,4 @@
-"""The store: files in, the same rows out, whatever dies and whoever reads."""
+"""The store: files in, the same rows out, through kills and concurrent reads."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("database")
 
 
 def write_run(home: Path, run_id: str, depth: int = 2, done: bool = True, steps: int = 4) -> Path:
-    """A run folder as the trainer leaves it, with one attempt."""
+    """Write a run folder as the trainer does, with one attempt."""
     folder = home / run_id
     attempt = folder / "attempts" / "001"
     attempt.mkdir(parents=True)
@@ -125,7 +125,7 @@ def append(attempt: Path, *lines: str) -> None:
 
 
 def all_rows(home: Path) -> dict[str, list[str]]:
-    """Every row of every table, cursors included."""
+    """Return every row of every table, cursors included."""
     tables = schema.Base.metadata.tables
     return {
         name: sorted(map(str, store.sql(f"select * from {name}", home=home).to_numpy().tolist()))
@@ -137,7 +137,7 @@ def metric_count(home: Path) -> int:
     return int(store.sql("select count(*) as n from metrics", home=home)["n"][0])
 
 
-def test_results_hold_what_the_files_say(tmp_path: Path) -> None:
+def test_results_hold_the_values_of_the_files(tmp_path: Path) -> None:
     write_run(tmp_path, "aaa", depth=3)
     assert store.ingest(tmp_path).problems == []
     [row] = store.results(home=tmp_path).to_dict("records")
@@ -205,7 +205,8 @@ def test_a_diverged_loss_stays_nan_and_unfinished_runs_have_no_result(tmp_path: 
     dump(folder / "attempts" / "001" / "exit.json", exit_document)
     store.ingest(tmp_path)
     value = store.sql(
-        "select value = cast('nan' as double precision) as n from metrics where step = 5 and name = 'loss'",
+        "select value = cast('nan' as double precision) as n from metrics "
+        "where step = 5 and name = 'loss'",
         home=tmp_path,
     )["n"][0]
     row = store.sql(
@@ -284,7 +285,7 @@ def test_rebuilding_gives_the_same_rows(tmp_path: Path) -> None:
     assert all_rows(tmp_path) == before
 
 
-def test_a_broken_file_is_named_and_stops_no_other(tmp_path: Path) -> None:
+def test_a_broken_file_is_named_and_does_not_affect_others(tmp_path: Path) -> None:
     write_run(tmp_path, "aaa")
     broken = write_run(tmp_path, "bbb") / "plan.json"
     broken.write_text('{"recipe": ')
@@ -294,7 +295,7 @@ def test_a_broken_file_is_named_and_stops_no_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"tokens": -1}, {"val_bpb": None}, {"val_bpb": 0.0}])
-def test_a_finish_without_a_value_is_named_and_not_taken(
+def test_a_done_json_without_a_valid_result_is_named_and_refused(
     tmp_path: Path, change: dict[str, Any]
 ) -> None:
     folder = write_run(tmp_path, "aaa")
@@ -315,9 +316,12 @@ def test_the_database_itself_refuses_such_rows(tmp_path: Path, change: dict[str,
         connection.execute(insert(schema.Finished), [row])
 
 
-def test_ingests_killed_at_any_moment_lose_and_double_nothing(tmp_path: Path) -> None:
+def test_ingests_killed_at_any_moment_lose_and_repeat_nothing(tmp_path: Path) -> None:
     folders = [write_run(tmp_path, f"run{number}") for number in range(6)]
-    program = f"import store; from pathlib import Path\nprint('go', flush=True)\nstore.ingest(Path({str(tmp_path)!r}))"
+    program = (
+        "import store; from pathlib import Path\nprint('go', flush=True)\n"
+        f"store.ingest(Path({str(tmp_path)!r}))"
+    )
     draw = random.Random(0)
     for step in range(5, 11):
         for folder in folders:
@@ -369,7 +373,7 @@ def test_a_home_without_results_says_what_to_do(tmp_path: Path) -> None:
         store.sql("select 1", home=tmp_path)
 
 
-def test_every_column_is_in_the_data_dictionary_and_no_other(tmp_path: Path) -> None:
+def test_the_data_dictionary_lists_exactly_the_columns(tmp_path: Path) -> None:
     write_run(tmp_path, "aaa")
     store.ingest(tmp_path)
     columns = store.sql(
