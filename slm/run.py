@@ -157,13 +157,17 @@ def list_runs(home: Path, experiment: str | None = None) -> list[Path]:
     if not home.is_dir():
         raise ValueError(f"{home}: no such folder; `slm sweep` makes it, SLM_HOME names another")
     if experiment is None:
-        return sorted(path.parent for path in home.glob("*/plan.json"))
+        return _run_folders(home)
     declared = {path.stem: path for path in sorted(home.glob("experiments/*.json"))}
     if experiment not in declared:
         names = ", ".join(declared) or "none"
         raise ValueError(f"no experiment {experiment!r}; there are {names}")
     folders = [home / run_id for run_id in read_json(declared[experiment])["runs"]]
     return [folder for folder in folders if (folder / "plan.json").exists()]
+
+
+def _run_folders(home: Path) -> list[Path]:
+    return sorted(path.parent for path in home.glob("*/plan.json"))
 
 
 def find_run(home: Path, run: str) -> Path:
@@ -185,7 +189,7 @@ def find_run(home: Path, run: str) -> Path:
 
 def plans(home: Path) -> list[Plan]:
     """Return the plans of a home that this version can read, by run_id."""
-    return read_plans(sorted(path.parent for path in home.glob("*/plan.json")))[0]
+    return read_plans(_run_folders(home))[0]
 
 
 def read_plans(run_folders: Iterable[Path]) -> tuple[list[Plan], list[str]]:
@@ -201,13 +205,20 @@ def read_plans(run_folders: Iterable[Path]) -> tuple[list[Plan], list[str]]:
     return readable, problems
 
 
+def unfinished_plans(home: Path) -> list[Plan]:
+    """Return the plans of a home's runs that are not finished."""
+    return [plan for plan in plans(home) if not is_done(home / plan.run_id)]
+
+
 def run_label(plan: Mapping[str, Any]) -> str:
     """Return the name of a run for people, from its plan's document: "pocket d4 seed 0".
 
     Raises KeyError or TypeError if the document is no plan.
     """
-    horizon = "" if plan["horizon"] == "compute-optimal" else f" {plan['horizon']}"
-    return f"{plan['recipe']} d{plan['hyperparameters']['depth']}{horizon} seed {plan['seed']}"
+    label = f"{plan['recipe']} d{plan['hyperparameters']['depth']}"
+    if plan["horizon"] != "compute-optimal":
+        label += f" {plan['horizon']}"
+    return f"{label} seed {plan['seed']}"
 
 
 # Attempts

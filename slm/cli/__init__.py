@@ -1,4 +1,4 @@
-"""The command line: one file for each group of commands; what is heavy is imported inside them."""
+"""The command line: one file per command group; heavy modules are imported inside the commands."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ from slm.cli import (
     compare,
     control,
     data,
+    data_list,
     doctor,
+    evaluate,
     export,
+    fit_curves,
+    import_results,
     logs,
+    next_runs,
     query,
     report,
     runs,
@@ -24,11 +29,7 @@ from slm.cli import (
     size,
     sweep,
 )
-from slm.cli import data_list as prepared
-from slm.cli import evaluate as eval
-from slm.cli import fit_curves as curves
-from slm.cli import import_results as imports
-from slm.cli import next_runs as next
+from slm.cli.help_groups import grouped_command
 
 app = typer.Typer(
     name="slm",
@@ -38,36 +39,36 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 data_app = typer.Typer(
-    help="Corpora, tokenisers and rows, and the bundles of CORE and pocket-core.",
+    help="Corpora, tokenisers and datasets, and the bundles of CORE and pocket-core.",
     rich_markup_mode=None,
     no_args_is_help=True,
 )
 store_app = typer.Typer(help="The results database.", rich_markup_mode=None, no_args_is_help=True)
 
 app.command("size")(size.size)
-app.command("sweep")(sweep.sweep)
+app.command("sweep", cls=grouped_command(sweep.GROUPS))(sweep.sweep)
 app.command("status")(runs.status)
 app.command("show")(runs.show)
 app.command("logs")(logs.logs)
 app.command("stop")(control.stop)
 app.command("retry")(control.retry)
 app.command("rm")(control.rm)
-app.command("fit-curves")(curves.fit_curves)
+app.command("fit-curves")(fit_curves.fit_curves)
 app.command("compare")(compare.compare)
-app.command("next")(next.next_runs)
-app.command("eval")(eval.evaluate)
+app.command("next")(next_runs.next_runs)
+app.command("eval")(evaluate.evaluate)
 app.command("sample")(sample.sample)
 app.command("report")(report.report)
 app.command("query")(query.query)
 app.command("doctor")(doctor.doctor)
-app.command("import")(imports.import_results)
+app.command("import")(import_results.import_results)
 app.command("export")(export.export)
 app.add_typer(data_app, name="data")
 data_app.command("prepare")(data.prepare)
-data_app.command("list")(prepared.list_data)
-data_app.command("show")(prepared.show)
-data_app.command("verify")(prepared.verify)
-data_app.command("remove")(prepared.remove)
+data_app.command("list")(data_list.list_data)
+data_app.command("show")(data_list.show)
+data_app.command("verify")(data_list.verify)
+data_app.command("remove")(data_list.remove)
 data_app.command("core")(data.core)
 data_app.command("pocket-core")(data.pocket_core)
 app.add_typer(store_app, name="store")
@@ -87,10 +88,13 @@ def version(
 
 
 def main() -> None:
-    """Run the command line. Exit code 0 done, 1 the work failed, 2 wrong usage or a refusal; errors are one line."""
-    os.environ.setdefault(
-        "OPENBLAS_NUM_THREADS", "1"
-    )  # fits solve many small systems: threads wait for each other
+    """Run the command line.
+
+    Exit codes: 0 done, 1 the work failed, 2 wrong usage or a refusal, 130 interrupted. An error is
+    one line on standard error; SLM_DEBUG shows its traceback.
+    """
+    # Fits solve many small systems, for which BLAS threads cost more than they save.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         code = app(standalone_mode=False)
     except typer.TyperException as error:
@@ -98,26 +102,27 @@ def main() -> None:
             print(error)
             code = 0
         else:
-            code = _complain(error.format_message(), error.exit_code)
+            code = _print_error(error.format_message(), error.exit_code)
     except ValueError as error:
-        code = _complain(str(error), 2)
+        code = _print_error(str(error), 2)
     except RuntimeError as error:
-        code = _complain(str(error), 1)
+        code = _print_error(str(error), 1)
     except OSError as error:
-        code = _complain(_system_error(error), 1)
+        code = _print_error(_describe(error), 1)
     except (KeyboardInterrupt, typer.Abort):
-        code = _complain("interrupted", 130)
+        code = _print_error("interrupted", 130)
     sys.exit(code)
 
 
-def _complain(message: str, code: int) -> int:
+def _print_error(message: str, code: int) -> int:
     if os.environ.get("SLM_DEBUG"):
         raise
     print(f"slm: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 
-def _system_error(error: OSError) -> str:
+def _describe(error: OSError) -> str:
     if error.errno == errno.ENOSPC:
-        return f"the disk is full{f' at {error.filename}' if error.filename else ''}: free some space and run it again"
+        location = f" at {error.filename}" if error.filename else ""
+        return f"the disk is full{location}: free some space and run the command again"
     return f"{error.filename}: {error.strerror}" if error.filename else str(error)

@@ -1,9 +1,8 @@
-"""`slm stop`, `slm retry` and `slm rm`: what is to become of runs."""
+"""`slm stop`, `slm retry` and `slm rm`: stop, retry and remove runs."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import sys
 import time
@@ -15,136 +14,112 @@ from typing import Annotated, Any
 import typer
 
 from slm.cli.options import Json, print_json
-from slm.cli.runs import rows_of, run_folder, run_ids_of, states_of, track_of
 from slm.files import read_json
-from slm.text import count
+from slm.text import count, plural
 
-LOOK_SECONDS = 0.3
+POLL_SECONDS = 0.3
+"""Pause between two looks at runs that are stopping."""
+ENDS = {
+    "running": "still running",
+    "cancelled": "stopped; `slm retry` lets a sweep train it again",
+    "interrupted": "stopped; the same `slm sweep` resumes it",
+    "finished": "finished",
+}
+"""Text for the states of a run after `slm stop`."""
 Runs = Annotated[list[str] | None, typer.Argument(help="Run_ids, or their first digits.")]
 
 
 def stop(
     runs: Runs = None,
-    no_wait: Annotated[bool, typer.Option("--no-wait", help="Ask, and do not wait.")] = False,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="Return before the runs have ended.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Have everything at work checkpoint and stop; or these runs, which no sweep trains then until `slm retry`."""
-    from slm.sweep import orchestrator as conduct
+    """Stop the sweep and all runs after a checkpoint; or cancel some runs until `slm retry`."""
+    from slm.run import find_run, list_runs, other_host
+    from slm.sweep.orchestrator import sweep_process
     from store import home
 
-    given = [run_folder(home(), run) for run in runs or ()]
-    folders = given or _at_work(home())
-    far = {folder.name: host for folder in folders if (host := _elsewhere(folder))}
-    here = [folder for folder in folders if folder.name not in far]
-    conductor = None if given else conduct.conductor(home())
-    asked = _ask(here, given=bool(given), conductor=conductor)
-    _say_what_was_asked(asked, conductor)
+    named = [find_run(home(), run) for run in runs or ()]
+    folders = named or _active(list_runs(home()))
+    hosts = {folder.name: host for folder in folders if (host := other_host(folder))}
+    local = [folder for folder in folders if folder.name not in hosts]
+    process = None if named else sweep_process(home())
+    active = _active(local) if named else local
+    _request_stop(local, cancel=bool(named), process=process)
+    names = ", ".join(folder.name for folder in active) or "no run"
+    if process is not None:
+        print(f"asked the sweep (process {process}) to stop; active: {names}", file=sys.stderr)
+    elif active:
+        print(f"asked to checkpoint and stop: {names}", file=sys.stderr)
     if not no_wait:
-        _wait(home(), asked, conductor)
-    ended = [_ended(folder) for folder in here]
+        _wait(home(), active, process)
+    rows = [_stopped(folder) for folder in local]
     if as_json:
-        print_json({"home": str(home()), "conductor": conductor, "runs": ended, "elsewhere": far})
+        print_json({"home": str(home()), "conductor": process, "runs": rows, "elsewhere": hosts})
     else:
-        print("\n".join(_sentence(row) for row in ended) or "nothing is at work here")
-    for run_id, host in far.items():
-        print(
-            f"slm: run {run_id} is at work on {host}: type `slm stop {run_id}` there",
-            file=sys.stderr,
-        )
-    if far:
+        print("\n".join(map(_describe, rows)) or "no run is active on this machine")
+    for run_id, host in hosts.items():
+        print(f"slm: run {run_id} runs on {host}: type `slm stop {run_id}` there", file=sys.stderr)
+    if hosts:
         raise typer.Exit(1)
 
 
-def _at_work(home: Path) -> list[Path]:
-    """Runs that somebody holds, or whose job a cluster has."""
+def _active(folders: Sequence[Path]) -> list[Path]:
+    """Return the runs that a process holds or that have a Slurm job."""
     from slm.run import run_holder
     from slm.sweep import slurm
 
-    folders = [home / run_id for run_id in run_ids_of(home)]
     jobs = slurm.jobs_of(folders)
     return [folder for folder in folders if folder in jobs or run_holder(folder)]
 
 
-def _elsewhere(folder: Path) -> str | None:
-    """The other machine on which a run is at work: its process numbers mean nothing here."""
-    from slm.run import (
-        is_done,
-        is_on_this_machine,
-        last_attempt,
-        read_attempt,
-        read_exit,
-        run_holder,
-    )
-
-    attempt = last_attempt(folder)
-    if attempt is None or read_exit(attempt) or is_done(folder) or is_on_this_machine(folder):
-        return None
-    document = read_attempt(attempt)
-    return document["host"] if document["launcher"] == "local" and run_holder(folder) else None
-
-
-def _ask(folders: Sequence[Path], given: bool, conductor: int | None) -> list[Path]:
-    """Ask the conductor, or whoever holds these runs; those that were at work."""
-    from slm.run import cancel_run, is_done, last_attempt, run_holder, stop_run
+def _request_stop(folders: Sequence[Path], cancel: bool, process: int | None) -> None:
+    """Ask the orchestrator to stop, or where there is none, the runs themselves."""
+    from slm.run import cancel_run, is_done, last_attempt, stop_run
     from slm.sweep import slurm
 
-    jobs = slurm.jobs_of(folders)
-    at_work = [folder for folder in folders if folder in jobs or run_holder(folder)]
-    if conductor is not None:
+    if process is not None:
         with suppress(ProcessLookupError):
-            os.kill(conductor, signal.SIGTERM)
-    for folder in folders if conductor is None else ():
-        if not given:
+            os.kill(process, signal.SIGTERM)
+        return
+    jobs = slurm.jobs_of(folders)
+    for folder in folders:
+        if not cancel:
             stop_run(folder)
         elif not is_done(folder):
             cancel_run(folder)
         if folder in jobs and (attempt := last_attempt(folder)):
-            slurm.stop(jobs[folder], attempt)
-    return at_work
+            slurm.stop_job(jobs[folder], attempt)
 
 
-def _say_what_was_asked(asked: Sequence[Path], conductor: int | None) -> None:
-    names = ", ".join(folder.name for folder in asked) or "nothing"
-    if conductor is not None:
-        print(f"asked the sweep (process {conductor}) to stop: {names} at work", file=sys.stderr)
-    elif asked:
-        print(f"asked to checkpoint and stop: {names}", file=sys.stderr)
-
-
-def _wait(home: Path, asked: Sequence[Path], conductor: int | None) -> None:
-    """Until those that were asked have ended."""
+def _wait(home: Path, folders: Sequence[Path], process: int | None) -> None:
+    """Wait until no process holds these runs and the orchestrator has ended."""
     from slm.run import run_holder
-    from slm.sweep import orchestrator as conduct
+    from slm.sweep.orchestrator import sweep_process
 
-    while any(run_holder(folder) for folder in asked) or (
-        conductor and conduct.conductor(home) == conductor
-    ):
-        time.sleep(LOOK_SECONDS)
+    while any(map(run_holder, folders)) or (process and sweep_process(home) == process):
+        time.sleep(POLL_SECONDS)
 
 
-def _ended(folder: Path) -> dict[str, Any]:
+def _stopped(folder: Path) -> dict[str, Any]:
+    """Return step and state of a run for the document of `slm stop`."""
+    from slm.monitor.status import run_progress
     from slm.run import run_state
 
+    path = folder / "plan.json"
     try:
-        steps = read_json(folder / "plan.json")["hyperparameters"]["steps"]
+        steps = read_json(path)["hyperparameters"]["steps"]
     except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder / 'plan.json'} lacks {error}: what was asked to stop was asked"
-        ) from None
-    return {"run_id": folder.name, "step": track_of(folder, steps).step, "steps": steps} | vars(
-        run_state(folder)
-    )
+        raise ValueError(f"{path}: stop was requested, but plan.json lacks {error}") from None
+    progress = run_progress(folder, steps)
+    return {"run_id": folder.name, "step": progress.step, "steps": steps, **vars(run_state(folder))}
 
 
-def _sentence(row: dict[str, Any]) -> str:
-    words = {
-        "running": "is still at work",
-        "cancelled": "stopped; `slm retry` lets a sweep train it again",
-        "interrupted": "stopped; `slm sweep` typed again goes on",
-        "finished": "is finished",
-    }
-    what = words.get(row["status"], f"{row['status']}: {row['message'] or 'no word'}")
-    return f"{row['run_id']} at step {row['step']:,} of {row['steps']:,}: {what}"
+def _describe(row: dict[str, Any]) -> str:
+    end = ENDS.get(row["status"], f"{row['status']}: {row['message'] or 'no message'}")
+    return f"{row['run_id']} at step {row['step']:,} of {row['steps']:,}: {end}"
 
 
 def retry(
@@ -152,49 +127,46 @@ def retry(
     failed: Annotated[bool, typer.Option("--failed", help="All runs that failed.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Forgive runs their ends so far, so that a sweep trains them again from their last checkpoints."""
-    from slm.run import retry_run, run_state
-    from slm.sweep import orchestrator as conduct
+    """Clear the failures of runs, so that the next sweep resumes them from their checkpoints."""
+    from slm.monitor.status import status_rows
+    from slm.run import find_run, list_runs, retry_run, run_state
+    from slm.sweep.orchestrator import sweep_process
     from store import home
 
     if bool(runs) == failed:
         raise ValueError("name the runs to retry, or say --failed")
-    states = {folder: run_state(folder).status for folder in _named(home(), runs, failed)}
-    for folder, status in states.items():
+    if failed:
+        rows, _ = status_rows(list_runs(home()))
+        folders = [home() / row["run_id"] for row in rows if row["status"] == "failed"]
+    else:
+        folders = [*dict.fromkeys(find_run(home(), run) for run in runs or ())]
+    for folder in folders:
+        status = run_state(folder).status
         if status in ("finished", "running"):
             raise ValueError(f"run {folder.name} is {status}: there is nothing to retry")
-    for folder in states:
+    for folder in folders:
         retry_run(folder)
-    conductor = conduct.conductor(home())
+    process = sweep_process(home())
+    names = [folder.name for folder in folders]
     if as_json:
-        print_json(
-            {
-                "home": str(home()),
-                "conductor": conductor,
-                "runs": [folder.name for folder in states],
-            }
-        )
+        print_json({"home": str(home()), "conductor": process, "runs": names})
         return
-    print(
-        f"{len(states)} runs to be trained again{': ' if states else ''}{', '.join(path.name for path in states)}"
+    retried = plural(len(names), "run") + " to retry"
+    print(f"{retried}: {', '.join(names)}" if names else retried)
+    if names:
+        print(_next_command(folders, process))
+
+
+def _next_command(folders: Sequence[Path], process: int | None) -> str:
+    """Return which sweep trains these runs, or the command to type."""
+    command = "type their `slm sweep` again"
+    if len(folders) == 1:
+        command += f", or `slm sweep --plan {folders[0] / 'plan.json'}`"
+    if process is None:
+        return f"no sweep is running: {command}"
+    return (
+        f"process {process} runs a sweep and retries its own runs; for others, {command} after it"
     )
-    if states:
-        print(_who_trains(list(states), conductor))
-
-
-def _named(home: Path, runs: Sequence[str] | None, failed: bool) -> list[Path]:
-    if not failed:
-        return [run_folder(home, run) for run in runs or ()]
-    return [home / row["run_id"] for row in rows_of(home)[0] if row["status"] == "failed"]
-
-
-def _who_trains(folders: Sequence[Path], conductor: int | None) -> str:
-    """Who takes runs up, or what to type."""
-    plans = " ".join(f"--plan {folder / 'plan.json'}" for folder in folders[:1])
-    again = f"type its `slm sweep` again{f', or `slm sweep {plans}`' if len(folders) == 1 else ''}"
-    if conductor is None:
-        return f"nobody conducts: {again}"
-    return f"process {conductor} conducts, and takes those of its own sweep; for another's, {again} when it has ended"
 
 
 def rm(
@@ -205,88 +177,62 @@ def rm(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove runs with all that was measured, or only their weights and checkpoints; says first what that frees."""
+    """Remove runs with their results, or only weights and checkpoints, after showing the sizes."""
     import store
-    from slm.sweep import orchestrator as conduct
+    from slm.run import find_run, remove_run, remove_weights, run_sizes
+    from slm.sweep.orchestrator import sweep_lock, sweep_process
 
     home = store.home()
-    folders = list(dict.fromkeys(run_folder(home, run) for run in runs))
-    with conduct.sweep_lock(home) as ours:
-        if not ours:
-            raise ValueError(
-                f"{home} is being swept by process {conduct.conductor(home)}: `slm stop` first"
-            )
-        _refuse_held(folders)
-        sizes = {folder: _sizes(folder) for folder in folders}
-        for folder, size in sizes.items():
-            print(_what_goes(folder, size, checkpoints), file=sys.stderr)
+    folders = [*dict.fromkeys(find_run(home, run) for run in runs)]
+    with sweep_lock(home) as locked:
+        if not locked:
+            process = sweep_process(home)
+            raise ValueError(f"{home} is being swept by process {process}: `slm stop` first")
+        _refuse_active(folders)
+        freed = 0
+        for folder in folders:
+            sizes = run_sizes(folder)
+            if checkpoints:
+                del sizes["records"]
+            freed += sum(sizes.values())
+            print(_loss(folder, sizes), file=sys.stderr)
         if not yes:
             _confirm(len(folders), checkpoints)
         for folder in folders:
-            _remove(folder, checkpoints)
+            remove_weights(folder) if checkpoints else remove_run(folder)
     store.ingest(home)
-    freed = sum(sum(size[name] for name in _parts(checkpoints)) for size in sizes.values())
     if as_json:
         print_json({"home": str(home), "runs": [folder.name for folder in folders], "bytes": freed})
     else:
         print(f"freed {count(freed)}B")
 
 
-def _refuse_held(folders: Sequence[Path]) -> None:
+def _refuse_active(folders: Sequence[Path]) -> None:
+    from slm.monitor.status import run_states
     from slm.run import run_holder
 
-    for folder, state in states_of(folders).items():
+    for folder, state in run_states(folders).items():
         if process := run_holder(folder):
-            raise ValueError(
-                f"run {folder.name} is at work (process {process}): `slm stop {folder.name}` first"
-            )
-        if state.status in ("running", "queued"):
-            raise ValueError(
-                f"run {folder.name} is {state.status} on Slurm: `slm stop {folder.name}` first"
-            )
+            reason = f"is running (process {process})"
+        elif state.status in ("running", "queued"):
+            reason = f"is {state.status} on Slurm"
+        else:
+            continue
+        raise ValueError(f"run {folder.name} {reason}: `slm stop {folder.name}` first")
 
 
-def _parts(checkpoints: bool) -> tuple[str, ...]:
-    return ("weights", "checkpoints") if checkpoints else ("weights", "checkpoints", "records")
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of a run's weights, checkpoints, and records: plan, events, logs, result, evaluations."""
-    sizes = {"weights": 0, "checkpoints": 0, "records": 0}
-    for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            kept = path.relative_to(folder).parts[0]
-            part = {"model.safetensors": "weights", "checkpoints": "checkpoints"}.get(
-                kept, "records"
-            )
-            sizes[part] += path.stat().st_size
-    return sizes
-
-
-def _what_goes(folder: Path, sizes: dict[str, int], checkpoints: bool) -> str:
+def _loss(folder: Path, sizes: dict[str, int]) -> str:
+    """Describe what removing these parts of a run frees and loses."""
     from slm.run import run_state
 
     status = run_state(folder).status
-    parts = ", ".join(f"{part} {count(sizes[part])}B" for part in _parts(checkpoints))
-    lost = (
-        "; it begins anew" if checkpoints and status != "finished" and sizes["checkpoints"] else ""
-    )
-    return f"{folder.name} ({status}): {parts}{lost}"
+    parts = ", ".join(f"{part} {count(size)}B" for part, size in sizes.items())
+    restarts = "records" not in sizes and sizes["checkpoints"] and status != "finished"
+    return f"{folder.name} ({status}): {parts}{'; it will start over' if restarts else ''}"
 
 
-def _confirm(count: int, checkpoints: bool) -> None:
-    what = "weights and checkpoints" if checkpoints else "all that was measured"
+def _confirm(number: int, checkpoints: bool) -> None:
+    parts = "weights and checkpoints" if checkpoints else "results and files"
     if not sys.stdin.isatty():
-        raise ValueError("there is nobody to ask: --yes removes without asking")
-    typer.confirm(f"remove {count} runs' {what}?", abort=True, err=True)
-
-
-def _remove(folder: Path, checkpoints: bool) -> None:
-    """The plan goes first: a folder without one is no run, should this be cut short."""
-    if not checkpoints:
-        (folder / "plan.json").unlink(missing_ok=True)
-        shutil.rmtree(folder)
-        return
-    (folder / "model.safetensors").unlink(missing_ok=True)
-    for path in (folder / "checkpoints").glob("*"):
-        path.unlink()
+        raise ValueError("no terminal to ask on: --yes removes without asking")
+    typer.confirm(f"remove the {parts} of {plural(number, 'run')}?", abort=True, err=True)

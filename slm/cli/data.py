@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -13,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from slm.cli.options import Json, RecipeName, TokenizerName, numbers_of, print_json, recipe_of
+from slm.monitor.progress import ProgressBars, report_line
 
 if TYPE_CHECKING:
     from slm.evaluate.bundle import Bundle
@@ -33,8 +31,6 @@ LEFT_OUT = {
     "invalid_utf8": "mended (no UTF-8)",
 }
 """What is counted of documents that are not what they should be, in words."""
-PAUSE_SECONDS = 5.0
-"""Between two lines on how far something is."""
 
 
 def prepare(
@@ -107,7 +103,8 @@ def core(
     if source:
         got = bundle.install(source, home())
     else:
-        fetched = download(CORE_URL, home() / "data" / "core", progress("bytes"))
+        with ProgressBars() as bars:
+            fetched = download(CORE_URL, home() / "data" / "core", bars.add("bytes"))
         got = bundle.install(fetched, home())
         fetched.unlink()
     _print_bundle(got, as_json)
@@ -137,28 +134,3 @@ def _print_bundle(got: Bundle, as_json: bool) -> None:
     print(
         f"bundle {got.id}{named}: {len(counts)} tasks, {sum(counts.values()):,} examples; {got.folder}"
     )
-
-
-def progress(unit: str) -> Callable[[int, int], None]:
-    """Says now and then how much is done, and how long the rest will take."""
-    from slm.text import duration
-
-    began = said = time.monotonic()
-
-    def report(done: int, of: int) -> None:
-        nonlocal began, said
-        now = time.monotonic()
-        if done == 0:
-            began = now
-        elif now - said > PAUSE_SECONDS:
-            said = now
-            report_line(
-                f"{done:,} of {of:,} {unit}, {duration((now - began) / done * (of - done))} left"
-            )
-
-    return report
-
-
-def report_line(line: str) -> None:
-    """Progress on standard error."""
-    print(line, file=sys.stderr, flush=True)

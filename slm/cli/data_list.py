@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slm.cli.data import left_out, progress, report_line
+from slm.cli.data import left_out
 from slm.cli.options import DEEPEST, Json, depths_of, print_json, print_table, table
+from slm.monitor.progress import ProgressBars, report_line
 from slm.recipe import RECIPES, Hyperparameters
 from slm.text import count
 
@@ -273,7 +274,8 @@ def verify(
         if entry.prepared:
             report_line(f"verifying {entry.folder}")
             try:
-                entry.prepared.verify_all(progress("rows"))
+                with ProgressBars() as bars:
+                    entry.prepared.verify_all(bars.add("rows"))
             except (ValueError, OSError) as error:
                 found[str(entry.folder)] = str(error)
             else:
@@ -310,7 +312,7 @@ def remove(
     with conduct.sweep_lock(home) as ours:
         if not ours:
             raise ValueError(
-                f"{home} is being swept by process {conduct.conductor(home)}: `slm stop` first"
+                f"{home} is being swept by process {conduct.sweep_process(home)}: `slm stop` first"
             )
         _refuse_read(home, runs)
         said = (
@@ -332,10 +334,10 @@ def remove(
 
 def _refuse_read(home: Path, runs: Sequence[str]) -> None:
     """Raise ValueError while a run at work reads the data."""
-    from slm.cli.runs import states_of
+    from slm.monitor.status import run_states
     from slm.run import run_holder
 
-    for folder, state in states_of([home / run_id for run_id in runs]).items():
+    for folder, state in run_states([home / run_id for run_id in runs]).items():
         if run_holder(folder) or state.status in ("running", "queued"):
             raise ValueError(
                 f"run {folder.name} is at work on it ({state.status}): `slm stop {folder.name}` first"

@@ -1,26 +1,29 @@
-"""`slm logs`: what a run's trainers wrote, their events in words and beside them the raw log."""
+"""`slm logs`: the events of a run's trainers in words, and their raw log."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from slm.cli.options import Json, print_json
-from slm.cli.runs import label_of, log_lines, run_folder, states_of
 from slm.files import read_json
+from slm.text import one_line
 
 FOLLOW_SECONDS = 0.5
+"""Pause between two looks at a run that is running."""
+Line = TypeVar("Line")
 
 
 def logs(
     run: Annotated[str, typer.Argument(help="A run_id, or its first digits.")],
     follow: Annotated[
-        bool, typer.Option("-f", "--follow", help="Go on until the run ends; Ctrl-C ends it.")
+        bool, typer.Option("-f", "--follow", help="Print until the run ends; Ctrl-C ends it.")
     ] = False,
     attempt: Annotated[
         int | None, typer.Option(min=1, help="Number of an attempt; else the newest.")
@@ -30,156 +33,151 @@ def logs(
     ] = 20,
     as_json: Json = False,
 ) -> None:
-    """Show a run's events, a line each, and then the end of its raw log, whose lines begin with a bar."""
+    """Show a run's events, one a line, then the end of its raw log, each line after a bar."""
+    from slm.run import find_run
     from store import home
 
     if follow and as_json:
-        raise ValueError(
-            "--follow --json: choose one; the events of an attempt are JSON lines in its events.jsonl"
-        )
-    folder = run_folder(home(), run)
-    source = _Source(_attempt(folder, attempt))
+        raise ValueError("--follow --json: choose one; events.jsonl of an attempt is JSON lines")
+    folder = find_run(home(), run)
+    tail = _Tail(_select_attempt(folder, attempt))
     if as_json:
-        told = {"run_id": folder.name, "attempt": int(source.attempt.name)}
-        events = [_finite(event) for event in _last(source.events(), lines)]
-        print_json(told | {"events": events, "log": _last(source.log(), lines)})
+        events = [_finite(event) for event in _last(tail.events(), lines)]
+        document = {"run_id": folder.name, "attempt": int(tail.attempt.name), "events": events}
+        print_json(document | {"log": _last(tail.log(), lines)})
         return
-    source.print(lines)
+    tail.print(lines)
     if follow:
         with suppress(KeyboardInterrupt):
-            _follow(folder, source, newest=attempt is None)
+            _follow(folder, tail, newest=attempt is None)
 
 
-def _attempt(folder: Path, number: int | None) -> Path:
-    """An attempt of a run, the newest without a number. Raises ValueError where there is none."""
+def _select_attempt(folder: Path, number: int | None) -> Path:
+    """Return an attempt of a run, the newest for None. Raises ValueError if there is none."""
     from slm.run import list_attempts
 
     attempts = {int(path.name): path for path in list_attempts(folder)}
     if not attempts:
         raise ValueError(f"run {folder.name} has no attempt yet: `slm sweep` trains it")
     if number is not None and number not in attempts:
-        raise ValueError(
-            f"--attempt {number}: run {folder.name} has attempts {', '.join(map(str, attempts))}"
-        )
+        numbers = ", ".join(map(str, attempts))
+        raise ValueError(f"--attempt {number}: run {folder.name} has attempts {numbers}")
     return attempts[number or max(attempts)]
 
 
-def _follow(folder: Path, source: _Source, newest: bool) -> None:
-    """Print what is written until the run ends, or the one attempt that is asked for."""
+def _follow(folder: Path, tail: _Tail, newest: bool) -> None:
+    """Print new lines until the run ends, or only this attempt unless `newest`."""
+    from slm.monitor.status import run_states
     from slm.run import last_attempt, read_exit, run_holder
     from slm.sweep.slurm import QUEUE_SECONDS
 
     while True:
-        over = _is_over(folder) or (not newest and read_exit(source.attempt) is not None)
+        over = _is_over(folder) or (not newest and read_exit(tail.attempt) is not None)
         last = last_attempt(folder)
-        source.print()
-        if newest and last and last != source.attempt:
-            source = _Source(last)
-            source.print()
+        tail.print()
+        if newest and last and last != tail.attempt:
+            tail = _Tail(last)
+            tail.print()
         if over:
-            print(f"run {folder.name}: {states_of([folder])[folder].status}")
+            print(f"run {folder.name}: {run_states([folder])[folder].status}")
             return
         time.sleep(FOLLOW_SECONDS if run_holder(folder) else QUEUE_SECONDS)
 
 
 def _is_over(folder: Path) -> bool:
-    """Whether nobody works at a run, nor may try it again."""
+    """Whether no process trains a run or may try it again."""
+    from slm.monitor.status import run_states
     from slm.run import run_state
-    from slm.sweep import orchestrator as conduct
+    from slm.sweep.orchestrator import sweep_process
 
     status = run_state(folder).status
     if status in ("finished", "diverged", "cancelled"):
         return True
-    if status == "running" or conduct.conductor(folder.parent) is not None:
+    if status == "running" or sweep_process(folder.parent) is not None:
         return False
-    return states_of([folder])[folder].status not in ("running", "queued")
+    return run_states([folder])[folder].status not in ("running", "queued")
 
 
-class _Source:
-    """What one attempt wrote and was not shown yet."""
+class _Tail:
+    """Events and log lines of one attempt that were not read yet."""
 
     def __init__(self, attempt: Path) -> None:
         from slm.events import Reader
 
         self.attempt = attempt
-        self._events, self._log_lines = Reader(attempt / "events.jsonl"), 0
-        self._began = True
+        self._events = Reader(attempt / "events.jsonl")
+        self._log_lines = 0
+        self._has_heading = False
 
     def events(self) -> list[dict[str, Any]]:
-        """New events."""
+        """Return new events."""
         return list(self._events.new())
 
     def log(self) -> list[str]:
-        """New lines of the log."""
-        lines = log_lines(self.attempt)[self._log_lines :]
+        """Return new lines of the log."""
+        from slm.run import read_log
+
+        lines = read_log(self.attempt)[self._log_lines :]
         self._log_lines += len(lines)
         return lines
 
-    def print(self, most: int | None = None) -> None:
-        """Print what is new, or the last lines of it."""
-        from slm.monitor.screen import one_line
+    def print(self, limit: int | None = None) -> None:
+        """Print new events and log lines, the last `limit` of each."""
+        from slm.run import run_label
 
-        if self._began:
-            self._began = False
+        if not self._has_heading:
+            self._has_heading = True
             folder = self.attempt.parent.parent
-            print(
-                f"run {folder.name}: {label_of(read_json(folder / 'plan.json'))}, attempt {self.attempt.name}"
-            )
-        told = [
-            f"{time.strftime('%H:%M:%S', time.localtime(e['time']))}  {_words(e)}"
-            for e in self.events()
-        ]
-        for line in _last(told, most):
-            print(line)
-        for line in _last(self.log(), most):
+            label = run_label(read_json(folder / "plan.json"))
+            print(f"run {folder.name}: {label}, attempt {self.attempt.name}")
+        for event in _last(self.events(), limit):
+            clock = time.strftime("%H:%M:%S", time.localtime(event["time"]))
+            print(f"{clock}  {_describe(event)}")
+        for line in _last(self.log(), limit):
             print(f"| {one_line(line)}", flush=True)
 
 
-def _last(lines: list[Any], most: int | None) -> list[Any]:
-    return lines if most is None else lines[len(lines) - min(most, len(lines)) :]
+def _last(lines: Sequence[Line], limit: int | None) -> list[Line]:
+    return [*lines] if limit is None else [*lines[max(0, len(lines) - limit) :]]
 
 
 def _finite(event: dict[str, Any]) -> dict[str, Any]:
-    """An event as JSON knows it: a loss that is no number is null."""
+    """Return an event with null for numbers that JSON does not have."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in event.items()
     }
 
 
-def _words(event: dict[str, Any]) -> str:
-    """An event in a line for people."""
-    from slm.monitor.run_progress import DOING
-    from slm.monitor.screen import one_line
+def _describe(event: dict[str, Any]) -> str:
+    """Return an event as a line of text."""
+    from slm.monitor.run_progress import ACTIVITIES
 
     step = f"step {event['step']:,}" if "step" in event else ""
+    seconds = f"in {event['seconds']:.1f} s" if "seconds" in event else ""
     match event["event"]:
         case "started":
-            origin = f", goes on from {step}" if event["resumed_from"] else ""
-            return f"started on {event['ranks']} x {event['device']}, {event['micro_batch']} rows a pass{origin}"
+            resumed = f", resumed from {step}" if event["resumed_from"] else ""
+            devices = f"{event['ranks']} x {event['device']}"
+            return f"started on {devices}, {event['micro_batch']} rows a pass{resumed}"
         case "train":
             return f"{step}, loss {event['loss']:.4f}, {event['tokens_per_second']:,.0f} tokens/s"
         case "eval":
-            return f"{step}, val_bpb {event['val_bpb']:.4f} in {event['seconds']:.1f} s"
+            return f"{step}, val_bpb {event['val_bpb']:.4f} {seconds}"
         case "core":
-            value = (
-                "without a value"
-                if event["core"] is None
-                else f"{event['core']:.4f} +- {event['core_error']:.4f}"
-            )
-            return (
-                f"{step}, {event['metric']} ({event['mode']}) {value} in {event['seconds']:.1f} s"
-            )
+            value = "without a value"
+            if event["core"] is not None:
+                value = f"{event['core']:.4f} +- {event['core_error']:.4f}"
+            return f"{step}, {event['metric']} ({event['mode']}) {value} {seconds}"
         case "checkpoint":
-            return (
-                f"{step}, checkpoint of {event['bytes'] / 1e6:.1f} MB in {event['seconds']:.1f} s"
-            )
+            return f"{step}, checkpoint of {event['bytes'] / 1e6:.1f} MB {seconds}"
         case "working":
             share = event.get("share")
-            return f"{step}, {DOING[event['what']]}{'' if share is None else f' {share:.0%}'}"
+            activity = ACTIVITIES[event["what"]]
+            return f"{step}, {activity}" + ("" if share is None else f" {share:.0%}")
         case "finished":
             return f"finished, val_bpb {event['val_bpb']:.4f}"
         case "failed":
             return f"{event['reason']}: {one_line(event['message'])}"
-        case _:
-            return f"{event['event']}: {one_line(str(event.get('message', step)))}"
+        case kind:
+            return f"{kind}: {one_line(str(event.get('message', step)))}"

@@ -14,6 +14,7 @@ from slm.data.prepare import lock_of
 from slm.data.tokenizer import Tokenizer
 from slm.files import lock_holder, read_json
 from slm.plan import Plan
+from slm.run import plans
 
 SAMPLE_TOKENS = 2**22
 """Of the validation rows, for compression."""
@@ -69,18 +70,7 @@ def _corpus(entry: Entry) -> str | None:
 def plans_on(prepared: Prepared, home: Path) -> list[Plan]:
     """The plans of a home that read these rows."""
     wanted = (prepared.manifest["tokenizer"], prepared.manifest["validation"]["fingerprint"])
-    return [plan for plan in _plans(home) if (plan.data.tokenizer, plan.data.validation) == wanted]
-
-
-def _plans(home: Path) -> list[Plan]:
-    """Those that this version reads."""
-    found = []
-    for path in sorted(home.glob("*/plan.json")):
-        try:
-            found.append(Plan.read(path))
-        except ValueError:
-            continue
-    return found
+    return [plan for plan in plans(home) if (plan.data.tokenizer, plan.data.validation) == wanted]
 
 
 def remove(entry: Entry) -> None:

@@ -1,313 +1,269 @@
-"""What is shown of runs at work: a live block in a terminal, plain lines elsewhere; always on standard error."""
+"""Runs of a sweep on standard error: a live block in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
+import io
+import os
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from slm.hardware import devices
-from slm.monitor.run_progress import RunProgress
-from slm.monitor.screen import DIM, GREEN, Screen
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.constrain import Constrain
+from rich.control import Control
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.segment import ControlType, Segment
+from rich.table import Table
+from rich.text import Text
+
+from slm.monitor.console import error_console, is_live
+from slm.monitor.run_progress import ActiveRun, RunProgress, SweepProgress
 from slm.plan import Plan
-from slm.run import read_attempt
-from slm.text import duration
+from slm.run import read_attempt, run_label
+from slm.text import duration, one_line
 
 LINE_SECONDS = 15.0
-"""Pause between two plain lines about runs at work; they take turns."""
-COLUMNS = ("run", "", "step", "loss", "curve", "tok/s", "MFU", "GB", "left")
-"""Of the block; the one without a name is the bar."""
-DROPPED = ("GB", "MFU", "tok/s", "curve", "", "loss", "step")
-"""Columns that a narrow terminal does not show, in the order in which they go."""
-STRETCHED = ("", "curve")
-"""Columns that share what room is left."""
-NARROWEST, WIDEST = 8, 40
-"""Characters of a stretched column."""
-LEAST = {"loss": 5, "tok/s": 7, "MFU": 5, "GB": 5, "left": 11}
-"""Characters of other columns, so that they stay where they are."""
+"""Seconds between plain lines about active runs, which are reported in turn."""
+COLUMNS = ("run", "bar", "step", "loss", "curve", "tok/s", "MFU", "GB", "left")
+DROPPED = ("GB", "MFU", "tok/s", "curve", "bar", "loss", "step")
+"""Columns that a narrow terminal does not show, the first to go first."""
+MIN_WIDTHS = {"bar": 8, "loss": 5, "curve": 8, "tok/s": 7, "MFU": 5, "GB": 5, "left": 11}
+"""Characters of columns whose texts change, so that the columns stay in position."""
+STRETCHED = ("bar", "curve")
+"""Columns that share the rest of the width."""
+GAP = 2
+"""Characters between columns."""
 OTHER_LINES = 4
-"""Of a terminal: the heading, the sweep, the cursor, and one for what is typed."""
-GAP = "  "
-Cells = dict[str, str]
-"""What a line of the block says, by column."""
-
-
-@dataclass
-class _AtWork:
-    """A run at work."""
-
-    plan: Plan
-    track: RunProgress
-    began: float
-    """When the attempt was made, unix seconds."""
-    device: str
-    """The device's name."""
-    ranks: int
-    told: float = 0.0
-    """When a plain line was last about it, monotonic seconds."""
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """At the present rate."""
-        rate = self.track.steps_per_second
-        return rate and rate * self.plan.hyperparameters.batch_tokens
-
-    @property
-    def flops_per_second(self) -> float | None:
-        """At the present rate."""
-        rate = self.tokens_per_second
-        return rate and rate * self.plan.hyperparameters.flops_per_token
-
-    @property
-    def mfu(self) -> float | None:
-        """Model FLOPs utilisation, where the devices' peak is known."""
-        return devices.mfu(self.flops_per_second, self.device, self.ranks)
+"""Lines of a terminal beside the runs: heading, sweep, cursor, and one for typing."""
+DEFAULT_SIZE = os.terminal_size((80, 24))
+"""Size of a terminal that does not report one."""
 
 
 class Display:
-    """Shows the runs of a sweep (follow.View). It draws in `refresh`, and has no thread."""
+    """View of the runs of a sweep (`follow.View`). It draws in `refresh` and needs no thread."""
 
     def __init__(self, plans: Sequence[Plan], done: set[str], file: TextIO | None = None) -> None:
-        """The plans of a sweep and the run_ids of those that are finished; shown on standard error, or another file."""
-        self._flops = {plan.run_id: plan.hyperparameters.flops for plan in plans}
-        self._left = {
-            run_id: 0.0 if run_id in done else flops for run_id, flops in self._flops.items()
-        }
-        self._ended = dict.fromkeys(done, "finished")
-        self._tracks: dict[str, RunProgress] = {}
-        self._at_work: dict[str, _AtWork] = {}
-        self._flops_per_second: float | None = None
-        self._began, self._last_line = time.time(), 0.0
-        self._screen = Screen(file)
+        """Show the runs of `plans`, of which `done` are finished, on standard error or `file`."""
+        self._progress = SweepProgress(plans, done, time.time())
+        self._last_line = 0.0
+        self._console = error_console(file)
+        self._live = Live(console=self._console, auto_refresh=False, redirect_stdout=False)
 
     def __enter__(self) -> Display:
-        self._screen.__enter__()
+        if is_live(self._console):
+            self._live.start()
+            self._console.show_cursor()  # a killed sweep must not leave it hidden
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._screen.__exit__()
+        self._check_terminal()
+        self._live.stop()
 
     @property
-    def at_work(self) -> int:
-        """Number of runs at work."""
-        return len(self._at_work)
+    def active(self) -> int:
+        """Number of runs that are training."""
+        return len(self._progress.active)
 
     def run_started(self, plan: Plan, attempt: Path, adopted: bool) -> None:
-        """A run goes on in an attempt: a new one, or one that lived already."""
+        """Show that a run trains in an attempt, a new one or one that was `adopted` alive."""
         document = read_attempt(attempt)
-        device, ranks = document["device_name"] or document["device"], document["ranks"]
-        track = self._tracks.setdefault(plan.run_id, RunProgress(plan.hyperparameters.steps))
-        track.doing = "starting"
-        self._at_work[plan.run_id] = _AtWork(plan, track, document["created"], device, ranks)
-        if plan.run_id in self._flops:  # not another sweep's, which is watched
-            self._began = min(self._began, document["created"])
-        self._ended.pop(plan.run_id, None)
-        if not self._screen.live:
-            how = f"attempt {int(attempt.name)}{', at work already,' if adopted else ''} on {ranks} x {device}"
-            if plan.run_id in self._flops:
-                how += f" (run {[*self._flops].index(plan.run_id) + 1} of {len(self._flops)})"
-            self._say(plan, how)
+        run = self._progress.start(plan, document)
+        if is_live(self._console):
+            return
+        line = f"attempt {document['attempt']}"
+        if adopted:
+            line += ", already running,"
+        line += f" on {document['ranks']} x {run.device}"
+        sweep = [*self._progress.flops]
+        if plan.run_id in sweep:
+            line += f" (run {sweep.index(plan.run_id) + 1} of {len(sweep)})"
+        self._print(plan, line)
 
     def event(self, plan: Plan, event: dict[str, Any]) -> None:
-        """A trainer wrote an event."""
-        if run := self._at_work.get(plan.run_id):
-            run.track.take(event)
-            if plan.run_id in self._left:
-                self._left[plan.run_id] = plan.hyperparameters.flops * (
-                    1 - run.track.step / run.track.steps
-                )
+        """Show an event of a trainer."""
+        self._progress.update(plan, event)
         if event["event"] == "started" and event["resumed_from"]:
-            self._say(plan, f"resumed from step {event['resumed_from']:,}")
+            self._print(plan, f"resumed from step {event['resumed_from']:,}")
         elif event["event"] == "warning":
-            self._say(plan, event["message"])
+            self._print(plan, event["message"])
 
     def run_ended(self, plan: Plan, outcome: str, message: str | None) -> None:
-        """A run is finished, failed, diverged, cancelled or interrupted; or (retried) will be tried again."""
-        if outcome not in ("retried", "interrupted") and plan.run_id in self._left:
-            self._ended[plan.run_id] = outcome
-            self._left[plan.run_id] = 0.0
-        self._say(plan, _ending(self._at_work.pop(plan.run_id, None), outcome, message))
+        """Show how a run ended, above the block."""
+        run = self._progress.end(plan, outcome)
+        self._print(plan, _ending(run, outcome, message))
 
     def note(self, line: str) -> None:
-        """Something about the sweep as a whole."""
-        self._screen.say(line)
+        """Print a message about the sweep, above the block."""
+        self._check_terminal()
+        self._console.print(Text(one_line(line)), soft_wrap=True)
 
     def refresh(self) -> None:
-        """A moment passed: draw anew, or let one run speak."""
-        if self._screen.live:
-            self._screen.draw(self._block())
-        elif self._at_work and time.monotonic() - self._last_line > LINE_SECONDS:
-            run = min(self._at_work.values(), key=lambda run: run.told)
-            run.told = time.monotonic()
-            self._say(
-                run.plan, f"{_in_words(run)}; sweep {self._counts()}, {', '.join(self._foot())}"
-            )
+        """Redraw the block, or print a line about the run that was reported longest ago."""
+        self._check_terminal()
+        if self._live.is_started:
+            self._resize()
+            self._live.update(self._block(), refresh=True)
+        elif self.active and time.monotonic() - self._last_line > LINE_SECONDS:
+            run = min(self._progress.active.values(), key=lambda run: run.reported)
+            run.reported = time.monotonic()
+            sweep = f"{self._progress.counts()}, {self._progress.summary(time.time())}"
+            self._print(run.plan, f"{_describe(run)}; sweep {sweep}")
 
-    def _say(self, plan: Plan, line: str) -> None:
+    def _print(self, plan: Plan, line: str) -> None:
         self._last_line = time.monotonic()
-        self._screen.say(f"{plan.run_id} {label(plan)}: {line}")
+        self.note(f"{plan.run_id} {run_label(plan.document())}: {line}")
 
-    def _block(self) -> list[str]:
-        """A line for each run at work that there is room for, and one for the sweep."""
-        size, runs = self._screen.size(), list(self._at_work.values())
-        width, room = size.columns - 1, max(1, size.lines - OTHER_LINES)
-        shown = runs if len(runs) <= room else runs[: max(1, room - 1)]
-        rows = [_cells(run) for run in shown]
-        widths = _widths([*rows, {"run": self._counts(), "": ""}], width if runs else width // 2)
-        block = (
-            [self._screen.paint(_line({name: name for name in widths}, widths)[:width], DIM)]
-            if runs
-            else []
+    def _check_terminal(self) -> None:
+        """Stop drawing once the terminal is closed: standard error may be a log file by now."""
+        if self._live.is_started and not is_live(self._console):
+            output = self._console.file
+            self._console.file = io.StringIO()
+            self._live.stop()
+            self._console.file = output
+
+    def _resize(self) -> None:
+        """Adopt the terminal's size; clear the rows that a narrower window wrapped."""
+        size = _terminal_size(self._console)
+        if size.columns < self._console.width:
+            lines = self._console.render_lines(self._live.renderable, pad=False)
+            widths = [max(1, Segment.get_line_length(line)) for line in lines]
+            wrapped = sum((width - 1) // size.columns for width in widths)
+            erase = (ControlType.ERASE_IN_LINE, 2)
+            self._console.control(Control(erase, *((ControlType.CURSOR_UP, 1), erase) * wrapped))
+        self._console.size = size
+
+    def _block(self) -> RenderableType:
+        """Return a line for each active run that fits, and one for the sweep."""
+        runs = [*self._progress.active.values()]
+        room = max(1, self._console.height - OTHER_LINES)
+        visible = runs if len(runs) <= room else runs[: max(1, room - 1)]
+        width = self._console.width - 1
+        lines: list[RenderableType] = []
+        if visible:
+            lines.append(_run_table(visible, width))
+        if len(visible) < len(runs):
+            lines.append(Text(f"… and {len(runs) - len(visible)} more"))
+        lines.append(self._sweep_line())
+        return Constrain(Group(*lines), width)
+
+    def _sweep_line(self) -> Table:
+        line = Table.grid(padding=(0, GAP))
+        line.add_column(no_wrap=True)
+        line.add_column(no_wrap=True)
+        line.add_column()
+        bar = _bar(self._progress.share, width=min(20, self._console.width // 5))
+        summary = self._progress.summary(time.time())
+        line.add_row(self._progress.counts(), bar, Text(summary, no_wrap=True, overflow="ellipsis"))
+        return line
+
+
+@dataclass
+class _Sparkline:
+    """A loss curve as wide as its column."""
+
+    progress: RunProgress
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(self.progress.sparkline(options.max_width))
+
+
+def _run_table(runs: Sequence[ActiveRun], width: int) -> Table:
+    """Return a table of runs with the columns that fit into `width` characters."""
+    rows = [_cells(run) for run in runs]
+    names = _columns(rows, width)
+    stretched = any(name in names for name in STRETCHED)
+    table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, expand=stretched)
+    table.header_style = "dim"
+    for name in names:
+        table.add_column(
+            "" if name == "bar" else name,
+            justify="left" if name in ("run", *STRETCHED) else "right",
+            ratio=1 if name in STRETCHED else None,
+            min_width=MIN_WIDTHS.get(name),
+            no_wrap=True,
         )
-        for run, row in zip(shown, rows):
-            row["curve"] = run.track.sparkline(widths.get("curve", NARROWEST))
-            block.append(self._barred(row, widths, run.track.step / run.track.steps, [], width))
-        if len(shown) < len(runs):
-            block.append(f"… and {len(runs) - len(shown)} more")
-        return [
-            *block,
-            self._barred({"run": self._counts()}, widths, self._share(), self._foot(), width),
-        ]
-
-    def _barred(
-        self, row: Cells, widths: Mapping[str, int], share: float, more: list[str], room: int
-    ) -> str:
-        """A line with its bar in colours, and as much more at its end as there is room for."""
-        length = widths.get("", 0)
-        filled = int(share * length)
-        bar = "━" * filled + "─" * (length - filled)
-        start = _line(row | {"": bar}, widths)
-        while more and len(GAP.join([start, *more])) > room:
-            more = more[:-1]
-        line = GAP.join([start, *more])[:room]
-        painted = self._screen.paint(bar[:filled], GREEN) + self._screen.paint(bar[filled:], DIM)
-        return line.replace(bar, painted, 1) if bar else line
-
-    def _counts(self) -> str:
-        return f"{Counter(self._ended.values())['finished']}/{len(self._flops)} runs done"
-
-    def _foot(self) -> list[str]:
-        """The sweep in words, the most important first."""
-        left, others = self._seconds_left(), Counter(self._ended.values())
-        del others["finished"]
-        return [
-            f"{self._share():.0%} of FLOPs",
-            *([f"{duration(left)} left"] if left is not None else []),
-            *(f"{count} {outcome}" for outcome, count in others.items()),
-            f"{duration(time.time() - self._began)} elapsed",
-        ]
-
-    def _share(self) -> float:
-        """Of the sweep's FLOPs, those that are done or given up."""
-        return 1 - sum(self._left.values()) / sum(self._flops.values()) if self._flops else 1.0
-
-    def _seconds_left(self) -> float | None:
-        """The FLOPs left over the sum of the present rates; None where they are not known.
-
-        A run at work without a rate yet counts with the mean of the others; while none has one, the last sum holds.
-        Another sweep's runs, which are watched, say nothing about this one's.
-        """
-        own = [run for run in self._at_work.values() if run.plan.run_id in self._flops]
-        rates = [rate for run in own if (rate := run.flops_per_second)]
-        if rates:
-            self._flops_per_second = sum(rates) * len(own) / len(rates)
-        left = sum(self._left.values())
-        return left / self._flops_per_second if self._flops_per_second and left else None
+    for run, row in zip(runs, rows):
+        cells: dict[str, RenderableType] = {**row}
+        cells["bar"] = _bar(run.progress.share)
+        cells["curve"] = _Sparkline(run.progress)
+        table.add_row(*(cells.get(name, "") for name in names))
+    return table
 
 
-def label(plan: Plan) -> str:
-    """A run's name for people."""
-    horizon = "" if plan.horizon == "compute-optimal" else f" {plan.horizon}"
-    return f"{plan.recipe} d{plan.hyperparameters.depth}{horizon} seed {plan.seed}"
+def _cells(run: ActiveRun) -> dict[str, str]:
+    """Return the texts of a run's row; bar and curve are drawn later."""
+    figures = run.figures
+    if run.progress.activity:
+        figures["left"] = _activity(run)
+    return {"run": run_label(run.plan.document()), "bar": "", "curve": "", **figures}
 
 
-def _ending(run: _AtWork | None, outcome: str, message: str | None) -> str:
-    """How a run ended, in words."""
-    if run and outcome == "finished" and (ended := run.track.finished):
-        return f"finished, val_bpb {ended['val_bpb']:.4f}{_core(run.track)}, {duration(ended['wall_seconds'])}"
-    after = f" after {duration(time.time() - run.began)}" if run else ""
-    what = "to be tried again" if outcome == "retried" else outcome
-    return f"{what}{after}{f': {message}' if message else ''}"
+def _columns(rows: Sequence[Mapping[str, str]], width: int) -> list[str]:
+    """Return the names of the columns that fit into `width` characters."""
+    widths = {}
+    for name in COLUMNS:
+        texts = [row[name] for row in rows if name in row]
+        if texts:
+            widths[name] = max(MIN_WIDTHS.get(name, len(name)), *map(len, texts))
+    for name in DROPPED:
+        if sum(widths.values()) + GAP * (len(widths) - 1) > width:
+            widths.pop(name, None)
+    return [*widths]
 
 
-def _core(track: RunProgress) -> str:
-    """CORE of the final weights, in words."""
-    event = track.core
-    if event is None or event["core"] is None or event["step"] < track.steps:
+def _bar(share: float, width: int | None = None) -> ProgressBar:
+    return ProgressBar(1.0, share, width, style="dim", complete_style="green")
+
+
+def _ending(run: ActiveRun | None, outcome: str, message: str | None) -> str:
+    """Describe how a run ended."""
+    if run and outcome == "finished" and (finished := run.progress.finished):
+        seconds = duration(finished["wall_seconds"])
+        return f"finished, val_bpb {finished['val_bpb']:.4f}{_core(run.progress)}, {seconds}"
+    line = "will be retried" if outcome == "retried" else outcome
+    if run:
+        line += f" after {duration(time.time() - run.attempt['created'])}"
+    return f"{line}: {message}" if message else line
+
+
+def _core(progress: RunProgress) -> str:
+    """Describe CORE of the final weights; "" without a value."""
+    event = progress.core
+    if event is None or event["core"] is None or event["step"] < progress.steps:
         return ""
     mode = "" if event["mode"] == "full" else f" ({event['mode']})"
     return f", {event['metric']}{mode} {event['core']:.4f}"
 
 
-def _in_words(run: _AtWork) -> str:
-    """How a run is, in words."""
-    track = run.track
-    told = [_doing(track)] if track.doing else []
-    told.append(f"step {track.step:,} of {track.steps:,} ({track.step / track.steps:.0%})")
-    if track.loss is not None:
-        told.append(f"loss {track.loss:.3f}")
-    if rate := run.tokens_per_second:
-        told.append(f"{rate:,.0f} tokens/s")
-    if mfu := run.mfu:
-        told.append(f"MFU {mfu:.1%}")
-    if track.memory_bytes:
-        told.append(f"{track.memory_bytes / 1e9:.2f} GB")
-    if (left := track.seconds_left) and not track.doing:
-        told.append(f"{duration(left)} left")
-    return ", ".join(told)
+def _describe(run: ActiveRun) -> str:
+    """Describe an active run in one line."""
+    figures = run.figures
+    parts = [f"step {figures['step']} ({run.progress.share:.0%})"]
+    if run.progress.activity:
+        parts.insert(0, _activity(run))
+    elif figures["left"]:
+        parts.append(f"{figures['left']} left")
+    for name, text in (("loss", "loss {}"), ("tok/s", "{} tokens/s"), ("MFU", "MFU {}")):
+        if figures.get(name):
+            parts.append(text.format(figures[name]))
+    if figures["GB"]:
+        parts.append(f"{figures['GB']} GB")
+    return ", ".join(parts)
 
 
-def _doing(track: RunProgress) -> str:
-    """What a run does instead of steps, and how long yet."""
-    left = track.work_left
-    return f"{track.doing}{'' if left is None else f', {duration(left)} left'}"
+def _activity(run: ActiveRun) -> str:
+    """Describe what a run does instead of steps, with the seconds left if known."""
+    seconds = run.figures["left"]
+    return f"{run.progress.activity}, {seconds} left" if seconds else f"{run.progress.activity}"
 
 
-def _cells(run: _AtWork) -> Cells:
-    """A run's line in the block; MFU has a column where a device's peak is known."""
-    track, rate, left = run.track, run.tokens_per_second, run.track.seconds_left
-    mfu = run.mfu
-    return {
-        "run": label(run.plan),
-        "": "",
-        "step": f"{track.step:>{len(f'{track.steps:,}')},}/{track.steps:,}",
-        "loss": "" if track.loss is None else f"{track.loss:.3f}",
-        "curve": "",
-        "tok/s": f"{rate:,.0f}" if rate else "",
-        **({"MFU": f"{mfu:.1%}" if mfu else ""} if devices.peak_flops(run.device) else {}),
-        "GB": f"{track.memory_bytes / 1e9:.2f}" if track.memory_bytes else "",
-        "left": _doing(track) if track.doing else ("" if left is None else duration(left)),
-    }
-
-
-def _widths(rows: Sequence[Cells], room: int) -> dict[str, int]:
-    """Widths of the columns that there is room for."""
-    there = [name for name in COLUMNS if any(name in row for row in rows)]
-    widths = {
-        name: max(LEAST.get(name, 0), *(len(row.get(name, "")) for row in rows)) for name in there
-    }
-    widths |= {name: NARROWEST for name in STRETCHED if name in widths}
-    for name in DROPPED:
-        if _room(widths) > room:
-            widths.pop(name, None)
-    stretched = [name for name in STRETCHED if name in widths]
-    spare = max(0, room - _room(widths))
-    return widths | {name: min(WIDEST, NARROWEST + spare // len(stretched)) for name in stretched}
-
-
-def _room(widths: Mapping[str, int]) -> int:
-    """Characters of a line."""
-    return sum(widths.values()) + len(GAP) * (len(widths) - 1)
-
-
-def _line(row: Cells, widths: Mapping[str, int]) -> str:
-    """The cells that are shown, numbers to the right; the end of a line is left open."""
-    left = ("run", *STRETCHED)
-    cells = (
-        f"{row.get(name, ''):{'<' if name in left else '>'}{width}}"
-        for name, width in widths.items()
-    )
-    return GAP.join(cells).rstrip()
+def _terminal_size(console: Console) -> os.terminal_size:
+    """Return the columns and lines of the terminal; rich would look at standard input first."""
+    try:
+        size = os.get_terminal_size(console.file.fileno())
+    except (OSError, ValueError):
+        return DEFAULT_SIZE
+    return size if size.columns and size.lines else DEFAULT_SIZE

@@ -1,82 +1,77 @@
-"""Who follows what runs write, and who is shown it: those who conduct, and those who watch what others train."""
+"""Tail the event files of runs and forward events to a view."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from slm import events
 from slm.plan import Plan
-from slm.run import is_done, last_attempt, run_state
+from slm.run import last_attempt, run_state
 
 WATCH_SECONDS = 2.0
+"""Pause between two looks at the runs."""
 
 
 class View(Protocol):
-    """Who is shown what happens."""
+    """Receiver of what happens to runs: the terminal display, or a logger in front of it."""
 
     def run_started(self, plan: Plan, attempt: Path, adopted: bool) -> None:
-        """A run goes on in an attempt: a new one, or one that lived already."""
+        """Show that a run trains in an attempt, a new one or one that was `adopted` alive."""
 
     def event(self, plan: Plan, event: dict[str, Any]) -> None:
-        """A trainer wrote an event."""
+        """Show an event of a trainer."""
 
     def run_ended(self, plan: Plan, outcome: str, message: str | None) -> None:
-        """A run is finished, failed, diverged, cancelled or interrupted; or (retried) will be tried again."""
+        """Show how a run ended.
+
+        `outcome` is finished, failed, diverged, cancelled, interrupted, or retried.
+        """
 
     def note(self, line: str) -> None:
-        """Something about the sweep as a whole."""
+        """Show a message about the sweep."""
 
     def refresh(self) -> None:
-        """A moment passed: time to draw anew what changed."""
+        """Redraw what changed; called about once a second."""
 
 
 class Follower:
-    """Tells a view what the attempts of one run write, each from its beginning."""
+    """Forwards the events of one run's attempts to a view, each attempt from its first event."""
 
     def __init__(self, plan: Plan, run_folder: Path, view: View) -> None:
-        self.plan, self.folder = plan, run_folder
-        self._view = view
+        self.plan = plan
+        self.folder = run_folder
         self.attempt = Path()
-        """The newest attempt that was seen."""
+        """Newest attempt that was seen."""
         self.step = 0
-        """Steps done, as far as events tell."""
+        """Highest step of any event."""
         self.advanced = False
         """Whether the attempt wrote a checkpoint."""
         self.evaluating = False
-        """Whether its last word, but for a failure, was that it evaluates."""
+        """Whether the last event before a failure announced an evaluation."""
+        self._view = view
+        self._reader = events.Reader(self.attempt)
 
     def look(self, adopted: bool = True) -> None:
-        """What is new."""
+        """Forward the events written since the last call."""
         newest = last_attempt(self.folder)
         if newest is None:
             return
         if newest != self.attempt:
-            self.attempt, self._reader = newest, events.Reader(newest / "events.jsonl")
+            self.attempt = newest
+            self._reader = events.Reader(newest / "events.jsonl")
             self.advanced = self.evaluating = False
             self._view.run_started(self.plan, newest, adopted)
         for event in self._reader.new():
+            kind = event["event"]
             self.step = max(self.step, event.get("step", 0))
-            self.advanced |= event["event"] == "checkpoint"
-            if event["event"] != "failed":
-                self.evaluating = event["event"] == "working" and event["what"] in (
-                    "evaluation",
-                    "core",
-                )
+            self.advanced |= kind == "checkpoint"
+            if kind != "failed":
+                evaluates = kind == "working" and event["what"] in ("evaluation", "core")
+                self.evaluating = evaluates
             self._view.event(self.plan, event)
-
-
-def unfinished(home: Path) -> list[Plan]:
-    """The plans of a home's runs that are not finished, as far as they can be read."""
-    plans = []
-    for path in sorted(home.glob("*/plan.json")):
-        if not is_done(path.parent):
-            with suppress(OSError, ValueError):
-                plans.append(Plan.read(path))
-    return plans
 
 
 def watch(
@@ -86,16 +81,18 @@ def watch(
     until: Callable[[], bool],
     jobs: Callable[[], Mapping[str, str | None]] = dict,
 ) -> None:
-    """Show what others train, until something is so, and how it then is; `jobs` is what a cluster says of runs, by
-    run_id.
+    """Show runs that other processes train, until `until` is true and once after.
+
+    `jobs` returns the states of Slurm jobs by run_id.
     """
     followers = [Follower(plan, home / plan.run_id, view) for plan in plans]
     running: set[str] = set()
     while True:
-        over, told = until(), jobs()
+        over = until()
+        job_states = jobs()
         for follower in [*followers]:
             run_id = follower.folder.name
-            state = run_state(follower.folder, told.get(run_id))
+            state = run_state(follower.folder, job_states.get(run_id))
             if state.status in ("running", "finished") or run_id in running:
                 follower.look()
             if state.status == "running":

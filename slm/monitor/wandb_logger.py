@@ -1,7 +1,8 @@
-"""An optional mirror of a sweep on Weights & Biases, fed from the events; nothing is ever read back from it.
+"""Optional copy of a sweep on Weights & Biases, fed from the events. Nothing is read back.
 
-A thread of its own loads and calls wandb, so that no slow or failing server holds a sweep up: a run that wandb refuses
-costs one line of warning and is left out. WANDB_MODE, WANDB_PROJECT (else slm), WANDB_DIR (else the home) hold.
+wandb runs in a thread, so that a slow or failing server does not delay the sweep: a run that wandb
+refuses costs one warning and is skipped. WANDB_MODE, WANDB_PROJECT (default: slm) and WANDB_DIR
+(default: the home) apply.
 """
 
 from __future__ import annotations
@@ -16,63 +17,62 @@ from typing import Any
 
 from slm.files import read_json
 from slm.hardware import devices
-from slm.monitor.display import label
 from slm.monitor.follow import View
 from slm.plan import Plan
-from slm.run import read_attempt
+from slm.run import AttemptDocument, DoneDocument, read_attempt, run_label
 
 NAMES = {
     "loss": "train/loss",
     "lr": "train/lrm",
     "tokens_per_second": "train/tok_per_sec",
     "val_bpb": "val/bpb",
-}
-NAMES |= {
     "gradient_norm": "train/gradient_norm",
     "update_size": "train/update_size",
     "core": "core_metric",
+    "train_seconds": "total_training_time",
+    "flops": "total_training_flops",
 }
-NAMES |= {"train_seconds": "total_training_time", "flops": "total_training_flops"}
-"""Fields of events and their names there: nanochat's, where it logs the same quantity; train/mfu too is in percent."""
+"""Event fields and their names on Weights & Biases: nanochat's where it logs the same quantity.
+
+train/mfu is logged, too, in percent as nanochat's.
+"""
 EXIT_CODES = {"finished": 0, "interrupted": 255}
-"""How runs end there: well, or as wandb ends one at Ctrl-C; by every other outcome with 1, failed."""
+"""Exit codes by outcome, 255 as wandb's own at Ctrl-C; 1 (failed) for all other outcomes."""
 SETTINGS: dict[str, Any] = {
     "resume": "allow",
     "reinit": "create_new",
     "finish_timeout_raises": True,
     "silent": True,
-}
-SETTINGS |= {
     "console": "off",
     "x_disable_stats": True,
     "x_disable_machine_info": True,
     "x_save_requirements": False,
 }
-"""Many runs at once; nothing printed or asked; nothing told of this process, which is not the one that trains."""
+"""Several runs per process, silent, no system metrics: this is not the training process."""
 
 
 def check_installed() -> None:
-    """Raises ValueError without wandb."""
+    """Raise ValueError if wandb is not installed."""
     if find_spec("wandb") is None:
         raise ValueError("--wandb needs wandb, which is not installed: pip install 'slm[wandb]'")
 
 
 class WandbLogger:
-    """Tells a view all that it is told (follow.View), and repeats it there: run_id as id, experiment as group.
+    """View that logs to Weights & Biases and forwards to another view (`follow.View`).
 
-    Steps are ours. They cannot go back there: wandb leaves out those that a resumed attempt repeats.
+    The run_id is wandb's id, the experiment its group. wandb skips the steps that a resumed attempt
+    repeats, since its steps cannot go back.
     """
 
     def __init__(self, view: View, experiment: str, home: Path, timeout: float = 30.0) -> None:
-        """`timeout`: seconds to begin a run, and to end it."""
-        self._view, self._experiment, self._home, self._timeout = (
-            view,
-            experiment,
-            home.resolve(),
-            timeout,
-        )
+        """`timeout`: seconds for wandb to start a run, and to finish it."""
+        self._view = view
+        self._experiment = experiment
+        self._home = home.resolve()
+        self._timeout = timeout
         self._runs: dict[Plan, Any] = {}
-        self._devices: dict[Plan, tuple[str, int]] = {}
+        """wandb's run of each plan; None after an error."""
+        self._attempts: dict[Plan, AttemptDocument] = {}
         self._jobs: SimpleQueue[tuple[Callable[..., None], Plan, Any] | None] = SimpleQueue()
         self._warnings: SimpleQueue[str] = SimpleQueue()
         self._thread = Thread(target=self._work, daemon=True)
@@ -84,38 +84,39 @@ class WandbLogger:
     def __exit__(self, *error: object) -> None:
         self._jobs.put(None)
         self._thread.join(2 * self._timeout)
-        self._tell_warnings()
+        self._forward_warnings()
         if self._thread.is_alive():
             self._view.note(
-                "Weights & Biases did not take everything in time: `wandb sync` sends what is on disk"
+                f"Weights & Biases did not take everything within {2 * self._timeout:g} s: "
+                "`wandb sync` uploads what is on disk"
             )
 
     def run_started(self, plan: Plan, attempt: Path, adopted: bool) -> None:
-        """A run goes on in an attempt."""
+        """Start or continue the plan's run on Weights & Biases."""
         self._view.run_started(plan, attempt, adopted)
-        self._jobs.put((self._begin, plan, attempt))
+        self._jobs.put((self._start, plan, attempt))
 
     def event(self, plan: Plan, event: dict[str, Any]) -> None:
-        """A trainer wrote an event."""
+        """Log the values of an event."""
         self._view.event(plan, event)
         self._jobs.put((self._log, plan, event))
 
     def run_ended(self, plan: Plan, outcome: str, message: str | None) -> None:
-        """A run ended, or (retried) will be tried again, which is nothing new there."""
+        """Finish the plan's run, unless it will be retried."""
         self._view.run_ended(plan, outcome, message)
         if outcome != "retried":
-            self._jobs.put((self._end, plan, outcome))
+            self._jobs.put((self._finish, plan, outcome))
 
     def note(self, line: str) -> None:
-        """Something about the sweep as a whole."""
+        """Forward a message about the sweep."""
         self._view.note(line)
 
     def refresh(self) -> None:
-        """A moment passed."""
-        self._tell_warnings()
+        """Show new warnings, and redraw."""
+        self._forward_warnings()
         self._view.refresh()
 
-    def _tell_warnings(self) -> None:
+    def _forward_warnings(self) -> None:
         while not self._warnings.empty():
             self._view.note(self._warnings.get())
 
@@ -123,73 +124,67 @@ class WandbLogger:
         while job := self._jobs.get():
             self._try(*job)
         for plan in [*self._runs]:
-            self._try(self._end, plan, "interrupted")
+            self._try(self._finish, plan, "interrupted")
 
-    def _try(self, job: Callable[..., None], plan: Plan, given: Any) -> None:
+    def _try(self, job: Callable[..., None], plan: Plan, value: Any) -> None:
         try:
-            job(plan, given)
+            job(plan, value)
         except Exception as error:
             self._runs[plan] = None
-            why = " ".join(str(error).split()) or type(error).__name__
-            self._warnings.put(f"{plan.run_id} is not on Weights & Biases from here on: {why}")
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self._warnings.put(
+                f"run {plan.run_id} is no longer logged to Weights & Biases: {reason}"
+            )
 
-    def _begin(self, plan: Plan, attempt: Path) -> None:
-        made = read_attempt(attempt)
-        self._devices[plan] = (made["device_name"], made["ranks"])
+    def _start(self, plan: Plan, attempt: Path) -> None:
+        self._attempts[plan] = read_attempt(attempt)
         if plan in self._runs:
             return
-        os.environ.setdefault(
-            "WANDB_ERROR_REPORTING", "false"
-        )  # where there is no network, reports delay the exit
+        # Without a network, error reports would delay the exit.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
-        wandb.setup(
-            wandb.Settings(**SETTINGS, init_timeout=self._timeout, finish_timeout=self._timeout)
-        )
-        project, folder = (
-            os.environ.get("WANDB_PROJECT", "slm"),
-            os.environ.get("WANDB_DIR", str(self._home)),
-        )
+        timeouts = {"init_timeout": self._timeout, "finish_timeout": self._timeout}
+        wandb.setup(wandb.Settings(**SETTINGS, **timeouts))
         config = plan.document()
         config |= config.pop("hyperparameters")
         self._runs[plan] = wandb.init(
             id=plan.run_id,
-            name=label(plan),
+            name=run_label(plan.document()),
             group=self._experiment,
-            project=project,
-            dir=folder,
+            project=os.environ.get("WANDB_PROJECT", "slm"),
+            dir=os.environ.get("WANDB_DIR", str(self._home)),
             config=config,
         )
 
     def _log(self, plan: Plan, event: dict[str, Any]) -> None:
-        values = {
-            _name(field, event): event[field] for field in NAMES if event.get(field) is not None
-        }
+        values: dict[str, float] = {}
+        for field in NAMES:
+            if event.get(field) is not None:
+                values[_name(field, event)] = event[field]
         if self._runs[plan] is None or not values:
             return
         if "tokens_per_second" in event:
-            flops = event["tokens_per_second"] * plan.hyperparameters.flops_per_token
-            mfu = devices.mfu(flops, *self._devices[plan])
+            attempt = self._attempts[plan]
+            speed = event["tokens_per_second"] * plan.hyperparameters.flops_per_token
+            mfu = devices.mfu(speed, attempt["device_name"], attempt["ranks"])
             if mfu is not None:
                 values["train/mfu"] = 100 * mfu
         self._runs[plan].log({"step": event["step"], **values}, step=event["step"])
 
-    def _end(self, plan: Plan, outcome: str) -> None:
-        if run := self._runs.pop(plan, None):
-            if outcome == "finished":
-                done = read_json(self._home / plan.run_id / "done.json")
-                run.summary.update(
-                    {
-                        NAMES[name]: done[name]
-                        for name in ("val_bpb", "core")
-                        if done[name] is not None
-                    }
-                )
-            run.finish(exit_code=EXIT_CODES.get(outcome, 1))
+    def _finish(self, plan: Plan, outcome: str) -> None:
+        run = self._runs.pop(plan, None)
+        if not run:
+            return
+        if outcome == "finished":
+            done: DoneDocument = read_json(self._home / plan.run_id / "done.json")
+            scores = {"val_bpb": done["val_bpb"], "core": done["core"]}
+            run.summary.update({NAMES[name]: v for name, v in scores.items() if v is not None})
+        run.finish(exit_code=EXIT_CODES.get(outcome, 1))
 
 
 def _name(field: str, event: dict[str, Any]) -> str:
-    """The name there of an event's field: CORE's is that of all its examples, and other means have their own."""
+    """Return the name of an event's field: core_metric is CORE of all examples alone."""
     if field != "core" or (event["metric"], event["mode"]) == ("core", "full"):
         return NAMES[field]
     return f"{event['metric']}/{event['mode']}"
