@@ -38,6 +38,8 @@ TORCH = (
     "slm.evaluate.distributed",
 )
 """Modules and packages that may import torch."""
+CLI_BODY_LINES = 40
+"""Longest body of a function in slm/cli: commands parse, call and print."""
 HEAVY = {
     "torch",
     "numpy",
@@ -216,3 +218,11 @@ def test_planning_and_reading_load_no_torch(program: str) -> None:
 
 def test_the_command_line_loads_nothing_heavy() -> None:
     assert not HEAVY & loaded_by("import slm.cli")
+
+
+def test_commands_are_thin() -> None:
+    for path in (ROOT / "slm" / "cli").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                lines = (node.end_lineno or 0) - node.body[0].lineno + 1
+                assert lines <= CLI_BODY_LINES, f"{path.name}: {node.name} has {lines} lines"
