@@ -11,7 +11,7 @@ REPETITIONS ?= 500
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
-install: .venv/installed  ## Make .venv with the exact versions of requirements.lock (TORCH_INDEX=URL chooses torch's build)
+install: .venv/installed  ## Install the exact versions of requirements.lock into .venv (TORCH_INDEX=URL selects torch's build)
 
 .venv/installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
@@ -23,17 +23,17 @@ install: .venv/installed  ## Make .venv with the exact versions of requirements.
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	touch $@
 
-demo: install  ## From nothing to a curve: train the five depths of the demo, fit, draw (minutes on two cores)
+demo: install  ## Train the five depths of the demo, fit them, draw the curve (minutes on two cores)
 	SLM_HOME=$(DEMO_HOME) $(BIN)/slm sweep experiments/miniseries.py
 	SLM_HOME=$(DEMO_HOME) $(BIN)/slm fit-curves miniseries
 
-check: install  ## Lint, format and types
+check: install  ## Check lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: install  ## The tests (SLM_REFERENCE=FOLDER adds those against published figures)
-	$(BIN)/python -m pytest -m "not soak"
+test: install  ## Run the tests on every core (SLM_REFERENCE=FOLDER adds those against published figures)
+	$(BIN)/python -m pytest -m "not soak" --numprocesses auto --dist loadfile
 
 bench: install  ## Time the parts, each beside its peer or its ceiling
 	$(BIN)/python -m tests.bench
@@ -41,19 +41,19 @@ bench: install  ## Time the parts, each beside its peer or its ceiling
 calibrate: install  ## Measure intervals, warnings and claims on known truths (REPETITIONS=500: an hour on two cores)
 	$(BIN)/python -m tests.calibrate --repetitions $(REPETITIONS)
 
-reproduce: install  ## Published fits beside ours, as a table (needs SLM_REFERENCE=FOLDER)
+reproduce: install  ## Print published fits beside ours (needs SLM_REFERENCE=FOLDER)
 	$(BIN)/python -m tests.reproduce
 
-soak: install  ## The long proofs
+soak: install  ## Run the long tests
 	$(BIN)/python -m pytest -m soak
 
-notebooks: install  ## Run the notebooks against a store made by a real sweep
+notebooks: install  ## Run the notebooks against a store made by real sweeps
 	$(BIN)/python notebooks/execute.py
 
 wheel-check: install  ## Build a wheel, install it elsewhere, and run it outside the checkout
 	bash tests/wheel_check.sh $(BIN)/python
 
-lock:  ## Bring requirements.lock up to date (needs uv; what fits stays): hashes for all but torch, whose builds bring their own CUDA
+lock:  ## Update requirements.lock (needs uv); torch has no hashes, since its builds bring their own CUDA
 	cp requirements.lock requirements.lock.new
 	uv pip compile pyproject.toml --quiet --all-extras --universal --python-version 3.11 --generate-hashes --no-header \
 	  --no-annotate --no-emit-index-url --output-file requirements.lock.new
