@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from slm import events
-from slm.data import Prepared
+from slm.data import PreparedDataset
 from slm.files import read_json, write_json
 from slm.hardware.slot import Slot
 from slm.plan import Plan, code_fingerprint
@@ -23,17 +23,17 @@ from slm.sweep.micro_batch import MicroBatches
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
 
 
-def plan_of(given: Hyperparameters, prepared: Prepared, seed: int = 0) -> Plan:
+def plan_of(given: Hyperparameters, prepared: PreparedDataset, seed: int = 0) -> Plan:
     """The plan of one run."""
     return Plan(
         "test", f"steps={given.steps}", seed, given, prepared.identity(given), code_fingerprint()
     )
 
 
-def make_attempt(home: Path, plan: Plan, prepared: Prepared, **changes: Any) -> Path:
+def make_attempt(home: Path, plan: Plan, prepared: PreparedDataset, **changes: Any) -> Path:
     """The folder of a run's first attempt, its attempt.json for one CPU rank but for the changes."""
     slot = Slot("cpu", 1, 1)
-    rows = MicroBatches().rows(plan.hyperparameters, slot)
+    rows = MicroBatches().choose(plan.hyperparameters, slot)
     folder = add_attempt(plan, home, prepared.folder, slot, rows, checkpoint_seconds=1e9)
     write_json(folder / "attempt.json", read_json(folder / "attempt.json") | changes)
     write_json(folder.parent.parent / "plan.json", plan.document())

@@ -1,7 +1,7 @@
-"""A sweep under fire: whoever takes part is killed at random, again and again, and the sweep is typed again each time.
+"""Chaos test of a sweep: kill its processes at random, and repeat the command each time it ends.
 
-`python -m tests.chaos HOME` disturbs a sweep in a home that has prepared data, and prints what it did; `python -m
-tests.chaos HOME --conduct` is the conductor that it starts and kills.
+`python -m tests.chaos HOME` disturbs a sweep in a home that has prepared data, and prints a tally;
+`python -m tests.chaos HOME --orchestrate` is the orchestrator that it starts and kills.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,41 +24,43 @@ import psutil
 
 import store
 from slm import events
-from slm.cli.sweep import _ingest
 from slm.experiment import Experiment
 from slm.hardware.runtime import RuntimeModel
 from slm.monitor.follow import View
 from slm.plan import Plan
 from slm.recipe import pocket
 from slm.run import checkpoint_step, is_done
-from slm.sweep import orchestrator as conduct
+from slm.sweep import orchestrator
 from slm.sweep.local import Local, Machine
 from slm.sweep.micro_batch import MicroBatches
-from slm.sweep.planning import Corpora, make_plans, record
+from slm.sweep.orchestrator import Orchestrator, Outcome, Sweep, sweep_lock, sweep_process
+from slm.sweep.planning import Planner, plans_of, record
 
 TWO = Machine("cpu", "test", ("0", "1"), None)
-KINDS = {"trainer": 5, "torchrun": 3, "supervisor": 4, "conductor": 4}
-"""Who is killed, and how often beside the others."""
+KINDS = {"trainer": 5, "torchrun": 3, "supervisor": 4, "orchestrator": 4}
+"""Kinds of processes that are killed, with the weights of their draw."""
 PAUSE_SECONDS = 2.5
 """Longest pause between two kills that are due."""
 LAST_KILL = 0.75
 """Share of the sweep's steps before which all kills are due."""
 FULL_SECONDS = 6.0
-"""How long the disk stays full."""
+"""Time for which the disk stays full."""
 CHECKPOINT_SECONDS = 0.3
 RESULTS = """
-SELECT r.run_id, r.depth, r.seed, r.status, r.tokens, r.flops, r.train_loss, r.val_loss, r.val_bpb, f.weights_sha256
+SELECT r.run_id, r.depth, r.seed, r.status, r.tokens, r.flops, r.train_loss, r.val_loss, r.val_bpb,
+       f.weights_sha256
 FROM results r LEFT JOIN finished f ON f.run_id = r.run_id ORDER BY r.run_id
 """
-"""What two sweeps of the same plans must agree in."""
+"""Results in which two sweeps of the same plans must agree."""
 
 
-LOOK = """
+MEASURED = """
 SELECT run_id, status,
-       count(val_bpb) + count(val_loss) + count(train_loss) + count(tokens) + count(flops) AS measured
+       count(val_bpb) + count(val_loss) + count(train_loss) + count(tokens) + count(flops)
+       AS measured
 FROM results GROUP BY ALL
 """
-"""How many of a run's results are there."""
+"""Number of results that each run has."""
 
 
 @dataclass(frozen=True)
@@ -67,53 +68,48 @@ class Question:
     """The sweep that is disturbed."""
 
     depths: tuple[int, ...] = (1, 2)
-    """Of the runs."""
     seeds: int = 3
-    """Runs a depth."""
     steps: int = 3000
-    """Of each run."""
 
     def experiment(self) -> Experiment:
-        """As it is declared."""
+        """Return the experiment that declares it."""
         return Experiment(
             "chaos", (pocket,), self.depths, steps=self.steps, seeds=tuple(range(self.seeds))
         )
 
     def arguments(self) -> list[str]:
-        """As it is typed."""
+        """Return the options of `tests.chaos` that describe it."""
         depths = ",".join(map(str, self.depths))
         return [f"--depths={depths}", f"--seeds={self.seeds}", f"--steps={self.steps}"]
 
-    def plans(self, home: Path) -> tuple[Corpora, list[Plan]]:
-        """Its plans, and the data they were made from."""
-        corpora = Corpora(self.experiment(), home)
-        return corpora, make_plans(
-            self.experiment(), lambda asked: corpora.prepare(asked, lambda line: None)
-        )
+    def plans(self, home: Path) -> tuple[Planner, list[Plan]]:
+        """Return its plans and the planner that made them."""
+        planner = Planner(self.experiment(), home)
+        return planner, plans_of(planner.prepare())
 
 
 @dataclass
 class Tally:
-    """What was done to a sweep, and what was seen meanwhile."""
+    """Disturbances of a sweep, and observations on the way."""
 
     kills: Counter[str] = field(default_factory=Counter)
-    """By kind."""
+    """Processes killed, by kind."""
     torn: int = 0
-    """Half lines that were appended to the events of a killed trainer."""
+    """Killed trainers to whose events half a line was appended."""
     spells: int = 0
     """Times that the disk was full."""
-    typed: int = 0
-    """Times that the sweep was typed."""
+    starts: int = 0
+    """Times that the sweep was started."""
     looks: int = 0
-    """Looks at the results on the way."""
+    """Queries of the results on the way."""
     values: int = 0
-    """Results that these looks found."""
+    """Finished runs that these queries returned."""
     seconds: float = 0.0
-    """Until every run was finished."""
+    """Time until every run was finished."""
 
 
 class Lines:
-    """A view of plain lines on standard error."""
+    """View that writes plain lines on standard error."""
 
     def run_started(self, plan: Plan, attempt: Path, adopted: bool) -> None:
         self.note(f"{plan.run_id} {attempt.name} {'adopted' if adopted else 'started'}")
@@ -132,54 +128,51 @@ class Lines:
         pass
 
 
-def conduct_sweep(home: Path, question: Question, view: View | None = None) -> conduct.Outcome:
-    """What `slm sweep` does, in two slots, with quick checkpoints and looks."""
-    corpora, plans = question.plans(home)
-    with conduct.sweep_lock(home) as ours:
-        if not ours:
-            sys.exit(f"process {conduct.conductor(home)} conducts")
+def run_sweep(home: Path, question: Question, view: View | None = None) -> Outcome:
+    """Do what `slm sweep` does, in two slots, with frequent checkpoints and polls."""
+    planner, plans = question.plans(home)
+    with sweep_lock(home) as acquired:
+        if not acquired:
+            sys.exit(f"process {sweep_process(home)} sweeps")
         record(question.experiment(), plans, home)
         launcher = Local(TWO, (1,), RuntimeModel(home), MicroBatches())
-        ingest, pause = partial(_ingest, home), CHECKPOINT_SECONDS
-        return conduct.Orchestrator(
-            plans, corpora.of, home, launcher, view or Lines(), ingest, pause, poll_seconds=0.1
-        ).run()
+        sweep = Sweep(
+            plans,
+            home,
+            planner.dataset,
+            checkpoint_seconds=CHECKPOINT_SECONDS,
+            poll_seconds=0.1,
+        )
+        return Orchestrator(sweep, launcher, view or Lines()).run()
 
 
 def start(home: Path, question: Question) -> subprocess.Popen[bytes]:
-    """The conductor as a process of its own; what it says goes to HOME.log."""
+    """Start an orchestrator process, whose output goes to HOME.log."""
+    command = [sys.executable, "-m", "tests.chaos", str(home), "--orchestrate"]
     with home.with_name(f"{home.name}.log").open("ab") as log:
-        command = [
-            sys.executable,
-            "-m",
-            "tests.chaos",
-            str(home),
-            "--conduct",
-            *question.arguments(),
-        ]
-        return subprocess.Popen(command, stdout=log, stderr=log)
+        return subprocess.Popen([*command, *question.arguments()], stdout=log, stderr=log)
 
 
 def alive(home: Path) -> dict[str, list[psutil.Process]]:
-    """The processes at work for a home, by kind."""
-    found: dict[str, list[psutil.Process]] = {kind: [] for kind in KINDS}
+    """Return the processes that work on a home, by kind."""
+    processes: dict[str, list[psutil.Process]] = {kind: [] for kind in KINDS}
     for process in psutil.process_iter():
         with suppress(psutil.NoSuchProcess):
             words = process.cmdline()
             if any(word == str(home) or word.startswith(f"{home}/") for word in words):
                 kind = next((kind for name, kind in _NAMES.items() if name in words), None)
                 if kind and process.status() != psutil.STATUS_ZOMBIE:
-                    found[kind].append(process)
-    return found
+                    processes[kind].append(process)
+    return processes
 
 
 _NAMES = {
-    "--conduct": "conductor",
+    "--orchestrate": "orchestrator",
     "slm.sweep.supervisor": "supervisor",
     "torch.distributed.run": "torchrun",
     "slm.train": "trainer",
 }
-"""Words of a command line, each before those that may stand beside it."""
+"""Words that identify a command line; the first match counts, as torchrun's has "slm.train" too."""
 
 
 def disturb(
@@ -191,59 +184,62 @@ def disturb(
     pause: float = PAUSE_SECONDS,
     patience: float = 1200.0,
 ) -> Tally:
-    """Sweep, and kill so many on the way, at random moments; a disk of its own is full for a while half-way.
+    """Sweep until every run is finished, killing one process of each kind at random steps.
 
-    A kill is due at a step of the sweep drawn before, so that all are made. Raises TimeoutError after `patience`.
+    All kills are made, since the steps are drawn before. A `disk` is filled for a while half-way.
+    Raises TimeoutError after `patience` seconds.
     """
     plans = question.plans(home)[1]
     due = sorted(draw.uniform(0, LAST_KILL) for _ in kinds)
-    left, tally, began = list(zip(due, kinds)), Tally(), time.monotonic()
-    conductor, again, spell = None, 0.0, due[len(due) // 2] if disk else 2.0
+    pending = list(zip(due, kinds))
+    tally = Tally()
+    began = time.monotonic()
+    process = None
+    next_kill = 0.0
+    spell = due[len(due) // 2] if disk else 2.0
     try:
         while True:
-            if conductor is None or conductor.poll() is not None:
+            if process is None or process.poll() is not None:
                 if all(is_done(home / plan.run_id) for plan in plans):
                     break
-                conductor, tally.typed = start(home, question), tally.typed + 1
+                process = start(home, question)
+                tally.starts += 1
             if time.monotonic() - began > patience:
                 raise TimeoutError(f"not finished after {patience} s: {tally}")
             done = progress(home, plans)
             if disk and done >= spell:
-                tally.spells, spell = tally.spells + fill(disk), 2.0
-            if (
-                left
-                and done >= left[0][0]
-                and time.monotonic() > again
-                and kill(home, left[0][1], draw, tally)
-            ):
-                left.pop(0)
-                again = time.monotonic() + draw.uniform(0, pause)
-            look(home, tally)
+                fill(disk)
+                tally.spells += 1
+                spell = 2.0
+            is_due = pending and done >= pending[0][0] and time.monotonic() > next_kill
+            if is_due and kill(home, pending[0][1], draw, tally):
+                pending.pop(0)
+                next_kill = time.monotonic() + draw.uniform(0, pause)
+            check_results(home, tally)
             time.sleep(0.1)
     finally:
-        if conductor and conductor.poll() is None:
-            conductor.kill()
-            conductor.wait()
+        if process and process.poll() is None:
+            process.kill()
+            process.wait()
     tally.seconds = time.monotonic() - began
     return tally
 
 
 def progress(home: Path, plans: Sequence[Plan]) -> float:
-    """Share of the steps of all runs that is kept in checkpoints, or done."""
-    steps = [plan.hyperparameters.steps for plan in plans]
-    folders = [home / plan.run_id for plan in plans]
-    kept = [
-        all_of if is_done(folder) else checkpoint_step(folder)
-        for folder, all_of in zip(folders, steps)
-    ]
-    return sum(kept) / sum(steps)
+    """Return the share of all runs' steps that is finished or in a checkpoint."""
+    done = 0
+    for plan in plans:
+        folder = home / plan.run_id
+        done += plan.hyperparameters.steps if is_done(folder) else checkpoint_step(folder)
+    return done / sum(plan.hyperparameters.steps for plan in plans)
 
 
 def kill(home: Path, kind: str, draw: random.Random, tally: Tally) -> bool:
-    """Kill one of a kind, if any is alive. Behind a trainer a line of events is left torn."""
-    if not (found := alive(home)[kind]):
+    """Kill a process of a kind, if one is alive; a trainer leaves half a line of events behind."""
+    processes = alive(home)[kind]
+    if not processes:
         return False
-    victim = draw.choice(found)
+    victim = draw.choice(processes)
     with suppress(psutil.NoSuchProcess):
         attempt = Path(victim.cmdline()[-1])
         victim.kill()
@@ -257,25 +253,24 @@ def kill(home: Path, kind: str, draw: random.Random, tally: Tally) -> bool:
     return False
 
 
-def fill(disk: Path) -> int:
-    """Take all the space of a disk for a while; 1."""
+def fill(disk: Path) -> None:
+    """Take all the space of a disk for FULL_SECONDS."""
     ballast = disk / "ballast"
     until = time.monotonic() + FULL_SECONDS
     with ballast.open("ab", buffering=0) as file:
-        while time.monotonic() < until:  # what others free meanwhile is taken, too
+        while time.monotonic() < until:  # take what is freed meanwhile, too
             for size in (2**20, 2**12, 1):
                 with suppress(OSError):
                     while time.monotonic() < until:
                         file.write(bytes(size))
             time.sleep(0.02)
     ballast.unlink()
-    return 1
 
 
-def look(home: Path, tally: Tally) -> None:
-    """No run has a value in the results unless it is finished, and none is there twice."""
-    with suppress(store.StoreError):  # there is none yet
-        rows = store.sql(LOOK, home=home).to_dict("records")
+def check_results(home: Path, tally: Tally) -> None:
+    """Check that no unfinished run has results, and that no run has two rows."""
+    with suppress(store.StoreError):  # no database yet
+        rows = store.sql(MEASURED, home=home).to_dict("records")
         tally.looks += 1
         assert len({row["run_id"] for row in rows}) == len(rows)
         for row in rows:
@@ -285,7 +280,7 @@ def look(home: Path, tally: Tally) -> None:
 
 
 def results(home: Path) -> list[dict[str, Any]]:
-    """What a sweep measured, by the store."""
+    """Return the results of a sweep from the store."""
     store.ingest(home)
     return [
         {str(name): value for name, value in row.items()}
@@ -294,7 +289,7 @@ def results(home: Path) -> list[dict[str, Any]]:
 
 
 def check_events(home: Path) -> int:
-    """Every number of every whole line of events is in the store, once; how many lines."""
+    """Check that the store has every number of every complete event once; return the events."""
     lines, written = 0, Counter[tuple[Any, ...]]()
     for path in home.glob("*/attempts/[0-9]*/events.jsonl"):
         for event in events.Reader(path).new():
@@ -325,29 +320,30 @@ def check_events(home: Path) -> int:
 
 
 def check_attempts(home: Path) -> int:
-    """No run was trained by two at a time; how many attempts there were."""
+    """Check that no two attempts of a run overlap; return the number of attempts."""
     attempts = 0
     for run in home.glob("*/attempts"):
         times = []
         for attempt in sorted(run.glob("[0-9]*")):
             attempts += 1
-            found = [event["time"] for event in events.Reader(attempt / "events.jsonl").new()]
-            times += [(found[0], found[-1])] if found else []
+            reader = events.Reader(attempt / "events.jsonl")
+            moments = [event["time"] for event in reader.new()]
+            times += [(moments[0], moments[-1])] if moments else []
         assert all(before[1] < after[0] for before, after in pairwise(sorted(times))), (run, times)
     return attempts
 
 
-def check_nobody_left(home: Path, seconds: float = 15.0) -> None:
-    """Whoever took part is gone, at once or very soon."""
-    until = time.monotonic() + seconds
-    while any(left := alive(home).values()):
-        assert time.monotonic() < until, left
+def check_no_process_left(home: Path, seconds: float = 120.0) -> None:
+    """Wait until no process works on the home."""
+    deadline = time.monotonic() + seconds
+    while any(processes := alive(home).values()):
+        assert time.monotonic() < deadline, processes
         time.sleep(0.1)
 
 
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path | None]:
-    """A file system of its own on a folder; None where this user may not mount one."""
+    """Mount a small file system on a folder; yield None without the right to mount."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
@@ -359,10 +355,10 @@ def small_disk(folder: Path, size: str) -> Iterator[Path | None]:
 
 
 def main() -> None:
-    """By hand."""
+    """Run by hand."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("home", type=Path)
-    parser.add_argument("--conduct", action="store_true")
+    parser.add_argument("--orchestrate", action="store_true")
     parser.add_argument("--depths", default="1,2")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3000)
@@ -373,19 +369,22 @@ def main() -> None:
         type=Path,
         help="Mount point of a small disk that holds HOME: it is filled half-way.",
     )
-    given = parser.parse_args()
-    question = Question(tuple(map(int, given.depths.split(","))), given.seeds, given.steps)
-    if given.conduct:
-        conduct.INGEST_SECONDS, conduct.INGEST_SHARE = 0.5, 0.3  # more moments to be killed at
-        conduct_sweep(given.home, question)
+    options = parser.parse_args()
+    depths = tuple(map(int, options.depths.split(",")))
+    question = Question(depths, options.seeds, options.steps)
+    if options.orchestrate:
+        orchestrator.INGEST_SECONDS = 0.5  # more moments to be killed at
+        orchestrator.INGEST_SHARE = 0.3
+        run_sweep(options.home, question)
         return
-    draw = random.Random(given.seed)
-    kinds = draw.choices(list(KINDS), list(KINDS.values()), k=given.kills)
-    tally = disturb(given.home, question, kinds, draw, given.disk)
-    check_nobody_left(given.home)
-    store.ingest(given.home)
-    lines, attempts = check_events(given.home), check_attempts(given.home)
-    print(json.dumps(vars(tally) | {"lines": lines, "attempts": attempts}))
+    draw = random.Random(options.seed)
+    kinds = draw.choices(list(KINDS), list(KINDS.values()), k=options.kills)
+    tally = disturb(options.home, question, kinds, draw, options.disk)
+    check_no_process_left(options.home)
+    store.ingest(options.home)
+    lines = check_events(options.home)
+    attempts = check_attempts(options.home)
+    sys.stdout.write(json.dumps(vars(tally) | {"lines": lines, "attempts": attempts}) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import shlex
-import subprocess
+import shutil
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slm.cli.data import report_line
 from slm.cli.options import (
     Data,
     Json,
@@ -23,29 +23,206 @@ from slm.cli.options import (
     numbers_of,
     print_json,
     recipe_of,
-    records,
-    report_problems,
+    table,
 )
 from slm.files import read_json
+from slm.monitor.progress import report_line
+from slm.text import duration, plural
 
 if TYPE_CHECKING:
-    from slm.evaluate.request import Wanted
+    from slm.evaluate.request import CoreRequest
     from slm.experiment import Experiment
     from slm.hardware.runtime import Price, RuntimeModel
     from slm.monitor.display import Display
     from slm.monitor.follow import View
-    from slm.plan import Plan
     from slm.sweep.local import Local
-    from slm.sweep.micro_batch import MicroBatches
-    from slm.sweep.orchestrator import Outcome
-    from slm.sweep.planning import Corpora
+    from slm.sweep.orchestrator import Outcome, Sweep
+    from slm.sweep.planning import Planner
+    from slm.sweep.preview import Preview
     from slm.sweep.slurm import Slurm
 
+CONFIRM_SECONDS = 86400.0
+"""Length of a sweep that asks before it starts."""
+MIN_CHART_COLUMNS = 20
+SHAPE = ("depths", "recipe", "flops", "ratios", "steps", "seeds")
+"""Options that a declared experiment or a plan settles."""
+MACHINE = ("gpus", "gpus_per_run", "cores", "cores_per_run")
+CLUSTER = (
+    "nodes",
+    "gpus_per_node",
+    "cores_per_node",
+    "partition",
+    "account",
+    "qos",
+    "time",
+    "jobs",
+    "sbatch",
+)
+GROUPS = {
+    "What to run": ("declaration", *SHAPE, "data", "tokenizer", "plan", "name"),
+    "Where it runs": ("launcher", *MACHINE, "gpu", "price"),
+    "Slurm": CLUSTER,
+    "CORE": ("core", "bundle", "core_every", "core_max_per_task", "core_without"),
+    "How it runs": ("dry_run", "yes", "detach", "wandb", "as_json"),
+}
+"""Groups of options in `slm sweep --help`."""
 
-Cores = dict[str, dict[str, Any]]
-"""What is measured beside val_bpb, by run_id, as attempt.json has it."""
-PATIENCE = 2.0
-"""Seconds that an ingest waits for another writer: the sweep has more to do, and comes again."""
+
+@dataclass(frozen=True)
+class Request:
+    """Options that say what to run."""
+
+    declaration: Path | None = None
+    depths: str | None = None
+    recipe: str | None = None
+    flops: str | None = None
+    ratios: str | None = None
+    steps: int | None = None
+    seeds: int = 1
+    data: str | None = None
+    tokenizer: str | None = None
+    plan: list[Path] | None = None
+    name: str | None = None
+
+    def experiment(self, has_gpus: bool) -> Experiment:
+        """Return the experiment. `has_gpus`: whether GPUs are named, for the default recipe."""
+        experiment = self._experiment(has_gpus)
+        if self.data:
+            experiment = replace(experiment, data=self.data)
+        if self.tokenizer:
+            experiment = replace(experiment, tokenizer=self.tokenizer)
+        return experiment
+
+    def _experiment(self, has_gpus: bool) -> Experiment:
+        from slm.experiment import Experiment, load
+        from slm.sweep.planning import repeat_plans
+
+        if self.plan:
+            why = (
+                "--plan holds the whole run; only --data, --tokenizer, --name "
+                "and where it runs go with it"
+            )
+            _refuse(self, SHAPE, why)
+            if self.declaration:
+                raise ValueError(f"{self.declaration}: {why}")
+            return repeat_plans(self.plan, self.name, self.data)
+        if self.declaration is not None:
+            why = (
+                f"{self.declaration} declares the runs; only --data, --tokenizer "
+                "and where they run go with it"
+            )
+            _refuse(self, (*SHAPE, "name"), why)
+            return load(self.declaration)
+        if self.depths is None:
+            raise ValueError(
+                "no --depths: write `slm sweep --depths 2-6`, or name a file of experiments/"
+            )
+        recipe = recipe_of(self.recipe, needs_gpu=has_gpus)
+        return Experiment(
+            name=self.name or recipe.name,
+            recipes=(recipe,),
+            depths=depths_of(self.depths),
+            flops=numbers_of("--flops", self.flops),
+            ratios=numbers_of("--ratios", self.ratios),
+            steps=self.steps,
+            seeds=tuple(range(self.seeds)),
+        )
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Options that say where runs train."""
+
+    launcher: str = "local"
+    gpus: int | None = None
+    gpus_per_run: str = "auto"
+    cores: int | None = None
+    cores_per_run: str = "auto"
+    gpu: str = "H100"
+    nodes: int = 1
+    gpus_per_node: int = 0
+    cores_per_node: int | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time: str | None = None
+    jobs: int | None = None
+    sbatch: str = ""
+
+    def make_launcher(self, runtime: RuntimeModel, home: Path, dry_run: bool) -> Local | Slurm:
+        """Return the launcher. A dry run may plan for GPUs that this machine does not have."""
+        if self.launcher == "slurm":
+            return self._slurm(runtime, home)
+        if self.launcher == "local":
+            return self._local(runtime, home, dry_run)
+        raise ValueError(f"--launcher {self.launcher}: choose local or slurm")
+
+    def _local(self, runtime: RuntimeModel, home: Path, dry_run: bool) -> Local:
+        from slm.hardware import devices
+        from slm.sweep.local import Local, planned_machine, this_machine
+        from slm.sweep.micro_batch import MicroBatches
+
+        _refuse(self, CLUSTER, "an option of clusters; add --launcher slurm")
+        has_gpus = devices.gpu_count() or devices.apple_gpu()
+        if dry_run and self.gpus and self.cores is None and not has_gpus:
+            machine = planned_machine(self.gpus, self.gpu)
+        else:
+            machine = this_machine(self.gpus, self.cores)
+        if machine.device == "cpu":
+            _refuse(self, ("gpus_per_run",), "runs take cores here; use --cores-per-run")
+            sizes = machine.run_sizes(self.cores_per_run)
+        else:
+            _refuse(self, ("cores_per_run",), "runs take GPUs here; use --gpus-per-run")
+            sizes = machine.run_sizes(self.gpus_per_run)
+        return Local(machine, sizes, runtime, MicroBatches.from_store(home))
+
+    def _slurm(self, runtime: RuntimeModel, home: Path) -> Slurm:
+        from slm.hardware import devices
+        from slm.sweep.local import planned_gpu_memory
+        from slm.sweep.micro_batch import MicroBatches
+        from slm.sweep.slurm import Cluster, Slurm
+
+        _refuse(
+            self,
+            MACHINE,
+            "an option of this machine; "
+            "a cluster takes --nodes, --gpus-per-node and --cores-per-node",
+        )
+        try:
+            options = tuple(shlex.split(self.sbatch))
+        except ValueError as error:
+            raise ValueError(f"--sbatch {self.sbatch}: {error}") from None
+        cluster = Cluster(
+            self.nodes,
+            self.gpus_per_node,
+            self.cores_per_node,
+            self.gpu if self.gpus_per_node else devices.name("cpu"),
+            planned_gpu_memory(self.gpu) if self.gpus_per_node else None,
+            self.partition,
+            self.account,
+            self.qos,
+            self.time,
+            options,
+        )
+        return Slurm(cluster, runtime, MicroBatches.from_store(home), report_line, self.jobs)
+
+
+def _refuse(options: Request | Placement, names: Sequence[str], why: str) -> None:
+    """Raise ValueError for the first of these options that differs from its default."""
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if option.name in names and value != option.default:
+            raise ValueError(f"--{option.name.replace('_', '-')} {value}: {why}")
+
+
+@dataclass(frozen=True)
+class Mode:
+    """Options that say how a sweep runs."""
+
+    yes: bool
+    detach: bool
+    wandb: bool
+    as_json: bool
 
 
 def sweep(
@@ -60,419 +237,263 @@ def sweep(
     ratios: Annotated[str | None, typer.Option(help="Tokens-per-parameter ratios: 4,8,16.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps of smoke runs.")] = None,
     seeds: Annotated[
-        int, typer.Option(min=1, max=1000, help="Repeats of every run, seeds 0, 1, …")
-    ] = 1,
+        int, typer.Option(min=1, max=1000, help="Replicates of every run: seeds 0, 1, …")
+    ] = Request.seeds,
     data: Data = None,
     tokenizer: TokenizerName = None,
     plan: Annotated[
-        list[Path] | None, typer.Option(help="A plan.json: repeat its run. May be given again.")
+        list[Path] | None, typer.Option(help="A plan.json: repeat its run. May be repeated.")
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="Name of the experiment; else the recipe's or the run's.")
     ] = None,
+    launcher: Annotated[
+        str, typer.Option(help="local: this machine; slurm: one cluster job per run.")
+    ] = Placement.launcher,
     gpus: Annotated[int | None, typer.Option(min=1, help="GPUs to use; else all.")] = None,
     gpus_per_run: Annotated[
         str, typer.Option(help="GPUs of a run: auto (soonest end), all, or a number.")
-    ] = "auto",
+    ] = Placement.gpus_per_run,
     cores: Annotated[int | None, typer.Option(min=1, help="CPU cores to use; else all.")] = None,
     cores_per_run: Annotated[
         str, typer.Option(help="Cores of a run: auto (soonest end), all, or a number.")
-    ] = "auto",
+    ] = Placement.cores_per_run,
     gpu: Annotated[
         str, typer.Option(help="GPU to plan for where there is none: H100, A100, …")
-    ] = "H100",
-    launcher: Annotated[
-        str, typer.Option(help="local: this machine; slurm: a job of a cluster for each run.")
-    ] = "local",
-    nodes: Annotated[int, typer.Option(help="Slurm: machines of one run.")] = 1,
+    ] = Placement.gpu,
+    nodes: Annotated[int, typer.Option(help="Machines of one run.")] = Placement.nodes,
     gpus_per_node: Annotated[
-        int, typer.Option(help="Slurm: GPUs of one run on each node; 0 for cores.")
-    ] = 0,
+        int, typer.Option(help="GPUs of one run on each node; 0 for cores.")
+    ] = Placement.gpus_per_node,
     cores_per_node: Annotated[
-        int | None, typer.Option(help="Slurm: cores on each; else 4 a GPU, or one.")
+        int | None, typer.Option(help="Cores of one run on each node; else 4 per GPU, or 1.")
     ] = None,
-    partition: Annotated[str | None, typer.Option(help="Slurm: as sbatch takes it.")] = None,
-    account: Annotated[str | None, typer.Option(help="Slurm: as sbatch takes it.")] = None,
-    qos: Annotated[str | None, typer.Option(help="Slurm: as sbatch takes it.")] = None,
+    partition: Annotated[str | None, typer.Option(help="As for sbatch.")] = None,
+    account: Annotated[str | None, typer.Option(help="As for sbatch.")] = None,
+    qos: Annotated[str | None, typer.Option(help="As for sbatch.")] = None,
     time: Annotated[
-        str | None, typer.Option(help="Slurm: limit of a job, which then goes back to the queue.")
+        str | None, typer.Option(help="Time limit of a job, which is then requeued.")
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Slurm: in the queue at once, at most.")
+        int | None, typer.Option(min=1, help="Maximum number of jobs in the queue.")
     ] = None,
     sbatch: Annotated[
-        str, typer.Option(help='Slurm: more options, "--mem=64G --constraint=a100".')
-    ] = "",
+        str, typer.Option(help='More options of sbatch: "--mem=64G --constraint=a100".')
+    ] = Placement.sbatch,
     price: Annotated[
-        str | None, typer.Option(help="24/h for the machine, or 3/gpu/h: the plan has costs.")
+        str | None, typer.Option(help="24/h for the machine, or 3/gpu/h: adds costs to the plan.")
     ] = None,
     core: Annotated[
-        bool, typer.Option("--core", help="Measure CORE at the end of every run, too.")
+        bool, typer.Option("--core", help="Measure CORE at the end of every run.")
     ] = False,
     bundle: Annotated[
         str | None,
-        typer.Option(
-            help="CORE: name or id of a bundle; else pocket-core for pocket.", metavar="NAME"
-        ),
+        typer.Option(help="Name or id of a bundle; else pocket-core for pocket.", metavar="NAME"),
     ] = None,
     core_every: Annotated[
-        int | None, typer.Option(min=1, help="CORE: after every so many steps, too.")
+        int | None, typer.Option(min=1, help="Steps between two measurements during a run.")
     ] = None,
     core_max_per_task: Annotated[
-        int | None, typer.Option(min=1, help="CORE: examples of each task; else all.")
+        int | None, typer.Option(min=1, help="Maximum examples per task; else all.")
     ] = None,
     core_without: Annotated[
-        str | None, typer.Option(help="CORE: all tasks but these: a,b.", metavar="TASKS")
+        str | None, typer.Option(help="Tasks to leave out: a,b.", metavar="TASKS")
     ] = None,
     yes: Annotated[
         bool, typer.Option("--yes", help="Start without asking, however long it takes.")
     ] = False,
     detach: Annotated[
-        bool, typer.Option("--detach", help="Go on in the background; `slm status` shows it.")
+        bool, typer.Option("--detach", help="Run in the background; `slm status` shows it.")
     ] = False,
     wandb: Annotated[
-        bool, typer.Option("--wandb", help="Mirror the runs on Weights & Biases, offline too.")
+        bool, typer.Option("--wandb", help="Log the runs to Weights & Biases too, or offline.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a family as recorded runs. Typed again, it trains nothing twice and finishes what is unfinished."""
-    from slm.evaluate.request import wanted
-    from slm.experiment import Experiment, load
+    """Train a family of models as recorded runs. Repeating the command trains only what is not
+    finished.
+    """
+    from slm.cli.evaluate import core_request
     from slm.hardware.runtime import RuntimeModel, parse_price
-    from slm.sweep import preview as planning
-    from slm.sweep.planning import Corpora, repetition
+    from slm.sweep.planning import Planner
     from store import home
 
-    if plan:
-        shaped: dict[str, Any] = {
-            "--depths": depths,
-            "--recipe": recipe,
-            "--flops": flops,
-            "--ratios": ratios,
-        }
-        shaped |= {"--steps": steps, "--seeds": _given(seeds, 1), "experiment file": declaration}
-        others = "only --data, --tokenizer, --name, --dry-run, --json and where it runs go with it"
-        _refuse(shaped, f"--plan holds the whole run, {others}")
-        experiment = repetition(plan, name, data)
-    elif declaration is not None:
-        if depths or recipe or flops or ratios or steps or seeds != 1 or name:
-            raise ValueError(
-                f"{declaration} declares the runs: only --data, --tokenizer, --dry-run and where they run go with it"
-            )
-        experiment = load(declaration)
-    else:
-        if depths is None:
-            raise ValueError(
-                "no --depths: write `slm sweep --depths 2-6`, or name a file of experiments/"
-            )
-        family = recipe_of(recipe, gpu_asked=bool(gpus or gpus_per_node))
-        experiment = Experiment(
-            name=name or family.name,
-            recipes=(family,),
-            depths=depths_of(depths),
-            flops=numbers_of("--flops", flops),
-            ratios=numbers_of("--ratios", ratios),
-            steps=steps,
-            seeds=tuple(range(seeds)),
-        )
-    if data:
-        experiment = replace(experiment, data=data)
-    if tokenizer:
-        experiment = replace(experiment, tokenizer=tokenizer)
-    measured = wanted(core, bundle, core_every, core_max_per_task, core_without)
-    if measured:
-        measured.check(home(), [family.name for family in experiment.recipes])
-    corpora, estimates = Corpora(experiment, home()), RuntimeModel(home())
-    asked_price = parse_price(price) if price else None
-    own = {"--gpus": gpus, "--cores": cores}
-    own |= {
-        "--gpus-per-run": _given(gpus_per_run, "auto"),
-        "--cores-per-run": _given(cores_per_run, "auto"),
-    }
-    named = {"partition": partition, "account": account, "qos": qos, "time": time}
-    clusters = {f"--{option}": value for option, value in named.items()} | {
-        "--nodes": _given(nodes, 1)
-    }
-    clusters |= {"--gpus-per-node": gpus_per_node or None, "--cores-per-node": cores_per_node}
-    clusters |= {"--jobs": jobs, "--sbatch": sbatch or None}
-    if launcher == "slurm":
-        _refuse(
-            own, "is of this machine: a cluster takes --nodes, --gpus-per-node and --cores-per-node"
-        )
-        where: Local | Slurm = _slurm(
-            (nodes, gpus_per_node, cores_per_node), gpu, named, sbatch, jobs, estimates
-        )
-    elif launcher == "local":
-        _refuse(clusters, "is of a cluster: say --launcher slurm, too")
-        where = _local(
-            gpus, cores, (gpus_per_run, cores_per_run), gpu if dry_run else None, estimates
-        )
-    else:
-        raise ValueError(f"--launcher {launcher}: choose local or slurm")
-    if dry_run:
-        planned = planning.planned(experiment, corpora, where, asked_price, home())
-        if as_json:
-            print_json(planning.document(planned))
-            return
-        planning.show(planned, print)
-        if measured and planned.forecast.shares:
-            print(measured.in_words())
-    else:
-        _run(experiment, corpora, where, asked_price, measured, yes, detach, wandb, as_json)
-
-
-def _refuse(options: dict[str, Any], why: str) -> None:
-    """Refuse options that were given. Raises ValueError naming the first."""
-    for option, value in options.items():
-        if value is not None:
-            raise ValueError(f"{option} {value}: {why}")
-
-
-def _given(value: Any, default: Any) -> Any:
-    """A value, None where it is the default."""
-    return None if value == default else value
-
-
-def _local(
-    gpus: int | None,
-    cores: int | None,
-    per_run: tuple[str, str],
-    gpu: str | None,
-    estimates: RuntimeModel,
-) -> Local:
-    """This machine's devices; GPUs of a name where a plan alone is asked and there are none."""
-    from slm.hardware import devices
-    from slm.sweep import local
-    from store import home
-
-    if gpu and gpus and cores is None and not devices.gpu_count() and not devices.apple_gpu():
-        machine = local.imagined(gpus, gpu)
-    else:
-        machine = local.machine(gpus, cores)
-    asked, other = reversed(per_run) if machine.device == "cpu" else per_run
-    option, has = (
-        ("--gpus-per-run", "cores") if machine.device == "cpu" else ("--cores-per-run", "GPUs")
+    request = Request(
+        declaration, depths, recipe, flops, ratios, steps, seeds, data, tokenizer, plan, name
     )
-    _refuse({option: _given(other, "auto")}, f"runs take {has} here: say --{has.lower()}-per-run")
-    return local.Local(machine, local.sizes(asked, machine), estimates, _memory(home()))
+    cluster = (nodes, gpus_per_node, cores_per_node, partition, account, qos, time, jobs, sbatch)
+    placement = Placement(launcher, gpus, gpus_per_run, cores, cores_per_run, gpu, *cluster)
+    experiment = request.experiment(has_gpus=bool(gpus or gpus_per_node))
+    core_options = core_request(core, bundle, core_every, core_max_per_task, core_without)
+    if core_options:
+        core_options.check_installed(home(), [family.name for family in experiment.recipes])
+    planner = Planner(experiment, home())
+    cost = parse_price(price) if price else None
+    target = placement.make_launcher(RuntimeModel(home()), home(), dry_run)
+    if dry_run:
+        _print_plan(planner, target, cost, core_options, as_json)
+    else:
+        _train(planner, target, cost, core_options, Mode(yes, detach, wandb, as_json))
 
 
-def _slurm(
-    shape: tuple[int, int, int | None],
-    gpu: str,
-    asked: dict[str, Any],
-    options: str,
-    jobs: int | None,
-    estimates: RuntimeModel,
-) -> Slurm:
-    """Nodes of a cluster, GPUs and cores on each."""
-    from slm.hardware import devices
-    from slm.sweep import local
-    from slm.sweep.slurm import Cluster, Slurm
-    from store import home
-
-    memory = local.imagined(1, gpu).memory if shape[1] else None
-    name = gpu if shape[1] else devices.name("cpu")
-    try:
-        words = tuple(shlex.split(options))
-    except ValueError as error:
-        raise ValueError(f"--sbatch {options}: {error}") from None
-    cluster = Cluster(*shape, device_name=name, memory=memory, **asked, options=words)
-    return Slurm(cluster, estimates, _memory(home()), report_line, jobs)
-
-
-def _run(
-    experiment: Experiment,
-    corpora: Corpora,
+def _print_plan(
+    planner: Planner,
     launcher: Local | Slurm,
     price: Price | None,
-    measured: Wanted | None,
-    yes: bool,
-    detach: bool,
-    wandb: bool,
+    core_request: CoreRequest | None,
     as_json: bool,
 ) -> None:
-    """Prepare, plan, record and train; exit code 1 unless every run is done."""
+    from slm.sweep.preview import preview
+    from store import home
+
+    plan = preview(planner.experiment, planner.runs(), launcher, price, home())
+    if as_json:
+        print_json(plan.document())
+        return
+    print("\n".join(_plan_lines(plan, core_request)))
+
+
+def _plan_lines(plan: Preview, core_request: CoreRequest | None) -> list[str]:
+    rows = plan.table()
+    columns = max(MIN_CHART_COLUMNS, shutil.get_terminal_size((100, 24)).columns)
+    lines = [table([list(row.values()) for row in rows], list(rows[0])), *plan.lines(columns)]
+    if core_request and plan.forecast.runs:
+        lines.append(core_request.describe())
+    return lines
+
+
+def _train(
+    planner: Planner,
+    launcher: Local | Slurm,
+    price: Price | None,
+    core_request: CoreRequest | None,
+    mode: Mode,
+) -> None:
+    """Prepare, plan, record and train; exit code 1 unless every run is finished."""
     from slm.monitor.display import Display
-    from slm.monitor.wandb_logger import check_installed
-    from slm.sweep import planning as sweep
-    from slm.sweep import preview as plan
+    from slm.sweep.orchestrator import Sweep, run_in_background, train
+    from slm.sweep.planning import plans_of, record
+    from slm.sweep.preview import preview
     from slm.sweep.slurm import Slurm
     from store import home
 
-    if detach and as_json:
-        raise ValueError("--detach --json: choose one; `slm status --json` says how the runs are")
-    if detach and wandb and isinstance(launcher, Slurm):
-        raise ValueError(
-            "--detach --wandb: choose one; nobody here hears what jobs on a cluster write"
+    # 1) refuse what cannot run, before data are prepared
+    _check_mode(mode, launcher)
+
+    # 2) prepare the data, show the plan and ask
+    runs = planner.prepare(report_line)
+    plans = plans_of(runs)
+    plan = preview(planner.experiment, runs, launcher, price, home())
+    core = {}
+    if core_request:
+        for each in plans:
+            core[each.run_id] = core_request.for_run(each, home(), partial(planner.dataset, each))
+    for line in _plan_lines(plan, core_request):
+        report_line(line)
+    _confirm(plan.forecast.seconds, mode.yes)
+
+    # 3) train: as jobs of a cluster, in the background, or here
+    record(planner.experiment, plans, home())
+    work = Sweep(plans, home(), planner.dataset, core)
+    if mode.detach and isinstance(launcher, Slurm):
+        _submit(work, launcher)
+        return
+    if mode.detach:
+        arguments = [argument for argument in sys.argv[1:] if argument not in ("--detach", "--yes")]
+        log = home() / "sweep.log"
+        process = run_in_background([*arguments, "--yes"], log)
+        report_line(
+            f"running in the background as process {process}, with output in {log}; "
+            "`slm status --watch` shows it"
         )
-    if wandb:
-        check_installed()
-    if isinstance(launcher, Slurm):
-        launcher.check()
-    plans = sweep.make_plans(experiment, lambda asked: corpora.prepare(asked, report_line))
-    cores = {
-        own.run_id: measured.of(own, home(), partial(corpora.prepared, own))
-        for own in plans
-        if measured
-    }
-    planned = plan.planned(experiment, corpora, launcher, price, home())
-    plan.show(planned, report_line)
-    if measured and planned.forecast.shares:
-        report_line(measured.in_words())
-    plan.ask(planned.forecast, yes)
-    sweep.record(experiment, plans, home())
-    if detach and isinstance(launcher, Slurm):
-        _submit(plans, corpora, launcher, cores)
         return
-    if detach:
-        _detach(home())
-        return
-    done = {row.name for row in planned.rows if not row.waiting}
-    with Display(plans, done) as display, _mirrored(display, experiment, wandb) as view:
-        outcome = _conduct(plans, corpora, launcher, view, cores)
-    _print_outcome(experiment, outcome, home(), as_json)
-    _report_without_core(outcome, cores, home())
+    done = {row.name for row in plan.rows if not row.waiting}
+    with Display(plans, done) as display, _logged(display, planner.experiment, mode) as view:
+        outcome = train(work, launcher, view)
+    _print_outcome(planner.experiment, outcome, mode.as_json)
+    _report_missing_core(outcome, work)
     if outcome.not_finished:
         raise typer.Exit(1)
 
 
-def _mirrored(
-    display: Display, experiment: Experiment, wandb: bool
-) -> AbstractContextManager[View]:
-    """What the conductor tells: the display, and through a mirror Weights & Biases."""
+def _check_mode(mode: Mode, launcher: Local | Slurm) -> None:
+    """Raise ValueError for options that exclude each other, and for a cluster or package that is
+    missing.
+    """
+    from slm.monitor.wandb_logger import check_installed
+    from slm.sweep.slurm import Slurm
+
+    if mode.detach and mode.as_json:
+        raise ValueError("--detach --json: choose one; `slm status --json` shows the runs")
+    if mode.detach and mode.wandb and isinstance(launcher, Slurm):
+        raise ValueError("--detach --wandb: choose one; no process here follows detached jobs")
+    if mode.wandb:
+        check_installed()
+    if isinstance(launcher, Slurm):
+        launcher.check()
+
+
+def _confirm(seconds: float, yes: bool) -> None:
+    """Ask before a long sweep. Raises ValueError without a terminal, typer.Abort for a no."""
+    if yes or seconds <= CONFIRM_SECONDS:
+        return
+    if not sys.stdin.isatty():
+        raise ValueError(
+            f"the plan takes about {duration(seconds)}: --yes starts it without asking"
+        )
+    typer.confirm(f"about {duration(seconds)}: start?", abort=True, err=True)
+
+
+def _logged(display: Display, experiment: Experiment, mode: Mode) -> AbstractContextManager[View]:
+    """Return the view of a sweep: the display, behind Weights & Biases if requested."""
     from slm.monitor.wandb_logger import WandbLogger
     from store import home
 
-    return WandbLogger(display, experiment.name, home()) if wandb else nullcontext(display)
+    return WandbLogger(display, experiment.name, home()) if mode.wandb else nullcontext(display)
 
 
-def _conduct(
-    plans: list[Plan], corpora: Corpora, launcher: Local | Slurm, view: View, cores: Cores
-) -> Outcome:
-    """Train, when nobody else sweeps this home; until then show what they do."""
-    from slm.monitor import follow
-    from slm.sweep import orchestrator as conduct
-    from store import home
-
-    while True:
-        with conduct.sweep_lock(home()) as ours:
-            if ours:
-                ingest = partial(_ingest, home())
-                return conduct.Orchestrator(
-                    plans, corpora.of, home(), launcher, view, ingest, cores=cores
-                ).run()
-        mine = "shown until it ends, then this sweep goes on"
-        view.note(f"{home()} is being swept by process {conduct.conductor(home())}: {mine}")
-        others = follow.unfinished(home())
-        follow.watch(others, home(), view, until=lambda: conduct.conductor(home()) is None)
-
-
-def _submit(plans: list[Plan], corpora: Corpora, launcher: Slurm, cores: Cores) -> None:
-    """Leave every run that is left to the cluster."""
+def _submit(work: Sweep, launcher: Slurm) -> None:
+    """Submit every run that waits, and leave the rest to the cluster."""
     from slm.monitor.display import Display
-    from slm.sweep import orchestrator as conduct
-    from store import home
+    from slm.sweep.orchestrator import submit
 
-    with conduct.sweep_lock(home()) as ours:
-        if not ours:
-            raise RuntimeError(
-                f"{home()} is being swept by process {conduct.conductor(home())}: wait for it, or stop it"
-            )
-        display = Display(plans, set())
-        left = conduct.Orchestrator(
-            plans, corpora.of, home(), launcher, display, lambda: None, cores=cores
-        ).submit()
-    if left:
+    waiting = submit(work, launcher, Display(work.plans, set()))
+    if waiting:
         raise RuntimeError(
-            f"{len(left)} runs are not submitted ({', '.join(left)}): the same command submits them"
+            f"{plural(len(waiting), 'run')} not submitted ({', '.join(waiting)}): "
+            "repeat the command to submit them"
         )
-    report_line("submitted: `slm status` shows them, and the same command takes up what failed")
+    report_line("submitted: `slm status` shows them; repeat the command to retry what failed")
 
 
-def _detach(home: Path) -> None:
-    """The same command again, in a session of its own."""
-    command = [argument for argument in sys.argv[1:] if argument != "--detach"]
-    log = home / "sweep.log"
-    with log.open("ab") as file:
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                "slm",
-                *command,
-                *([] if "--yes" in command else ["--yes"]),
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-            start_new_session=True,
-        )
-    report_line(
-        f"goes on as process {process.pid}, which writes {log}; `slm status --watch` shows it"
-    )
-
-
-def _memory(home: Path) -> MicroBatches:
-    """What was found too much for devices before."""
-    import store
-    from slm.sweep.micro_batch import MicroBatches
-
-    try:
-        return MicroBatches(records(store.sql("select * from micro_batches", home=home)))
-    except (
-        store.StoreError
-    ):  # there is no database yet, or the next ingest says what is wrong with it
-        return MicroBatches()
-
-
-def _ingest(home: Path) -> None:
-    """Bring the database up to date; training goes on when that fails, and the files hold everything."""
-    import store
-
-    try:
-        problems = store.ingest(home, patience=PATIENCE).problems
-    except (store.StoreError, OSError) as error:
-        problems = [str(error)]
-    report_problems(problems)
-
-
-def _report_without_core(outcome: Outcome, cores: Cores, home: Path) -> None:
-    """Say which finished runs have no value: those that finished before it was asked, or could not be measured."""
-    from slm.evaluate.request import without_value
-
-    finished = [
-        home / run_id for run_id in (*outcome.already_done, *outcome.trained) if run_id in cores
-    ]
-    if left := without_value(finished, cores):
-        asked = cores[left[0]]
-        way = f"slm eval RUN --core --bundle {asked['bundle']}"
-        way += f" --max-per-task {asked['max_per_task']}" if asked["max_per_task"] else ""
-        way += f" --without {','.join(asked['without'])}" if asked["without"] else ""
-        report_line(f"without the value asked: {', '.join(left)}; `{way}` measures it")
-
-
-def _print_outcome(experiment: Experiment, outcome: Outcome, home: Path, as_json: bool) -> None:
+def _report_missing_core(outcome: Outcome, work: Sweep) -> None:
+    """Name the finished runs without the requested CORE: finished earlier, or not measurable."""
+    from slm.evaluate.records import runs_without_record
 
     finished = [*outcome.already_done, *outcome.trained]
-    runs = [read_json(home / run_id / "done.json") for run_id in finished]
+    folders = [work.home / run_id for run_id in finished if run_id in work.core]
+    if missing := runs_without_record(folders, work.core):
+        command = work.core[missing[0]].eval_command("RUN")
+        report_line(f"without the requested CORE: {', '.join(missing)}; `{command}` measures it")
+
+
+def _print_outcome(experiment: Experiment, outcome: Outcome, as_json: bool) -> None:
+    from store import home
+
     if as_json:
         keys = ("run_id", "val_bpb", "tokens", "flops", "train_seconds")
-        document = {
-            "experiment": experiment.name,
-            "home": str(home),
-            "already_done": outcome.already_done,
-            "trained": outcome.trained,
-            "not_finished": outcome.not_finished,
-            "runs": [{key: run[key] for key in keys} for run in runs],
-        }
+        finished = [*outcome.already_done, *outcome.trained]
+        documents = [read_json(home() / run_id / "done.json") for run_id in finished]
+        document: dict[str, Any] = {"experiment": experiment.name, "home": str(home())}
+        document |= vars(outcome)
+        document["runs"] = [{key: run[key] for key in keys} for run in documents]
         print_json(document)
         return
+    done = len(outcome.already_done)
     if outcome.trained:
-        print(f"trained {len(outcome.trained)} runs, {len(outcome.already_done)} were done already")
+        print(f"trained {plural(len(outcome.trained), 'run')}, {done} were already done")
     elif not outcome.not_finished:
-        print(f"nothing to train: all {len(outcome.already_done)} runs were done already")
+        print(f"nothing to train: all {plural(done, 'run')} were already done")
     for run_id, why in outcome.not_finished.items():
         print(f"{run_id} not finished: {why}")

@@ -1,4 +1,4 @@
-"""What a sweep will take before anything is spent: time, memory and cost of each run, and which is when on what."""
+"""Forecast of a sweep before it starts: time, memory and cost of every run."""
 
 from __future__ import annotations
 
@@ -9,23 +9,20 @@ from slm.hardware.memory import peak_memory
 from slm.hardware.runtime import STARTUP_SECONDS, Price
 from slm.hardware.slot import Slot
 from slm.recipe import Hyperparameters
-from slm.sweep.launcher import Waiting
+from slm.sweep.launcher import WaitingRun
 from slm.sweep.local import Local
-from slm.sweep.micro_batch import MicroBatches
-from slm.sweep.schedule import Job, Placement, chart, makespan
+from slm.sweep.schedule import Assignment, makespan
 from slm.sweep.slurm import Slurm
 
 
 @dataclass(frozen=True)
-class Share:
-    """What one run will take."""
+class RunForecast:
+    """Time, memory and cost of one run."""
 
     slot: Slot
-    """Where."""
     start: float | None
-    """Seconds from now; None where a queue decides."""
+    """Seconds from now; None if a queue decides."""
     seconds: float
-    """How long."""
     memory_bytes: int
     """Peak of tensors on one rank."""
     cost: float | None
@@ -34,60 +31,59 @@ class Share:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What the runs that are left will take."""
+    """Time, memory and cost of the runs that a sweep has to train."""
 
-    shares: dict[str, Share]
+    runs: dict[str, RunForecast]
     """By name of the run."""
     seconds: float
-    """Until the last one ends; of the longest where a queue decides."""
+    """Time until the last run ends; in a queue the duration of the longest run."""
     cost: float | None
-    """Of all; None without a price."""
-    chart: list[str]
-    """The schedule drawn; nothing where a queue decides."""
+    """None without a price."""
+    assignments: list[Assignment]
+    """Schedule on one machine; empty if a queue decides."""
 
 
-def of(
-    waiting: Sequence[Waiting],
-    labels: dict[str, str],
-    launcher: Local,
-    price: Price | None,
-    columns: int,
+def forecast(
+    waiting: Sequence[WaitingRun], launcher: Local | Slurm, price: Price | None
 ) -> Forecast:
-    """The forecast of runs that share one machine; the chart calls them by their labels.
+    """Forecast the runs that wait. Raises ValueError for a run that no memory holds."""
+    if isinstance(launcher, Local):
+        return _on_machine(waiting, launcher, price)
+    return _in_queue(waiting, launcher, price)
 
-    Raises ValueError where the machine's memory does not hold a run.
-    """
-    placed = launcher.timetable(waiting, [])
-    given, devices, total = (
-        {run.name: run.given for run in waiting},
-        len(launcher.machine.ids),
-        makespan(placed),
-    )
-    shares, labelled = {}, []
-    for own in placed:
-        name, slot, seconds = own.job.name, launcher.slot(own), own.end - own.start
+
+def _on_machine(waiting: Sequence[WaitingRun], launcher: Local, price: Price | None) -> Forecast:
+    assignments = launcher.timetable(waiting)
+    devices = len(launcher.machine.ids)
+    hp = {run.name: run.hp for run in waiting}
+    runs = {}
+    for assignment in assignments:
+        name = assignment.job.name
+        slot = launcher.slot(assignment)
+        seconds = assignment.end - assignment.start
         cost = price.of(seconds, len(slot.ids), devices) if price else None
-        shares[name] = Share(
-            slot, own.start, seconds, _peak(given[name], slot, launcher.memory), cost
-        )
-        labelled.append(
-            Placement(Job(labels[name], own.job.seconds), own.devices, own.start, own.end)
-        )
-    cost = price.of(total, devices, devices) if price else None
-    return Forecast(shares, total, cost, chart(labelled, devices // launcher.unit, columns))
+        memory = _peak_memory(hp[name], slot, launcher)
+        runs[name] = RunForecast(slot, assignment.start, seconds, memory, cost)
+    total = makespan(assignments)
+    return Forecast(runs, total, price.of(total, devices, devices) if price else None, assignments)
 
 
-def in_queue(waiting: Sequence[Waiting], launcher: Slurm, price: Price | None) -> Forecast:
-    """The forecast of runs that a cluster starts when it can; `price` is of a node, or of a device."""
-    shares = {}
+def _in_queue(waiting: Sequence[WaitingRun], launcher: Slurm, price: Price | None) -> Forecast:
+    """Forecast runs of a cluster; the price is that of a node, or of a device."""
+    runs = {}
     for run in waiting:
-        slot = launcher.cluster.slot(run.given)
-        seconds = STARTUP_SECONDS + run.left * (launcher.seconds(run.given, slot) - STARTUP_SECONDS)
+        slot = launcher.cluster.slot(run.hp)
+        seconds = STARTUP_SECONDS + run.remaining * (
+            launcher.runtime(run.hp, slot) - STARTUP_SECONDS
+        )
         cost = price.of(seconds, slot.ranks, slot.ranks // slot.nodes) if price else None
-        shares[run.name] = Share(slot, None, seconds, _peak(run.given, slot, launcher.memory), cost)
-    total = sum(own.cost or 0.0 for own in shares.values()) if price else None
-    return Forecast(shares, max((own.seconds for own in shares.values()), default=0.0), total, [])
+        memory = _peak_memory(run.hp, slot, launcher)
+        runs[run.name] = RunForecast(slot, None, seconds, memory, cost)
+    longest = max((run.seconds for run in runs.values()), default=0.0)
+    cost = sum(run.cost or 0.0 for run in runs.values()) if price else None
+    return Forecast(runs, longest, cost, [])
 
 
-def _peak(given: Hyperparameters, slot: Slot, memory: MicroBatches) -> int:
-    return peak_memory(given, memory.rows(given, slot).training, slot.device, slot.ranks_of(given))
+def _peak_memory(hp: Hyperparameters, slot: Slot, launcher: Local | Slurm) -> int:
+    rows = launcher.micro_batches.choose(hp, slot).training
+    return peak_memory(hp, rows, slot.device, slot.ranks_of(hp))

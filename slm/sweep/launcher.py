@@ -1,4 +1,4 @@
-"""Launcher: what starts attempts somewhere and knows how they are."""
+"""Launcher protocol: assign runs to slots, start their attempts, and report which are alive."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from slm.hardware.slot import Slot
 from slm.recipe import Hyperparameters
-from slm.run import ExitDocument
+from slm.run import ExitDocument, attempt_slot, checkpoint_step, last_attempt
 
 if TYPE_CHECKING:
     from slm.hardware.runtime import RuntimeModel
@@ -17,51 +17,55 @@ if TYPE_CHECKING:
 
 
 class Launcher(Protocol):
-    """What starts attempts somewhere and knows how they are."""
+    """A way to start attempts: on this machine or on a cluster."""
 
     name: str
-    seconds: RuntimeModel
-    """Of a run on a slot."""
-    memory: MicroBatches
-    """What fits on a slot."""
+    runtime: RuntimeModel
+    micro_batches: MicroBatches
 
-    def places(
-        self, waiting: Sequence[Waiting], working: Sequence[Working]
+    def assign(
+        self, waiting: Sequence[WaitingRun], running: Sequence[RunningRun]
     ) -> list[tuple[str, Slot]]:
-        """The runs to start now, by run_id, each with its slot, given those that wait and those at work."""
+        """Return the names of the runs to start now, each with its slot."""
 
     def start(self, attempt: Path) -> None:
-        """Start an attempt whose folder is made."""
+        """Start an attempt whose folder exists."""
 
-    def living(self, attempts: Iterable[Path]) -> set[Path]:
-        """Those attempts that wait in a queue or work, or whose run another attempt works at."""
+    def alive(self, attempts: Iterable[Path]) -> set[Path]:
+        """Return the attempts that are queued or running, or whose run another attempt holds."""
 
     def stop(self, attempt: Path, at_once: bool = False) -> None:
-        """Ask an attempt to checkpoint and end, or to end at once."""
+        """Ask an attempt to checkpoint and stop, or to stop at once."""
 
     def reap(self, attempt: Path) -> ExitDocument:
-        """Record the end of an attempt that ended without a word; its exit.json."""
+        """Write and return exit.json for an attempt that ended without writing it."""
 
 
 @dataclass(frozen=True)
-class Waiting:
-    """A run that waits for a place."""
+class WaitingRun:
+    """A run that waits for a slot."""
 
     name: str
-    """Its run_id."""
-    given: Hyperparameters
-    """What it is."""
-    devices: int | None
-    """Devices that it began on, which equal bits ask for again; None while it has not begun."""
-    left: float
-    """Share of its steps that is left, by its newest checkpoint."""
+    """The run_id, or its position in the sweep while it has no plan."""
+    hp: Hyperparameters
+    devices: int | None = None
+    """Number of devices of its last attempt, which equal bits require again; None for a new run."""
+    remaining: float = 1.0
+    """Share of its steps after the newest checkpoint."""
+
+    @classmethod
+    def read(cls, folder: Path, hp: Hyperparameters) -> WaitingRun:
+        """Return the run of a folder, from its newest attempt and checkpoint."""
+        attempt = last_attempt(folder)
+        devices = len(attempt_slot(attempt).ids) or None if attempt else None
+        return cls(folder.name, hp, devices, 1 - checkpoint_step(folder) / hp.steps)
 
 
 @dataclass(frozen=True)
-class Working:
-    """A run at work."""
+class RunningRun:
+    """A run that occupies devices."""
 
     ids: tuple[str, ...]
-    """The devices that are its own."""
+    """Its devices, as in `Slot.ids`."""
     seconds_left: float
-    """Estimated."""
+    """Estimated time until it ends."""

@@ -1,8 +1,11 @@
-"""How much a rank computes at once: what closed forms promise, less where that was found too much before."""
+"""Micro-batch per rank: the closed-form estimate, lowered where an earlier attempt ran out of
+memory.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from slm.hardware.block_sizes import EVALUATION_TOKENS
@@ -11,63 +14,75 @@ from slm.hardware.slot import MicroBatch, Slot
 from slm.recipe import Hyperparameters
 
 CPU_TOKENS = 2**13
-"""Tokens of a forward pass on a CPU, about: more gain nothing, and take memory."""
+"""Tokens of a forward pass on a CPU, about: larger passes are no faster and take memory."""
 Key = tuple[str, int, int, int, int, int]
 KEY = ("device_name", "ranks", "depth", "width", "sequence_length", "vocab_size")
-"""What decides whether a micro-batch fits."""
+"""Columns that decide whether a micro-batch fits."""
+QUERY = """
+SELECT device_name, ranks, depth, width, sequence_length, vocab_size,
+       coalesce(training, 0) AS training, coalesce(evaluation_tokens, 0) AS evaluation_tokens
+FROM micro_batches
+"""
 
 
 class MicroBatches:
-    """What fits on which device at which depth."""
+    """Largest micro-batches that may fit, by device and model shape."""
 
-    def __init__(self, found: Iterable[Mapping[str, Any]] = ()) -> None:
-        """`found` are the rows of the store's view `micro_batches`."""
+    def __init__(self, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Take rows of the store's view `micro_batches`: limits learnt from earlier attempts."""
         self._training: dict[Key, int] = {}
         self._evaluation: dict[Key, int] = {}
-        for row in found:
+        for row in rows:
             key: Any = tuple(row[name] for name in KEY)
             if row["training"]:
                 self._training[key] = row["training"]
             if row["evaluation_tokens"]:
                 self._evaluation[key] = row["evaluation_tokens"]
 
-    def rows(self, given: Hyperparameters, where: Slot) -> MicroBatch:
-        """MicroBatch a pass on a slot. Raises ValueError when its memory does not hold one."""
-        key, computed = _key(given, where), _closed_form(given, where)
+    @classmethod
+    def from_store(cls, home: Path) -> MicroBatches:
+        """Return the limits that a home's database knows; none while it cannot be read."""
+        import store
+
+        try:
+            return cls(store.sql(QUERY, home=home).to_dict("records"))  # type: ignore[arg-type]
+        except store.StoreError:  # no database yet, or the next ingest reports its defect
+            return cls()
+
+    def choose(self, hp: Hyperparameters, slot: Slot) -> MicroBatch:
+        """Return the micro-batch of a run on a slot. Raises ValueError if not even one row fits."""
+        key = _key(hp, slot)
+        estimate = _closed_form(hp, slot)
         return MicroBatch(
-            min(computed, self._training.get(key, computed)),
+            min(estimate, self._training.get(key, estimate)),
             self._evaluation.get(key, EVALUATION_TOKENS),
         )
 
     def halve(
-        self, given: Hyperparameters, where: Slot, rows: MicroBatch, evaluating: bool
+        self, hp: Hyperparameters, slot: Slot, failed: MicroBatch, evaluating: bool
     ) -> MicroBatch | None:
-        """What to try after these were too much, remembered; None when there is nothing smaller."""
-        key, known = _key(given, where), self.rows(given, where)
-        if evaluating and rows.evaluation_tokens > given.sequence_length:
-            self._evaluation[key] = min(known.evaluation_tokens, rows.evaluation_tokens // 2)
-        elif not evaluating and rows.training > 1:
-            self._training[key] = min(known.training, rows.training // 2)
+        """Remember that a micro-batch ran out of memory, and return the next to try; None if there
+        is none.
+        """
+        key = _key(hp, slot)
+        known = self.choose(hp, slot)
+        if evaluating and failed.evaluation_tokens > hp.sequence_length:
+            self._evaluation[key] = min(known.evaluation_tokens, failed.evaluation_tokens // 2)
+        elif not evaluating and failed.training > 1:
+            self._training[key] = min(known.training, failed.training // 2)
         else:
             return None
-        return self.rows(given, where)
+        return self.choose(hp, slot)
 
 
-def _key(given: Hyperparameters, where: Slot) -> Key:
-    ranks = where.ranks_of(given)
-    return (
-        where.device_name,
-        ranks,
-        given.depth,
-        given.width,
-        given.sequence_length,
-        given.vocab_size,
-    )
+def _key(hp: Hyperparameters, slot: Slot) -> Key:
+    ranks = slot.ranks_of(hp)
+    return (slot.device_name, ranks, hp.depth, hp.width, hp.sequence_length, hp.vocab_size)
 
 
-def _closed_form(given: Hyperparameters, where: Slot) -> int:
-    ranks, few = where.ranks_of(given), max(1, CPU_TOKENS // given.sequence_length)
-    if where.memory is None:
-        return few
-    fits = largest_micro_batch(given, where.memory, where.device, ranks)
-    return min(few, fits) if where.device == "cpu" else fits
+def _closed_form(hp: Hyperparameters, slot: Slot) -> int:
+    cpu_rows = max(1, CPU_TOKENS // hp.sequence_length)
+    if slot.memory is None:
+        return cpu_rows
+    rows = largest_micro_batch(hp, slot.memory, slot.device, slot.ranks_of(hp))
+    return min(cpu_rows, rows) if slot.device == "cpu" else rows

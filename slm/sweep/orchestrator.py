@@ -1,28 +1,28 @@
-"""The conductor: plans -> attempts, several at once, until every run is done or says why not."""
+"""Orchestrator: train the runs of a sweep, several at once, until each is done or has a reason not
+to be.
+"""
 
 from __future__ import annotations
 
 import errno
-import os
 import re
-import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from slm.files import hold_lock, lock_holder
 from slm.hardware.slot import MicroBatch, Slot
-from slm.monitor.follow import Follower, View
+from slm.monitor.follow import Follower, View, watch
 from slm.plan import Plan
 from slm.run import (
     CANCELLED,
     CHECKPOINT_SECONDS,
     attempt_slot,
-    checkpoint_step,
     is_cancelled,
     is_done,
     last_attempt,
@@ -30,366 +30,114 @@ from slm.run import (
     read_attempt,
     read_exit,
     retry_requested,
+    unfinished_plans,
 )
-from slm.sweep.interrupt import InterruptibleSleep
-from slm.sweep.launcher import Launcher, Waiting, Working
+from slm.sweep.interrupt import Signals
+from slm.sweep.launcher import Launcher, RunningRun, WaitingRun
 
-FRUITLESS_ATTEMPTS = 3
+if TYPE_CHECKING:
+    from slm.data import PreparedDataset
+    from slm.evaluate.request import CoreRequest
+
+MAX_FRUITLESS = 3
 """Attempts in a row without a new checkpoint after which a run has failed."""
 RESULTS = ("diverged", "cancelled")
-"""Ends that no sweep tries again."""
-KNOWN = (*RESULTS, "interrupted")
-"""Ends that are no failures."""
+"""Reasons that no sweep retries."""
+NO_FAILURES = (*RESULTS, "interrupted")
 FINAL_REASONS = (*RESULTS, "data")
-"""Ends that another attempt of this sweep would only repeat."""
-ALIKE = 3
-"""Runs that fail in the same words, none having advanced, after which a sweep starts no more."""
-NUMBER = re.compile(r"[0-9a-f]{12}|\d+")
-"""What differs between the words of failures that are alike."""
-HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP)
+"""Reasons that another attempt of this sweep would only repeat."""
+MAX_ALIKE = 3
+"""Runs that fail with the same message, none having advanced, after which a sweep starts no more.
+"""
+VARIABLE = re.compile(r"[0-9a-f]{12}|\d+")
+"""Parts in which the messages of equal failures may differ: run_ids and numbers."""
 POLL_SECONDS = 1.0
-TELL_SECONDS = 10.0
-"""Pause between two requests to the same process."""
-PLACE_SECONDS = 30.0
-"""Pause between two schedules while nothing changes but what is left to do."""
-COMPLAINT_SECONDS = 300.0
-"""Pause between two complaints about a full disk."""
+STOP_SECONDS = 10.0
+"""Pause between two stop requests to the same process."""
+SCHEDULE_SECONDS = 30.0
+"""Pause between two schedules while no run ends."""
+FULL_DISK_SECONDS = 300.0
+"""Pause between two notes about a full disk."""
 INGEST_SECONDS = 10.0
 INGEST_SHARE = 0.002
-LONGEST_INGEST_SECONDS = 60.0
-"""Ingests take this share of the time, with pauses of INGEST_SECONDS at least and of this at most."""
+MAX_INGEST_SECONDS = 60.0
+"""Ingests take INGEST_SHARE of the time, with pauses between INGEST_SECONDS and this."""
+INGEST_PATIENCE = 2.0
+"""Seconds that an ingest waits for another writer; the next one catches up."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Runs to train, and what their attempts need."""
+
+    plans: Sequence[Plan]
+    """Cheapest first."""
+    home: Path
+    dataset: Callable[[Plan], PreparedDataset]
+    core: Mapping[str, CoreRequest] = field(default_factory=dict)
+    """CORE request of a run, by run_id; a run without one measures val_bpb alone."""
+    checkpoint_seconds: float = CHECKPOINT_SECONDS
+    poll_seconds: float = POLL_SECONDS
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of each run, by run_id, cheapest first."""
+    """Result of a sweep: run_ids, cheapest first."""
 
     already_done: list[str]
     """Finished before this sweep."""
     trained: list[str]
     """Finished by this sweep."""
     not_finished: dict[str, str]
-    """The others, with the reason."""
+    """Reason and message of every other run."""
 
 
-@dataclass
-class _Run:
-    """One plan on its way to done.json."""
-
-    plan: Plan
-    follower: Follower
-    at_work: bool = False
-    slot: Slot | None = None
-    """Where its newest attempt is."""
-    fruitless: int = 0
-    """Attempts in a row without a new checkpoint."""
-    finished: bool = False
-    already: bool = False
-    """Whether it was finished before this sweep."""
-    left: tuple[str, str] | None = None
-    """Reason and message of a run that this sweep leaves unfinished."""
-
-    @property
-    def waits(self) -> bool:
-        """Whether it is to be started."""
-        return not (self.at_work or self.finished or self.left)
-
-
-class Orchestrator:
-    """Trains what is not done; a run that fails does not stop the others."""
-
-    def __init__(
-        self,
-        plans: Sequence[Plan],
-        data_folder: Callable[[Plan], Path],
-        home: Path,
-        launcher: Launcher,
-        view: View,
-        ingest: Callable[[], None],
-        checkpoint_seconds: float = CHECKPOINT_SECONDS,
-        poll_seconds: float = POLL_SECONDS,
-        cores: Mapping[str, dict[str, Any]] = {},
-    ) -> None:
-        """`cores`: by run_id what a run's trainer measures beside val_bpb, as attempt.json has it."""
-        self._data_folder, self._home, self._launcher, self._view = (
-            data_folder,
-            home,
-            launcher,
-            view,
-        )
-        self._ingest_now, self._cores = ingest, cores
-        self._checkpoint_seconds, self._poll_seconds = checkpoint_seconds, poll_seconds
-        self._runs = {
-            plan.run_id: _Run(plan, Follower(plan, home / plan.run_id, view)) for plan in plans
-        }
-        self._signals = Signals(home / "sweep.log")
-        self._told, self._tell_again, self._complain_again = 0, 0.0, 0.0
-        self._ingested, self._pause = time.monotonic(), INGEST_SECONDS
-        self._changed, self._placed = True, 0.0
-        """Whether a run ended or came back since places were given, and when they were."""
-
-    def run(self) -> Outcome:
-        """Train until every run is done or left.
-
-        A first SIGINT or SIGTERM has what is at work checkpoint and end, a second one end at once: KeyboardInterrupt
-        is raised when it has.
-        """
-        with self._signals.heard():
-            self._take_in()
-            while any(run.at_work for run in self._runs.values()) or self._to_start():
-                self._changed &= not self._unless_full(self._start)
-                self._signals.wait(self._poll_seconds)
-                self._obey()
-                self._unless_full(self._look)
-                self._view.refresh()
-                self._ingest()
-        self._ingest_now()
-        if self._signals.stops:
-            raise KeyboardInterrupt
-        return self._outcome()
-
-    def _outcome(self) -> Outcome:
-        finished = {run_id: run.already for run_id, run in self._runs.items() if run.finished}
-        return Outcome(
-            [run_id for run_id, already in finished.items() if already],
-            [run_id for run_id, already in finished.items() if not already],
-            {
-                run_id: f"{run.left[0]}: {run.left[1]}"
-                for run_id, run in self._runs.items()
-                if run.left
-            },
-        )
-
-    def submit(self) -> list[str]:
-        """Start what has a place, and see to nothing more; the run_ids of those that still wait to be started."""
-        self._take_in()
-        self._start()
-        self._look()
-        return [run.plan.run_id for run in self._to_start()]
-
-    def _take_in(self) -> None:
-        """How every run stands before this sweep does anything."""
-        last = {run_id: last_attempt(run.follower.folder) for run_id, run in self._runs.items()}
-        living = self._launcher.living(filter(None, last.values()))
-        for run_id, run in self._runs.items():
-            attempt = last[run_id]
-            self._take_in_run(run, attempt, attempt in living)
-
-    def _take_in_run(self, run: _Run, attempt: Path | None, lives: bool) -> None:
-        folder = run.follower.folder
-        if is_done(folder):
-            for left in (
-                () if lives else (folder / "checkpoints").glob("*")
-            ):  # by a trainer killed just after done.json
-                left.unlink()
-            run.finished = run.already = True
-            return
-        if attempt is None:
-            return
-        run.slot = attempt_slot(attempt)
-        if lives:
-            run.at_work = True
-            run.follower.look()
-        elif not read_exit(attempt):
-            self._launcher.reap(attempt)
-        ended = read_exit(attempt)
-        if not run.at_work and ended and ended["reason"] in RESULTS and not retry_requested(folder):
-            self._leave(run, ended["reason"], ended["message"])
-
-    def _unless_full(self, step: Callable[[], None]) -> bool:
-        """Do a step that writes; whether it was done. A full disk is complained of, and tried again the next time."""
-        try:
-            step()
-            return True
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            if time.monotonic() > self._complain_again:
-                self._view.note(
-                    f"the disk is full at {self._home}: nothing starts until there is space"
-                )
-                self._complain_again = time.monotonic() + COMPLAINT_SECONDS
-            return False
-
-    def _to_start(self) -> list[_Run]:
-        return [] if self._signals.stops else [run for run in self._runs.values() if run.waits]
-
-    def _start(self) -> None:
-        """Start the runs that have a place now."""
-        for run in self._to_start():
-            if is_cancelled(run.follower.folder):
-                self._leave(run, *CANCELLED)
-        waiting, soon = self._to_start(), time.monotonic() < self._placed + PLACE_SECONDS
-        if not waiting or (soon and not self._changed):
-            return
-        self._placed = time.monotonic()
-        at_work = [self._working(run) for run in self._runs.values() if run.at_work]
-        for run_id, slot in self._launcher.places([self._waiting(run) for run in waiting], at_work):
-            self._attempt(self._runs[run_id], slot)
-
-    def _waiting(self, run: _Run) -> Waiting:
-        left = 1 - checkpoint_step(run.follower.folder) / run.plan.hyperparameters.steps
-        devices = len(run.slot.ids) if run.slot and run.slot.ids else None
-        return Waiting(run.plan.run_id, run.plan.hyperparameters, devices, left)
-
-    def _working(self, run: _Run) -> Working:
-        assert run.slot is not None
-        left = 1 - run.follower.step / run.plan.hyperparameters.steps
-        return Working(
-            run.slot.ids, left * self._launcher.seconds(run.plan.hyperparameters, run.slot)
-        )
-
-    def _attempt(self, run: _Run, slot: Slot) -> None:
-        given = run.plan.hyperparameters
-        attempt = make_attempt(
-            run.plan,
-            self._home,
-            self._data_folder(run.plan),
-            slot,
-            self._launcher.memory.rows(given, slot),
-            self._launcher.name,
-            self._checkpoint_seconds,
-            self._launcher.seconds(given, slot),
-            self._cores.get(run.plan.run_id),
-        )
-        self._launcher.start(attempt)
-        run.at_work, run.slot = True, slot
-        run.follower.look(adopted=False)
-
-    def _look(self) -> None:
-        """What those at work wrote, and which of them ended. Who is alive is asked first: last words are heard."""
-        at_work = [run for run in self._runs.values() if run.at_work]
-        living = self._launcher.living([run.follower.attempt for run in at_work])
-        for run in at_work:
-            lives = run.follower.attempt in living
-            run.follower.look()
-            if not lives:
-                self._ended(run)
-        for run in self._runs.values():
-            folder = run.follower.folder
-            if run.left and retry_requested(folder) and not is_cancelled(folder):
-                run.left, run.fruitless, self._changed = None, 0, True
-
-    def _ended(self, run: _Run) -> None:
-        """Finished, to be tried again, or left."""
-        if is_done(run.follower.folder):
-            run.at_work, run.finished, self._changed = False, True, True
-            self._launcher.seconds.learn()
-            self._view.run_ended(run.plan, "finished", None)
-            return
-        ended = read_exit(run.follower.attempt) or self._launcher.reap(run.follower.attempt)
-        run.at_work, self._changed = False, True
-        reason, message = ended["reason"] or "error", ended["message"] or "no word"
-        run.fruitless = 0 if run.follower.advanced else run.fruitless + 1
-        if reason == "oom":
-            message = self._after_oom(run, message)
-        if reason in FINAL_REASONS or self._signals.stops or run.fruitless >= FRUITLESS_ATTEMPTS:
-            self._leave(run, reason, message)
-        else:
-            self._view.run_ended(run.plan, "retried", f"{reason}: {message}")
-
-    def _after_oom(self, run: _Run, message: str) -> str:
-        """Let the next attempt compute less at once, if it can; what is to be said of it."""
-        assert run.slot is not None
-        document = read_attempt(run.follower.attempt)
-        rows = MicroBatch(document["micro_batch"], document["evaluation_tokens"])
-        smaller = self._launcher.memory.halve(
-            run.plan.hyperparameters, run.slot, rows, run.follower.evaluating
-        )
-        if smaller is None:
-            run.fruitless = FRUITLESS_ATTEMPTS
-            return f"{message}; a pass of one row is the smallest: take more memory a run, or a smaller depth"
-        run.fruitless = 0
-        return f"{message}; next with {smaller.training} rows and in evaluation {smaller.evaluation_tokens} tokens a pass"
-
-    def _leave(self, run: _Run, reason: str, message: str) -> None:
-        """Leave a run unfinished."""
-        run.left = (reason, message)
-        self._view.run_ended(run.plan, reason if reason in KNOWN else "failed", message)
-        self._give_up_if_all_fail_alike()
-
-    def _give_up_if_all_fail_alike(self) -> None:
-        """Start no more when the first runs of this sweep all failed in the same words, and none got anywhere."""
-        failures = [
-            run.left for run in self._runs.values() if run.left and run.left[0] not in KNOWN
-        ]
-        words = {NUMBER.sub("#", f"{reason}: {message}") for reason, message in failures}
-        waiting = [run for run in self._runs.values() if run.waits]
-        hopeful = any(
-            run.follower.step or (run.finished and not run.already) for run in self._runs.values()
-        )
-        if len(failures) < ALIKE or len(words) > 1 or hopeful or not waiting:
-            return
-        why = f"the first {len(failures)} runs all failed alike: {': '.join(failures[0])}"
-        self._view.note(f"{why}; {len(waiting)} more are not started")
-        for run in waiting:
-            run.left = (failures[0][0], f"not started, for {why}")
-
-    def _obey(self) -> None:
-        """Pass on what the user asks for: those at work are told until they have ended."""
-        stops = self._signals.stops
-        if stops > self._told:
-            self._view.note(
-                "ending at once"
-                if stops > 1
-                else "stopping after a checkpoint; asked again, at once"
-            )
-        if stops > self._told or (stops and time.monotonic() > self._tell_again):
-            self._told, self._tell_again = stops, time.monotonic() + TELL_SECONDS
-            for run in self._runs.values():
-                if run.at_work:
-                    self._launcher.stop(run.follower.attempt, at_once=stops > 1)
-
-    def _ingest(self) -> None:
-        """Bring the database up to date now and then."""
-        if time.monotonic() - self._ingested > self._pause:
-            began = time.monotonic()
-            self._ingest_now()
-            self._ingested = time.monotonic()
-            took = self._ingested - began
-            self._pause = min(max(INGEST_SECONDS, took / INGEST_SHARE), LONGEST_INGEST_SECONDS)
-
-
-class Signals:
-    """SIGINT and SIGTERM, counted instead of obeyed; any signal, a child's end too, ends a wait.
-
-    After SIGHUP a sweep goes on: what it says to a terminal, which is closed then, goes to a log.
+def train(sweep: Sweep, launcher: Launcher, view: View) -> Outcome:
+    """Train a sweep. While another one runs in its home, show that one's runs, and start when it
+    ends.
     """
+    home = sweep.home
+    while True:
+        with sweep_lock(home) as acquired:
+            if acquired:
+                return Orchestrator(sweep, launcher, view).run()
+        view.note(
+            f"{home} is being swept by process {sweep_process(home)}: "
+            "showing its runs; this sweep starts when it ends"
+        )
+        watch(unfinished_plans(home), home, view, until=lambda: sweep_process(home) is None)
 
-    def __init__(self, log: Path) -> None:
-        self._log = log
-        self.stops = 0
-        """Times that the user asked to stop."""
 
-    @contextmanager
-    def heard(self) -> Iterator[None]:
-        """Signals are heard here, and then again by those who heard them before."""
-        self._terminals = [
-            output for output in (1, 2) if os.isatty(output)
-        ]  # once closed, they are none
-        with InterruptibleSleep() as self._waking:
-            before = {number: signal.signal(number, self._note) for number in HEARD}
-            try:
-                yield
-            finally:
-                for number, handler in before.items():
-                    signal.signal(number, handler)
+def submit(sweep: Sweep, launcher: Launcher, view: View) -> list[str]:
+    """Start the runs that a launcher takes now, and return the run_ids of those that wait.
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.stops += number in (signal.SIGINT, signal.SIGTERM)
-        if number == signal.SIGHUP and self._terminals:
-            with self._log.open("ab") as log:
-                for output in self._terminals:
-                    os.dup2(log.fileno(), output)
+    Raises RuntimeError if another sweep runs in the home.
+    """
+    with sweep_lock(sweep.home) as acquired:
+        if not acquired:
+            process = sweep_process(sweep.home)
+            raise RuntimeError(
+                f"{sweep.home} is being swept by process {process}: wait for it, or stop it"
+            )
+        return Orchestrator(sweep, launcher, view).submit()
 
-    def wait(self, seconds: float) -> None:
-        """So long, or until a signal comes."""
-        self._waking.wait(seconds)
+
+def run_in_background(arguments: Sequence[str], log: Path) -> int:
+    """Start `slm` in a session of its own, writing to a log, and return its process number."""
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "slm", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+    return process.pid
 
 
 @contextmanager
 def sweep_lock(home: Path) -> Iterator[bool]:
-    """Hold the home's sweep.lock if nobody does; whether it is held here."""
+    """Hold the home's sweep.lock in this block; yield False if another process holds it."""
     home.mkdir(parents=True, exist_ok=True)
     lock = hold_lock(home / "sweep.lock")
     if lock is None:
@@ -399,6 +147,308 @@ def sweep_lock(home: Path) -> Iterator[bool]:
         yield True
 
 
-def conductor(home: Path) -> int | None:
-    """Process that conducts the sweeps of a home."""
+def sweep_process(home: Path) -> int | None:
+    """Return the process that sweeps a home, None without one."""
     return lock_holder(home / "sweep.lock")
+
+
+def ingest(home: Path) -> list[str]:
+    """Update the home's database and return its problems. Training does not depend on it: files
+    hold everything.
+    """
+    import store
+
+    try:
+        return list(store.ingest(home, patience=INGEST_PATIENCE).problems)
+    except (store.StoreError, OSError) as error:
+        return [str(error)]
+
+
+@dataclass
+class _Run:
+    """A plan on its way to done.json."""
+
+    plan: Plan
+    follower: Follower
+    running: bool = False
+    slot: Slot | None = None
+    """Slot of the newest attempt."""
+    fruitless: int = 0
+    """Attempts in a row without a new checkpoint."""
+    finished: bool = False
+    already_done: bool = False
+    end: tuple[str, str] | None = None
+    """Reason and message of a run that this sweep does not finish."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is to be started."""
+        return not (self.running or self.finished or self.end)
+
+
+class Orchestrator:
+    """Train the runs of a sweep; a failed run does not stop the others."""
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        launcher: Launcher,
+        view: View,
+        ingest: Callable[[Path], Sequence[str]] = ingest,
+    ) -> None:
+        self._sweep = sweep
+        self._launcher = launcher
+        self._view = view
+        self._ingest = ingest
+        self._runs = {
+            plan.run_id: _Run(plan, Follower(plan, sweep.home / plan.run_id, view))
+            for plan in sweep.plans
+        }
+        self._signals = Signals(sweep.home / "sweep.log")
+        self._forwarded = 0
+        """Stop requests that were passed on."""
+        self._next_stop = 0.0
+        self._next_full_disk = 0.0
+        self._next_ingest = time.monotonic() + INGEST_SECONDS
+        self._next_schedule = 0.0
+        """Monotonic seconds of the next schedule, unless a run ends or is retried earlier."""
+
+    def run(self) -> Outcome:
+        """Train until every run is finished or given up.
+
+        The first SIGINT or SIGTERM makes all running attempts checkpoint and stop, the second one
+        stops them at once; KeyboardInterrupt is raised when they have ended.
+        """
+        with self._signals.handled() as sleep:
+            self._adopt_existing()
+            while self._running() or self._waiting():
+                self._unless_full(self._start_runs)
+                sleep.wait(self._sweep.poll_seconds)
+                self._forward_stop()
+                self._unless_full(self._poll)
+                self._view.refresh()
+                if time.monotonic() > self._next_ingest:
+                    self._update_store()
+        self._update_store()
+        if self._signals.stops:
+            raise KeyboardInterrupt
+        return self._outcome()
+
+    def submit(self) -> list[str]:
+        """Start the runs that the launcher takes now, without following them; return the run_ids of
+        the others.
+        """
+        self._adopt_existing()
+        self._start_runs()
+        self._poll()
+        return [run.plan.run_id for run in self._waiting()]
+
+    def _running(self) -> list[_Run]:
+        return [run for run in self._runs.values() if run.running]
+
+    def _waiting(self) -> list[_Run]:
+        return [] if self._signals.stops else [run for run in self._runs.values() if run.waits]
+
+    def _outcome(self) -> Outcome:
+        finished = {run_id: run for run_id, run in self._runs.items() if run.finished}
+        return Outcome(
+            [run_id for run_id, run in finished.items() if run.already_done],
+            [run_id for run_id, run in finished.items() if not run.already_done],
+            {run_id: ": ".join(run.end) for run_id, run in self._runs.items() if run.end},
+        )
+
+    # Runs of earlier sweeps
+
+    def _adopt_existing(self) -> None:
+        """Learn the state of every run: finished, running since an earlier sweep, or ended."""
+        attempts = {run_id: last_attempt(run.follower.folder) for run_id, run in self._runs.items()}
+        alive = self._launcher.alive(filter(None, attempts.values()))
+        for run_id, run in self._runs.items():
+            attempt = attempts[run_id]
+            if is_done(run.follower.folder):
+                self._adopt_finished(run, attempt in alive)
+            elif attempt is not None:
+                self._adopt_attempt(run, attempt, attempt in alive)
+
+    def _adopt_finished(self, run: _Run, is_alive: bool) -> None:
+        run.finished = run.already_done = True
+        if not is_alive:  # a trainer killed just after done.json leaves its checkpoints
+            for checkpoint in (run.follower.folder / "checkpoints").glob("*"):
+                checkpoint.unlink()
+
+    def _adopt_attempt(self, run: _Run, attempt: Path, is_alive: bool) -> None:
+        run.slot = attempt_slot(attempt)
+        if is_alive:
+            run.running = True
+            run.follower.look()
+            return
+        ended = read_exit(attempt) or self._launcher.reap(attempt)
+        if ended["reason"] in RESULTS and not retry_requested(run.follower.folder):
+            self._give_up(run, ended["reason"], ended["message"] or "")
+
+    # Starting runs
+
+    def _start_runs(self) -> None:
+        """Start the runs that have a slot now."""
+        for run in self._waiting():
+            if is_cancelled(run.follower.folder):
+                self._give_up(run, *CANCELLED)
+        waiting = self._waiting()
+        if not waiting or time.monotonic() < self._next_schedule:
+            return
+        assigned = self._launcher.assign(
+            [WaitingRun.read(run.follower.folder, run.plan.hyperparameters) for run in waiting],
+            [self._running_run(run) for run in self._running()],
+        )
+        for run_id, slot in assigned:
+            self._start(self._runs[run_id], slot)
+        self._next_schedule = time.monotonic() + SCHEDULE_SECONDS
+
+    def _running_run(self, run: _Run) -> RunningRun:
+        assert run.slot is not None
+        hp = run.plan.hyperparameters
+        remaining = 1 - run.follower.step / hp.steps
+        return RunningRun(run.slot.ids, remaining * self._launcher.runtime(hp, run.slot))
+
+    def _start(self, run: _Run, slot: Slot) -> None:
+        hp = run.plan.hyperparameters
+        core = self._sweep.core.get(run.plan.run_id)
+        attempt = make_attempt(
+            run.plan,
+            self._sweep.home,
+            self._sweep.dataset(run.plan).folder,
+            slot,
+            self._launcher.micro_batches.choose(hp, slot),
+            self._launcher.name,
+            self._sweep.checkpoint_seconds,
+            self._launcher.runtime(hp, slot),
+            core.document() if core else None,
+        )
+        self._launcher.start(attempt)
+        run.running = True
+        run.slot = slot
+        run.follower.look(adopted=False)
+
+    def _unless_full(self, step: Callable[[], None]) -> None:
+        """Do a step that writes. On a full disk note it, and leave the step to the next round."""
+        try:
+            step()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            if time.monotonic() > self._next_full_disk:
+                self._view.note(
+                    f"the disk is full at {self._sweep.home}: no run starts until there is space"
+                )
+                self._next_full_disk = time.monotonic() + FULL_DISK_SECONDS
+
+    # Following runs
+
+    def _poll(self) -> None:
+        """Read new events, and settle the runs that ended or were retried."""
+        running = self._running()
+        # Ask who is alive before reading, so that no event of an ended run is missed.
+        alive = self._launcher.alive([run.follower.attempt for run in running])
+        for run in running:
+            is_alive = run.follower.attempt in alive
+            run.follower.look()
+            if not is_alive:
+                self._end_attempt(run)
+        for run in self._runs.values():
+            folder = run.follower.folder
+            if run.end and retry_requested(folder) and not is_cancelled(folder):
+                run.end = None
+                run.fruitless = 0
+                self._next_schedule = 0.0
+
+    def _end_attempt(self, run: _Run) -> None:
+        """Finish a run whose attempt ended, let it wait for the next attempt, or give it up."""
+        if is_done(run.follower.folder):
+            run.running = False
+            run.finished = True
+            self._next_schedule = 0.0
+            self._launcher.runtime.learn()
+            self._view.run_ended(run.plan, "finished", None)
+            return
+        ended = read_exit(run.follower.attempt) or self._launcher.reap(run.follower.attempt)
+        run.running = False
+        self._next_schedule = 0.0
+        reason = ended["reason"] or "error"
+        message = ended["message"] or "no message"
+        run.fruitless = 0 if run.follower.advanced else run.fruitless + 1
+        if reason == "oom":
+            message = f"{message}; {self._halve_micro_batch(run)}"
+        if reason in FINAL_REASONS or self._signals.stops or run.fruitless >= MAX_FRUITLESS:
+            self._give_up(run, reason, message)
+        else:
+            self._view.run_ended(run.plan, "retried", f"{reason}: {message}")
+
+    def _halve_micro_batch(self, run: _Run) -> str:
+        """Reduce the micro-batch of the next attempt, if possible, and describe it."""
+        assert run.slot is not None
+        attempt = read_attempt(run.follower.attempt)
+        smaller = self._launcher.micro_batches.halve(
+            run.plan.hyperparameters,
+            run.slot,
+            MicroBatch(attempt["micro_batch"], attempt["evaluation_tokens"]),
+            run.follower.evaluating,
+        )
+        if smaller is None:
+            run.fruitless = MAX_FRUITLESS
+            return (
+                "one row is the smallest micro-batch: use more memory per run, or a smaller depth"
+            )
+        run.fruitless = 0
+        return (
+            f"retrying with micro-batches of {smaller.training} rows and, in evaluation, "
+            f"{smaller.evaluation_tokens} tokens"
+        )
+
+    def _give_up(self, run: _Run, reason: str, message: str) -> None:
+        """Leave a run unfinished."""
+        run.end = (reason, message)
+        self._view.run_ended(run.plan, reason if reason in NO_FAILURES else "failed", message)
+        self._stop_if_all_fail_alike()
+
+    def _stop_if_all_fail_alike(self) -> None:
+        """Start no more runs if the first ones all failed with the same message and none made
+        progress.
+        """
+        ends = [run.end for run in self._runs.values() if run.end and run.end[0] not in NO_FAILURES]
+        messages = {VARIABLE.sub("#", f"{reason}: {message}") for reason, message in ends}
+        has_progress = any(
+            run.follower.step or (run.finished and not run.already_done)
+            for run in self._runs.values()
+        )
+        waiting = [run for run in self._runs.values() if run.waits]
+        if len(ends) < MAX_ALIKE or len(messages) > 1 or has_progress or not waiting:
+            return
+        why = f"the first {len(ends)} runs all failed alike: {': '.join(ends[0])}"
+        self._view.note(f"{why}; {len(waiting)} more are not started")
+        for run in waiting:
+            run.end = (ends[0][0], f"not started: {why}")
+
+    def _forward_stop(self) -> None:
+        """Pass stop requests on to the running attempts, and repeat them until these have ended."""
+        stops = self._signals.stops
+        is_new = stops > self._forwarded
+        if is_new:
+            self._view.note(
+                "stopping at once"
+                if stops > 1
+                else "stopping after a checkpoint; interrupt again to stop at once"
+            )
+        if is_new or (stops and time.monotonic() > self._next_stop):
+            self._forwarded = stops
+            self._next_stop = time.monotonic() + STOP_SECONDS
+            for run in self._running():
+                self._launcher.stop(run.follower.attempt, at_once=stops > 1)
+
+    def _update_store(self) -> None:
+        """Ingest new files into the database, and set the time of the next ingest."""
+        began = time.monotonic()
+        for problem in self._ingest(self._sweep.home):
+            self._view.note(problem)
+        now = time.monotonic()
+        pause = max(INGEST_SECONDS, (now - began) / INGEST_SHARE)
+        self._next_ingest = now + min(pause, MAX_INGEST_SECONDS)

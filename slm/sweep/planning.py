@@ -1,75 +1,117 @@
-"""Experiment + data -> plans, recorded."""
+"""Planning: an experiment and its prepared datasets give plans, which are recorded in the home."""
 
 from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from slm.data import Prepared, prepare, prepared_for, row_shape, tokenizer_of
+from slm.data import PreparedDataset, prepare, prepared_for, row_shape, tokenizer_of
 from slm.experiment import Experiment, RequestedRun
 from slm.files import read_json, write_json
 from slm.plan import Plan, code_fingerprint
 from slm.recipe import Hyperparameters
 
 
-class Corpora:
-    """The prepared data of an experiment's runs: one folder for each shape of rows."""
+class ExperimentDocument(TypedDict):
+    """experiments/<name>.json: the runs of an experiment and what declared them."""
+
+    name: str
+    question: str
+    recipe: str
+    declared: dict[str, Any]
+    """`Experiment.declared`, with the recipes of earlier sweeps."""
+    runs: list[str]
+    """run_ids."""
+    created: float
+    """Unix seconds."""
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A requested run and its plan."""
+
+    request: RequestedRun
+    plan: Plan | None
+    """None while its dataset is not prepared, unless a plan requested it."""
+    is_prepared: bool = True
+
+
+def plans_of(runs: Iterable[PlannedRun]) -> list[Plan]:
+    """Return the plans of the runs that have one."""
+    return [run.plan for run in runs if run.plan]
+
+
+class Planner:
+    """Plan the runs of an experiment on prepared datasets, one for each shape of rows."""
 
     def __init__(self, experiment: Experiment, home: Path) -> None:
-        self._name = experiment.data
-        self._tokenizer = tokenizer_of(experiment.tokenizer) if experiment.tokenizer else None
+        self.experiment = experiment
+        self.requests = experiment.requested_runs()
         self._home = home
-        asked = sorted(
-            (own.hyperparameters for own in experiment.requested_runs()), key=lambda given: given.train_rows
+        self._tokenizer = tokenizer_of(experiment.tokenizer) if experiment.tokenizer else None
+        by_rows = sorted(
+            (run.hyperparameters for run in self.requests), key=lambda hp: hp.train_rows
         )
-        self._longest = {_key(given): given for given in asked}
-        self._found: dict[tuple[int, ...], Prepared | None] = {}
+        self._longest = {_shape(hp): hp for hp in by_rows}
+        self._datasets: dict[tuple[int, ...], PreparedDataset | None] = {}
 
-    def prepare(self, asked: RequestedRun, report: Callable[[str], None]) -> Prepared:
-        """Prepared data, made now if they are not there yet."""
-        key = _key(asked.hyperparameters)
-        prepared = self._found.get(key)
-        if prepared is None:
-            prepared = prepare(
-                self._name, self._longest[key], self._home, report, tokenizer=self._tokenizer
+    def runs(self) -> list[PlannedRun]:
+        """Plan every run on the datasets that exist; cheapest first, each once.
+
+        Raises ValueError for a horizon beyond the data.
+        """
+        planned: dict[str, PlannedRun] = {}
+        for position, request in enumerate(self.requests):
+            dataset = self.find(request)
+            plan = plan_of(request, dataset) if dataset else request.plan
+            name = plan.run_id if plan else str(position)
+            planned.setdefault(name, PlannedRun(request, plan, dataset is not None))
+        return list(planned.values())
+
+    def prepare(self, report: Callable[[str], None] = lambda line: None) -> list[PlannedRun]:
+        """Prepare the datasets that are missing, and plan every run; cheapest first, each once.
+
+        Raises ValueError for a horizon beyond the data.
+        """
+        for shape, hp in self._longest.items():
+            if self._datasets.get(shape) is None:
+                self._datasets[shape] = prepare(
+                    self.experiment.data, hp, self._home, report, tokenizer=self._tokenizer
+                )
+        return self.runs()
+
+    def find(self, request: RequestedRun) -> PreparedDataset | None:
+        """Return the prepared dataset of a run, None if there is none yet."""
+        shape = _shape(request.hyperparameters)
+        if shape not in self._datasets:
+            self._datasets[shape] = prepared_for(
+                self.experiment.data, self._longest[shape], self._home, self._tokenizer
             )
-        self._found[key] = prepared
-        return prepared
+        return self._datasets[shape]
 
-    def of(self, plan: Plan) -> Path:
-        """Prepared folder of a plan made from these data."""
-        return self.prepared(plan).folder
-
-    def prepared(self, plan: Plan) -> Prepared:
-        """Data of a plan made from these."""
-        prepared = self._found[_key(plan.hyperparameters)]
-        assert prepared is not None
-        return prepared
-
-    def find(self, asked: RequestedRun) -> Prepared | None:
-        """Prepared data, if they are there."""
-        key = _key(asked.hyperparameters)
-        if key not in self._found:
-            self._found[key] = prepared_for(
-                self._name, self._longest[key], self._home, self._tokenizer
-            )
-        return self._found[key]
+    def dataset(self, plan: Plan) -> PreparedDataset:
+        """Return the dataset that a plan of this planner was made on."""
+        dataset = self._datasets[_shape(plan.hyperparameters)]
+        assert dataset is not None
+        return dataset
 
 
-def _key(given: Hyperparameters) -> tuple[int, ...]:
-    return tuple(row_shape(given).values())
+def _shape(hp: Hyperparameters) -> tuple[int, ...]:
+    return tuple(row_shape(hp).values())
 
 
-def repetition(files: Sequence[Path], name: str | None, data: str | None) -> Experiment:
-    """The experiment of the runs that plan.json files hold, under a name (one run's is its run_id) and on a corpus.
+def repeat_plans(files: Sequence[Path], name: str | None, data: str | None) -> Experiment:
+    """Return the experiment that repeats the runs of plan.json files, or of run folders.
 
-    Raises ValueError for a file that is not there or no plan, for a plan of another trainer, for one on a folder's
-    texts without a corpus, and for several without a name.
+    A single run may go without a name: its run_id is the experiment's. Raises ValueError for a file
+    that is missing or no plan, for a plan of another version of the trainer, for one on a folder of
+    texts without `data`, and for several plans without a name.
     """
-    plans = {plan.run_id: plan for plan in (_plan_in(file, data) for file in files)}
+    plans = {plan.run_id: plan for plan in (_read_plan(file, data) for file in files)}
     if name is None and len(plans) > 1:
         raise ValueError(
             f"{len(plans)} plans without a name: --name says under which they are recorded together"
@@ -80,78 +122,75 @@ def repetition(files: Sequence[Path], name: str | None, data: str | None) -> Exp
     )
 
 
-def _plan_in(file: Path, data: str | None) -> Plan:
-    """The plan of a file, or of a run's folder, if this trainer can repeat it."""
+def _read_plan(file: Path, data: str | None) -> Plan:
     path = file / "plan.json" if file.is_dir() else file
     if not path.is_file():
         raise ValueError(f"--plan {path}: no such file")
     plan = Plan.read(path)
     if plan.code != code_fingerprint():
         raise ValueError(
-            f"{path} was planned by another version of the trainer ({plan.code}; this is {code_fingerprint()}): repeat "
-            f"it with the commit that `slm show {plan.run_id} --json` names where it was trained, or sweep its recipe"
+            f"{path} was planned by another version of the trainer "
+            f"({plan.code}; this is {code_fingerprint()}): repeat it with the commit that "
+            f"`slm show {plan.run_id} --json` names where it was trained, or sweep its recipe"
         )
     if data is None and plan.data.corpus != "python":
         raise ValueError(
-            f"{path} was planned on a folder {plan.data.corpus!r}: --data FOLDER says where its texts are"
+            f"{path} was planned on a folder {plan.data.corpus!r}: "
+            "name its texts with --data FOLDER"
         )
     return plan
 
 
-def plan_of(asked: RequestedRun, prepared: Prepared) -> Plan:
-    """The plan of a run on prepared data.
+def plan_of(request: RequestedRun, dataset: PreparedDataset) -> Plan:
+    """Return the plan of a run on a prepared dataset.
 
-    Raises ValueError for a horizon beyond the data, and where a run is to be repeated whose rows are not these.
+    Raises ValueError for a horizon beyond the data, and for a run to be repeated on other rows than
+    its plan names.
     """
-    rows = (
-        asked.plan.data.rows if asked.plan and asked.plan.data.rows < prepared.train_rows else None
-    )
-    identity = prepared.identity(asked.hyperparameters, rows)
+    rows = None
+    if request.plan and request.plan.data.rows < dataset.train_rows:
+        rows = request.plan.data.rows
     plan = Plan(
-        asked.recipe, asked.horizon, asked.seed, asked.hyperparameters, identity, code_fingerprint()
+        request.recipe,
+        request.horizon,
+        request.seed,
+        request.hyperparameters,
+        dataset.identity(request.hyperparameters, rows),
+        code_fingerprint(),
     )
-    if asked.plan is not None and asked.plan.run_id != plan.run_id:
-        raise ValueError(_other_rows(asked.plan, plan))
+    if request.plan is not None and request.plan.run_id != plan.run_id:
+        raise ValueError(_data_mismatch(request.plan, plan))
     return plan
 
 
-def _other_rows(wanted: Plan, here: Plan) -> str:
-    """What keeps a run from being repeated on the rows that are here."""
-    names = {
+def _data_mismatch(expected: Plan, actual: Plan) -> str:
+    """Return the error message for a run that cannot be repeated on this machine's rows."""
+    parts = {
         "tokenizer": "another tokeniser",
         "train": "other training rows",
         "validation": "other validation rows",
     }
-    other = [
-        words
-        for name, words in names.items()
-        if getattr(wanted.data, name) != getattr(here.data, name)
+    differences = [
+        text
+        for name, text in parts.items()
+        if getattr(expected.data, name) != getattr(actual.data, name)
     ]
-    source = (
-        f" (the library of Python {platform.python_version()})"
-        if here.data.corpus == "python"
-        else ""
-    )
+    corpus = actual.data.corpus
+    if corpus == "python":
+        corpus += f" (the library of Python {platform.python_version()})"
     return (
-        f"run {wanted.run_id}: corpus {here.data.corpus}{source} gives {', '.join(other)} than its plan's corpus "
-        f"{wanted.data.corpus}: repeat it on the same texts, with --data FOLDER or the Python that had them"
+        f"run {expected.run_id}: corpus {corpus} gives {', '.join(differences)} "
+        f"than its plan's corpus {expected.data.corpus}: repeat it on the same texts, "
+        "with --data FOLDER or the same Python"
     )
-
-
-def make_plans(experiment: Experiment, data: Callable[[RequestedRun], Prepared]) -> list[Plan]:
-    """The plans of an experiment, cheapest first, each once. Raises ValueError for a horizon beyond the data."""
-    plans: dict[str, Plan] = {}
-    for asked in experiment.requested_runs():
-        plan = plan_of(asked, data(asked))
-        plans.setdefault(plan.run_id, plan)
-    return list(plans.values())
 
 
 def record(experiment: Experiment, plans: list[Plan], home: Path) -> None:
-    """Write the plans, and the experiment that asks for them.
+    """Write the plans, and the experiment that they belong to.
 
-    A name swept before keeps its runs, so that a sweep can be widened; those of another trainer, of other data or of a
-    recipe that was edited do not belong to it any more (they stay in the store).
+    An experiment keeps the runs of earlier sweeps of its name, so that a sweep can be widened,
+    except those of another trainer, of other data or of a recipe that was edited since (the store
+    still has them).
     """
     for plan in plans:
         folder = home / plan.run_id
@@ -160,44 +199,55 @@ def record(experiment: Experiment, plans: list[Plan], home: Path) -> None:
             write_json(folder / "plan.json", plan.document())
     path = home / "experiments" / f"{experiment.name}.json"
     path.parent.mkdir(exist_ok=True)
-    before: dict[str, Any] = {"created": time.time(), "runs": [], "declared": {"recipes": {}}}
-    if path.exists():
-        before = read_json(path)
-    declared, planned = experiment.declared(), {plan.run_id for plan in plans}
-    edited = {
-        name
-        for name, constants in before["declared"]["recipes"].items()
-        if declared["recipes"].get(name, constants) != constants
-    }
-    kept = [
-        run_id
-        for run_id in before["runs"]
-        if run_id not in planned and _comparable(home / run_id, plans[0], edited)
-    ]
-    declared["recipes"] = before["declared"]["recipes"] | declared["recipes"]
-    document = {
-        "name": experiment.name,
-        "question": experiment.question,
-        "recipe": experiment.families[0],
-        "declared": declared,
-        "runs": [*kept, *(plan.run_id for plan in plans)],
-        "created": before["created"],
-    }
+    before = read_json(path) if path.exists() else {}
+    document = _experiment_document(experiment, plans, home, before)
     if document != before:
         write_json(path, document)
 
 
-def _comparable(run_folder: Path, plan: Plan, edited: set[str]) -> bool:
-    """Whether a recorded run was planned for the same trainer, tokeniser and validation rows, by a recipe still so."""
-    before = _recorded(run_folder)
-    if before is None or before.recipe in edited:
+def _experiment_document(
+    experiment: Experiment, plans: list[Plan], home: Path, before: dict[str, Any]
+) -> ExperimentDocument:
+    declared = experiment.declared()
+    earlier = before.get("declared", {"recipes": {}})["recipes"]
+    edited = {
+        name
+        for name, constants in earlier.items()
+        if declared["recipes"].get(name, constants) != constants
+    }
+    planned = [plan.run_id for plan in plans]
+    earlier_runs = [
+        run_id
+        for run_id in before.get("runs", [])
+        if run_id not in planned and _is_comparable(home / run_id, plans[0], edited)
+    ]
+    declared["recipes"] = earlier | declared["recipes"]
+    return {
+        "name": experiment.name,
+        "question": experiment.question,
+        "recipe": experiment.families[0],
+        "declared": declared,
+        "runs": [*earlier_runs, *planned],
+        "created": before.get("created", time.time()),
+    }
+
+
+def _is_comparable(run_folder: Path, plan: Plan, edited: set[str]) -> bool:
+    """Whether a recorded run has the same trainer, tokeniser and validation rows, and a recipe that
+    was not edited.
+    """
+    recorded = _recorded(run_folder)
+    if recorded is None or recorded.recipe in edited:
         return False
-    keys = [(own.code, own.data.tokenizer, own.data.validation) for own in (before, plan)]
-    return keys[0] == keys[1]
+    return (recorded.code, recorded.data.tokenizer, recorded.data.validation) == (
+        plan.code,
+        plan.data.tokenizer,
+        plan.data.validation,
+    )
 
 
 def _recorded(run_folder: Path) -> Plan | None:
-    """The plan of a run's folder, None when there is none that this version reads."""
+    """Return the plan of a run folder, None if there is none that this version reads."""
     try:
         return Plan.read(run_folder / "plan.json")
     except (OSError, ValueError):

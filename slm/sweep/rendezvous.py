@@ -1,4 +1,4 @@
-"""How the nodes of a Slurm job meet: what torchrun and gloo are told on each of them."""
+"""Rendezvous of the nodes of a Slurm job: options of torchrun and the network interface of gloo."""
 
 from __future__ import annotations
 
@@ -8,33 +8,35 @@ import socket
 import psutil
 
 PORTS = range(10_000, 30_000)
-"""Where the nodes of a job meet: below the ports that a system gives away, and another one for each of many jobs."""
+"""Rendezvous ports: below the system's ephemeral ports, and a different one for neighbouring job
+numbers.
+"""
 
 
-def meeting(nodes: int) -> tuple[str, ...]:
-    """Options of torchrun on a node of several: all meet at the first, which is the one whose script started srun."""
+def rendezvous_args(nodes: int) -> tuple[str, ...]:
+    """Return torchrun's options on one of several nodes. The first node, whose script called srun,
+    is the master.
+    """
     port = PORTS[int(os.environ["SLURM_JOB_ID"]) % len(PORTS)]
-    node, first = os.environ["SLURM_NODEID"], os.environ["SLURM_LAUNCH_NODE_IPADDR"]
     return (
         f"--nnodes={nodes}",
-        f"--node-rank={node}",
-        f"--master-addr={first}",
+        f"--node-rank={os.environ['SLURM_NODEID']}",
+        f"--master-addr={os.environ['SLURM_LAUNCH_NODE_IPADDR']}",
         f"--master-port={port}",
     )
 
 
-def network() -> dict[str, str]:
-    """Tells gloo the interface that leads to the first node, unless the user does: it would else take the one that the
-    host's own name leads to, on many machines one that no other machine reaches.
+def gloo_environment() -> dict[str, str]:
+    """Name the interface that reaches the first node to gloo, unless the user does.
+
+    gloo would use the interface of the host's own name, which often leads to no other machine.
     """
-    first = os.environ["SLURM_LAUNCH_NODE_IPADDR"]
-    family, kind, protocol, _, address = socket.getaddrinfo(first, 9, type=socket.SOCK_DGRAM)[0]
+    master = os.environ["SLURM_LAUNCH_NODE_IPADDR"]
+    family, kind, protocol, _, address = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(address)
-        own = probe.getsockname()[0]
-    found = [
-        name
-        for name, all_of in psutil.net_if_addrs().items()
-        if own in [one.address for one in all_of]
-    ]
-    return {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", found[0])} if found else {}
+        local = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if local in [entry.address for entry in addresses]:
+            return {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", name)}
+    return {}

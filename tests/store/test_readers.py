@@ -63,7 +63,7 @@ def sweep_among_readers(home: Path, depths: str, seeds: int, steps: int) -> list
     tallies."""
     options = [f"--depths={depths}", f"--seeds={seeds}", f"--steps={steps}"]
     with working([sys.executable, "-m", "tests.readers", str(home), "10"]) as readers:
-        command = [sys.executable, "-m", "tests.chaos", str(home), "--conduct", *options]
+        command = [sys.executable, "-m", "tests.chaos", str(home), "--orchestrate", *options]
         swept = subprocess.run(command, capture_output=True, text=True, check=True)
         errors = [line for line in swept.stderr.splitlines() if line.startswith("slm:")]
         assert errors == []  # no ingest was refused

@@ -1,4 +1,4 @@
-"""Out of memory: what was too much is halved at the same mathematics, remembered, and not tried again."""
+"""Out of memory: the micro-batch is halved with equal results, remembered, and not tried again."""
 
 from __future__ import annotations
 
@@ -36,24 +36,33 @@ GIVING = {
     for name in ("MALLOC_TOP_PAD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
 }
 GIVING |= {"MALLOC_MMAP_MAX_": "65536", "OPENBLAS_NUM_THREADS": "1"}
-"""glibc returns at once what torch does: a process is then its tensors."""
-DATA = "from pathlib import Path; import slm.train; print(Path('/proc/self/status').read_text().split('VmData:')[1])"
+"""Settings that make glibc return freed memory at once: the data of a process are then its tensors."""
+DATA = """
+from pathlib import Path
+import slm.train
+print(Path("/proc/self/status").read_text().split("VmData:")[1])
+"""
 DEEP = (
     'replace(pocket, name="deep", aspect_ratio=4, reference_batch=24_000, validation_tokens=2**13)'
 )
-"""At depth 16 a trainer's data beyond torch's own take 460 MiB with 64 rows a pass, and 260 with 32."""
-WIDE = 'replace(pocket, name="wide", aspect_ratio=512, head_dim=64, reference_batch=1024, validation_tokens=2**13)'
-"""At depth 1 one row a pass takes 130 MiB in training, 370 in an evaluation of 2^13 tokens a pass, 240 of half."""
-SWEEP = (
-    "import resource, sys; resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv.pop(1)), -1)); \
-from slm.cli import main; main()"
+"""Recipe whose d16 needs 460 MiB beyond torch's own data with micro-batches of 64 rows, 260 with 32."""
+WIDE = (
+    'replace(pocket, name="wide", aspect_ratio=512, head_dim=64, reference_batch=1024, '
+    "validation_tokens=2**13)"
 )
+"""Recipe whose d1 needs 130 MiB to train one row, and 370 to evaluate 2^13 tokens, 240 for half of them."""
+SWEEP = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv.pop(1)), -1))
+from slm.cli import main
+main()
+"""
 UNLIMITED = resource.RLIM_INFINITY
 
 
 @pytest.fixture(scope="module")
 def torch_data() -> int:
-    """Bytes of data that a trainer has before it does anything."""
+    """Return the bytes of data of a trainer after its imports."""
     command = [sys.executable, "-c", DATA]
     return 1024 * int(
         subprocess.run(
@@ -64,7 +73,7 @@ def torch_data() -> int:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """A small folder of texts."""
+    """Return a small folder of texts."""
     draw = random.Random(0)
     words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 8))) for _ in range(400)]
     folder = tmp_path / "corpus"
@@ -77,25 +86,18 @@ def corpus(tmp_path: Path) -> Path:
 def sweep(
     home: Path, corpus: Path, recipe: str, depth: int, limit: int, seed: int = 0
 ) -> subprocess.Popen[str]:
-    """A sweep of one run of two steps on one core, each of its processes limited to so many bytes of data."""
+    """Sweep one run of two steps on one core, with a limit on the data of each process in bytes."""
     home.mkdir(exist_ok=True)
     path = home.with_name(f"{home.name}-{seed}.py")
-    given = f"name='test', recipes=(recipe,), depths=({depth},), steps=2, seeds=({seed},), data={str(corpus)!r}"
-    path.write_text(
-        "from dataclasses import replace\nfrom slm.experiment import Experiment\nfrom slm.recipe import pocket\n"
-        f"recipe = {recipe}\nexperiment = Experiment({given})\n"
-    )
-    command = [
-        sys.executable,
-        "-c",
-        SWEEP,
-        str(limit),
-        "sweep",
-        str(path),
-        "--cores",
-        "1",
-        "--json",
-    ]
+    path.write_text(f"""
+from dataclasses import replace
+from slm.experiment import Experiment
+from slm.recipe import pocket
+experiment = Experiment(
+    "test", ({recipe},), ({depth},), steps=2, seeds=({seed},), data={str(corpus)!r}
+)
+""")
+    command = [sys.executable, "-c", SWEEP, str(limit), "sweep", str(path), "--cores=1", "--json"]
     environment = os.environ | GIVING | {"SLM_HOME": str(home)}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -103,16 +105,17 @@ def sweep(
 
 
 def finished(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """What a sweep said when every run was done."""
-    out, err = process.communicate(timeout=120)
+    """Return the document of a sweep that finished every run."""
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     document: dict[str, Any] = json.loads(out)
     return document
 
 
 def attempts(home: Path, run_id: str) -> list[tuple[int, int, str | None]]:
-    """MicroBatch, evaluation tokens and end of each attempt of a run."""
-    query = "select micro_batch, evaluation_tokens, reason from attempts where run_id = ? order by attempt"
+    """Return micro-batch, evaluation tokens and reason of each attempt of a run."""
+    columns = "micro_batch, evaluation_tokens, reason"
+    query = f"select {columns} from attempts where run_id = ? order by attempt"
     return [tuple(row.values()) for row in records(store.sql(query, [run_id], home=home))]  # type: ignore[misc]
 
 
@@ -127,7 +130,10 @@ def test_a_forced_out_of_memory_ends_in_a_finished_run_and_a_remembered_micro_ba
     assert halved == whole
     assert attempts(free, whole) == [(64, 2**13, None)]
     assert attempts(limited, halved) == [(64, 2**13, "oom"), (32, 2**13, None)]
-    query = "select step, loss from curves where loss is not null union all select tokens, val_loss from finished"
+    query = (
+        "select step, loss from curves where loss is not null "
+        "union all select tokens, val_loss from finished"
+    )
     losses = [
         store.sql(f"{query} order by 1", home=home)["loss"].tolist() for home in (limited, free)
     ]
@@ -146,7 +152,7 @@ def test_a_forced_out_of_memory_ends_in_a_finished_run_and_a_remembered_micro_ba
 
 
 @pytest.mark.soak
-def test_an_evaluation_out_of_memory_reads_fewer_tokens_and_trains_as_before(
+def test_an_evaluation_out_of_memory_reads_fewer_tokens_at_the_same_micro_batch(
     tmp_path: Path, corpus: Path, torch_data: int
 ) -> None:
     home = tmp_path / "limited"
@@ -156,30 +162,31 @@ def test_an_evaluation_out_of_memory_reads_fewer_tokens_and_trains_as_before(
     assert (known["training"], known["evaluation_tokens"]) == (None, 2**12)
 
 
-def test_where_one_row_is_too_much_the_way_out_is_named(
+def test_the_error_names_a_remedy_where_one_row_is_too_much(
     tmp_path: Path, corpus: Path, torch_data: int
 ) -> None:
     process = sweep(tmp_path / "limited", corpus, WIDE, 1, torch_data + 75 * 2**20)
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=600)
     [message] = json.loads(out)["not_finished"].values()
     assert process.returncode == 1
     assert message.startswith("oom: ")
     assert message.endswith(
-        "a pass of one row is the smallest: take more memory a run, or a smaller depth"
+        "one row is the smallest micro-batch: use more memory per run, or a smaller depth"
     )
 
 
 @pytest.mark.soak
-def test_one_of_two_ranks_out_of_memory_is_the_attempt_s_reason(
+def test_the_reason_is_oom_if_one_of_two_ranks_is_out_of_memory(
     tmp_path: Path, corpus: Path, torch_data: int
 ) -> None:
-    given = replace(pocket, aspect_ratio=4, reference_batch=24_000, validation_tokens=2**13)(
-        16, steps=2
-    )
-    prepared = prepare(str(corpus), given, tmp_path)
-    folder = make_attempt(tmp_path, plan_of(given, prepared), prepared, ranks=2, micro_batch=32)
+    recipe = replace(pocket, aspect_ratio=4, reference_batch=24_000, validation_tokens=2**13)
+    hp = recipe(16, steps=2)
+    prepared = prepare(str(corpus), hp, tmp_path)
+    folder = make_attempt(tmp_path, plan_of(hp, prepared), prepared, ranks=2, micro_batch=32)
     process = supervised(folder, **GIVING)
-    [second] = until(lambda: [own for own in workers(process) if own.environ().get("RANK") == "1"])
+    [second] = until(
+        lambda: [worker for worker in workers(process) if worker.environ().get("RANK") == "1"]
+    )
     second.rlimit(resource.RLIMIT_DATA, (torch_data + 160 * 2**20, UNLIMITED))
     code, reason, message = ended(process, folder)
     assert (code, reason) == (1, "oom")
@@ -188,24 +195,24 @@ def test_one_of_two_ranks_out_of_memory_is_the_attempt_s_reason(
     assert not log(folder, "train")
 
 
-def test_the_last_word_of_an_evaluation_counts_where_its_failure_is_told(tmp_path: Path) -> None:
+def test_a_follower_knows_that_the_attempt_failed_in_an_evaluation(tmp_path: Path) -> None:
     attempt = tmp_path / "attempts" / "001"
     attempt.mkdir(parents=True)
     plan = cast(Plan, None)
     follower = Follower(plan, tmp_path, Watcher())
-    told = [{"event": "working", "what": "evaluation"}, {"event": "failed", "reason": "oom"}]
-    (attempt / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in told))
+    lines = [{"event": "working", "what": "evaluation"}, {"event": "failed", "reason": "oom"}]
+    (attempt / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in lines))
     follower.look()
     assert follower.evaluating
 
 
-GIVEN = replace(pocket(2, steps=4), batch_tokens=2**20)
+HP = replace(pocket(2, steps=4), batch_tokens=2**20)
 SLOT = Slot("cpu", 2, 1, "test")
 
 
 def known(training: int | None, evaluation_tokens: int | None) -> MicroBatches:
     shape = {
-        name: getattr(GIVEN, name) for name in ("depth", "width", "sequence_length", "vocab_size")
+        name: getattr(HP, name) for name in ("depth", "width", "sequence_length", "vocab_size")
     }
     row = {
         "device_name": "test",
@@ -216,26 +223,30 @@ def known(training: int | None, evaluation_tokens: int | None) -> MicroBatches:
     return MicroBatches([shape | row])
 
 
-def test_a_later_failure_of_more_rows_does_not_undo_what_a_smaller_one_taught() -> None:
-    memory = known(8, 2**11)
-    assert memory.halve(GIVEN, SLOT, MicroBatch(64, 2**13), evaluating=False) == MicroBatch(
+def test_a_second_failure_of_a_larger_micro_batch_does_not_raise_the_limit() -> None:
+    micro_batches = known(8, 2**11)
+    assert micro_batches.halve(HP, SLOT, MicroBatch(64, 2**13), evaluating=False) == MicroBatch(
         8, 2**11
     )
-    assert memory.halve(GIVEN, SLOT, MicroBatch(64, 2**13), evaluating=True) == MicroBatch(8, 2**11)
-    assert memory.halve(GIVEN, SLOT, MicroBatch(8, 2**11), evaluating=False) == MicroBatch(4, 2**11)
-    assert memory.halve(GIVEN, SLOT, MicroBatch(4, 2**11), evaluating=True) == MicroBatch(4, 2**10)
-    assert memory.halve(GIVEN, SLOT, MicroBatch(1, 2**10), evaluating=False) is None
-    assert memory.halve(GIVEN, SLOT, MicroBatch(4, 128), evaluating=True) is None
+    assert micro_batches.halve(HP, SLOT, MicroBatch(64, 2**13), evaluating=True) == MicroBatch(
+        8, 2**11
+    )
+    assert micro_batches.halve(HP, SLOT, MicroBatch(8, 2**11), evaluating=False) == MicroBatch(
+        4, 2**11
+    )
+    assert micro_batches.halve(HP, SLOT, MicroBatch(4, 2**11), evaluating=True) == MicroBatch(
+        4, 2**10
+    )
+    assert micro_batches.halve(HP, SLOT, MicroBatch(1, 2**10), evaluating=False) is None
+    assert micro_batches.halve(HP, SLOT, MicroBatch(4, 128), evaluating=True) is None
 
 
-def test_what_is_known_of_one_shape_on_one_device_holds_for_no_other() -> None:
-    memory, free = known(8, None), MicroBatches().rows(GIVEN, SLOT)
-    assert memory.rows(GIVEN, SLOT) == replace(free, training=8)
-    for given, slot in (
-        (replace(GIVEN, width=32), SLOT),
-        (GIVEN, replace(SLOT, device_name="other")),
-    ):
-        assert memory.rows(given, slot) == free
+def test_a_limit_of_one_shape_on_one_device_applies_to_no_other() -> None:
+    micro_batches = known(8, None)
+    free = MicroBatches().choose(HP, SLOT)
+    assert micro_batches.choose(HP, SLOT) == replace(free, training=8)
+    assert micro_batches.choose(replace(HP, width=32), SLOT) == free
+    assert micro_batches.choose(HP, replace(SLOT, device_name="other")) == free
 
 
 Attempt = tuple[int, int, int, str | None]
@@ -250,18 +261,18 @@ TRIED: list[tuple[list[Attempt], int | None, int | None]] = [
     ([(64, 2**13, 0, "oom"), (32, 2**13, 4, "oom"), (32, 2**12, 4, None)], 32, 2**12),
     ([(1, 2**13, 0, "oom")], 0, None),
 ]
-"""MicroBatch, evaluation tokens, steps and end of the attempts of a run of four steps, and what is known by them."""
+"""Micro-batch, evaluation tokens, steps and reason of attempts of four steps, and the limits they give."""
 
 
-def test_the_store_knows_the_most_that_was_not_too_much(tmp_path: Path) -> None:
+def test_the_store_derives_the_largest_micro_batch_that_may_fit(tmp_path: Path) -> None:
     for depth, (tried, _, _) in enumerate(TRIED):
         run = write_run(tmp_path, f"run{depth}", depth=depth, done=False)
         for number, attempt in enumerate(tried, 1):
             write_attempt(run / "attempts" / f"{number:03d}", number, *attempt)
     assert store.ingest(tmp_path).problems == []
     query = "select depth, training, evaluation_tokens from micro_batches order by depth"
-    found = [tuple(row.values()) for row in records(store.sql(query, home=tmp_path))]
-    assert found == [
+    rows = [tuple(row.values()) for row in records(store.sql(query, home=tmp_path))]
+    assert rows == [
         (depth, *known) for depth, (_, *known) in enumerate(TRIED) if known != [None, None]
     ]
 
@@ -274,7 +285,7 @@ def write_attempt(
     step: int,
     reason: str | None,
 ) -> None:
-    """An attempt that got so far and ended so."""
+    """Write an attempt that reached a step and ended for a reason."""
     folder.mkdir(exist_ok=True)
     document = {
         "attempt": number,

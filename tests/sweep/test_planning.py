@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from slm.data import Prepared, prepare
+from slm.data import PreparedDataset, prepare
 from slm.experiment import Experiment
 from slm.plan import Plan, canonical, code_fingerprint
 from slm.recipe import pocket
@@ -32,7 +32,7 @@ experiment = Experiment("crippled", (crippled,), (2,), steps=4, seeds=(3,), data
 
 
 @pytest.fixture
-def plan(prepared: Prepared) -> Plan:
+def plan(prepared: PreparedDataset) -> Plan:
     """A run on the built-in corpus, planned by this trainer."""
     return Plan("pocket", "steps=4", 0, PLANNED, prepared.identity(PLANNED), code_fingerprint())
 

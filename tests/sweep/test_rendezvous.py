@@ -1,4 +1,4 @@
-"""Two nodes train as one process: two network namespaces, joined by a cable, that share nothing but the files."""
+"""Two nodes train as one process: network namespaces joined by a cable, which share only files."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from slm.data import Prepared
+from slm.data import PreparedDataset
 from slm.recipe import pocket
 from tests.attempts import ENVIRONMENT, log, make_attempt, plan_of, torchrun, train
 
 ADDRESSES = ("10.0.0.1", "10.0.0.2")
 PORT = 29500
-"""Free in a namespace that holds nothing else."""
+"""Rendezvous port, free in a new namespace."""
 CARD = "cable"
 """Name of the network card in either namespace."""
 
 
 @pytest.fixture
 def nodes() -> Iterator[list[str]]:
-    """Names of two network namespaces that reach each other and nothing else."""
+    """Yield the names of two network namespaces that reach only each other."""
     if shutil.which("ip") is None:
         pytest.skip("iproute2 is not installed: no network namespaces")
     names = [f"slm-{os.getpid()}-{node}" for node in range(2)]
@@ -43,7 +43,7 @@ def nodes() -> Iterator[list[str]]:
 
 
 def join(names: list[str]) -> None:
-    """A cable between two namespaces, and an address at either end."""
+    """Join two namespaces by a cable with an address at either end."""
     ip(
         "-n", names[0], "link", "add", CARD, "type", "veth", "peer", "name", CARD, "netns", names[1]
     ).check_returncode()
@@ -58,9 +58,12 @@ def ip(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def node(name: str, rank: int, folder: Path) -> subprocess.Popen[str]:
-    """One rank of an attempt, on a node of its own. gloo would take the address of the host's name, often 127.0.0.1."""
-    meeting = (f"--master-addr={ADDRESSES[0]}", f"--master-port={PORT}")
-    command = torchrun(folder, "--nnodes=2", "--nproc-per-node=1", f"--node-rank={rank}", *meeting)
+    """Start one rank of an attempt in a namespace.
+
+    gloo would use the address of the host's name, often 127.0.0.1.
+    """
+    master = (f"--master-addr={ADDRESSES[0]}", f"--master-port={PORT}")
+    command = torchrun(folder, "--nnodes=2", "--nproc-per-node=1", f"--node-rank={rank}", *master)
     environment = {**ENVIRONMENT, "GLOO_SOCKET_IFNAME": CARD}
     return subprocess.Popen(
         ["ip", "netns", "exec", name, *command], env=environment, stderr=subprocess.PIPE, text=True
@@ -68,7 +71,7 @@ def node(name: str, rank: int, folder: Path) -> subprocess.Popen[str]:
 
 
 def test_two_nodes_train_as_one_process(
-    tmp_path: Path, prepared: Prepared, nodes: list[str]
+    tmp_path: Path, prepared: PreparedDataset, nodes: list[str]
 ) -> None:
     plan = plan_of(replace(pocket(2, steps=10), batch_tokens=512), prepared)
     alone = make_attempt(tmp_path / "alone", plan, prepared, micro_batch=2)
@@ -76,12 +79,12 @@ def test_two_nodes_train_as_one_process(
     assert train(alone, ranks=1).returncode == 0
     processes = [node(name, rank, together) for rank, name in enumerate(nodes)]
     try:
-        said = [process.communicate(timeout=120)[1] for process in processes]
+        errors = [process.communicate(timeout=600)[1] for process in processes]
     finally:
         for process in processes:
             process.terminate()
             process.wait(60)
-    assert [process.returncode for process in processes] == [0, 0], said
+    assert [process.returncode for process in processes] == [0, 0], errors
     one, two = ([event["loss"] for event in log(folder, "train")] for folder in (alone, together))
     assert log(together, "started")[0]["ranks"] == 2
     assert len(one) == 10

@@ -15,18 +15,18 @@ from typing import Any
 
 import pytest
 
-from slm.data import Prepared
+from slm.data import PreparedDataset
 from slm.experiment import Experiment
 from slm.files import hold_lock, lock_holder
 from slm.hardware.runtime import RuntimeModel
 from slm.plan import Plan
 from slm.recipe import pocket
 from slm.run import add_attempt, cancel_run, read_attempt, record_exit, retry_run, run_state
-from slm.sweep.launcher import Waiting
+from slm.sweep.launcher import WaitingRun
 from slm.sweep.micro_batch import MicroBatches
-from slm.sweep.orchestrator import Orchestrator, Outcome
-from slm.sweep.planning import Corpora, make_plans, record
-from slm.sweep.slurm import Cluster, Job, Slurm, begin, queue, script_of
+from slm.sweep.orchestrator import Orchestrator, Outcome, Sweep
+from slm.sweep.planning import Planner, plans_of, record
+from slm.sweep.slurm import Cluster, Slurm, SlurmJob, begin, job_script, queue
 from tests import slurm
 from tests.attempts import log, make_attempt, plan_of, train
 
@@ -36,7 +36,7 @@ TWO = replace(ONE, nodes=2)
 
 @pytest.fixture(scope="module")
 def daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A Slurm of two nodes with a core each."""
+    """Start a Slurm of two nodes with a core each."""
     if why := slurm.why_not():
         pytest.skip(why)
     with slurm.cluster(tmp_path_factory.mktemp("slurm") / "cluster"):
@@ -45,10 +45,10 @@ def daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def nodes(daemons: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Both nodes ready, before and after."""
+    """Resume both nodes after the test."""
     monkeypatch.setattr("slm.sweep.slurm.QUEUE_SECONDS", 0.5)
     yield
-    for node in ("n1", "n2"):  # fails for one that is not drained
+    for node in ("n1", "n2"):  # fails for a node that is not drained
         subprocess.run(
             ["scontrol", "update", f"NodeName={node}", "State=RESUME"],
             capture_output=True,
@@ -57,8 +57,8 @@ def nodes(daemons: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def odd_home(tmp_path: Path, prepared: Prepared) -> Path:
-    """A home whose name a shell would take apart."""
+def odd_home(tmp_path: Path, prepared: PreparedDataset) -> Path:
+    """Return a home whose name needs quoting in a shell."""
     home = tmp_path / "it's a $HOME, 100%j"
     home.mkdir()
     (home / "data").symlink_to(prepared.folder.parent)
@@ -66,7 +66,7 @@ def odd_home(tmp_path: Path, prepared: Prepared) -> Path:
 
 
 class Watcher:
-    """A sweep's view that remembers how runs end, and lets a test act on what happens and on each moment."""
+    """View that records how runs end and which states they pass, and calls `act` on every event."""
 
     def __init__(
         self, act: Callable[[Path, dict[str, Any]], None] = lambda attempt, event: None
@@ -105,46 +105,45 @@ def sweep(
     steps: int = 20,
     pause: float = 0,
 ) -> tuple[list[Path], Outcome]:
-    """Train runs of depth 2 that differ in their seeds, on a cluster; their folders and what became of them."""
+    """Train runs of depth 2 that differ in seed on a cluster; return their folders and the outcome."""
     experiment = Experiment("test", (pocket,), (2,), steps=steps, seeds=tuple(seeds))
-    corpora = Corpora(experiment, home)
-    plans = make_plans(experiment, lambda asked: corpora.prepare(asked, lambda line: None))
+    planner = Planner(experiment, home)
+    plans = plans_of(planner.prepare())
     record(experiment, plans, home)
     launcher = Slurm(cluster, RuntimeModel(home), MicroBatches(), watcher.note)
-    conductor = Orchestrator(
-        plans, corpora.of, home, launcher, watcher, lambda: None, checkpoint_seconds=pause
-    )
-    return [home / plan.run_id for plan in plans], conductor.run()
+    work = Sweep(plans, home, planner.dataset, checkpoint_seconds=pause)
+    orchestrator = Orchestrator(work, launcher, watcher, ingest=lambda home: [])
+    return [home / plan.run_id for plan in plans], orchestrator.run()
 
 
 def one_job(home: Path) -> Slurm:
     return Slurm(ONE, RuntimeModel(home), MicroBatches(), print)
 
 
-def say(*command: str) -> str:
-    """What a command of Slurm says."""
+def run(*command: str) -> str:
+    """Return the output of a Slurm command."""
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def job_of(attempt: Path) -> str:
-    """The number of an attempt's job."""
+    """Return the number of an attempt's job."""
     return str(json.loads((attempt / "job.json").read_text())["job"])
 
 
 def node_of(attempt: Path) -> str:
-    """The nodes of an attempt's job."""
-    return say(
+    """Return the nodes of an attempt's job."""
+    return run(
         "squeue", "--states=all", "--noheader", "--format=%N", "--jobs", job_of(attempt)
     ).strip()
 
 
 def drain(node: str) -> None:
-    """Have a node take no more jobs."""
-    say("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test")
+    """Let a node start no more jobs."""
+    run("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test")
 
 
 def ends(folder: Path) -> list[str | None]:
-    """Why each attempt of a run ended; None for a finished one."""
+    """Return the reason of each attempt of a run; None for a finished one."""
     return [
         json.loads(path.read_text())["reason"]
         for path in sorted(folder.glob("attempts/*/exit.json"))
@@ -152,14 +151,14 @@ def ends(folder: Path) -> list[str | None]:
 
 
 def resumed(folder: Path) -> list[int | None]:
-    """The step that each attempt went on from."""
+    """Return the step that each attempt resumed from."""
     return [
         log(attempt, "started")[0]["resumed_from"] for attempt in sorted(folder.glob("attempts/*"))
     ]
 
 
 @pytest.mark.soak
-def test_runs_finish_though_a_node_is_drained_while_one_waits_and_a_trainer_is_killed(
+def test_runs_finish_although_a_node_is_drained_and_a_trainer_is_killed(
     odd_home: Path, nodes: None
 ) -> None:
     killed: list[Path] = []
@@ -183,27 +182,25 @@ def test_runs_finish_though_a_node_is_drained_while_one_waits_and_a_trainer_is_k
     attempts = [attempt for folder in folders for attempt in folder.glob("attempts/*")]
     assert sorted(map(node_of, attempts)) in (["n1", "n1", "n1", "n2"], ["n1", "n2", "n2", "n2"])
     assert watcher.states >= {"queued", "running", "finished"}
-    assert queue()[hit.resolve()] == Job(
+    assert queue()[hit.resolve()] == SlurmJob(
         job_of(hit / "attempts/002"), f"slm-{hit.name}-002", "COMPLETED", "None"
     )
 
 
 @pytest.mark.soak
-def test_a_run_that_was_cancelled_by_hand_and_one_that_was_requeued_go_on(
-    home: Path, nodes: None
-) -> None:
-    told: list[Path] = []
+def test_a_job_cancelled_by_hand_and_a_requeued_one_resume(home: Path, nodes: None) -> None:
+    hit_attempts: list[Path] = []
 
     def disturb(attempt: Path, event: dict[str, Any]) -> None:
         if event["event"] == "cancelled":
             retry_run(attempt.parent.parent)
-        if event["event"] == "checkpoint" and attempt.name == "001" and attempt not in told:
-            say(*(("scontrol", "requeue") if told else ("scancel",)), job_of(attempt))
-            told.append(attempt)
+        if event["event"] == "checkpoint" and attempt.name == "001" and attempt not in hit_attempts:
+            run(*(("scontrol", "requeue") if hit_attempts else ("scancel",)), job_of(attempt))
+            hit_attempts.append(attempt)
 
     watcher = Watcher(disturb)
     folders, outcome = sweep(home, watcher, seeds=range(2), steps=100)
-    cancelled, requeued = (attempt.parent.parent for attempt in told)
+    cancelled, requeued = (attempt.parent.parent for attempt in hit_attempts)
     assert sorted(outcome.trained) == sorted(folder.name for folder in folders)
     assert (ends(cancelled), ends(requeued)) == (["cancelled", None], ["interrupted", None])
     for folder, same_job in ((cancelled, False), (requeued, True)):
@@ -212,15 +209,15 @@ def test_a_run_that_was_cancelled_by_hand_and_one_that_was_requeued_go_on(
     assert [end for run, end, _ in watcher.ends if run == requeued.name] == ["finished"]
 
 
-def test_two_nodes_train_as_one_process_and_go_on_when_their_time_is_over(
-    home: Path, tmp_path: Path, prepared: Prepared, nodes: None
+def test_two_nodes_train_as_one_process_and_resume_after_the_time_limit(
+    home: Path, tmp_path: Path, prepared: PreparedDataset, nodes: None
 ) -> None:
     alone: list[Path] = []
 
     def disturb(attempt: Path, event: dict[str, Any]) -> None:
         if event["event"] == "started" and not event["resumed_from"]:
-            say("scancel", "--signal=USR2", job_of(attempt))  # as Slurm does before a limit
-        if event["event"] == "failed":  # its job waits
+            run("scancel", "--signal=USR2", job_of(attempt))  # as Slurm does before a limit
+        if event["event"] == "failed":  # its job is queued again
             alone.append(
                 make_attempt(tmp_path / "alone", Plan.read(attempt / "../../plan.json"), prepared)
             )
@@ -253,10 +250,10 @@ def test_a_stopped_sweep_takes_its_jobs_from_the_queue(home: Path, nodes: None) 
     with pytest.raises(KeyboardInterrupt):
         sweep(home, watcher, seeds=range(2))
     assert [outcome for _, outcome, _ in watcher.ends] == ["interrupted"] * 2
-    assert not any(job.lives for job in queue().values())
+    assert not any(job.is_alive for job in queue().values())
 
 
-def test_what_sbatch_refuses_fails_in_its_words(home: Path, nodes: None) -> None:
+def test_the_error_of_sbatch_is_the_message_of_the_run(home: Path, nodes: None) -> None:
     watcher = Watcher()
     [folder], outcome = sweep(home, watcher, replace(ONE, partition="nowhere"))
     assert outcome.not_finished == {
@@ -265,29 +262,29 @@ def test_what_sbatch_refuses_fails_in_its_words(home: Path, nodes: None) -> None
     assert [end for _, end, _ in watcher.ends] == ["retried", "retried", "failed"]
 
 
-def test_a_job_whose_number_was_never_noted_is_known_by_its_folder(
-    home: Path, prepared: Prepared, nodes: None
+def test_a_job_without_a_recorded_number_is_found_by_its_folder(
+    home: Path, prepared: PreparedDataset, nodes: None
 ) -> None:
     drain("n[1-2]")
     first = make_attempt(home, plan_of(pocket(2, steps=5), prepared), prepared)
     one_job(home).start(first)
     (first / "job.json").unlink()
-    reborn = one_job(home)
-    reborn.check()
-    assert reborn.living([first]) == {first}
+    restarted = one_job(home)
+    restarted.check()
+    assert restarted.alive([first]) == {first}
     second = add_attempt(first.parent.parent, {})
-    reborn.start(second)
-    assert [job.name for job in queue().values() if job.lives] == [
+    restarted.start(second)
+    assert [job.name for job in queue().values() if job.is_alive] == [
         f"slm-{first.parent.parent.name}-001"
     ]
-    say("scancel", "--me")
-    wait_until(lambda: reborn.living([first]) == set())
-    assert reborn.reap(first)["reason"] == "cancelled"
-    assert reborn.reap(second)["reason"] == "interrupted"
+    run("scancel", "--me")
+    wait_until(lambda: restarted.alive([first]) == set())
+    assert restarted.reap(first)["reason"] == "cancelled"
+    assert restarted.reap(second)["reason"] == "interrupted"
 
 
-def test_runs_live_on_while_slurm_does_not_answer(
-    home: Path, prepared: Prepared, nodes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_runs_count_as_alive_while_slurm_does_not_answer(
+    home: Path, prepared: PreparedDataset, nodes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drain("n[1-2]")
     attempt = make_attempt(home, plan_of(pocket(2, steps=5), prepared), prepared)
@@ -295,39 +292,39 @@ def test_runs_live_on_while_slurm_does_not_answer(
     launcher = Slurm(ONE, RuntimeModel(home), MicroBatches(), notes.append)
     launcher.start(attempt)
     plan = Plan.read(attempt / "../../plan.json")
-    waiting = [Waiting(plan.run_id, plan.hyperparameters, None, 1.0)]
+    waiting = [WaitingRun(plan.run_id, plan.hyperparameters)]
     wrong = tmp_path / "slurm.conf"
     text = Path(os.environ["SLURM_CONF"]).read_text()
     wrong.write_text(re.sub("SlurmctldPort=.*", "SlurmctldPort=1\nMessageTimeout=1", text))
-    monkeypatch.setattr("slm.sweep.slurm.SILENT_SECONDS", 0)
+    monkeypatch.setattr("slm.sweep.slurm.RETRY_SECONDS", 0)
     with monkeypatch.context() as silent:
         silent.setenv("SLURM_CONF", str(wrong))
-        launcher._ask_again = 0
+        launcher._next_query = 0
         for _ in range(3):
-            assert launcher.living([attempt]) == {attempt}
-        assert launcher.places(waiting, []) == []
-    assert launcher.living([attempt]) == {attempt}
-    assert len(launcher.places(waiting, [])) == 1
+            assert launcher.alive([attempt]) == {attempt}
+        assert launcher.assign(waiting, []) == []
+    assert launcher.alive([attempt]) == {attempt}
+    assert len(launcher.assign(waiting, [])) == 1
     assert len(notes) == 2
     assert notes[0].startswith(
         "Slurm does not answer (slurm_load_jobs error: Unable to contact slurm controller"
     )
     assert notes[1] == "Slurm answers again"
     launcher.stop(attempt)
-    wait_until(lambda: launcher.living([attempt]) == set())
+    wait_until(lambda: launcher.alive([attempt]) == set())
     assert launcher.reap(attempt)["reason"] == "interrupted"
 
 
-def wait_until(what: Callable[[], bool]) -> None:
-    """Until something is so."""
-    deadline = time.monotonic() + 30
-    while not what():
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + 300
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
 
-def test_a_script_asks_for_what_a_run_needs(
-    tmp_path: Path, prepared: Prepared, monkeypatch: Any
+def test_a_job_script_requests_the_resources_of_the_run(
+    tmp_path: Path, prepared: PreparedDataset, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr("sys.executable", "/opt/my python")
     cluster = Cluster(
@@ -346,7 +343,7 @@ def test_a_script_asks_for_what_a_run_needs(
         home, plan_of(pocket(2), prepared), prepared, **{**vars(slot), "ids": []}
     )
     quoted = str(attempt).replace("'", "'\"'\"'")
-    assert script_of(attempt, cluster).splitlines() == [
+    assert job_script(attempt, cluster).splitlines() == [
         "#!/bin/sh",
         f"#SBATCH --job-name=slm-{attempt.parent.parent.name}-001",
         f"#SBATCH --output='{quoted.replace('%', '%%')}/job.log'",
@@ -384,7 +381,7 @@ def test_a_script_asks_for_what_a_run_needs(
         (Cluster(nodes=2, gpus_per_node=8), 9, (2, 8, 1)),
     ],
 )
-def test_every_node_has_as_many_ranks_and_no_rank_lacks_a_row(
+def test_nodes_have_equally_many_ranks_and_every_rank_has_a_row(
     cluster: Cluster, rows: int, expected: tuple[int, int, int]
 ) -> None:
     slot = cluster.slot(replace(pocket(2), batch_tokens=rows * pocket.sequence_length))
@@ -392,19 +389,19 @@ def test_every_node_has_as_many_ranks_and_no_rank_lacks_a_row(
 
 
 @pytest.mark.parametrize(
-    ("changes", "complaint"),
+    ("changes", "message"),
     [
         ({"nodes": 0}, "--nodes 0: at least 1"),
         ({"gpus_per_node": -1}, "--gpus-per-node -1: at least 0"),
         ({"cores_per_node": 0}, "--cores-per-node 0: at least 1"),
-        ({"options": ("--nodes=3",)}, "--sbatch --nodes=3: say it by --nodes"),
-        ({"options": ("-Jmine",)}, "--sbatch -Jmine: a sweep says it itself"),
+        ({"options": ("--nodes=3",)}, "--sbatch --nodes=3: use --nodes"),
+        ({"options": ("-Jmine",)}, "--sbatch -Jmine: slm sets it itself"),
         ({"options": ("--mem", "64G")}, "write an option and its value as one word"),
         ({"partition": "a\nb"}, "over several lines"),
     ],
 )
-def test_a_request_that_cannot_be_is_refused(changes: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(ValueError, match=complaint):
+def test_an_impossible_request_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Cluster(**changes)
 
 
@@ -417,9 +414,9 @@ def test_a_machine_without_slurm_is_refused(
     assert queue() == {}
 
 
-def test_a_job_begins_the_attempt_that_it_was_submitted_for_and_later_new_ones(
+def test_a_job_begins_the_attempt_it_was_submitted_for_and_then_new_ones(
     home: Path,
-    prepared: Prepared,
+    prepared: PreparedDataset,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -433,15 +430,17 @@ def test_a_job_begins_the_attempt_that_it_was_submitted_for_and_later_new_ones(
         assert job_of(attempt) == "7"
 
     begins(first, first)
-    begins(first, first)  # its nodes were lost before anything was done
+    begins(first, first)  # its nodes were lost before the supervisor started
     (first / "log").touch()
     begins(first, second)
     assert ends(first.parent.parent) == ["interrupted"]
     record_exit(second, 1, "interrupted", "stopped, as asked")
     begins(first, third)
-    told = [read_attempt(attempt) for attempt in (first, third)]
-    assert [document.pop("attempt") for document in told] == [1, 3]
-    assert [{**document, "created": 0} for document in told] == [{**told[0], "created": 0}] * 2
+    hit_attempts = [read_attempt(attempt) for attempt in (first, third)]
+    assert [document.pop("attempt") for document in hit_attempts] == [1, 3]
+    assert [{**document, "created": 0} for document in hit_attempts] == [
+        {**hit_attempts[0], "created": 0}
+    ] * 2
     lock = hold_lock(first.parent.parent / "lock")
     assert lock is not None
     with lock:
@@ -452,8 +451,8 @@ def test_a_job_begins_the_attempt_that_it_was_submitted_for_and_later_new_ones(
 
 
 @pytest.mark.soak
-def test_six_runs_survive_a_drained_node_a_cancelled_job_and_the_conductor_s_death(
-    home: Path, tmp_path: Path, prepared: Prepared, nodes: None
+def test_six_runs_survive_a_drained_node_a_cancelled_job_and_a_dead_orchestrator(
+    home: Path, tmp_path: Path, prepared: PreparedDataset, nodes: None
 ) -> None:
     class Dead(Exception):
         pass
@@ -464,27 +463,27 @@ def test_six_runs_survive_a_drained_node_a_cancelled_job_and_the_conductor_s_dea
 
     with pytest.raises(Dead):
         sweep(home, Watcher(die), seeds=range(6), steps=200)
-    assert len([job for job in queue().values() if job.lives]) == 6
-    told: list[Path] = []
+    assert len([job for job in queue().values() if job.is_alive]) == 6
+    hit_attempts: list[Path] = []
 
     def disturb(attempt: Path, event: dict[str, Any]) -> None:
         if event["event"] == "cancelled":
             retry_run(attempt.parent.parent)
-        if event["event"] == "checkpoint" and len(told) == 0:
-            told.append(attempt)
+        if event["event"] == "checkpoint" and len(hit_attempts) == 0:
+            hit_attempts.append(attempt)
             drain("n2")
         if (
             event["event"] == "checkpoint"
-            and len(told) == 1
-            and attempt != told[0]
+            and len(hit_attempts) == 1
+            and attempt != hit_attempts[0]
             and node_of(attempt) == "n1"
         ):
-            told.append(attempt)
-            say("scancel", job_of(attempt))
+            hit_attempts.append(attempt)
+            run("scancel", job_of(attempt))
 
     watcher = Watcher(disturb)
     folders, outcome = sweep(home, watcher, seeds=range(6), steps=200)
-    cancelled = told[1].parent.parent
+    cancelled = hit_attempts[1].parent.parent
     assert sorted(outcome.trained) == sorted(folder.name for folder in folders)
     assert [ends(folder) for folder in folders] == [
         ["cancelled", None] if folder == cancelled else [None] for folder in folders
@@ -516,7 +515,7 @@ def test_a_run_outlasts_the_time_limit_of_its_job_and_a_stop(
     assert ends(folder) == ["interrupted", "interrupted"]
     first, second = sorted(folder.glob("attempts/*"))
     assert job_of(first) == job_of(second)
-    assert not any(job.lives for job in queue().values())
+    assert not any(job.is_alive for job in queue().values())
     _, outcome = sweep(home, Watcher(), replace(ONE, time="10"), steps=5500, pause=5)
     assert outcome.trained == [folder.name]
     assert ends(folder) == ["interrupted", "interrupted", None]

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from slm import events
-from slm.data import Prepared
+from slm.data import PreparedDataset
 from slm.hardware import devices
 from slm.recipe import pocket
 from slm.run import add_attempt, checkpoint_step, is_done, read_attempt, read_exit, run_holder
@@ -73,7 +73,7 @@ def workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 
 def test_a_hung_trainer_is_ended_and_stops_and_an_evaluation_are_waited_for(
-    tmp_path: Path, prepared: Prepared
+    tmp_path: Path, prepared: PreparedDataset
 ) -> None:
     """One run in three attempts: stopped by a signal, asked to stop twice, asked when only evaluation is left."""
     given = pocket(1, steps=600)
@@ -120,7 +120,7 @@ def test_a_hung_trainer_is_ended_and_stops_and_an_evaluation_are_waited_for(
 
 @pytest.mark.parametrize("early", [True, False])
 def test_a_stop_at_once_and_a_stop_before_the_trainer_is_there_are_heard(
-    tmp_path: Path, prepared: Prepared, early: bool
+    tmp_path: Path, prepared: PreparedDataset, early: bool
 ) -> None:
     folder = make_attempt(tmp_path, plan_of(LONG, prepared), prepared, ranks=1 if early else 2)
     process = supervised(folder)
@@ -141,7 +141,7 @@ def test_a_stop_at_once_and_a_stop_before_the_trainer_is_there_are_heard(
 
 
 def test_a_kill_while_memory_is_short_is_out_of_memory_and_any_other_an_error(
-    tmp_path: Path, prepared: Prepared
+    tmp_path: Path, prepared: PreparedDataset
 ) -> None:
     group = tmp_path / "root/sys/fs/cgroup/job"
     group.mkdir(parents=True)

@@ -18,7 +18,7 @@ import pytest
 from safetensors import safe_open
 
 from slm import events
-from slm.data import Prepared
+from slm.data import PreparedDataset
 from slm.experiment import Experiment
 from slm.files import lock_holder
 from slm.hardware.runtime import RuntimeModel
@@ -106,7 +106,7 @@ def of(watcher: Watcher, kind: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, prepared: Prepared) -> Path:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, prepared: PreparedDataset) -> Path:
     """The folder of a run that two ranks trained without a disturbance."""
     home = tmp_path_factory.mktemp("undisturbed")
     (home / "data").symlink_to(prepared.folder.parent)
@@ -255,7 +255,7 @@ def test_data_that_changed_after_planning_are_refused(tmp_path: Path, home: Path
     assert "holds other rows than the plan was made for" in outcome.not_finished[other.run_id]
 
 
-def test_rows_that_changed_on_disk_are_refused(tmp_path: Path, prepared: Prepared) -> None:
+def test_rows_that_changed_on_disk_are_refused(tmp_path: Path, prepared: PreparedDataset) -> None:
     shutil.copytree(prepared.folder, tmp_path / "data" / prepared.folder.name)
     path = tmp_path / "data" / prepared.folder.name / "train-00000.bin"
     path.write_bytes(bytes(path.stat().st_size))
