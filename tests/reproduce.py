@@ -1,7 +1,8 @@
-"""Published fits beside ours: `python -m tests.reproduce` prints a markdown table, from the data under SLM_REFERENCE.
+"""Published fits and ours: `python -m tests.reproduce` prints a Markdown table from SLM_REFERENCE.
 
-Sources: Besiroglu et al. 2024 (arXiv 2404.10102) for Chinchilla's points, nanochat's log of 2026-01-27, Open-Athena
-2026 (arXiv 2603.22339) for Llama 3's points and for the bias of parabolas, Gadre et al. 2024 (arXiv 2403.08540).
+Sources: Besiroglu et al. 2024 (arXiv 2404.10102) for Chinchilla's points, nanochat's log of
+2026-01-27, Open-Athena 2026 (arXiv 2603.22339) for Llama 3's points and the bias of parabolas,
+Gadre et al. 2024 (arXiv 2403.08540).
 """
 
 from __future__ import annotations
@@ -17,37 +18,36 @@ from unittest import mock
 import numpy as np
 from tabulate import tabulate
 
-from slm.fits import PAPER, Point, bootstrap, fit_curves, fit_parametric, fit_surface
-from slm.fits.isoflop import IsoFlop, fit_isoflop
+from slm.fits import Point, fit_curves
+from slm.fits.isoflop import IsoFlopFit, fit_isoflop
+from slm.fits.parametric import bootstrap, fit_parametric
+from slm.fits.surface import PAPER, fit_surface
 
 LEAST_ABSOLUTE = 1e-8
-"""delta at which Huber's loss is as good as the absolute deviation."""
+"""delta at which the Huber loss is practically the absolute deviation."""
 OBJECTIVES = {
     "delta 1e-3": (PAPER, False, 0.347, 0.367),
     "delta 1e-2": (1e-2, False, 0.354, 0.382),
     "squared log": (np.inf, False, 0.360, 0.406),
     "squared raw": (np.inf, True, 0.358, 0.428),
 }
-"""delta, raw, and the published alpha and beta of Chinchilla's points."""
+"""delta, raw, and the published alpha and beta of Chinchilla's points, by objective."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One published number and ours."""
+    """A published number and ours."""
 
     what: str
-    """Which number, in words."""
     published: float
-    """As published."""
     ours: float
-    """As fitted here."""
     form: str = ".4g"
-    """How both are written."""
+    """Format of both numbers."""
     relative: bool = True
-    """Whether the difference is a share of the published number; else it is a plain difference."""
+    """Whether the difference is given as a share of the published number."""
 
     def cells(self) -> tuple[str, str, str, str]:
-        """What, published, ours, difference."""
+        """Return the cells: what, published, ours, difference."""
         gap = self.ours - self.published
         difference = f"{100 * gap / abs(self.published):+.2g} %" if self.relative else f"{gap:+.1g}"
         return (
@@ -59,7 +59,7 @@ class Line:
 
 
 def chinchilla(reference: Path) -> list[Point]:
-    """Epoch's 240 points."""
+    """Return Epoch's 240 points."""
     return [
         _point(row, "loss", flops=float(row["flops"]))
         for row in _rows(reference / "data/scaling/chinchilla_epoch/points.csv")
@@ -68,7 +68,7 @@ def chinchilla(reference: Path) -> list[Point]:
 
 
 def nanochat(reference: Path) -> list[Point]:
-    """The 28 isoFLOP runs; N is matrices + head."""
+    """Return the 28 isoFLOP runs; N counts matrices + head."""
     return [
         _point(
             row | {"params": row["params_effective"]},
@@ -81,19 +81,19 @@ def nanochat(reference: Path) -> list[Point]:
 
 
 def llama(reference: Path) -> list[Point]:
-    """All 133 points of Llama 3's figure."""
+    """Return all 133 points of Llama 3's figure."""
     table = _rows(reference / "data/scaling/llama3_isoflop/points.csv")
     return [_point(row, "loss", budget=float(row["budget"])) for row in table]
 
 
 def gadre(reference: Path) -> list[Point]:
-    """The 32 models trained on C4."""
+    """Return the 32 models trained on C4."""
     table = _rows(reference / "data/scaling/gadre_overtraining/c4_rpj_small.csv")
     return [_point(row, "loss_c4_val") for row in table if row["dataset"] == "c4_original"]
 
 
 def chinchilla_lines(reference: Path) -> Iterator[Line]:
-    """The optimum, that of absolute deviations, its standard errors, and what the objective moves."""
+    """Compare the optimum, absolute deviations, standard errors and other objectives."""
     points = chinchilla(reference)
     paper = fit_surface(points, delta=PAPER)
     yield Line("Chinchilla, delta 1e-3: objective", 0.00101827402, paper.objective, ".9g")
@@ -111,7 +111,7 @@ def chinchilla_lines(reference: Path) -> Iterator[Line]:
             _value(absolute.intervals[name].estimate),
             ".6g",
         )
-    # At 4,000 draws, the published number, that of B moves by up to 12 % from one seed of the draws to another.
+    # With 4,000 draws, as published, the error of B varies by up to 12 % with their seed.
     errors = bootstrap(points, paper, resamples=12_000).errors
     for name, value in {
         "E": 0.0257,
@@ -122,29 +122,30 @@ def chinchilla_lines(reference: Path) -> Iterator[Line]:
     }.items():
         yield Line(f"Chinchilla, standard error of {name}, 12,000 resamples", value, errors[name])
     for objective, (delta, raw, *values) in OBJECTIVES.items():
-        found = fit_surface(points, delta=delta, raw=raw).exponents
-        for name, value, own in zip(("alpha", "beta"), values, found):
-            yield Line(f"Chinchilla, {objective}: {name}", value, own, ".3f", relative=False)
+        exponents = fit_surface(points, delta=delta, raw=raw).exponents
+        for name, value, ours in zip(("alpha", "beta"), values, exponents):
+            yield Line(f"Chinchilla, {objective}: {name}", value, ours, ".3f", relative=False)
 
 
 def nanochat_lines(reference: Path) -> Iterator[Line]:
-    """Optima, slopes, and the coupled surface."""
+    """Compare optima, slopes, and the coupled surface."""
     fit = fit_curves(nanochat(reference))
     assert fit.isoflop is not None
     assert fit.isoflop.params_exponent is not None
     assert fit.isoflop.tokens_exponent is not None
     table = _rows(reference / "data/scaling/nanochat_isoflop/published_optima.csv")
-    for row, valley in zip(table, fit.isoflop.valleys):
-        best, where = valley.minimum, f"nanochat, {valley.budget:.3g} FLOPs"
+    for row, curve in zip(table, fit.isoflop.curves):
+        best = curve.minimum
+        label = f"nanochat, {curve.budget:.3g} FLOPs"
         assert best is not None
-        yield Line(f"{where}: optimal N", float(row["params_effective_opt"]), best.params)
-        yield Line(f"{where}: tokens", float(row["tokens_opt"]), best.tokens)
-        yield Line(f"{where}: tokens per N", float(row["ratio"]), best.ratio, ".3g")
-        yield Line(f"{where}: val_bpb", float(row["val_bpb_opt"]), best.loss, ".4f")
+        yield Line(f"{label}: optimal N", float(row["params_effective_opt"]), best.params)
+        yield Line(f"{label}: tokens", float(row["tokens_opt"]), best.tokens)
+        yield Line(f"{label}: tokens per N", float(row["ratio"]), best.ratio, ".3g")
+        yield Line(f"{label}: val_bpb", float(row["val_bpb_opt"]), best.loss, ".4f")
     slopes = {"N (in print .54)": (0.538, "params"), "tokens (in print .49)": (0.487, "tokens")}
     for name, (value, of) in slopes.items():
-        own = _value(getattr(fit.isoflop, f"{of}_exponent").estimate)
-        yield Line(f"nanochat: slope of {name}", value, own, ".3f", relative=False)
+        ours = _value(getattr(fit.isoflop, f"{of}_exponent").estimate)
+        yield Line(f"nanochat: slope of {name}", value, ours, ".3f", relative=False)
     additive, coupled = fit.parametric.surfaces
     decisive = fit.parametric.decisive
     assert decisive is not None
@@ -156,27 +157,27 @@ def nanochat_lines(reference: Path) -> Iterator[Line]:
     yield Line(
         "nanochat, additive: error on the largest fifth, %",
         0.67,
-        100 * decisive.errors["additive"],
+        100 * decisive["additive"].error,
         ".2g",
     )
     yield Line(
         "nanochat, coupled: error on the largest fifth, %",
         0.14,
-        100 * decisive.errors["coupled"],
+        100 * decisive["coupled"].error,
         ".2g",
     )
 
 
 def llama_lines(reference: Path) -> Iterator[Line]:
-    """Approach 2 against squared raw loss, and both forms."""
+    """Compare approach 2, the squared raw loss, and both forms."""
     points = llama(reference)
-    valleys = fit_isoflop(points)
-    assert valleys is not None
-    assert valleys.params_exponent is not None
+    isoflop = fit_isoflop(points)
+    assert isoflop is not None
+    assert isoflop.params_exponent is not None
     yield Line(
         "Llama 3, approach 2: a",
         0.4632,
-        _value(valleys.params_exponent.estimate),
+        _value(isoflop.params_exponent.estimate),
         ".4f",
         relative=False,
     )
@@ -203,38 +204,43 @@ def llama_lines(reference: Path) -> Iterator[Line]:
 
 
 def gadre_lines(reference: Path) -> Iterator[Line]:
-    """Sparse runs: the wider form is worse beyond them."""
+    """Compare the errors beyond sparse runs, where the wider form is worse."""
     decisive = fit_parametric(gadre(reference)).decisive
     assert decisive is not None
     for form, value in {"additive": 1.7, "coupled": 2.9}.items():
-        what = f"Gadre C4, {form}: error up to {decisive.factor:.0f} times beyond (published: 70-95 times), %"
-        yield Line(what, value, 100 * decisive.errors[form], ".2g")
+        hold_out = decisive[form]
+        reach = f"error up to {hold_out.factor:.0f} times beyond (published: 70-95 times)"
+        yield Line(f"Gadre C4, {form}: {reach}, %", value, 100 * hold_out.error, ".2g")
 
 
 def bias_lines(reference: Path) -> Iterator[Line]:
-    """Tokens at 1e24 FLOPs by parabolas through whole grids without noise, and by the surface."""
+    """Compare tokens at 1e24 FLOPs by parabolas of grids without noise, and by the surface."""
     for row in _rows(reference / "data/scaling/approach2_bias/published_parabola_bias.csv"):
         alpha, beta, truth = float(row["alpha"]), float(row["beta"]), float(row["true_D"])
         points = centred(alpha, beta, float(row["log_range"]))
         with mock.patch("slm.fits.isoflop.WINDOW", np.inf):
-            valleys = fit_isoflop(points)
-        assert valleys is not None
-        where = f"{row['surface']} {row['grid_name']}, tokens at 1e24"
+            isoflop = fit_isoflop(points)
+        assert isoflop is not None
+        label = f"{row['surface']} {row['grid_name']}, tokens at 1e24"
         share = float(row["rel_error_pct"])
         yield Line(
-            f"{where}: parabolas, error in %",
+            f"{label}: parabolas, error in %",
             share,
-            100 * (_beyond(valleys) / truth - 1),
+            100 * (extrapolated_tokens(isoflop) / truth - 1),
             ".6f",
             False,
         )
-        yield Line(f"{where}: surface", truth, fit_surface(points).optimum(1e24).tokens)
+        yield Line(f"{label}: surface", truth, fit_surface(points).optimum(1e24).tokens)
 
 
 def centred(alpha: float, beta: float, reach: float) -> list[Point]:
-    """5 budgets of 15 sizes without noise, 10^±reach around the true optimum of E 1.69 and Open-Athena's A and B."""
+    """Return 5 budgets of 15 sizes without noise, 10^±reach around the true optimum.
+
+    E is 1.69, A and B are those of Open-Athena.
+    """
     A, B = (400.0, 400.0) if alpha == beta else (406.4, 410.7)
-    scale, points = (alpha * A / (beta * B)) ** (1 / (alpha + beta)), []
+    scale = (alpha * A / (beta * B)) ** (1 / (alpha + beta))
+    points = []
     for budget in np.geomspace(1e17, 1e21, 5).tolist():
         params = scale * (budget / 6) ** (beta / (alpha + beta)) * np.logspace(-reach, reach, 15)
         for size in params.tolist():
@@ -250,11 +256,12 @@ def centred(alpha: float, beta: float, reach: float) -> list[Point]:
     return points
 
 
-def _beyond(valleys: IsoFlop) -> float:
-    """Tokens at 1e24 FLOPs by a line through the minima; of those D = C/(6·N) here, not read between the runs."""
-    minima = [
-        (own.flops, own.flops / 6 / own.minimum.params) for own in valleys.valleys if own.minimum
-    ]
+def extrapolated_tokens(isoflop: IsoFlopFit) -> float:
+    """Return tokens at 1e24 FLOPs by a line through the minima.
+
+    D = C/(6·N) is exact for these runs, unlike tokens interpolated between them.
+    """
+    minima = [(best.flops, best.flops / 6 / best.params) for best in isoflop.minima]
     return float(np.exp(np.polyval(np.polyfit(*np.log(minima).T, 1), np.log(1e24))))
 
 
@@ -295,7 +302,7 @@ SECTIONS: tuple[Callable[[Path], Iterator[Line]], ...] = (
 
 
 def main() -> int:
-    """Print the table; 2 where there is nothing to compare with."""
+    """Print the table; return 2 if SLM_REFERENCE is unset."""
     folder = os.environ.get("SLM_REFERENCE")
     if not folder:
         print(

@@ -16,23 +16,20 @@ from slm.fits.curve import CurveFit, fit_curves
 from slm.fits.design import Candidate, Design, Goal, next_runs
 from slm.fits.intervals import Interval
 from slm.fits.isoflop import IsoFlopCurve, IsoFlopFit, Minimum
-from slm.fits.parametric import bootstrap, fit_parametric
 from slm.fits.points import NotComparable, Point, check
-from slm.fits.power_law import ADDITIVE, PURE, Law
+from slm.fits.power_law import ADDITIVE, Law
 from slm.fits.prediction import Target
 from slm.fits.summary import comparison_table, design_summary, design_table, summary, tables
-from slm.fits.surface import PAPER, Surface, fit_surface
+from slm.fits.surface import Surface
 
 __all__ = [
     "ADDITIVE",
     "CLAIM_THRESHOLD",
-    "PAPER",
-    "PURE",
-    "DepthEffect",
     "Candidate",
     "Comparison",
     "CoreFit",
     "CurveFit",
+    "DepthEffect",
     "Design",
     "Goal",
     "Interval",
@@ -46,15 +43,12 @@ __all__ = [
     "Surface",
     "Target",
     "Trial",
-    "bootstrap",
     "check",
     "compare",
     "comparison_table",
     "design_summary",
     "design_table",
     "fit_curves",
-    "fit_parametric",
-    "fit_surface",
     "next_runs",
     "paired_core",
     "read_points",

@@ -1,4 +1,4 @@
-"""Profile-likelihood intervals: {φ : S(φ) <= S_min·(1 + F_.95(1, n-p)/(n-p))}, an open end said to be open."""
+"""Profile-likelihood intervals: {φ : S(φ) <= S_min·(1 + F_.95(1, n-p)/(n-p))}."""
 
 from __future__ import annotations
 
@@ -13,76 +13,79 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and its 95 % interval. What is not known is None, never a number."""
+    """An estimate and its 95 % interval. An unknown value is None, never a number."""
 
     estimate: float | None
-    """The best value."""
     low: float | None = None
-    """Lower end; None when unbounded or not known."""
+    """Lower end; None if unbounded or unknown."""
     high: float | None = None
-    """Upper end; None when unbounded or not known."""
+    """Upper end; None if unbounded or unknown."""
     identifiable: bool = False
     """Whether the data bound the value on both sides."""
 
-    def document(self) -> dict[str, float | bool | None]:
-        """As JSON."""
-        return {
-            "estimate": self.estimate,
-            "low": self.low,
-            "high": self.high,
-            "identifiable": self.identifiable,
-        }
+    @classmethod
+    def of_ends(cls, estimate: float | None, low: float | None, high: float | None) -> Interval:
+        """Return an interval that is identifiable if it has both ends."""
+        return cls(estimate, low, high, low is not None and high is not None)
 
     def text(self, form: str = ".3g", scale: float = 1.0) -> str:
-        """`1.2 [1.1, 1.4]`, an open end as `?`."""
+        """Format as `1.2 [1.1, 1.4]`, an open end as `?`."""
         if self.estimate is None:
             return "not known"
         return f"{self.estimate * scale:{form}} {self.ends(form, scale)}"
 
     def ends(self, form: str = ".3g", scale: float = 1.0) -> str:
-        """`[1.1, 1.4]`, an open end as `?`."""
+        """Format the ends as `[1.1, 1.4]`, an open end as `?`."""
         low, high = (
-            format(end * scale, form) if end is not None else "?" for end in (self.low, self.high)
+            "?" if end is None else format(end * scale, form) for end in (self.low, self.high)
         )
         return f"[{low}, {high}]"
 
 
 def allowance(free: int, level: float = LEVEL) -> float:
-    """Factor over the least objective up to which a value is inside, with `free` = n - p degrees of freedom."""
+    """Return the factor over the least objective up to which a value is inside.
+
+    `free` is n - p, the degrees of freedom.
+    """
     assert free > 0
     return 1 + float(stats.f.ppf(level, 1, free)) / free
 
 
-def further(curve: Interval, scatter: float, free: int, level: float = LEVEL) -> Interval:
-    """The interval of one further run, given that of the curve: y ± t·sqrt(g'Vg + sigma²) in ln y, side by side.
+def prediction_interval(curve: Interval, sigma: float, free: int, level: float = LEVEL) -> Interval:
+    """Return the interval of a further run: y ± t·sqrt(g'Vg + sigma²) in ln y, each side by itself.
 
-    `scatter` is sigma, the standard deviation of ln y around the curve, from `free` degrees of freedom. An end that the
-    curve has not, the run has not.
+    `curve` is the interval of the curve, g'Vg; `sigma` the standard deviation of ln y around it,
+    from `free` degrees of freedom. An open end of the curve stays open.
     """
     if curve.estimate is None:
         return curve
-    own = float(stats.t.ppf((1 + level) / 2, free)) * scatter
+    estimate = curve.estimate
+    noise = float(stats.t.ppf((1 + level) / 2, free)) * sigma
 
-    def end(edge: float | None, side: float) -> float | None:
-        if edge is None or curve.estimate is None:
+    def widened(end: float | None, side: float) -> float | None:
+        if end is None:
             return None
-        return curve.estimate * math.exp(side * math.hypot(math.log(edge / curve.estimate), own))
+        return estimate * math.exp(side * math.hypot(math.log(end / estimate), noise))
 
-    low, high = end(curve.low, -1.0), end(curve.high, 1.0)
-    return Interval(curve.estimate, low, high, low is not None and high is not None)
+    return Interval.of_ends(estimate, widened(curve.low, -1.0), widened(curve.high, 1.0))
 
 
 def crossing(
-    excess: Callable[[float], float], start: float, end: float, first: float, within: float = 1e-14
+    excess: Callable[[float], float],
+    start: float,
+    end: float,
+    stride: float,
+    tolerance: float = 1e-14,
 ) -> float | None:
-    """Where `excess` (<= 0 at `start`) turns positive on the way to `end`: doubling strides from `first`, then Brent.
+    """Return where `excess`, <= 0 at `start`, turns positive on the way to `end`; None if nowhere.
 
-    None when it does not: the interval is open on that side.
+    Doubles the stride until outside, then uses Brent's method.
     """
-    inside, stride, way = start, first, 1.0 if end > start else -1.0
+    inside = start
     while inside != end:
-        outside = min(inside + stride, end) if way > 0 else max(inside - stride, end)
+        outside = min(inside + stride, end) if end > start else max(inside - stride, end)
         if excess(outside) > 0:
-            return float(optimize.brentq(excess, inside, outside, xtol=within, rtol=1e-9))
-        inside, stride = outside, 2 * stride
+            return float(optimize.brentq(excess, inside, outside, xtol=tolerance, rtol=1e-9))
+        inside = outside
+        stride *= 2
     return None

@@ -1,7 +1,8 @@
-"""IsoFLOP valleys: at each budget a parabola of the loss in ln N, its minimum, and how the minima move with compute.
+"""IsoFLOP curves: loss over ln N at each budget, parabolas, and their minima over compute.
 
-Approach 2 of Hoffmann et al. 2022 (arXiv 2203.15556), least squares on the raw loss, as nanochat publishes it. Its bias
-grows with the width of the grid (Open-Athena 2026, arXiv 2603.22339), hence the local window.
+Approach 2 of Hoffmann et al. 2022 (arXiv 2203.15556), least squares on the raw loss, as nanochat
+publishes it. Its bias grows with the width of the grid (Open-Athena 2026, arXiv 2603.22339), hence
+the window around the lowest loss.
 """
 
 from __future__ import annotations
@@ -11,32 +12,30 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import optimize
 
 from slm.fits.intervals import Interval, allowance, crossing
 from slm.fits.points import Point
-
-Array = NDArray[np.float64]
+from slm.fits.types import Array, to_json
 
 WINDOW = 12.0
-"""Sizes further than this factor from the lowest loss are left out: nanochat's grid, 10 wide, stays whole."""
-SIZES = 4
-"""Different sizes that a parabola and its interval need."""
+"""Largest factor in N from the lowest loss; nanochat's grid, 10 wide, stays whole."""
+MIN_SIZES = 4
+"""Distinct sizes that a parabola and its interval need."""
 
 
 @dataclass(frozen=True)
 class Parabola:
-    """loss = a + b·v + c·v², v = ln N - centre, by least squares."""
+    """Least-squares parabola loss = a + b·v + c·v², v = ln N - centre."""
 
     centre: float
     """Mean ln N."""
     coefficients: Array
-    """(a, b, c) in the loss's unit."""
+    """(a, b, c) in the unit of the loss."""
     covariance: Array
-    """Inverse Gram matrix (3 × 3): covariance of the coefficients at unit noise."""
+    """(3, 3) inverse Gram matrix: covariance of the coefficients at unit noise."""
     level: float
-    """Mean loss, of which noise is a share: it is alike in ln loss from budget to budget."""
+    """Mean loss. Noise is a share of it, since it is alike in ln loss from budget to budget."""
     residual: float
     """Sum of squared residuals, as shares of the level."""
     free: int
@@ -47,7 +46,7 @@ class Parabola:
     """Largest ln N in the window."""
 
     def at(self, size: Array | float) -> Array:
-        """Loss at ln N."""
+        """Return the loss at ln N."""
         return np.asarray(np.polyval(self.coefficients[::-1], np.asarray(size) - self.centre))
 
     @property
@@ -57,46 +56,27 @@ class Parabola:
         return float(self.centre - b / (2 * c))
 
     def error_at(self, size: float) -> float:
-        """Standard error of the loss at ln N = size, where the noise is the loss itself."""
+        """Return the standard error of the loss at ln N for noise of the size of the loss."""
         powers = np.array([1.0, size - self.centre, (size - self.centre) ** 2])
         return float(self.level * np.sqrt(powers @ self.covariance @ powers))
 
-    @property
-    def bends(self) -> tuple[float, ...]:
-        """Centre, b, c, and what multiplies their variance: from them (b + 2·c·v)/sqrt(bb + 4·v·bc + 4·v²·cc).
-
-        That is the signed square root of what `residual` rises by when the vertex is moved to v.
-        """
-        (_, b, c), g = self.coefficients, self.covariance
-        return (
-            self.centre,
-            float(b) / self.level,
-            float(c) / self.level,
-            float(g[1, 1]),
-            float(g[1, 2]),
-            float(g[2, 2]),
-        )
-
     def vertex_ends(self, rise: float) -> tuple[float | None, float | None]:
-        """The ln N around the vertex to which it may be moved for this rise of `residual`; None is open.
+        """Return the ln N to which the vertex can move while `residual` rises by `rise`.
 
-        Fieller's quadratic.
+        Roots of Fieller's quadratic; None for an open end.
         """
-        (_, b, c), g = self.coefficients / self.level, self.covariance
-        square, half, rest = (
-            (c * c - rise * g[2, 2]) * 4,
-            (b * c - rise * g[1, 2]) * 2,
-            b * b - rise * g[1, 1],
-        )
+        _, b, c = self.coefficients / self.level
+        square = (c * c - rise * self.covariance[2, 2]) * 4
+        half = (b * c - rise * self.covariance[1, 2]) * 2
+        rest = b * b - rise * self.covariance[1, 1]
         root = float(np.sqrt(max(half * half - square * rest, 0.0)))
-        left, right = sorted(
-            (self.centre + (-half - root) / square, self.centre + (-half + root) / square)
-        )
+        roots = (self.centre + (-half - root) / square, self.centre + (-half + root) / square)
+        first, second = sorted(roots)
         if square > 0:
-            return left, right
+            return first, second
         if root == 0:
             return None, None
-        return (right, None) if self.vertex > right else (None, left)
+        return (second, None) if self.vertex > second else (None, first)
 
 
 @dataclass(frozen=True)
@@ -108,77 +88,88 @@ class Minimum:
     params: float
     """N."""
     tokens: float
-    """D; of a valley read off the runs' tokens at N."""
+    """D; on an isoFLOP curve, interpolated between the runs at N."""
     ratio: float
-    """D/N; of a valley read off the runs' ratios at N, which as published differs a little from tokens / params."""
+    """D/N; on an isoFLOP curve interpolated too, as published, so not quite tokens / params."""
     loss: float
-    """The parabola's or the surface's, bits per byte."""
+    """Loss of the parabola or surface, bits per byte."""
 
 
 @dataclass(frozen=True)
-class Valley:
-    """One budget."""
+class IsoFlopCurve:
+    """Loss against N at one budget."""
 
     budget: float
-    """FLOPs asked for."""
+    """Requested FLOPs."""
     flops: float
-    """FLOPs spent, geometric mean of the runs."""
+    """Actual FLOPs, geometric mean of the runs."""
     points: tuple[Point, ...]
     """Runs inside the window, by size."""
     left_out: tuple[Point, ...]
     """Runs outside the window."""
     code: str | None
-    """None when resolved; else too_few_runs, wrong_curvature or vertex_outside."""
+    """None if resolved, else too_few_runs, wrong_curvature or vertex_outside."""
     reason: str | None
-    """The code in words."""
+    """Sentence for the code."""
     parabola: Parabola | None
     """None with too few sizes."""
 
     @property
     def minimum(self) -> Minimum | None:
-        """The optimum at this budget, None when unresolved."""
+        """Optimum at this budget; None if unresolved."""
         if self.code or self.parabola is None:
             return None
         vertex = self.parabola.vertex
-        tokens = self.read(lambda point: point.tokens, vertex)
-        ratio = self.read(lambda point: point.tokens / point.params, vertex)
         return Minimum(
-            self.flops, float(np.exp(vertex)), tokens, ratio, float(self.parabola.at(vertex))
+            flops=self.flops,
+            params=float(np.exp(vertex)),
+            tokens=self.read(_tokens, vertex),
+            ratio=self.read(_ratio, vertex),
+            loss=float(self.parabola.at(vertex)),
         )
 
     def read(self, quantity: Callable[[Point], float], size: float) -> float:
-        """A quantity of the runs at ln N = size, linear in ln N. Not C/(6·N): FLOPs per token vary with the size."""
+        """Interpolate a quantity of the runs at ln N, linearly in ln N.
+
+        D is read thus instead of C/(6·N), because FLOPs per token vary with the size.
+        """
         return float(np.interp(size, *self._by_size(quantity)))
 
-    def size_of_tokens(self) -> Callable[[float], float]:
-        """ln D -> ln N at this budget: what `read` inverts, straight in logarithms beyond the sizes."""
-        sizes, tokens = self._by_size(lambda point: point.tokens)
+    def size_at_tokens(self) -> Callable[[float], float]:
+        """Return the function ln D -> ln N at this budget, linear beyond the runs."""
+        sizes, tokens = self._by_size(_tokens)
         fine = np.linspace(sizes[0], sizes[-1], 400)
         log_tokens = np.log(np.interp(fine, sizes, tokens))
-        slope = (log_tokens[-1] - log_tokens[0]) / (fine[-1] - fine[0])
+        rise = 50 * ((log_tokens[-1] - log_tokens[0]) / (fine[-1] - fine[0]))
         fine = np.concatenate([[fine[0] - 50], fine, [fine[-1] + 50]])
-        log_tokens = np.concatenate(
-            [[log_tokens[0] - 50 * slope], log_tokens, [log_tokens[-1] + 50 * slope]]
-        )
+        log_tokens = np.concatenate([[log_tokens[0] - rise], log_tokens, [log_tokens[-1] + rise]])
         return lambda u: float(np.interp(u, log_tokens[::-1], fine[::-1]))
 
     def _by_size(self, quantity: Callable[[Point], float]) -> tuple[Array, Array]:
+        """Return ln N, ascending, and the mean of the quantity at each."""
         sizes = sorted({point.params for point in self.points})
-        values = [
-            np.mean([quantity(point) for point in self.points if point.params == size])
-            for size in sizes
-        ]
-        return np.log(sizes), np.array(values)
+        means = []
+        for size in sizes:
+            means.append(np.mean([quantity(run) for run in self.points if run.params == size]))
+        return np.log(sizes), np.array(means)
+
+
+def _tokens(point: Point) -> float:
+    return point.tokens
+
+
+def _ratio(point: Point) -> float:
+    return point.tokens / point.params
 
 
 @dataclass(frozen=True)
-class IsoFlop:
-    """All valleys of one recipe, their noise pooled, and the exponents of their minima."""
+class IsoFlopFit:
+    """IsoFLOP curves of one recipe, their pooled noise, and the exponents of their minima."""
 
-    valleys: tuple[Valley, ...]
-    """By budget."""
+    curves: tuple[IsoFlopCurve, ...]
+    """Curves, sorted by budget."""
     noise: float | None
-    """Standard deviation of ln loss around the parabolas, all budgets together."""
+    """Standard deviation of ln loss around the parabolas, pooled over budgets."""
     free: int
     """Degrees of freedom of the noise."""
     params_exponent: Interval | None
@@ -188,219 +179,209 @@ class IsoFlop:
 
     @property
     def minima(self) -> list[Minimum]:
-        """Of the resolved budgets."""
-        return minima_of(self.valleys)
+        """Minima of the resolved budgets."""
+        return minima_of(self.curves)
 
-    def interval(self, valley: Valley) -> Interval:
-        """N of the minimum: the profile of the joint sum of squares of all valleys."""
-        best = valley.minimum
-        if best is None or valley.parabola is None or self.noise is None:
+    def interval(self, curve: IsoFlopCurve) -> Interval:
+        """Return N of the minimum, from the profile of the joint sum of squares of all curves."""
+        best = curve.minimum
+        if best is None or self.noise is None:
             return Interval(None)
         low, high = (
             None if end is None or abs(end) > 600 else float(np.exp(end))
-            for end in self._ends(valley)
+            for end in self._vertex_ends(curve)
         )
-        return Interval(best.params, low, high, low is not None and high is not None)
+        return Interval.of_ends(best.params, low, high)
 
-    def intervals(self, valley: Valley) -> dict[str, Interval]:
-        """Of the minimum's params, tokens, ratio and loss.
+    def intervals(self, curve: IsoFlopCurve) -> dict[str, Interval]:
+        """Return params, tokens, ratio and loss of the minimum.
 
-        Tokens and ratio are read off the runs at the ends of N, so they end where the sizes do; the loss has the
-        standard error of the parabola at its vertex, to which the vertex's own adds nothing.
+        Tokens and ratio are read off the runs at the ends of N, so they are open beyond the sizes.
+        The loss has the standard error of the parabola at its vertex; that of the vertex adds none.
         """
-        best = valley.minimum
-        names = ("params", "tokens", "ratio", "loss")
-        if best is None or valley.parabola is None or self.noise is None:
-            return {name: Interval(None) for name in names}
-        lower, upper = (self._within(valley, end) for end in self._ends(valley))
-        read = {
-            "tokens": (best.tokens, lambda point: point.tokens),
-            "ratio": (best.ratio, lambda point: point.tokens / point.params),
-        }
-        found = {"params": self.interval(valley)}
-        for name, (value, quantity) in read.items():  # both fall with N
-            high, low = (
-                None if end is None else valley.read(quantity, end) for end in (lower, upper)
-            )
-            found[name] = Interval(value, low, high, low is not None and high is not None)
-        reach = (
-            self.noise
-            * valley.parabola.error_at(valley.parabola.vertex)
-            * float(np.sqrt(self._rise))
+        best, parabola = curve.minimum, curve.parabola
+        if best is None or parabola is None or self.noise is None:
+            return {name: Interval(None) for name in ("params", "tokens", "ratio", "loss")}
+        lower, upper = (
+            end if end is not None and parabola.lowest <= end <= parabola.highest else None
+            for end in self._vertex_ends(curve)
         )
-        return found | {"loss": Interval(best.loss, best.loss - reach, best.loss + reach, True)}
+
+        def read(value: float, quantity: Callable[[Point], float]) -> Interval:
+            # Both quantities fall with N, so the ends swap.
+            low = None if upper is None else curve.read(quantity, upper)
+            high = None if lower is None else curve.read(quantity, lower)
+            return Interval.of_ends(value, low, high)
+
+        half = self.noise * parabola.error_at(parabola.vertex) * float(np.sqrt(self._rise))
+        return {
+            "params": self.interval(curve),
+            "tokens": read(best.tokens, _tokens),
+            "ratio": read(best.ratio, _ratio),
+            "loss": Interval(best.loss, best.loss - half, best.loss + half, True),
+        }
 
     @property
     def _rise(self) -> float:
-        """What the sum of squares may rise by, in units of the noise's variance."""
+        """Allowed rise of the sum of squares, in units of the noise's variance."""
         return self.free * (allowance(self.free) - 1)
 
-    def _ends(self, valley: Valley) -> tuple[float | None, float | None]:
-        assert valley.parabola is not None
+    def _vertex_ends(self, curve: IsoFlopCurve) -> tuple[float | None, float | None]:
+        assert curve.parabola is not None
         assert self.noise is not None
-        return valley.parabola.vertex_ends(self.noise**2 * self._rise)
-
-    def _within(self, valley: Valley, end: float | None) -> float | None:
-        assert valley.parabola is not None
-        return (
-            end
-            if end is not None and valley.parabola.lowest <= end <= valley.parabola.highest
-            else None
-        )
+        return curve.parabola.vertex_ends(self.noise**2 * self._rise)
 
     def document(self) -> dict[str, Any]:
-        """As JSON."""
-        exponents = {
-            "params_exponent": self.params_exponent,
-            "tokens_exponent": self.tokens_exponent,
-        }
+        """Return the JSON document."""
         return {
-            **{name: own.document() if own else None for name, own in exponents.items()},
+            "params_exponent": to_json(self.params_exponent),
+            "tokens_exponent": to_json(self.tokens_exponent),
             "noise": self.noise,
-            "optima": [self._optimum(valley) for valley in self.valleys],
+            "optima": [self._optimum(curve) for curve in self.curves],
         }
 
-    def _optimum(self, valley: Valley) -> dict[str, Any]:
-        intervals = self.intervals(valley)
+    def _optimum(self, curve: IsoFlopCurve) -> dict[str, Any]:
+        intervals = self.intervals(curve)
         return {
-            "budget": valley.budget,
-            **{name: own.estimate for name, own in intervals.items()},
-            "status": "ok" if valley.minimum else "unresolved",
-            "reason": valley.reason,
-            "intervals": {name: own.document() for name, own in intervals.items()}
-            if valley.minimum
-            else None,
+            "budget": curve.budget,
+            **{name: interval.estimate for name, interval in intervals.items()},
+            "status": "ok" if curve.minimum else "unresolved",
+            "reason": curve.reason,
+            "intervals": to_json(intervals) if curve.minimum else None,
         }
 
 
-def fit_isoflop(points: Sequence[Point]) -> IsoFlop | None:
-    """Valleys of the runs that have a budget; None when there are none.
+def fit_isoflop(points: Sequence[Point]) -> IsoFlopFit | None:
+    """Fit the isoFLOP curves of the runs that have a budget; None if there are none.
 
-    Noise is one value for all budgets (four sizes alone leave one degree of freedom). An exponent is the slope of the
-    least-squares line through the minima in logarithms, its interval the profile over all valleys at once: it carries
-    the minima's own uncertainty, so two budgets already have one; how far the minima are from a line is not in it.
+    Noise is pooled over budgets, because four sizes alone leave one degree of freedom. An exponent
+    is the slope of the least-squares line through the minima in logarithms, and its interval the
+    profile over all curves at once: it carries the uncertainty of the minima, so two budgets have
+    one already, but not the distance of the minima from a line.
     """
-    valleys = fit_valleys(points)
-    if not valleys:
+    curves = fit_isoflop_curves(points)
+    if not curves:
         return None
-    fitted = [valley.parabola for valley in valleys if valley.parabola is not None]
-    residual, free = (
-        sum(parabola.residual for parabola in fitted),
-        sum(parabola.free for parabola in fitted),
-    )
-    resolved = [valley for valley in valleys if valley.code is None]
-    exponents: list[Interval | None] = [None, None]
-    if len(resolved) >= 2:
-        exponents = [
-            _exponent(resolved, [lambda u: u for _ in resolved], residual, free),
-            _exponent(resolved, [valley.size_of_tokens() for valley in resolved], residual, free),
-        ]
-    return IsoFlop(valleys, float(np.sqrt(residual / free)) if free else None, free, *exponents)
+    parabolas = [curve.parabola for curve in curves if curve.parabola is not None]
+    residual = sum(parabola.residual for parabola in parabolas)
+    free = sum(parabola.free for parabola in parabolas)
+    noise = float(np.sqrt(residual / free)) if free else None
+    resolved = [curve for curve in curves if curve.code is None]
+    if len(resolved) < 2:
+        return IsoFlopFit(curves, noise, free, None, None)
+    sizes = _exponent(resolved, [lambda u: u for _ in resolved], residual, free)
+    tokens = _exponent(resolved, [curve.size_at_tokens() for curve in resolved], residual, free)
+    return IsoFlopFit(curves, noise, free, sizes, tokens)
 
 
-def minima_of(valleys: Sequence[Valley]) -> list[Minimum]:
-    """Of the resolved ones."""
-    return [valley.minimum for valley in valleys if valley.minimum]
+def minima_of(curves: Sequence[IsoFlopCurve]) -> list[Minimum]:
+    """Return the minima of the resolved curves."""
+    return [curve.minimum for curve in curves if curve.minimum]
 
 
-def fit_valleys(points: Sequence[Point]) -> tuple[Valley, ...]:
-    """Every budget alone, by budget."""
+def fit_isoflop_curves(points: Sequence[Point]) -> tuple[IsoFlopCurve, ...]:
+    """Fit the curve of every budget by itself, by budget."""
     budgets = sorted({point.budget for point in points if point.budget is not None})
     return tuple(
-        _valley(budget, [point for point in points if point.budget == budget]) for budget in budgets
+        _curve(budget, [point for point in points if point.budget == budget]) for budget in budgets
     )
 
 
-def _valley(budget: float, points: list[Point]) -> Valley:
+def _curve(budget: float, points: list[Point]) -> IsoFlopCurve:
     centre = min(points, key=lambda point: (point.loss, point.params)).params
-    near = [point for point in points if 1 / WINDOW <= point.params / centre <= WINDOW]
-    inside = tuple(sorted(near, key=lambda point: (point.params, point.run_id)))
+    window = [point for point in points if 1 / WINDOW <= point.params / centre <= WINDOW]
+    inside = tuple(sorted(window, key=lambda point: (point.params, point.run_id)))
     outside = tuple(point for point in points if point not in inside)
     flops = float(np.exp(np.mean([np.log(point.flops) for point in points])))
-    parabola = _parabola(inside) if len({point.params for point in inside}) >= SIZES else None
-    return Valley(budget, flops, inside, outside, *_verdict(inside, parabola), parabola)
+    sizes = len({point.params for point in inside})
+    parabola = _parabola(inside) if sizes >= MIN_SIZES else None
+    code, reason = _unresolved(sizes, parabola)
+    return IsoFlopCurve(budget, flops, inside, outside, code, reason, parabola)
 
 
 def _parabola(points: Sequence[Point]) -> Parabola:
-    sizes, losses = (
-        np.log([point.params for point in points]),
-        np.array([point.loss for point in points]),
-    )
+    sizes = np.log([point.params for point in points])
+    losses = np.array([point.loss for point in points])
     centre = float(sizes.mean())
     design = np.vander(sizes - centre, 3, increasing=True)
     coefficients: Array = np.linalg.lstsq(design, losses)[0]
     level = float(losses.mean())
-    residual = float(((losses - design @ coefficients) ** 2).sum()) / level**2
     return Parabola(
-        centre,
-        coefficients,
-        np.asarray(np.linalg.inv(design.T @ design), float),
-        level,
-        residual,
-        len(points) - 3,
-        float(sizes.min()),
-        float(sizes.max()),
+        centre=centre,
+        coefficients=coefficients,
+        covariance=np.asarray(np.linalg.inv(design.T @ design), float),
+        level=level,
+        residual=float(((losses - design @ coefficients) ** 2).sum()) / level**2,
+        free=len(points) - 3,
+        lowest=float(sizes.min()),
+        highest=float(sizes.max()),
     )
 
 
-def _verdict(points: Sequence[Point], parabola: Parabola | None) -> tuple[str | None, str | None]:
-    sizes = {point.params for point in points}
+def _unresolved(sizes: int, parabola: Parabola | None) -> tuple[str | None, str | None]:
+    """Return code and reason of a parabola without a minimum among the runs; None if it has one."""
     if parabola is None:
-        return "too_few_runs", f"{len(sizes)} different sizes where a parabola needs {SIZES}"
+        return "too_few_runs", f"{sizes} different sizes where a parabola needs {MIN_SIZES}"
     if parabola.coefficients[2] <= 0:
         return "wrong_curvature", "the loss does not curve upwards in size: there is no minimum"
     if parabola.vertex > parabola.highest:
+        largest = np.exp(parabola.highest)
         return (
             "vertex_outside",
-            f"the minimum lies beyond the largest size run, {max(sizes):.3g}: run larger ones",
+            f"the minimum lies beyond the largest size, {largest:.3g}: run larger ones",
         )
     if parabola.vertex < parabola.lowest:
+        smallest = np.exp(parabola.lowest)
         return (
             "vertex_outside",
-            f"the minimum lies below the smallest size run, {min(sizes):.3g}: run smaller ones",
+            f"the minimum lies below the smallest size, {smallest:.3g}: run smaller ones",
         )
     return None, None
 
 
 def _exponent(
-    valleys: Sequence[Valley], sizes: Sequence[Callable[[float], float]], residual: float, free: int
+    curves: Sequence[IsoFlopCurve],
+    sizes: Sequence[Callable[[float], float]],
+    residual: float,
+    free: int,
 ) -> Interval:
-    """Slope over ln C of the straight line through the minima u_k, with `sizes[k]` taking u to ln N at budget k."""
-    compute = np.log([valley.flops for valley in valleys])
+    """Return the slope over ln C of the line through the minima u_k, with its profile interval.
+
+    `sizes[k]` maps u to ln N at budget k.
+    """
+    # 1) the least-squares slope is weights·u
+    compute = np.log([curve.flops for curve in curves])
     compute -= compute.mean()
-    parabolas = [valley.parabola for valley in valleys if valley.parabola is not None]
+    parabolas = [curve.parabola for curve in curves if curve.parabola is not None]
     minima = np.array([_inverse(size, parabola.vertex) for size, parabola in zip(sizes, parabolas)])
     weights = compute / (compute @ compute)
     estimate = float(weights @ minima)
-    # Moving the minima along `compute` sets the slope; every move across it leaves the slope and is profiled out.
+    # 2) moving the minima along `compute` sets the slope; moves across it are profiled out
     across = np.linalg.svd(weights[None, :])[2][1:]
     scale = np.sqrt(residual / free) + 1e-12
     limit = (residual / scale**2 + 1e-9) * (allowance(free) - 1)
+    # 3) the rise of a parabola's residual when its vertex moves to v is a square in closed form
+    centre = np.array([parabola.centre for parabola in parabolas])
+    b, c = np.array([parabola.coefficients[1:] / parabola.level for parabola in parabolas]).T
+    covariance = np.array([parabola.covariance for parabola in parabolas])
+    bb, bc, cc = covariance[:, 1, 1], covariance[:, 1, 2], covariance[:, 2, 2]
 
-    centre, b, c, bb, bc, cc = np.array([own.bends for own in parabolas]).T
-
-    def rise(slope: float) -> float:
+    def excess(slope: float) -> float:
         moved = minima + (slope - estimate) * compute
 
         def misfits(theta: Array) -> Array:
             v = np.array([size(u) for size, u in zip(sizes, moved + theta @ across)]) - centre
             return np.asarray((b + 2 * c * v) / np.sqrt(bb + 4 * v * bc + 4 * v * v * cc) / scale)
 
-        return float(
-            2
-            * optimize.least_squares(
-                misfits, np.zeros(len(across)), method="lm", ftol=1e-7, max_nfev=500
-            ).cost
-            - limit
-        )
+        start = np.zeros(len(across))
+        best = optimize.least_squares(misfits, start, method="lm", ftol=1e-7, max_nfev=500)
+        return float(2 * best.cost - limit)
 
-    low, high = (
-        crossing(rise, estimate, estimate - 5, 0.05),
-        crossing(rise, estimate, estimate + 5, 0.05),
-    )
-    return Interval(estimate, low, high, low is not None and high is not None)
+    low = crossing(excess, estimate, estimate - 5, 0.05)
+    high = crossing(excess, estimate, estimate + 5, 0.05)
+    return Interval.of_ends(estimate, low, high)
 
 
 def _inverse(size: Callable[[float], float], vertex: float) -> float:
-    """u whose ln N is the vertex."""
+    """Return the u whose ln N is the vertex."""
     return float(optimize.brentq(lambda u: size(u) - vertex, -100, 200))

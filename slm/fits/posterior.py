@@ -1,9 +1,9 @@
-"""What few runs allow: the coupled surface under a weak prior, and a handful of surfaces that may be true.
+"""Posterior of the coupled surface under a weak prior: its mode, and samples of surfaces.
 
-L = E + (A·N^-alpha + B·D^-beta)^gamma in theta = (ln E, a, b, ln p, ln q, ln gamma), the row of `descent` with its last
-three as logarithms; a and b are those of the two terms at the centre of the runs. Any runs have an answer, so that it
-can be said how little they hold. Seeds deviate by sigma, a run whatever its seed by tau, and the mean of m seeds has
-the weight 1/(tau² + sigma²/m).
+L = E + (A·N^-alpha + B·D^-beta)^gamma in theta = (ln E, a, b, ln p, ln q, ln gamma), the row of
+`slm.fits.optimize` with its last three as logarithms; a and b belong to the centre of the runs. Any
+runs have a posterior, however little they hold. Seeds deviate by sigma, a run of any seed by tau,
+so the mean of m seeds has the weight 1/(tau² + sigma²/m).
 """
 
 from __future__ import annotations
@@ -13,121 +13,127 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from slm.fits.optimize import Array, Cloud
+from slm.fits.optimize import LossData
 from slm.fits.points import Point
 from slm.fits.power_law import ROUNDING, Noise, seed_noise
+from slm.fits.types import Array
 
 Cell = tuple[float, float]
-"""N and D: runs that share them are seeds of one."""
+"""N and D. Runs of one cell are seeds of each other."""
 
 SHARES = (0.7, 0.15, 0.15)
 """Prior means of the floor and of both terms at the centre, as shares of the mean loss there."""
 EXPONENTS = (0.35, 0.35, 0.75)
 """Prior means of p, q and gamma."""
 SPREADS = np.array([1.0, 1.0, 1.0, 0.45, 0.45, 0.4])
-"""Prior standard deviations of theta, all logarithms: twice these hold the coupled surfaces of Epoch's, Llama 3's and
-nanochat's runs, exponents p and q from .14 to .86, and a floor from next to none."""
+"""Prior standard deviations of theta. Twice these include the coupled surfaces of Epoch, Llama 3
+and nanochat: p and q from .14 to .86, and a floor down to next to none."""
 TAU = 7e-4
-"""Relative: what the coupled surface leaves of nanochat's 28 runs, of which seeds differ by 2e-4."""
+"""Relative misfit of the coupled surface to nanochat's 28 runs, whose seeds differ by 2e-4."""
 SIGMA = 2e-3
-"""Relative noise of a run, worth two runs, where there are no seeds to tell."""
+"""Relative noise of a run without replicate seeds, counted as two runs."""
 DRAWS = 32
-"""Surfaces that the runs allow, over which a design is chosen."""
-STEPS = 200
-"""Steps of a fit at most."""
+"""Sampled surfaces, over which a design is averaged."""
+MAX_STEPS = 200
 
 
-def believe(points: Sequence[Point]) -> tuple[Array, Array, Noise]:
-    """The most probable theta (1, 6), DRAWS of those that may be (s, 6), and the noise.
+def sample_posterior(points: Sequence[Point]) -> tuple[Array, Array, Noise]:
+    """Return the mode of theta (1, 6), DRAWS samples (s, 6), and the noise of a run.
 
-    Noise is of seeds, else of what the fit leaves, SIGMA counting as two runs. A draw is the fit to losses and a prior
-    mean that have been moved by their own uncertainty (Bardsley et al. 2014): for a nearly linear surface the
-    posterior, and where one dial leaves a long bent valley it follows that.
+    The noise is that of replicate seeds, else of the residuals with SIGMA counted as two runs.
+    Samples are by randomise-then-optimise (Bardsley et al. 2014): fits to losses and a prior mean
+    that are moved by their own uncertainty. For a nearly linear surface they are the posterior, and
+    they follow the long bent valley that a single dial leaves.
     """
+    # 1) one mean loss per cell
     groups: dict[Cell, list[float]] = defaultdict(list)
     for point in points:
         groups[point.params, point.tokens].append(float(np.log(point.loss)))
-    places = np.log(list(groups)) - np.log([(point.params, point.tokens) for point in points]).mean(
-        0
-    )
-    logs, seeds = (
-        np.array([np.mean(own) for own in groups.values()]),
-        np.array([len(own) for own in groups.values()]),
-    )
+    centre = np.log([(point.params, point.tokens) for point in points]).mean(0)
+    positions = np.log(list(groups)) - centre
+    logs = np.array([np.mean(losses) for losses in groups.values()])
+    seeds = np.array([len(losses) for losses in groups.values()])
+    # 2) prior mean and noise
     mean = np.concatenate([logs.mean() + np.log(SHARES), np.log(EXPONENTS)])
-    noise = seed_noise(points) or _noise_left(places, logs, seeds, mean)
-    scale = np.sqrt(weight(seeds, noise.sigma))
+    noise = seed_noise(points) or _residual_noise(positions, logs, seeds, mean)
+    # 3) the mode, and the modes for randomised losses and prior means
+    scale = np.sqrt(information(seeds, noise.sigma))
     draw = np.random.default_rng(0)
-    losses = logs + draw.standard_normal((DRAWS, len(logs))) / scale
-    means = mean + SPREADS * draw.standard_normal((DRAWS, len(mean)))
-    return (
-        _probable(places, logs[None], scale, mean[None]),
-        _probable(places, losses, scale, means),
-        noise,
-    )
+    random_logs = logs + draw.standard_normal((DRAWS, len(logs))) / scale
+    random_means = mean + SPREADS * draw.standard_normal((DRAWS, len(mean)))
+    mode = _modes(positions, logs[None], scale, mean[None])
+    return mode, _modes(positions, random_logs, scale, random_means), noise
 
 
-def _noise_left(places: Array, logs: Array, seeds: Array, mean: Array) -> Noise:
-    """Spread around the surface over the degrees of freedom it leaves, with SIGMA worth two."""
-    scale = np.sqrt(weight(seeds, SIGMA))
-    (predicted,), (slopes,) = log_losses(_probable(places, logs[None], scale, mean[None]), places)
-    own = slopes * scale[:, None]
-    free = len(logs) - np.linalg.solve(own.T @ own + np.diag(SPREADS**-2), own.T @ own).trace()
+def _residual_noise(positions: Array, logs: Array, seeds: Array, mean: Array) -> Noise:
+    """Return the spread around the mode, over its degrees of freedom, with SIGMA as two more."""
+    scale = np.sqrt(information(seeds, SIGMA))
+    mode = _modes(positions, logs[None], scale, mean[None])
+    (predicted,), (slopes,) = log_losses(mode, positions)
+    scaled = slopes * scale[:, None]
+    gram = scaled.T @ scaled
+    free = len(logs) - np.linalg.solve(gram + np.diag(SPREADS**-2), gram).trace()
     squares = seeds @ (predicted - logs) ** 2
     return Noise(float(np.sqrt((squares + 2 * SIGMA**2) / (free + 2))), "residuals and a prior")
 
 
-def _probable(places: Array, logs: Array, scale: Array, means: Array) -> Array:
-    """theta (s, 6) of the least squares of scale·(ln L - logs), logs (s, k), and of the prior around means (s, 6).
+def _modes(positions: Array, logs: Array, scale: Array, means: Array) -> Array:
+    """Return the theta (s, 6) that minimise |scale·(ln L - logs)|² + |(theta - means)/SPREADS|².
 
-    Levenberg-Marquardt, side by side, each damped on its own.
+    `logs` is (s, k), `means` (s, 6). Levenberg-Marquardt in theta, a batch with a damping each;
+    unlike that of `slm.fits.optimize` for least squares alone, and without bounds.
     """
-    thetas, damping, prior = means, np.full(len(means), 1e-2), SPREADS**-2
+    prior = SPREADS**-2
 
-    def errors(thetas: Array) -> tuple[Array, Array, Array]:
-        predicted, slopes = log_losses(thetas, places)
-        misfit = scale * (predicted - logs)
-        return (
-            (misfit**2).sum(1) + (prior * (thetas - means) ** 2).sum(1),
-            misfit,
-            slopes * scale[:, None],
-        )
+    def evaluate(thetas: Array) -> tuple[Array, Array, Array]:
+        """Return objectives (s,), misfits (s, k) and their slopes (s, k, 6)."""
+        predicted, slopes = log_losses(thetas, positions)
+        misfits = scale * (predicted - logs)
+        penalty = (prior * (thetas - means) ** 2).sum(1)
+        return (misfits**2).sum(1) + penalty, misfits, slopes * scale[:, None]
 
-    values, misfit, slopes = errors(thetas)
+    thetas = means
+    damping = np.full(len(means), 1e-2)
+    values, misfits, slopes = evaluate(thetas)
     done = np.zeros(len(values), bool)
-    for _ in range(STEPS):
+    for _ in range(MAX_STEPS):
+        # 1) damped normal equations of data and prior; no step beyond one prior deviation
         normal = slopes.transpose(0, 2, 1) @ slopes + np.diag(prior)
-        damped = normal + damping[:, None, None] * np.einsum("skk->sk", normal)[:, None] * np.eye(
-            len(prior)
-        )
-        slope = (misfit[:, None] @ slopes)[:, 0] + prior * (thetas - means)
-        step = np.linalg.solve(damped, slope[:, :, None])[:, :, 0]
+        diagonal = np.einsum("skk->sk", normal)[:, None] * np.eye(len(prior))
+        gradient = (misfits[:, None] @ slopes)[:, 0] + prior * (thetas - means)
+        damped = normal + damping[:, None, None] * diagonal
+        step = np.linalg.solve(damped, gradient[:, :, None])[:, :, 0]
         trial = thetas - step / np.maximum(np.abs(step / SPREADS).max(1, keepdims=True), 1.0)
-        there, *others = errors(trial)
-        better = there <= values
+        # 2) accept what is no worse, and stop once all fits have stopped gaining
+        trial_values, trial_misfits, trial_slopes = evaluate(trial)
+        better = trial_values <= values
         damping = np.where(better, damping / 5, damping * 5)
-        done |= better & (values - there <= 1e-8 * values)
-        thetas, values = np.where(better[:, None], trial, thetas), np.where(better, there, values)
-        misfit = np.where(better[:, None], others[0], misfit)
-        slopes = np.where(better[:, None, None], others[1], slopes)
+        done |= better & (values - trial_values <= 1e-8 * values)
+        thetas = np.where(better[:, None], trial, thetas)
+        values = np.where(better, trial_values, values)
+        misfits = np.where(better[:, None], trial_misfits, misfits)
+        slopes = np.where(better[:, None, None], trial_slopes, slopes)
         if done.all():
             break
     return thetas
 
 
-def log_losses(thetas: Array, places: Array) -> tuple[Array, Array]:
-    """ln L (s, k) at (k, 2) centred ln N and ln D by each theta (s, 6), and its slopes (s, k, 6)."""
-    cloud = Cloud(places[:, 0], places[:, 1], np.ones(len(places)), (0.0, 0.0), np.inf)
-    logs, slopes = cloud.residuals(rows_of(thetas))
+def log_losses(thetas: Array, positions: Array) -> tuple[Array, Array]:
+    """Return ln L (s, k) of each theta (s, 6) at positions (k, 2), and its slopes (s, k, 6).
+
+    Positions are ln N and ln D from the centre of the runs.
+    """
+    data = LossData(positions[:, 0], positions[:, 1], np.ones(len(positions)), (0.0, 0.0), np.inf)
+    logs, slopes = data.residuals(rows_of(thetas))
     slopes[:, 3:] *= np.exp(thetas[:, 3:, None])
     return logs, slopes.transpose(0, 2, 1)
 
 
 def rows_of(thetas: Array) -> Array:
-    """theta -> the row of `descent`; (..., 6)."""
+    """Return the rows of `slm.fits.optimize` for theta, (..., 6) each."""
     return np.concatenate([thetas[..., :3], np.exp(thetas[..., 3:])], -1)
 
 
-def weight(counts: Array, sigma: float) -> Array:
-    """Information (k,) of so many seeds of one run: 1/(tau² + sigma²/m), 0 of none."""
+def information(counts: Array, sigma: float) -> Array:
+    """Return the weight (k,) of so many seeds of a run: 1/(tau² + sigma²/m), 0 for none."""
     return np.asarray(counts / (counts * TAU**2 + sigma**2 + ROUNDING**2))

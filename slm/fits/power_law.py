@@ -1,10 +1,11 @@
-"""L(C) = E + K·C^-p through the compute-optimal runs, and its rival without a floor, L(C) = K·C^-p.
+"""Law L(C) = E + K·C^-p of compute-optimal runs, and its rival without a floor, L(C) = K·C^-p.
 
-Estimator: the sum of Huber losses of the log residuals. For each p of a grid the linear part (E, K >= 0) is solved, the
-best are polished together. delta = 1.345·sigma (95 % efficient under Gauss), sigma from replicate seeds, else
-1.4826·MAD. Every interval is an extreme over one region, {S <= S_min·(1 + F_.95(1, n-p)/(n-p))}, of which the boundary
-is sampled: the profile-likelihood interval of E, K, p, L(C) or any other function of them. A further run at C has
-y ± t·sqrt(g'Vg + sigma²) of ln loss, the first term being the law's own interval.
+The objective is the sum of Huber losses of the log residuals. The linear part (E, K >= 0) is solved
+for each p of a grid, and the best are polished together. delta = 1.345·sigma (95 % efficient for
+Gaussian noise), sigma from replicate seeds, else 1.4826·MAD. All intervals are extremes over one
+region, {S <= S_min·(1 + F_.95(1, n-p)/(n-p))}, whose boundary is sampled: that is the
+profile-likelihood interval of E, K, p, L(C) or any other function of them. A further run at C has
+y ± t·sqrt(g'Vg + sigma²) in ln loss, the first term being the interval of the law.
 """
 
 from __future__ import annotations
@@ -12,44 +13,40 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize
 
-from slm.fits.intervals import LEVEL, Interval, allowance, crossing, further
+from slm.fits.intervals import LEVEL, Interval, allowance, crossing, prediction_interval
 from slm.fits.points import Point
-
-Array = NDArray[np.float64]
-
-Solver = Callable[[Array], tuple[Array, Array]]
-"""Exponents (P,) -> the best parameters there (P, 3) and their objectives (P,)."""
+from slm.fits.types import Array, to_json
 
 ADDITIVE = "E + K*C^-p"
 PURE = "K*C^-p"
 PARAMETERS = {ADDITIVE: 3, PURE: 2}
+"""Number of parameters by form."""
 EXPONENTS = {ADDITIVE: np.geomspace(0.002, 3, 60), PURE: np.linspace(-1, 3, 161)}
-"""Exponents looked at; an interval that reaches an end is open there. Without a floor the loss may also rise."""
+"""Grid of p; an interval that reaches its end is open. Without a floor the loss may also rise."""
 REACH = 10.0
-"""How many times beyond the largest run a law is read at most."""
+"""Largest multiple of the largest run's compute at which a law is read."""
 ROUNDING = 1e-10
 """Log residuals below this are rounding, not noise."""
 
 
 @dataclass(frozen=True)
 class Noise:
-    """How far a run is from the law."""
+    """Spread of runs around a law."""
 
     sigma: float
     """Standard deviation of ln loss."""
     source: str
-    """`replicate seeds` or `1.4826*MAD`."""
+    """`replicate seeds`, `1.4826*MAD` or another estimator."""
 
     @property
     def delta(self) -> float:
-        """Where the Huber loss turns linear; infinite, so plain least squares, when there is no noise to speak of."""
+        """Threshold of the Huber loss; infinite, least squares, if the noise is mere rounding."""
         return 1.345 * self.sigma if self.sigma > ROUNDING else np.inf
 
 
@@ -58,7 +55,7 @@ LEAST_SQUARES = Noise(0.0, "none")
 
 @dataclass(frozen=True)
 class Law:
-    """One law, fitted. Its parameters at C0, `reference`: loss = floor + scale·(C/C0)^-exponent."""
+    """A fitted law: loss = floor + scale·(C/C0)^-exponent, C0 being `reference`."""
 
     form: str
     """ADDITIVE or PURE."""
@@ -71,7 +68,7 @@ class Law:
     best: Array
     """(floor, scale, exponent)."""
     region: Array
-    """(m, 3): the boundary of the 95 % region, and the best."""
+    """(m, 3): the best parameters and points of the boundary of the 95 % region."""
     open_low: bool
     """Whether the exponent has no lower end above 0."""
     open_high: bool
@@ -79,13 +76,13 @@ class Law:
     objective: float
     """Sum of Huber losses of the log residuals."""
     noise: Noise
-    """What set delta."""
+    """Noise that set delta."""
     residual_rms: float
     """Root mean square log residual."""
     n: int
-    """Runs."""
+    """Number of runs."""
     level: float
-    """Of the region and so of every interval."""
+    """Level of the region and so of every interval."""
 
     @property
     def free(self) -> int:
@@ -94,96 +91,99 @@ class Law:
 
     @property
     def scatter(self) -> float:
-        """Standard deviation of ln loss around the law, runs beyond delta counted as they weigh."""
+        """Standard deviation of ln loss around the law, runs beyond delta counted by their loss."""
         return float(np.sqrt(2 * self.objective / self.free))
 
     def loss(self, flops: Array | float) -> Array:
-        """The law at C; any shape."""
+        """Return the law at C, of the shape of `flops`."""
         return np.asarray(
             _losses(self.best[None], np.log(np.asarray(flops, float) / self.reference))[0]
         )
 
     def band(self, flops: Array) -> tuple[Array, Array]:
-        """Ends of the 95 % interval of the law (not of a further run) at C."""
+        """Return the ends of the 95 % interval of the law, not of a further run, at C."""
         losses = _losses(self.region, np.log(flops / self.reference))
         return losses.min(0), losses.max(0)
 
     def at(self, flops: float) -> Interval:
-        """The law at C."""
+        """Return the law at C with its interval."""
         low, high = self.band(np.array([flops]))
         return Interval(float(self.loss(flops)), float(low[0]), float(high[0]), True)
 
     def prediction(self, flops: float) -> Interval:
-        """A further run at C."""
-        return further(self.at(flops), self.scatter, self.free, self.level)
+        """Predict the loss of a further run at C."""
+        return prediction_interval(self.at(flops), self.scatter, self.free, self.level)
 
     def interval(self, value: Callable[[Array], Array]) -> Interval:
-        """Any function of the parameters, given (m, 3) rows (floor, scale, exponent): estimate and extremes."""
+        """Return estimate and extremes of a function of rows (m, 3) of (floor, scale, exponent)."""
         values = value(self.region)
-        return Interval(
-            float(value(self.best[None])[0]), float(values.min()), float(values.max()), True
-        )
+        best = float(value(self.best[None])[0])
+        return Interval(best, float(values.min()), float(values.max()), True)
 
     @property
     def p(self) -> Interval:
         """Exponent of compute."""
-        return self._open(self.interval(lambda rows: rows[:, 2]))
+        return self._opened(self.interval(lambda rows: rows[:, 2]))
 
     @property
     def E(self) -> Interval:  # noqa: N802
-        """Irreducible loss; not there in the pure law. An interval from 0 holds no floor."""
+        """Irreducible loss; unknown for the pure law. An interval from 0 does not hold a floor."""
         if self.form == PURE:
             return Interval(None)
-        own = self.interval(lambda rows: rows[:, 0])
-        return replace(own, identifiable=bool(own.low) and self.p.identifiable)
+        floor = self.interval(lambda rows: rows[:, 0])
+        return replace(floor, identifiable=bool(floor.low) and self.p.identifiable)
 
     @property
     def K(self) -> Interval:  # noqa: N802
-        """Reducible loss at one FLOP, in the loss's unit: as well known as p."""
-        return self._open(self.interval(lambda rows: rows[:, 1] * self.reference ** rows[:, 2]))
+        """Reducible loss at one FLOP, in the unit of the loss; identifiable if p is."""
+        return self._opened(self.interval(lambda rows: rows[:, 1] * self.reference ** rows[:, 2]))
 
     def document(self) -> dict[str, Any]:
-        """As JSON; losses in the unit of the runs."""
+        """Return the JSON document; losses in the unit of the runs."""
         flops = np.geomspace(self.smallest, REACH * self.largest, 41)
         low, high = self.band(flops)
         band = {"flops": flops, "loss": self.loss(flops), "low": low, "high": high}
-        return {
-            "form": self.form,
-            "n": self.n,
-            "E": self.E.document(),
-            "K": self.K.document(),
-            "p": self.p.document(),
-            "objective": self.objective,
-            "delta": self.noise.delta if np.isfinite(self.noise.delta) else None,
-            "sigma": self.noise.sigma,
-            "sigma_from": self.noise.source,
-            "residual_rms": self.residual_rms,
-            "band": {name: own.tolist() for name, own in band.items()}
-            | {"extrapolated_from": self.largest},
-            "flattening": [self._flattening(times) for times in (1.0, REACH)],
-        }
+        return to_json(
+            {
+                "form": self.form,
+                "n": self.n,
+                "E": self.E,
+                "K": self.K,
+                "p": self.p,
+                "objective": self.objective,
+                "delta": self.noise.delta,
+                "sigma": self.noise.sigma,
+                "sigma_from": self.noise.source,
+                "residual_rms": self.residual_rms,
+                "band": band | {"extrapolated_from": self.largest},
+                "flattening": [self._flattening(times) for times in (1.0, REACH)],
+            }
+        )
 
     def _flattening(self, times: float) -> dict[str, Any]:
         flops = times * self.largest
         return {
             "flops": flops,
             "times_largest": times,
-            "slope": self.slope(flops).document(),
-            "doubling": self.gain(flops).document(),
+            "slope": self.slope(flops),
+            "doubling": self.gain(flops),
             "extrapolated": times > 1,
         }
 
-    def _open(self, own: Interval) -> Interval:
-        low = own.low if not self.open_low else 0.0 if self.form == ADDITIVE else None
-        high = own.high if not self.open_high else None
-        return Interval(own.estimate, low, high, not (self.open_low or self.open_high))
+    def _opened(self, interval: Interval) -> Interval:
+        """Return the interval with the open ends of the exponent."""
+        low = interval.low
+        if self.open_low:
+            low = 0.0 if self.form == ADDITIVE else None
+        high = None if self.open_high else interval.high
+        return Interval(interval.estimate, low, high, not (self.open_low or self.open_high))
 
     def slope(self, flops: float) -> Interval:
-        """d ln L / d ln C at C."""
+        """Return d ln L / d ln C at C."""
         return self.interval(lambda rows: self._slopes(rows, flops))
 
     def gain(self, flops: float) -> Interval:
-        """Share of the loss that doubling compute takes away at C, by the slope there: 1 - 2^slope."""
+        """Return the share of the loss that doubling compute saves at C, 1 - 2^slope."""
         return self.interval(lambda rows: 1 - 2 ** self._slopes(rows, flops))
 
     def _slopes(self, rows: Array, flops: float) -> Array:
@@ -192,17 +192,16 @@ class Law:
 
 
 def fit_law(form: str, flops: Array, losses: Array, noise: Noise, level: float = LEVEL) -> Law:
-    """One form through (n,) runs, at least one more than it has parameters."""
-    free = len(flops) - PARAMETERS[form]
-    reference, z, logc = _logs(flops, losses)
-    solve = _solver(form, logc, z, noise.delta)
-    best, objective = _best(solve, logc, z, noise.delta, form)
-    limit = (objective + len(z) * ROUNDING**2) * allowance(free, level)
-    low, high = _exponents_inside(solve, best[2], limit, form)
-    region = _boundary(solve, logc, z, noise.delta, limit, _between(low, high, form), form)
+    """Fit one form to (n,) runs, at least one more than it has parameters."""
+    problem = _Problem.of_runs(form, flops, losses, noise)
+    best, objective = problem.best()
+    limit = (objective + len(flops) * ROUNDING**2) * allowance(len(flops) - PARAMETERS[form], level)
+    low, high = problem.exponent_ends(best[2], limit)
+    region = problem.boundary(limit, problem.exponents_between(low, high))
+    residuals = problem.z - np.log(_losses(best[None], problem.logc)[0])
     return Law(
         form=form,
-        reference=reference,
+        reference=problem.reference,
         smallest=float(flops.min()),
         largest=float(flops.max()),
         best=best,
@@ -211,39 +210,36 @@ def fit_law(form: str, flops: Array, losses: Array, noise: Noise, level: float =
         open_high=high is None,
         objective=objective,
         noise=noise,
-        residual_rms=float(np.sqrt(np.mean((z - np.log(_losses(best[None], logc)[0])) ** 2))),
-        n=len(z),
+        residual_rms=float(np.sqrt(np.mean(residuals**2))),
+        n=len(flops),
         level=level,
     )
 
 
 def predict(form: str, flops: Array, losses: Array, noise: Noise, at: Array) -> Array:
-    """Loss at compute `at` by a law through the runs, of which there may be as many as parameters."""
-    reference, best, _ = least(form, flops, losses, noise)
+    """Return the loss at compute `at` by a law through as many runs as parameters, or more."""
+    reference, best, _ = best_parameters(form, flops, losses, noise)
     return np.asarray(_losses(best[None], np.log(at / reference))[0])
 
 
-def least(form: str, flops: Array, losses: Array, noise: Noise) -> tuple[float, Array, float]:
-    """C0, the (floor, scale, exponent) of least objective there, and that, without intervals."""
-    reference, z, logc = _logs(flops, losses)
-    return reference, *_best(_solver(form, logc, z, noise.delta), logc, z, noise.delta, form)
-
-
-def _logs(flops: Array, losses: Array) -> tuple[float, Array, Array]:
-    """C0, ln L and ln(C/C0)."""
-    reference = float(np.exp(np.log(flops).mean()))
-    return reference, np.log(losses), np.log(flops / reference)
+def best_parameters(
+    form: str, flops: Array, losses: Array, noise: Noise
+) -> tuple[float, Array, float]:
+    """Return C0, the best (floor, scale, exponent) and its objective, without intervals."""
+    problem = _Problem.of_runs(form, flops, losses, noise)
+    return problem.reference, *problem.best()
 
 
 def noise_of(points: Sequence[Point], flops: Array, losses: Array, form: str) -> Noise:
-    """Spread of ln loss: of seeds, with two degrees of freedom at least, else around the least-squares law."""
-    return seed_noise(points) or spread(
-        np.log(losses / predict(form, flops, losses, LEAST_SQUARES, flops))
-    )
+    """Return the noise of ln loss: of replicate seeds, else around the least-squares law."""
+    noise = seed_noise(points)
+    if noise:
+        return noise
+    return spread(np.log(losses / predict(form, flops, losses, LEAST_SQUARES, flops)))
 
 
 def seed_noise(points: Sequence[Point]) -> Noise | None:
-    """Spread of ln loss over runs that differ in nothing but the seed; None below two degrees of freedom."""
+    """Return the noise of ln loss among replicates; None below two degrees of freedom."""
     groups: dict[tuple[float, ...], list[float]] = defaultdict(list)
     for point in points:
         groups[point.setting].append(float(np.log(point.loss)))
@@ -253,12 +249,15 @@ def seed_noise(points: Sequence[Point]) -> Noise | None:
 
 
 def spread(residuals: Array) -> Noise:
-    """Spread of log residuals, whatever a few of them are."""
+    """Return the noise of log residuals, robust to a few outliers."""
     return Noise(float(1.4826 * np.median(np.abs(residuals))), "1.4826*MAD")
 
 
 def aicc(objective: float, runs: int, parameters: int) -> float | None:
-    """Corrected Akaike criterion, the spread being one more parameter; None where runs are too few to correct."""
+    """Return the corrected Akaike criterion, the spread being one more parameter.
+
+    None if the runs are too few for the correction.
+    """
     count = parameters + 1
     if runs <= count + 1:
         return None
@@ -267,174 +266,199 @@ def aicc(objective: float, runs: int, parameters: int) -> float | None:
 
 
 def huber(residuals: Array, delta: float) -> Array:
-    """Sum over the last axis."""
+    """Return the sum of Huber losses over the last axis."""
     size = np.abs(residuals)
     inner = np.minimum(size, delta)
     return np.asarray((inner * (size - inner / 2)).sum(-1))
 
 
 def _losses(rows: Array, logc: Array) -> Array:
-    """(m, 3) parameters at c = ln(C/C0) -> (m, *c.shape)."""
+    """Return the losses (m, *c.shape) of parameters (m, 3) at c = ln(C/C0)."""
     floor, scale, exponent = (rows[:, k].reshape(-1, *[1] * np.ndim(logc)) for k in range(3))
     return np.asarray(floor + scale * np.exp(-exponent * logc))
 
 
-def _linear(
-    exponents: Array, *, logc: Array, z: Array, delta: float, additive: bool
-) -> tuple[Array, Array]:
-    """Best (floor, scale) >= 0 at each exponent: rows (P, 3) and their objectives (P,).
+@dataclass(frozen=True)
+class _Problem:
+    """Fit of one form to ln loss over ln(C/C0)."""
 
-    Reweighted least squares on ln L ~ ln m + (m' - m)/m, linear in the new m' = floor + scale·x.
-    """
-    x = np.exp(-exponents[:, None] * logc)
-    model, weights = np.broadcast_to(np.exp(z), x.shape), np.ones_like(x)
-    for _ in range(200):
-        a, b, target = 1 / model, x / model, z - np.log(model) + 1
-        aa, ab, bb = ((weights * u * v).sum(-1) for u, v in ((a, a), (a, b), (b, b)))
-        at, bt = ((weights * u * target).sum(-1) for u in (a, b))
-        if additive:
-            determinant = aa * bb - ab * ab
-            floor, scale = (bb * at - ab * bt) / determinant, (aa * bt - ab * at) / determinant
-            scale = np.where(floor < 0, bt / bb, scale)
-            floor = np.where(scale < 0, at / aa, np.maximum(floor, 0))
-            scale = np.maximum(scale, 0)
-        else:
-            floor, scale = np.zeros_like(bb), bt / bb
-        previous, model = model, floor[:, None] + scale[:, None] * x
-        residuals = z - np.log(model)
-        weights = delta / np.maximum(np.abs(residuals), delta) if np.isfinite(delta) else weights
-        if np.abs(model / previous - 1).max() < 1e-11:
-            break
-    return np.stack([floor, scale, exponents], 1), huber(residuals, delta)
+    form: str
+    reference: float
+    """C0, FLOPs."""
+    logc: Array
+    """(n,) ln(C/C0)."""
+    z: Array
+    """(n,) ln loss."""
+    delta: float
+    """Threshold of the Huber loss."""
 
+    @classmethod
+    def of_runs(cls, form: str, flops: Array, losses: Array, noise: Noise) -> _Problem:
+        reference = float(np.exp(np.log(flops).mean()))
+        return cls(form, reference, np.log(flops / reference), np.log(losses), noise.delta)
 
-def _solver(form: str, logc: Array, z: Array, delta: float) -> Solver:
-    return partial(_linear, logc=logc, z=z, delta=delta, additive=form == ADDITIVE)
+    def solve(self, exponents: Array) -> tuple[Array, Array]:
+        """Return the best (floor, scale) >= 0 at each exponent as rows (P, 3), and objectives.
 
+        Reweighted least squares on ln L ~ ln m + (m' - m)/m, linear in m' = floor + scale·x.
+        """
+        x = np.exp(-exponents[:, None] * self.logc)
+        model = np.broadcast_to(np.exp(self.z), x.shape)
+        weights = np.ones_like(x)
+        for _ in range(200):
+            # 1) the normal equations of this linearisation
+            a = 1 / model
+            b = x / model
+            target = self.z - np.log(model) + 1
+            aa, ab, bb = ((weights * u * v).sum(-1) for u, v in ((a, a), (a, b), (b, b)))
+            at, bt = ((weights * u * target).sum(-1) for u in (a, b))
+            # 2) their solution; a parameter that would be negative is 0 and the other solved alone
+            floor = np.zeros_like(bb)
+            scale = bt / bb
+            if self.form == ADDITIVE:
+                determinant = aa * bb - ab * ab
+                free_floor = (bb * at - ab * bt) / determinant
+                free_scale = (aa * bt - ab * at) / determinant
+                scale = np.where(free_floor < 0, scale, free_scale)
+                floor = np.where(scale < 0, at / aa, np.maximum(free_floor, 0))
+                scale = np.maximum(scale, 0)
+            # 3) new weights, until the model stays
+            previous = model
+            model = floor[:, None] + scale[:, None] * x
+            residuals = self.z - np.log(model)
+            if np.isfinite(self.delta):
+                weights = self.delta / np.maximum(np.abs(residuals), self.delta)
+            if np.abs(model / previous - 1).max() < 1e-11:
+                break
+        return np.stack([floor, scale, exponents], 1), huber(residuals, self.delta)
 
-def _best(solve: Solver, logc: Array, z: Array, delta: float, form: str) -> tuple[Array, float]:
-    """Best parameters and objective: the best of the grid of exponents polished, and the best without a floor."""
-    grid, objectives = solve(EXPONENTS[form])
-    order = objectives.argsort()
-    starts = dict.fromkeys([*order[grid[order, 0] == 0][:1], order[0]])
-    found = [(grid[k], float(objectives[k])) for k in starts]
-    found += [_polish(grid[k], logc, z, delta, form) for k in starts if grid[k, 1] > 0]
-    best, objective = min(found, key=lambda pair: pair[1] * (1 + 1e-9 * (pair[0][0] > 0)))
-    return np.where([best[0] < 1e-9 * np.exp(z.min()), False, False], 0.0, best), objective
+    def best(self) -> tuple[Array, float]:
+        """Return the best parameters and objective.
 
+        Candidates are the best of the grid of exponents, polished or not, and the best without a
+        floor.
+        """
+        grid, objectives = self.solve(EXPONENTS[self.form])
+        order = objectives.argsort()
+        starts = dict.fromkeys([*order[grid[order, 0] == 0][:1], order[0]])
+        fits = [(grid[k], float(objectives[k])) for k in starts]
+        fits += [self._polish(grid[k]) for k in starts if grid[k, 1] > 0]
+        # A floor must pay for itself by more than rounding.
+        best, objective = min(fits, key=lambda fit: fit[1] * (1 + 1e-9 * (fit[0][0] > 0)))
+        no_floor = best[0] < 1e-9 * np.exp(self.z.min())
+        return np.where([no_floor, False, False], 0.0, best), objective
 
-def _polish(start: Array, logc: Array, z: Array, delta: float, form: str) -> tuple[Array, float]:
-    """Trust region on all parameters at once with the analytic Jacobian; a floor of 0 stays 0."""
-    columns = [0, 1, 2] if start[0] > 0 else [1, 2]
-    unit = delta if np.isfinite(delta) else 1e-3
-    low = np.array([0, 0, EXPONENTS[form][0]])[columns]
-    high = np.array([np.inf, np.inf, EXPONENTS[form][-1]])[columns]
+    def _polish(self, start: Array) -> tuple[Array, float]:
+        """Refine all parameters at once by a trust region; a floor of 0 stays 0."""
+        columns = [0, 1, 2] if start[0] > 0 else [1, 2]
+        unit = self.delta if np.isfinite(self.delta) else 1e-3
+        low = np.array([0, 0, EXPONENTS[self.form][0]])[columns]
+        high = np.array([np.inf, np.inf, EXPONENTS[self.form][-1]])[columns]
 
-    def row(theta: Array) -> Array:
-        full = np.zeros(3)
-        full[columns] = theta
-        return full[None]
+        def row(theta: Array) -> Array:
+            full = np.zeros(3)
+            full[columns] = theta
+            return full[None]
 
-    def residuals(theta: Array) -> Array:
-        return np.asarray((np.log(_losses(row(theta), logc)[0]) - z) / unit)
+        def residuals(theta: Array) -> Array:
+            return np.asarray((np.log(_losses(row(theta), self.logc)[0]) - self.z) / unit)
 
-    def jacobian(theta: Array) -> Array:
-        _, scale, exponent = row(theta)[0]
-        x = np.exp(-exponent * logc)
-        slopes = np.stack([np.ones_like(x), x, -scale * logc * x], 1)[:, columns]
-        return np.asarray(slopes / _losses(row(theta), logc)[0][:, None] / unit)
+        def jacobian(theta: Array) -> Array:
+            _, scale, exponent = row(theta)[0]
+            x = np.exp(-exponent * self.logc)
+            slopes = np.stack([np.ones_like(x), x, -scale * self.logc * x], 1)[:, columns]
+            return np.asarray(slopes / _losses(row(theta), self.logc)[0][:, None] / unit)
 
-    best = optimize.least_squares(
-        residuals,
-        np.clip(start[columns], low + 1e-9, high - 1e-9),
-        jac=jacobian,
-        bounds=(low, high),
-        loss="huber" if np.isfinite(delta) else "linear",
-        x_scale="jac",
-        xtol=1e-13,
-        ftol=1e-15,
-        gtol=1e-13,
-        max_nfev=500,
-    )
-    return row(best.x)[0], float(huber(residuals(best.x) * unit, delta))
+        best = optimize.least_squares(
+            residuals,
+            np.clip(start[columns], low + 1e-9, high - 1e-9),
+            jac=jacobian,
+            bounds=(low, high),
+            loss="huber" if np.isfinite(self.delta) else "linear",
+            x_scale="jac",
+            xtol=1e-13,
+            ftol=1e-15,
+            gtol=1e-13,
+            max_nfev=500,
+        )
+        return row(best.x)[0], float(huber(residuals(best.x) * unit, self.delta))
 
+    def exponent_ends(self, best: float, limit: float) -> tuple[float | None, float | None]:
+        """Return the ends of the exponent's profile; None if it is inside up to the grid's end."""
 
-def _exponents_inside(
-    solve: Solver, best: float, limit: float, form: str
-) -> tuple[float | None, float | None]:
-    """Ends of the exponent's profile; None where it is still inside at the end of those looked at."""
+        def excess(exponent: float) -> float:
+            if exponent == best:
+                return -limit
+            return float(self.solve(np.array([exponent]))[1][0]) - limit
 
-    def excess(exponent: float) -> float:
-        return float(solve(np.array([exponent]))[1][0]) - limit if exponent != best else -limit
+        first, last = EXPONENTS[self.form][[0, -1]]
+        stride = (abs(best) + 0.01) / 20
+        return crossing(excess, best, first, stride), crossing(excess, best, last, stride)
 
-    first, last = EXPONENTS[form][[0, -1]]
-    stride = (abs(best) + 0.01) / 20
-    return crossing(excess, best, first, stride), crossing(excess, best, last, stride)
+    def exponents_between(self, low: float | None, high: float | None) -> Array:
+        """Return 41 exponents from end to end, denser near the ends, where the region closes."""
+        first = EXPONENTS[self.form][0] if low is None else low
+        last = EXPONENTS[self.form][-1] if high is None else high
+        share = (1 - np.cos(np.linspace(0, np.pi, 41))) / 2
+        if self.form == PURE:
+            return np.asarray(first + (last - first) * share)
+        return np.asarray(first * (last / first) ** share)
 
+    def boundary(self, limit: float, exponents: Array) -> Array:
+        """Return points (m, 3) of the boundary of the region {S <= limit}.
 
-def _between(low: float | None, high: float | None, form: str) -> Array:
-    """41 exponents from end to end, denser near the ends where the region closes."""
-    first, last = (EXPONENTS[form][k] if end is None else end for k, end in ((0, low), (-1, high)))
-    share = (1 - np.cos(np.linspace(0, np.pi, 41))) / 2
-    return np.asarray(
-        first + (last - first) * share if form == PURE else first * (last / first) ** share
-    )
+        A ray that reaches floor = 0 or scale = 0 ends there: no parameter is negative.
+        """
+        # 1) at each exponent, rays from the best (floor, scale), and where they meet the walls
+        x = np.exp(-exponents[:, None] * self.logc)
+        centre = self.solve(exponents)[0][:, :2, None]
+        rays = self._rays(centre[..., 0], x)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            wall = np.nanmin(np.where(rays < 0, -centre / rays, np.inf), 1) * (1 - 1e-9)
 
+        def inside(radius: Array) -> NDArray[np.bool_]:
+            floor, scale = np.moveaxis(centre + radius[:, None] * rays, 1, 0)
+            losses = floor[..., None] + scale[..., None] * x[:, None]
+            return huber(np.log(losses) - self.z, self.delta) <= limit
 
-def _boundary(
-    solve: Solver,
-    logc: Array,
-    z: Array,
-    delta: float,
-    limit: float,
-    exponents: Array,
-    form: str,
-) -> Array:
-    """Points of the region's boundary (m, 3): at each exponent, rays from the best (floor, scale) to where S = limit.
-
-    Where a ray meets floor = 0 or scale = 0 first, it ends there: the region is that of non-negative parameters.
-    """
-    centres = solve(exponents)[0]
-    x = np.exp(-exponents[:, None] * logc)
-    centre, rays = centres[:, :2, None], _rays(centres, x, form)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        wall = np.nanmin(np.where(rays < 0, -centre / rays, np.inf), 1) * (1 - 1e-9)
-
-    def inside(radius: Array) -> NDArray[np.bool_]:
+        # 2) the radius at which each ray leaves the region
+        radius = _largest_inside(inside, wall, np.sqrt(2 * limit))
         floor, scale = np.moveaxis(centre + radius[:, None] * rays, 1, 0)
-        return huber(np.log(floor[..., None] + scale[..., None] * x[:, None]) - z, delta) <= limit
+        # 3) a floor that is next to none is none
+        floor = np.where(floor < 1e-6 * np.exp(self.z.min()), 0.0, floor)
+        return np.stack(np.broadcast_arrays(floor, scale, exponents[:, None]), -1).reshape(-1, 3)
 
-    floor, scale = np.moveaxis(
-        centre + _edge(inside, wall, np.sqrt(2 * limit))[:, None] * rays, 1, 0
-    )
-    floor = np.where(floor < 1e-6 * np.exp(z.min()), 0.0, floor)
-    return np.stack(np.broadcast_arrays(floor, scale, exponents[:, None]), -1).reshape(-1, 3)
+    def _rays(self, centres: Array, x: Array) -> Array:
+        """Return directions (P, 2, rays) of (floor, scale).
+
+        They are scaled so that a unit changes the log residuals by a vector of length one.
+        """
+        model = centres[:, :1] + centres[:, 1:2] * x
+        jacobian = np.stack([np.ones_like(x), x], -1) / model[..., None]
+        if self.form == PURE:
+            unit = 1 / np.sqrt((jacobian[..., 1] ** 2).sum(-1))
+            return np.stack([np.zeros((len(unit), 2)), np.stack([unit, -unit], 1)], 1)
+        angles = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+        lower = np.linalg.cholesky(np.swapaxes(jacobian, 1, 2) @ jacobian)
+        circle = np.stack([np.cos(angles), np.sin(angles)])
+        return np.linalg.solve(np.swapaxes(lower, 1, 2), circle[None])
 
 
-def _edge(inside: Callable[[Array], NDArray[np.bool_]], wall: Array, first: float) -> Array:
-    """Largest radii inside and not beyond the wall: doubled while inside, then halved in between."""
-    near, far = np.zeros_like(wall), np.minimum(wall, first)
+def _largest_inside(
+    inside: Callable[[Array], NDArray[np.bool_]], wall: Array, first: float
+) -> Array:
+    """Return the largest radii inside and not beyond the wall, by doubling and bisection."""
+    inner = np.zeros_like(wall)
+    outer = np.minimum(wall, first)
     for _ in range(60):
-        growing = inside(far) & (far < wall)
+        growing = inside(outer) & (outer < wall)
         if not growing.any():
             break
-        near, far = np.where(growing, far, near), np.where(growing, np.minimum(2 * far, wall), far)
+        inner = np.where(growing, outer, inner)
+        outer = np.where(growing, np.minimum(2 * outer, wall), outer)
     for _ in range(36):
-        middle = (near + far) / 2
+        middle = (inner + outer) / 2
         within = inside(middle)
-        near, far = np.where(within, middle, near), np.where(within, far, middle)
-    return near
-
-
-def _rays(centres: Array, x: Array, form: str) -> Array:
-    """(P, 2, rays) directions of (floor, scale), scaled so that a unit changes the log residuals by one in length."""
-    model = centres[:, :1] + centres[:, 1:2] * x
-    jacobian = np.stack([np.ones_like(x), x], -1) / model[..., None]
-    if form == PURE:
-        unit = 1 / np.sqrt((jacobian[..., 1] ** 2).sum(-1))
-        return np.stack([np.zeros((len(unit), 2)), np.stack([unit, -unit], 1)], 1)
-    angles = np.linspace(0, 2 * np.pi, 48, endpoint=False)
-    lower = np.linalg.cholesky(np.swapaxes(jacobian, 1, 2) @ jacobian)
-    return np.linalg.solve(
-        np.swapaxes(lower, 1, 2), np.stack([np.cos(angles), np.sin(angles)])[None]
-    )
+        inner = np.where(within, middle, inner)
+        outer = np.where(within, outer, middle)
+    return inner

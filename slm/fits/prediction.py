@@ -1,4 +1,4 @@
-"""Runs not yet made: what the curves say of them, how sure, and how far beyond their runs they have been tested."""
+"""Predictions of further runs, with intervals and how far beyond their runs they are validated."""
 
 from __future__ import annotations
 
@@ -6,52 +6,52 @@ from dataclasses import dataclass
 from typing import Any
 
 from slm.fits.intervals import Interval
+from slm.fits.types import to_json
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is asked about: the compute-optimal run at some compute, or one model."""
+    """A run to predict: the compute-optimal one at some compute, or one model."""
 
     flops: float
     """Training compute, FLOPs."""
     depth: int | None = None
-    """Layers of a model named."""
+    """Layers of a named model."""
     params: float | None = None
-    """Its N, by the convention of the fit."""
+    """N of the model, by the convention of the fit."""
     tokens: float | None = None
-    """Its D."""
+    """D of the model."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One answer."""
+    """The prediction of one target."""
 
     target: Target
-    """The question."""
     model: str
-    """Which curve answers: the form of a law or a surface."""
+    """Form of the law or surface that predicts."""
     loss: Interval
-    """Of one further run, in the unit of the runs."""
+    """Loss of one further run, in the unit of the runs."""
     core: Interval | None
-    """CORE of one further run; None where no CORE curve is known."""
+    """CORE of one further run; None without a curve of CORE."""
     factor: float
-    """Compute, as a multiple of the largest run's."""
-    tested: float
-    """How far beyond its runs the curve has been right when runs were held out."""
+    """Compute over that of the largest run."""
+    validated_factor: float
+    """Largest factor at which the curve has predicted held-out runs correctly."""
 
     @property
-    def beyond(self) -> bool:
-        """Whether the answer reaches further than has been validated."""
-        return self.factor > max(self.tested, 1.0) * 1.001
+    def beyond_validated(self) -> bool:
+        """Whether the target lies further out than hold-outs have validated."""
+        return self.factor > max(self.validated_factor, 1.0) * 1.001
 
     def document(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the JSON document."""
         return {
-            **vars(self.target),
+            **to_json(self.target),
             "model": self.model,
-            "loss": self.loss.document(),
-            "core": self.core.document() if self.core else None,
+            "loss": to_json(self.loss),
+            "core": to_json(self.core),
             "times_largest": self.factor,
-            "validated_to": self.tested,
-            "beyond_validated": self.beyond,
+            "validated_to": self.validated_factor,
+            "beyond_validated": self.beyond_validated,
         }

@@ -203,7 +203,7 @@ def test_runs_of_unknown_size_are_replicates_where_depth_and_compute_agree() -> 
 
 def test_beside_valleys_runs_of_unknown_size_are_left_out_and_named() -> None:
     unknown = [replace(own, tokens=math.nan) for own in ladder(name="u")]
-    fit = fit_curves([*grid(), *unknown], others={"total": [1.5e5] * 29})
+    fit = fit_curves([*grid(), *unknown], other_counts={"total": [1.5e5] * 29})
     assert fit.document()["points"]["n"] == 21
     excluded = [own for own in fit.document()["points"]["excluded"] if own["reason"] == "no params"]
     assert [own["run_id"] for own in excluded] == [own.run_id for own in unknown]

@@ -1,4 +1,4 @@
-"""Published figures that the other tests leave out, and the table that shows them all."""
+"""Published figures that no other test compares, and the table of all of them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slm.fits import fit_parametric, fit_surface
 from slm.fits.isoflop import fit_isoflop
+from slm.fits.parametric import fit_parametric
+from slm.fits.surface import fit_surface
 from tests.reproduce import OBJECTIVES, Line, chinchilla, gadre, llama
 
 
@@ -24,15 +25,15 @@ def test_the_exponents_of_chinchilla_move_with_the_objective_as_published(
     )
 
 
-def test_llama_3_by_parabolas(reference: Path) -> None:
-    found = fit_isoflop(llama(reference))
-    assert found is not None
-    assert found.params_exponent is not None
-    assert found.params_exponent.estimate == pytest.approx(0.4632, abs=1e-3)
+def test_llama_3_parabolas_give_the_published_exponent(reference: Path) -> None:
+    isoflop = fit_isoflop(llama(reference))
+    assert isoflop is not None
+    assert isoflop.params_exponent is not None
+    assert isoflop.params_exponent.estimate == pytest.approx(0.4632, abs=1e-3)
 
 
 def test_llama_3_is_nearer_to_the_coupled_form(reference: Path) -> None:
-    """Published .56 and .31 % without the points or the objective they are of; here all points, squared log loss."""
+    """Published .56 and .31 %, for unnamed points; these are all points, by squared log loss."""
     additive, coupled = (
         fit_surface(llama(reference), form, np.inf).residual_rms for form in ("additive", "coupled")
     )
@@ -40,15 +41,15 @@ def test_llama_3_is_nearer_to_the_coupled_form(reference: Path) -> None:
     assert coupled == pytest.approx(0.0031, abs=5e-4)
 
 
-def test_beyond_sparse_runs_the_wider_form_errs_more(reference: Path) -> None:
-    """Published 1.7 and 2.9 % at 70 to 95 times; here the largest fifth, up to 14 times beyond the rest."""
+def test_the_coupled_form_errs_more_beyond_sparse_runs(reference: Path) -> None:
+    """Published: 1.7 and 2.9 % at 70 to 95 times; tested on the largest fifth, up to 14 times."""
     decisive = fit_parametric(gadre(reference)).decisive
     assert decisive is not None
-    assert decisive.errors["additive"] == pytest.approx(0.017, abs=4e-3)
-    assert decisive.errors["coupled"] == pytest.approx(0.029, abs=2e-3)
+    assert decisive["additive"].error == pytest.approx(0.017, abs=4e-3)
+    assert decisive["coupled"].error == pytest.approx(0.029, abs=2e-3)
 
 
-def test_a_difference_is_of_what_was_published() -> None:
+def test_a_relative_difference_is_a_share_of_the_published_number() -> None:
     assert Line("share", 2.0, 2.1).cells() == ("share", "2", "2.1", "+5 %")
     assert Line("exponent", 0.463, 0.461, ".3f", relative=False).cells() == (
         "exponent",
@@ -58,7 +59,7 @@ def test_a_difference_is_of_what_was_published() -> None:
     )
 
 
-def test_without_published_figures_the_table_says_what_to_name(
+def test_the_table_without_its_reference_fails_with_the_variable(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("SLM_REFERENCE", raising=False)
