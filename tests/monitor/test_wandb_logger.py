@@ -1,4 +1,4 @@
-"""The mirror on Weights & Biases: wandb itself, offline, and what it wrote read back; servers that fail; no wandb."""
+"""The Weights & Biases logger: wandb's own offline files read back, failing servers, no wandb."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class Notes:
     def note(self, line):
         print(line, flush=True)
 
-with WandbLogger(Notes(), "family", home, timeout=float(sys.argv[2])) as mirror:
-    for run_id, method, *given in json.loads((home / "calls.json").read_text()):
+with WandbLogger(Notes(), "family", home, timeout=float(sys.argv[2])) as logger:
+    for run_id, method, *arguments in json.loads((home / "calls.json").read_text()):
         if method == "run_started":
-            given = [home / run_id / "attempts" / "001", False]
-        getattr(mirror, method)(Plan.read(home / run_id / "plan.json"), *given)
+            arguments = [home / run_id / "attempts" / "001", False]
+        getattr(logger, method)(Plan.read(home / run_id / "plan.json"), *arguments)
 """
 
 needs_wandb = pytest.mark.skipif(
@@ -54,63 +54,62 @@ needs_wandb = pytest.mark.skipif(
 
 
 @dataclass
-class Written:
-    """What an offline run's file holds."""
+class OfflineRun:
+    """Content of an offline run's file."""
 
     run: Any = None
-    """The record of the run itself."""
+    """Record of the run itself."""
     history: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
     """Step and values of each row."""
     summary: dict[str, Any] = field(default_factory=dict)
-    """The summary at the end."""
     exit_code: int | None = None
-    """How it ended."""
 
 
-def written(path: Path) -> Written:
+def read_offline(path: Path) -> OfflineRun:
     from wandb.proto.wandb_internal_pb2 import Record
 
-    found = Written()
-    for data in logged(path.read_bytes()):
+    offline = OfflineRun()
+    for data in leveldb_records(path.read_bytes()):
         record = Record()
         record.ParseFromString(data)
         match record.WhichOneof("record_type"):
             case "run":
-                found.run = record.run
+                offline.run = record.run
             case "history":
-                found.history.append((record.history.step.num, values(record.history.item)))
+                offline.history.append((record.history.step.num, values(record.history.item)))
             case "summary":
-                found.summary |= values(record.summary.update)
+                offline.summary |= values(record.summary.update)
             case "exit":
-                found.exit_code = record.exit.exit_code
-    return found
+                offline.exit_code = record.exit.exit_code
+    return offline
 
 
-def logged(data: bytes) -> Iterator[bytes]:
-    """The records of a LevelDB log: whole (1), or in pieces of which the last is a 4."""
-    at, record = 7, b""
-    while at < len(data):
-        if BLOCK - at % BLOCK < 7:
-            at += BLOCK - at % BLOCK
+def leveldb_records(data: bytes) -> Iterator[bytes]:
+    """Yield the records of a LevelDB log: whole (kind 1), or in pieces, the last of kind 4."""
+    position = 7
+    record = b""
+    while position < len(data):
+        if BLOCK - position % BLOCK < 7:
+            position += BLOCK - position % BLOCK
             continue
-        length, kind = struct.unpack_from("<HB", data, at + 4)
-        record += data[at + 7 : at + 7 + length]
-        at += 7 + length
+        length, kind = struct.unpack_from("<HB", data, position + 4)
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
         if kind in (1, 4):
             yield record
             record = b""
 
 
 def values(items: Any) -> dict[str, Any]:
-    """Key and value of each item but wandb's own."""
-    found = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}
-    return {key: value for key, value in found.items() if not key.startswith("_")}
+    """Return key and value of each item, without those of wandb itself."""
+    pairs = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}
+    return {key: value for key, value in pairs.items() if not key.startswith("_")}
 
 
-def mirror(
+def log_calls(
     home: Path, calls: list[list[Any]], timeout: float, **environment: str
 ) -> tuple[int, str, str]:
-    """Mirror some calls, in a terminal that nobody types in, without a login: exit code, warnings, terminal."""
+    """Log some calls in a terminal without a login. Return exit code, warnings and terminal."""
     (home / "calls.json").write_text(json.dumps(calls))
     command = [sys.executable, "-W", "error", "-c", PROGRAM, str(home), str(timeout)]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
@@ -119,9 +118,9 @@ def mirror(
         "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
         "TERM": "xterm",
     }
-    ours, theirs = pty.openpty()
-    os.set_blocking(ours, False)
-    with os.fdopen(ours, "rb", buffering=0) as shown, os.fdopen(theirs) as terminal:
+    master, slave = pty.openpty()
+    os.set_blocking(master, False)
+    with os.fdopen(master, "rb", buffering=0) as screen, os.fdopen(slave) as terminal:
         env = clean | environment
         result = subprocess.run(
             command,
@@ -130,10 +129,10 @@ def mirror(
             stderr=terminal,
             stdout=subprocess.PIPE,
             text=True,
-            timeout=60,
+            timeout=300,
             check=False,
         )
-        return result.returncode, result.stdout, (shown.read(2**16) or b"").decode()
+        return result.returncode, result.stdout, (screen.read(2**16) or b"").decode()
 
 
 def train(step: int, loss: float = 2.0) -> dict[str, Any]:
@@ -155,30 +154,26 @@ def train(step: int, loss: float = 2.0) -> dict[str, Any]:
 
 
 def family(home: Path) -> dict[int, Plan]:
-    """Four finished runs on two H100, by depth."""
-    home_of(
-        home, Experiment("family", (pocket,), (2, 3, 4, 5)), core=lambda given: given.depth / 100
-    )
+    """Write four finished runs on two H100s, and return their plans by depth."""
+    home_of(home, Experiment("family", (pocket,), (2, 3, 4, 5)), core=lambda hp: hp.depth / 100)
     plans = [Plan.read(path) for path in home.glob("*/plan.json")]
     return {plan.hyperparameters.depth: plan for plan in plans}
 
 
 @pytest.fixture
 def server() -> Iterator[socket.socket]:
-    """A server on this machine that takes connections and never answers."""
+    """A local server that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         listening.setblocking(False)
         yield listening
 
 
-def at(server: socket.socket) -> str:
+def url_of(server: socket.socket) -> str:
     return f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
 @needs_wandb
-def test_what_is_mirrored_offline_is_what_the_events_say(
-    tmp_path: Path, server: socket.socket
-) -> None:
+def test_offline_files_hold_the_values_of_the_events(tmp_path: Path, server: socket.socket) -> None:
     plans = family(tmp_path)
     two, three, four, five = (plans[depth].run_id for depth in (2, 3, 4, 5))
     bpb = json.loads((tmp_path / two / "done.json").read_text())["val_bpb"]
@@ -204,7 +199,7 @@ def test_what_is_mirrored_offline_is_what_the_events_say(
     saved = {"event": "checkpoint", "time": 1.0, "step": 3, "file": "f", "bytes": 1, "seconds": 1.0}
     calls = [[run, "run_started"] for run in (two, three, four, five)]
     calls += [[run, "event", train(step)] for step in (1, 2, 3) for run in (two, three, five)]
-    calls += [[two, "event", own] for own in (evaluated, core, small, saved)] + [
+    calls += [[two, "event", event] for event in (evaluated, core, small, saved)] + [
         [two, "run_ended", "finished", None]
     ]
     calls += [[three, "run_ended", "retried", "error"]]
@@ -215,18 +210,18 @@ def test_what_is_mirrored_offline_is_what_the_events_say(
     ]
     calls += [[four, "run_ended", "diverged", "loss is nan"]]
 
-    assert mirror(tmp_path, calls, 30, WANDB_MODE="offline", WANDB_BASE_URL=at(server)) == (
+    assert log_calls(tmp_path, calls, 30, WANDB_MODE="offline", WANDB_BASE_URL=url_of(server)) == (
         0,
         "",
         "",
     )
     with pytest.raises(BlockingIOError):
-        server.accept()  # nobody came
+        server.accept()  # no connection was made
     files = {
         path.stem.removeprefix("run-"): path
         for path in tmp_path.glob("wandb/offline-run-*/*.wandb")
     }
-    runs = {run_id: written(path) for run_id, path in files.items()}
+    runs = {run_id: read_offline(path) for run_id, path in files.items()}
     assert sorted(runs) == sorted((two, three, four, five))
     assert {run_id: run.exit_code for run_id, run in runs.items()} == {
         two: 0,
@@ -235,7 +230,8 @@ def test_what_is_mirrored_offline_is_what_the_events_say(
         five: 255,
     }
 
-    run, given = runs[two].run, plans[2].hyperparameters
+    run = runs[two].run
+    hp = plans[2].hyperparameters
     assert (run.run_id, run.display_name, run.run_group, run.project) == (
         two,
         "pocket d2 seed 0",
@@ -244,7 +240,7 @@ def test_what_is_mirrored_offline_is_what_the_events_say(
     )
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert config["depth"] == 2
-    assert config["matrix_lr"] == given.matrix_lr
+    assert config["matrix_lr"] == hp.matrix_lr
     assert [config[name] for name in ("recipe", "seed", "code", "run_id")] == [
         "pocket",
         0,
@@ -262,7 +258,7 @@ def test_what_is_mirrored_offline_is_what_the_events_say(
     }
     logged |= {"total_training_time": 0.375, "total_training_flops": 3e6, "val/bpb": bpb}
     logged |= {"core_metric": 0.02, "pocket-core/500 per task": 0.25}
-    logged |= {"train/mfu": pytest.approx(100 * 1e9 * given.flops_per_token / (2 * 989e12))}
+    logged |= {"train/mfu": pytest.approx(100 * 1e9 * hp.flops_per_token / (2 * 989e12))}
     assert [step for step, _ in runs[two].history] == [1, 2, 3]
     assert runs[two].history[-1][1] == logged
     assert (runs[two].summary["val/bpb"], runs[two].summary["core_metric"]) == (bpb, 0.02)
@@ -284,27 +280,27 @@ def test_a_server_that_never_answers_costs_a_warning_and_not_the_sweep(
     run_id = family(tmp_path)[2].run_id
     calls = [[run_id, "run_started"], *([run_id, "event", train(step)] for step in (1, 2))]
     calls += [[run_id, "run_ended", "finished", None]]
-    code, warnings, _ = mirror(
-        tmp_path, calls, 1, WANDB_BASE_URL=at(server), WANDB_API_KEY="0" * 40
+    code, warnings, _ = log_calls(
+        tmp_path, calls, 1, WANDB_BASE_URL=url_of(server), WANDB_API_KEY="0" * 40
     )
     assert code == 0
-    late = "Weights & Biases did not take everything in time"
-    assert warnings.startswith((f"{run_id} is not on Weights & Biases from here on: ", late))
+    late = "Weights & Biases did not take everything within 2 s"
+    assert warnings.startswith((f"run {run_id} is no longer logged to Weights & Biases: ", late))
 
 
 @needs_wandb
-def test_without_a_login_nobody_is_asked_for_one(tmp_path: Path) -> None:
+def test_without_a_login_there_is_a_warning_and_no_prompt(tmp_path: Path) -> None:
     run_id = family(tmp_path)[2].run_id
-    code, warnings, terminal = mirror(
+    code, warnings, terminal = log_calls(
         tmp_path, [[run_id, "run_started"], [run_id, "event", train(1)]], 30
     )
     assert (code, terminal) == (0, "")
     (line,) = warnings.splitlines()
-    assert line.startswith(f"{run_id} is not on Weights & Biases from here on: ")
+    assert line.startswith(f"run {run_id} is no longer logged to Weights & Biases: ")
     assert "wandb login" in line
 
 
-def test_without_wandb_the_mirror_is_refused_by_name(tmp_path: Path) -> None:
+def test_without_wandb_the_option_is_refused(tmp_path: Path) -> None:
     program = "from slm.monitor.wandb_logger import check_installed; check_installed()"
     command = [sys.executable, "-S", "-c", program]  # -S: the standard library alone
     result = subprocess.run(
