@@ -207,8 +207,8 @@ def comparison_table(found: Comparison) -> Table:
 
 def design_summary(design: Design) -> str:
     """What is known of the target now, and what the runs chosen and evenly spaced ones would leave."""
-    now, after, evenly = (f"± {own:.2g}" for own in (design.before, design.after, design.evenly))
-    runs = f"{len(design.picks)} run{'s' * (len(design.picks) != 1)}"
+    now, after, evenly = (f"± {own:.2g}" for own in (design.before, design.after, design.evenly_spaced))
+    runs = f"{len(design.runs)} run{'s' * (len(design.runs) != 1)}"
     spent = f"{design.flops:.3g} of {design.budget:.3g} FLOPs"
     mixed = f"{MIXED} " if design.mixed else ""
     return (
@@ -229,6 +229,6 @@ def design_table(design: Design) -> Table:
             "a further seed" if pick.repeat else "new",
             f"{pick.before:.2g} -> {pick.after:.2g}",
         ]
-        for pick in design.picks
+        for pick in design.runs
     ]
     return ["depth", "horizon", "N", "tokens", "FLOPs", "", f"± of {design.target.text}"], rows

@@ -1,7 +1,8 @@
-"""Comparison of two recipes: cover and width of the multiplier, false alarms at one look and at ten, power.
+"""Calibrate comparisons: coverage, width, false claims at one look and at ten, power.
 
-The base is L = 0.7 + 50·C^-0.15 from 1e12 to 1e15 FLOPs, the candidate the same with m times the compute; ln loss has a
-noise of .0012 by seed and, where said, .003 by depth, common to both recipes. A look adds a seed to every depth.
+The base is L = 0.7 + 50·C^-0.15 from 1e12 to 1e15 FLOPs, the candidate the same with m times the
+compute; ln loss has a noise of .0012 by seed and, where said, .003 by depth, common to both
+recipes. A look adds a seed to every depth.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from slm.fits.compare.comparison import Comparison, Trial, compare
-from tests.calibrate.workers import spread
+from slm.fits.compare.comparison import compare
+from slm.fits.compare.result import Comparison
+from slm.fits.compare.trials import Trial
+from slm.fits.intervals import Interval
+from tests.calibrate.workers import parallel_map
 
 Array = NDArray[np.float64]
 
@@ -48,67 +52,54 @@ LOOKS = 10
 
 
 def report(repetitions: int, seed: int = 0) -> tuple[Sequence[str], list[list[str]]]:
-    """Headers and one row for each design; cover and claims in percent, half-widths of the interval of m = 1.
+    """Return headers and one row per design; coverage and claims are percentages.
 
-    Claims are verdicts of better or worse for equal recipes; the last three columns are a t test of one planned look.
+    Half-widths are for m = 1. Claims are decisions of better or worse for equal recipes; the last three columns are a t test
+    of a single look.
     """
     designs = [(count, seeds) for count in (3, 5, 8) for seeds in (1, 2, 3, 5)]
     tasks = [(*design, ladder, repetitions, seed) for ladder in LADDERS for design in designs]
-    return HEADERS, spread(_row, tasks, "comparisons", 1)
+    return HEADERS, parallel_map(_row, tasks, "comparisons", 1)
 
 
 def _row(task: tuple[int, int, str, int, int]) -> list[str]:
     count, seeds, ladder, repetitions, seed = task
     draw = np.random.default_rng([seed, count, seeds, list(LADDERS).index(ladder)])
-    found = {
+    results = {
         m: [_compare(*_draw(count, seeds, ladder, m, draw)) for _ in range(repetitions)]
         for m in (1, 1.02, 1.05)
     }
-    found[1.25] = [_compare(*_draw(count, seeds, ladder, 1.25, draw)) for _ in range(repetitions)]
+    results[1.25] = [_compare(*_draw(count, seeds, ladder, 1.25, draw)) for _ in range(repetitions)]
     single = [
-        _covers(at.multiplier.low, at.multiplier.high, 1.25)
-        for own in found[1.25]
-        for at in own.per_depth
+        _covers(effect.multiplier, 1.25)
+        for comparison in results[1.25]
+        for effect in comparison.per_depth
     ]
     looked = _claims_ever(count, ladder, repetitions, draw) if seeds == 1 else None
-    half = (
-        np.median([(own.multiplier.high or np.inf) - (own.multiplier.low or 0) for own in found[1]])
-        / 2
-    )
-    always = (
-        np.median(
-            [
-                (own.evidence.always.high or np.inf) - (own.evidence.always.low or 0)
-                for own in found[1]
-            ]
-        )
-        / 2
-    )
+    half = np.median([_width(fit.multiplier) for fit in results[1]]) / 2
+    sequence = np.median([_width(fit.evidence.confidence_sequence) for fit in results[1]]) / 2
     return [
         str(count),
         str(seeds),
         ladder,
-        *(
-            _share(_covers(own.multiplier.low, own.multiplier.high, m) for own in found[m])
-            for m in (1, 1.25)
-        ),
+        *(_share(_covers(fit.multiplier, m) for fit in results[m]) for m in (1, 1.25)),
         _share(single) if seeds > 1 else "",
         f"±{half:.4f}",
-        f"±{always:.4f}",
-        _share(_claims(own) for own in found[1]),
+        f"±{sequence:.4f}",
+        _share(_claims(fit) for fit in results[1]),
         _share(looked) if looked else "",
         *(
-            _share(own.verdict.code.startswith(("better", "gain")) for own in found[m])
+            _share(fit.decision.code.startswith(("better", "gain")) for fit in results[m])
             for m in (1.02, 1.05, 1.25)
         ),
-        *(_share((own.multiplier.low or 0) > 1 for own in found[m]) for m in (1.02, 1.05, 1.25)),
+        *(_share((fit.multiplier.low or 0) > 1 for fit in results[m]) for m in (1.02, 1.05, 1.25)),
     ]
 
 
 def _claims_ever(
     count: int, ladder: str, repetitions: int, draw: np.random.Generator
 ) -> list[bool]:
-    """Whether one of ten looks at equal recipes makes a claim, a seed a depth more at each."""
+    """Return whether any of ten looks at equal recipes, each with a seed more, claims."""
     ever = []
     for _ in range(repetitions):
         flops, base, candidate = _draw(count, LOOKS, ladder, 1.0, draw)
@@ -123,17 +114,19 @@ def _claims_ever(
 def _draw(
     count: int, seeds: int, ladder: str, m: float, draw: np.random.Generator
 ) -> tuple[Array, Array, Array]:
-    """FLOPs (K,) and the losses (K, seeds) of base and candidate."""
+    """Return FLOPs (K,) and the losses (K, seeds) of base and candidate."""
     misfit, noise, correlation = LADDERS[ladder]
     flops = np.geomspace(1e12, 1e15, count)
-    common, shared = misfit * draw.standard_normal((count, 1)), draw.standard_normal((count, seeds))
+    common = misfit * draw.standard_normal((count, 1))
+    shared = draw.standard_normal((count, seeds))
     sides = []
     for times in (1.0, m):
-        own = np.sqrt(correlation) * shared + np.sqrt(1 - correlation) * draw.standard_normal(
-            (count, seeds)
-        )
+        independent = draw.standard_normal((count, seeds))
+        deviation = np.sqrt(correlation) * shared + np.sqrt(1 - correlation) * independent
         spread = NOISE * np.reshape(noise(count) * np.ones(count), (-1, 1))
-        sides.append((0.7 + 50 * (times * flops[:, None]) ** -0.15) * np.exp(common + spread * own))
+        sides.append(
+            (0.7 + 50 * (times * flops[:, None]) ** -0.15) * np.exp(common + spread * deviation)
+        )
     return flops, sides[0], sides[1]
 
 
@@ -149,12 +142,16 @@ def _trials(name: str, flops: Array, losses: Array) -> Sequence[Trial]:
     ]
 
 
-def _claims(found: Comparison) -> bool:
-    return found.verdict.code not in ("equal", "cannot_tell")
+def _claims(fit: Comparison) -> bool:
+    return fit.decision.code not in ("equal", "cannot_tell")
 
 
-def _covers(low: float | None, high: float | None, truth: float) -> bool:
-    return (low or 0.0) <= truth <= (high or np.inf)
+def _covers(interval: Interval, truth: float) -> bool:
+    return (interval.low or 0.0) <= truth <= (interval.high or np.inf)
+
+
+def _width(interval: Interval) -> float:
+    return (interval.high or np.inf) - (interval.low or 0.0)
 
 
 def _share(hits: Iterable[bool]) -> str:

@@ -1,7 +1,8 @@
-"""Does the chosen design beat evenly spaced runs of the same FLOPs? On surfaces it does not know, judged at the truth.
+"""Compare chosen designs with evenly spaced runs of the same FLOPs, on unknown surfaces.
 
-The judge shares no code with the design: its own surface, its own parameters and prior, slopes by differences, a refit
-of its own. Runs have independent noise alone, so that seeds are worth more than the design believes.
+The evaluation shares no code with the design: it has a surface, parameters and a prior of its own,
+takes slopes by differences, and refits. Runs have independent noise only, so that seeds are worth
+more than the design assumes.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import numpy as np
 from scipy import optimize
 
 from slm.fits import Point
-from slm.fits.design import Candidate, Goal, evenly, next_runs
+from slm.fits.design import Candidate, Goal, evenly_spaced, next_runs
 from slm.recipe import Hyperparameters, pocket
-from tests.calibrate.workers import spread
+from tests.calibrate.workers import parallel_map
 
 Runs = list[Candidate]
 
 WEAK = np.array([0.5, 1, 1, 0.5, 0.5, 0.4])
-"""Prior standard deviations of the judge's theta."""
+"""Prior standard deviations of the evaluation's theta."""
 SCENARIOS = {
     "loss, any run": ("loss", True),
     "loss, ladder": ("loss", False),
@@ -32,14 +33,14 @@ REFITS = 30
 
 @dataclass(frozen=True)
 class Truth:
-    """L = E + (A·(N/N0)^-alpha + B·(D/D0)^-beta)^gamma, every run with noise of its own."""
+    """L = E + (A·(N/N0)^-alpha + B·(D/D0)^-beta)^gamma, every run with noise of its problem."""
 
     theta: np.ndarray
     """(ln E, ln A, ln B, ln alpha, ln beta, ln gamma)."""
     centre: np.ndarray
     """ln N0, ln D0."""
     sigma: float
-    """Of ln loss."""
+    """Noise of ln loss."""
 
     def logs(self, runs: Runs, theta: np.ndarray | None = None) -> np.ndarray:
         e, a, b, alpha, beta, gamma = np.exp(
@@ -55,7 +56,7 @@ class Truth:
         return float(1 / (1 + np.exp(theta[3] - theta[4])))
 
     def variance(self, runs: Runs, target: Goal) -> float:
-        """Of the target with these runs, linearised at the truth."""
+        """Return the variance of the target with these runs, linearised at the truth."""
         steps = 1e-5 * np.eye(6)
         slopes = (
             np.array(
@@ -72,7 +73,7 @@ class Truth:
         )
 
     def miss(self, runs: Runs, noise: np.ndarray, target: Goal) -> float:
-        """Squared error of the target, refitted to the runs with this noise."""
+        """Return the squared error of the target after a refit to the runs with this noise."""
         logs = self.logs(runs) + self.sigma * noise
         half = np.log(0.3) + logs.mean()
         mean = np.array(
@@ -89,13 +90,13 @@ class Truth:
                 [(self.logs(runs, theta) - logs) / self.sigma, (theta - mean) / WEAK]
             )
 
-        found = optimize.least_squares(errors, mean, method="lm", ftol=1e-7, xtol=1e-7).x
-        return (self.value(target, found) - self.value(target, self.theta)) ** 2
+        theta = optimize.least_squares(errors, mean, method="lm", ftol=1e-7, xtol=1e-7).x
+        return (self.value(target, theta) - self.value(target, self.theta)) ** 2
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A truth, what was run on it, what could be, and what is wanted."""
+    """A true surface, existing runs, candidates, and the target of a design."""
 
     truth: Truth
     made: Runs
@@ -115,18 +116,18 @@ class Sweep:
         ]
 
     def chosen(self, draw: np.random.Generator) -> Runs:
-        """What the design adds."""
+        """Return the runs of the design."""
         design = next_runs(self.points(draw), self.candidates, self.target, self.budget)
-        return [pick.candidate for pick in design.picks]
+        return [run.candidate for run in design.runs]
 
     def rivals(self) -> dict[str, Runs]:
-        """Evenly spaced over all candidates, over the ladder, over the depths not yet run."""
+        """Return evenly spaced runs: of all candidates, of the ladder, of its new depths."""
         dial = [run for run in self.candidates if run.horizon == "compute-optimal"]
         new = [run for run in dial if run not in self.made]
         return {
-            "all": evenly(self.candidates, self.budget),
-            "ladder": evenly(dial, self.budget),
-            "new": evenly(new, self.budget),
+            "all": evenly_spaced(self.candidates, self.budget),
+            "ladder": evenly_spaced(dial, self.budget),
+            "new": evenly_spaced(new, self.budget),
         }
 
 
@@ -135,20 +136,20 @@ def candidate(model: Hyperparameters, horizon: str = "compute-optimal") -> Candi
 
 
 def ladder(low: int, high: int) -> Runs:
-    """Compute-optimal runs."""
+    """Return compute-optimal runs."""
     return [candidate(pocket(depth)) for depth in range(low, high + 1)]
 
 
 def isoflop(budgets: list[float], depths: range) -> Runs:
-    """Runs at FLOPs budgets."""
+    """Return runs at FLOPs budgets."""
     return [
-        candidate(pocket(depth, flops=own), f"flops={own:.3g}")
-        for own, depth in product(budgets, depths)
+        candidate(pocket(depth, flops=budget), f"flops={budget:.3g}")
+        for budget, depth in product(budgets, depths)
     ]
 
 
 def truth(draw: np.random.Generator, made: Runs) -> Truth:
-    """A surface whose optimum lies within a few times of where the recipe has it; half of them additive."""
+    """Draw a surface with an optimum near the recipe's; half of them are additive."""
     centre = np.log([[run.params, run.tokens] for run in made]).mean(0)
     alpha, beta = draw.uniform(0.2, 0.5, 2)
     gamma = 1.0 if draw.random() < 0.5 else draw.uniform(0.45, 1.0)
@@ -159,7 +160,7 @@ def truth(draw: np.random.Generator, made: Runs) -> Truth:
 
 
 def sweep(draw: np.random.Generator, kind: str, off_dial: bool) -> Sweep:
-    """A ladder of 4 to 6 depths, now and then with a small grid; a deeper target; up to ten times its FLOPs."""
+    """Draw existing runs of 4 to 6 depths, a deeper target, and a budget."""
     low, rungs = int(draw.integers(2, 5)), int(draw.integers(4, 7))
     top = low + rungs - 1
     deep = top + int(draw.integers(2, 9))
@@ -174,10 +175,10 @@ def sweep(draw: np.random.Generator, kind: str, off_dial: bool) -> Sweep:
 
 
 def report(repetitions: int, seed: int = 0) -> tuple[list[str], list[list[str]]]:
-    """Share of the sweeps in which the design leaves less variance, and, of every fifth, less squared error."""
-    found = spread(_scenario, [(name, repetitions, seed) for name in SCENARIOS], "designs", 1)
+    """Return how often the design leaves less variance and, every fifth time, less error."""
+    tables = parallel_map(_scenario, [(name, repetitions, seed) for name in SCENARIOS], "designs", 1)
     headers = ["target", "evenly over", "less variance", "ratio", "less error", "ratio"]
-    return headers, [row for rows in found for row in rows]
+    return headers, [row for rows in tables for row in rows]
 
 
 def _scenario(task: tuple[str, int, int]) -> list[list[str]]:
@@ -187,32 +188,32 @@ def _scenario(task: tuple[str, int, int]) -> list[list[str]]:
     ratios: dict[str, list[float]] = {}
     errors: dict[str, list[float]] = {}
     for number in range(repetitions):
-        own = sweep(draw, kind, off_dial)
-        chosen = own.chosen(draw)
-        after = own.truth.variance(own.made + chosen, own.target)
-        for rival, runs in own.rivals().items():
+        problem = sweep(draw, kind, off_dial)
+        chosen = problem.chosen(draw)
+        after = problem.truth.variance(problem.made + chosen, problem.target)
+        for rival, runs in problem.rivals().items():
             ratios.setdefault(rival, []).append(
-                after / own.truth.variance(own.made + runs, own.target)
+                after / problem.truth.variance(problem.made + runs, problem.target)
             )
             if rival == "all" and number % 5 == 0:
-                errors.setdefault(rival, []).append(squared_errors(own, chosen, runs, draw))
+                errors.setdefault(rival, []).append(squared_errors(problem, chosen, runs, draw))
     return [
-        [name, rival, *_shares(found), *(_shares(errors[rival]) if rival in errors else ["", ""])]
-        for rival, found in ratios.items()
+        [name, rival, *_shares(shares), *(_shares(errors[rival]) if rival in errors else ["", ""])]
+        for rival, shares in ratios.items()
     ]
 
 
-def squared_errors(own: Sweep, chosen: Runs, rival: Runs, draw: np.random.Generator) -> float:
-    """Mean squared error of REFITS refits with the chosen runs over that with the rival's."""
+def squared_errors(problem: Sweep, chosen: Runs, rival: Runs, draw: np.random.Generator) -> float:
+    """Return the ratio of mean squared errors after REFITS refits, chosen over rival."""
     totals = np.zeros(2)
     for _ in range(REFITS):
-        for which, runs in enumerate((chosen, rival)):
-            totals[which] += own.truth.miss(
-                own.made + runs, draw.standard_normal(len(own.made + runs)), own.target
+        for side, runs in enumerate((chosen, rival)):
+            totals[side] += problem.truth.miss(
+                problem.made + runs, draw.standard_normal(len(problem.made + runs)), problem.target
             )
     return float(totals[0] / totals[1])
 
 
 def _shares(ratios: list[float]) -> list[str]:
-    """How often below 1, and the median."""
+    """Return the share below 1, and the median."""
     return [f"{np.mean(np.array(ratios) < 1):.1%} of {len(ratios)}", f"{np.median(ratios):.2f}"]

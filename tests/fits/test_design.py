@@ -1,4 +1,4 @@
-"""What the next runs claim: they beat evenly spaced ones, keep the budget, and say what rests on the prior alone."""
+"""Chosen runs beat evenly spaced ones, stay in budget, and warn where they rest on the prior."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slm.fits import Point, fit_surface
-from slm.fits.design import Board, Design, Goal, evenly, next_runs
-from slm.fits.posterior import EXPONENTS, SHARES, SIGMA, SPREADS, TAU, weight
+from slm.fits import Point
+from slm.fits.design import Design, DesignProblem, Goal, evenly_spaced, next_runs
+from slm.fits.posterior import EXPONENTS, SHARES, SIGMA, SPREADS, TAU, information
+from slm.fits.surface import fit_surface
 from slm.recipe import pocket
 from tests.calibrate.design import (
     SCENARIOS,
@@ -31,7 +32,7 @@ GRID = isoflop([run.flops for run in MADE[1::2]], range(2, 10))
 
 
 def points(runs: Runs, floor: float = 1.0, noise: float = 0.002) -> list[Point]:
-    """Runs on an additive surface, each with a seed of its own."""
+    """Runs on an additive surface, each with a seed of its problem."""
     draw = np.random.default_rng(0)
     return [
         Point(
@@ -54,113 +55,116 @@ def points(runs: Runs, floor: float = 1.0, noise: float = 0.002) -> list[Point]:
 
 
 def codes(design: Design) -> dict[str, str]:
-    return {caution.code: caution.message for caution in design.cautions}
+    return {warning.code: warning.message for warning in design.warnings}
 
 
-def test_the_choice_beats_evenly_spaced_runs_of_equal_flops_at_the_true_surface() -> None:
+def test_chosen_runs_beat_evenly_spaced_ones_at_the_true_surface() -> None:
     wins = []
     for kind, off_dial in SCENARIOS.values():
         draw = np.random.default_rng(1)
         for _ in range(12):
-            own = sweep(draw, kind, off_dial)
-            chosen, even = own.chosen(draw), own.rivals()["all"]
+            problem = sweep(draw, kind, off_dial)
+            chosen, even = problem.chosen(draw), problem.rivals()["all"]
             after, rival = (
-                own.truth.variance(own.made + runs, own.target) for runs in (chosen, even)
+                problem.truth.variance(problem.made + runs, problem.target)
+                for runs in (chosen, even)
             )
             wins.append(after < rival)
     assert np.mean(wins) >= 0.8
 
 
-def test_refits_to_the_chosen_runs_err_less() -> None:
+def test_refits_with_the_chosen_runs_have_smaller_errors() -> None:
     draw, ratios = np.random.default_rng(2), []
     for _ in range(3):
-        own = sweep(draw, "params_exponent", True)
-        ratios.append(squared_errors(own, own.chosen(draw), own.rivals()["all"], draw))
+        problem = sweep(draw, "params_exponent", True)
+        ratios.append(squared_errors(problem, problem.chosen(draw), problem.rivals()["all"], draw))
     assert np.median(ratios) < 0.5
 
 
-def test_a_run_removes_what_it_is_said_to_and_seeds_of_it_less_and_less() -> None:
+def test_a_run_removes_the_predicted_variance_and_further_seeds_remove_less() -> None:
     draw = np.random.default_rng(0)
-    board = Board(draw.standard_normal((1, 7, 6)), np.ones(7), draw.standard_normal((1, 6)), 0.01)
+    slopes = draw.standard_normal((1, 7, 6))
+    gradients = draw.standard_normal((1, 6))
+    problem = DesignProblem(slopes, gradients, np.ones(7), np.zeros(7), 1.0, 0.01)
     counts = np.array([1.0, 2, 0, 0, 1, 0, 3])
-    for k, share in enumerate(board.removed(counts)):
+    for k, share in enumerate(problem.removed(counts)):
         more = counts + (np.arange(7) == k)
         assert share == pytest.approx(
-            1 - board.variance(more) / board.variance(counts), rel=1e-6, abs=1e-10
+            1 - problem.variance(more) / problem.variance(counts), rel=1e-6, abs=1e-10
         )
-    gains = np.diff(weight(np.arange(8.0), SIGMA))
+    gains = np.diff(information(np.arange(8.0), SIGMA))
     assert (np.diff(gains) < 0).all()
-    assert weight(np.array([1e9]), SIGMA) == pytest.approx(TAU**-2)
+    assert information(np.array([1e9]), SIGMA) == pytest.approx(TAU**-2)
 
 
 @pytest.mark.parametrize("times", [0.05, 0.5, 4, 40])
-def test_the_budget_is_kept_and_every_pick_helps(times: float) -> None:
+def test_designs_stay_in_budget_and_every_run_helps(times: float) -> None:
     budget = times * BUDGET
-    found = next_runs(points(MADE), ladder(2, 11) + GRID, DEEP, budget)
-    assert 0 < found.flops <= budget * (1 + 1e-9)
-    assert [pick.before for pick in found.picks] == [
-        found.before,
-        *(pick.after for pick in found.picks[:-1]),
+    design = next_runs(points(MADE), ladder(2, 11) + GRID, DEEP, budget)
+    assert 0 < design.flops <= budget * (1 + 1e-9)
+    assert [run.before for run in design.runs] == [
+        design.before,
+        *(run.after for run in design.runs[:-1]),
     ]
-    assert all(pick.after < pick.before for pick in found.picks)
-    assert found.picks[-1].after == found.after < found.evenly
+    assert all(run.after < run.before for run in design.runs)
+    assert design.runs[-1].after == design.after < design.evenly_spaced
 
 
-def test_a_ladder_asked_for_the_exponent_is_sent_off_its_dial() -> None:
-    found = next_runs(points(MADE), ladder(2, 8) + GRID, Goal("params_exponent"), BUDGET)
+def test_runs_for_the_exponent_leave_the_dial_of_a_ladder() -> None:
+    design = next_runs(points(MADE), ladder(2, 8) + GRID, Goal("params_exponent"), BUDGET)
     off = [
-        abs(np.log(run.tokens / run.params / 16))
-        for run in (pick.candidate for pick in found.picks)
+        abs(np.log(run.tokens / run.params / 16)) for run in (run.candidate for run in design.runs)
     ]
     assert np.mean(np.array(off) > 0.5) > 0.5
-    assert found.after < 0.5 * min(found.before, found.evenly)
-    assert "these runs would end" in codes(found)["one_dial_no_exponents"]
-    assert "prior_rules" in codes(found)
+    assert design.after < 0.5 * min(design.before, design.evenly_spaced)
+    assert "these runs would change" in codes(design)["one_dial_no_exponents"]
+    assert "prior_rules" in codes(design)
 
 
-def test_candidates_on_the_dial_do_not_tell_the_exponent_and_that_is_said() -> None:
-    found = next_runs(points(MADE), ladder(2, 11), Goal("params_exponent"), BUDGET)
-    assert found.after > 0.3 * found.prior
-    assert "candidates at FLOPs budgets would tell" in codes(found)["one_dial_no_exponents"]
+def test_candidates_on_one_dial_give_a_warning_for_the_exponent() -> None:
+    design = next_runs(points(MADE), ladder(2, 11), Goal("params_exponent"), BUDGET)
+    assert design.after > 0.3 * design.prior
+    assert "candidates at FLOPs budgets would help" in codes(design)["one_dial_no_exponents"]
 
 
-def test_seeds_of_runs_there_are_count_as_candidates() -> None:
-    found = next_runs(points(MADE), MADE, DEEP, BUDGET)
-    assert found.picks
-    assert all(pick.repeat for pick in found.picks)
-    first = next_runs(points(MADE), ladder(9, 9), DEEP, BUDGET).picks
-    assert [pick.repeat for pick in first[:2]] == [False, True][: len(first)]
+def test_further_seeds_of_existing_runs_are_candidates() -> None:
+    design = next_runs(points(MADE), MADE, DEEP, BUDGET)
+    assert design.runs
+    assert all(run.repeat for run in design.runs)
+    first = next_runs(points(MADE), ladder(9, 9), DEEP, BUDGET).runs
+    assert [run.repeat for run in first[:2]] == [False, True][: len(first)]
 
 
-def test_what_hardly_helps_is_not_proposed() -> None:
+def test_runs_that_hardly_help_are_not_chosen() -> None:
     cheap = ladder(3, 3)
-    found = next_runs(points(MADE * 4), cheap, DEEP, 100 * cheap[0].flops)
-    assert len(found.picks) < 24
-    assert "budget_left" in codes(found)
+    design = next_runs(points(MADE * 4), cheap, DEEP, 100 * cheap[0].flops)
+    assert len(design.runs) < 24
+    assert "budget_left" in codes(design)
 
 
-def test_a_floor_is_not_ruled_out_because_the_runs_show_none() -> None:
+def test_runs_without_a_floor_do_not_rule_one_out() -> None:
     runs = points(MADE, floor=0.0, noise=0.0)
-    found = next_runs(runs, ladder(2, 11), DEEP, BUDGET)
+    design = next_runs(runs, ladder(2, 11), DEEP, BUDGET)
     assert DEEP.at is not None
     truth = points([DEEP.at], floor=0.0, noise=0.0)[0].loss
-    assert abs(found.estimate - truth) < 2 * found.before
-    assert found.before > 5 * SIGMA * truth / np.sqrt(len(runs))
+    assert abs(design.estimate - truth) < 2 * design.before
+    assert design.before > 5 * SIGMA * truth / np.sqrt(len(runs))
 
 
-def test_the_standard_deviation_is_the_size_of_the_error() -> None:
+def test_the_standard_deviation_matches_the_error() -> None:
     draw, scores = np.random.default_rng(4), []
     for _ in range(15):
-        own = sweep(draw, "loss", True)
-        found = next_runs(own.points(draw), own.candidates, own.target, own.budget)
+        problem = sweep(draw, "loss", True)
+        design = next_runs(problem.points(draw), problem.candidates, problem.target, problem.budget)
         scores.append(
-            (found.estimate - own.truth.value(own.target, own.truth.theta)) / found.before
+            (design.estimate - problem.truth.value(problem.target, problem.truth.theta))
+            / design.before
         )
     assert np.mean(np.abs(scores) < 2) >= 0.85
     assert np.mean(np.abs(scores) < 0.2) <= 0.5
 
 
-def test_the_prior_holds_published_surfaces(reference: Path) -> None:
+def test_the_prior_covers_published_surfaces(reference: Path) -> None:
     folder = reference / "data/scaling"
     for path, params, loss in (
         ("chinchilla_epoch/points.csv", "params", "loss"),
@@ -174,8 +178,8 @@ def test_the_prior_holds_published_surfaces(reference: Path) -> None:
         ]
         sizes = [(float(row[params]), float(row["tokens"]), float(row[loss])) for row in rows]
         runs = [
-            Point(f"{k}", "s", 1, n, d, n * d, own, 0, None, "a")
-            for k, (n, d, own) in enumerate(sizes)
+            Point(f"{k}", "s", 1, n, d, n * d, value, 0, None, "a")
+            for k, (n, d, value) in enumerate(sizes)
         ]
         row = fit_surface(runs, "coupled").row
         mean = np.log([*SHARES, *EXPONENTS]) + np.mean(np.log([run.loss for run in runs])) * (
@@ -184,20 +188,20 @@ def test_the_prior_holds_published_surfaces(reference: Path) -> None:
         assert (np.abs(np.concatenate([row[:3], np.log(row[3:])]) - mean) < 2 * SPREADS).all()
 
 
-def test_even_runs_are_spread_in_compute_and_spend_the_budget() -> None:
+def test_evenly_spaced_runs_spread_in_compute_and_spend_the_budget() -> None:
     runs = ladder(2, 11)
-    found = evenly(runs, BUDGET)
-    steps = np.diff(np.log(sorted({run.flops for run in found})))
+    even = evenly_spaced(runs, BUDGET)
+    steps = np.diff(np.log(sorted({run.flops for run in even})))
     assert len(steps) == 4
     assert steps.max() / steps.min() < 3
-    assert BUDGET - runs[0].flops <= sum(run.flops for run in found) <= BUDGET
-    assert evenly(runs, runs[0].flops) == runs[:1]
+    assert BUDGET - runs[0].flops <= sum(run.flops for run in even) <= BUDGET
+    assert evenly_spaced(runs, runs[0].flops) == runs[:1]
 
 
-def test_refusals_name_the_value_and_the_way_out() -> None:
+def test_errors_name_the_value_and_the_remedy() -> None:
     could = ladder(2, 11)
     with pytest.raises(
-        ValueError, match=r"2 different runs; a design stands on 3: first run d2 compute-optimal"
+        ValueError, match=r"2 distinct runs; a design needs 3: first run d2 compute-optimal"
     ):
         next_runs(points(MADE[:2] + MADE[:2]), could, DEEP, BUDGET)
     with pytest.raises(
@@ -208,12 +212,12 @@ def test_refusals_name_the_value_and_the_way_out() -> None:
         next_runs(points(MADE), [], DEEP, BUDGET)
     with pytest.raises(ValueError, match="target is 'core'; known are loss, E"):
         Goal("core")
-    with pytest.raises(ValueError, match="target loss takes"):
+    with pytest.raises(ValueError, match="target loss needs a run"):
         Goal("loss")
 
 
 @pytest.mark.parametrize("target", [DEEP, Goal("E"), Goal("params_exponent")])
-def test_the_document_is_json_and_the_order_of_runs_changes_nothing(target: Goal) -> None:
+def test_the_document_is_json_and_independent_of_the_order_of_runs(target: Goal) -> None:
     made, could = points(MADE + GRID[:6]), ladder(2, 11) + GRID
     document = next_runs(made, could, target, BUDGET).document()
     assert json.loads(json.dumps(document, allow_nan=False)) == document
