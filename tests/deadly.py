@@ -1,4 +1,4 @@
-"""Documents that kill their reader, in a module that a new process loads quickly."""
+"""Documents that kill their reader, in a module that a new process imports quickly."""
 
 from __future__ import annotations
 

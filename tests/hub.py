@@ -1,4 +1,7 @@
-"""A hub on loopback that speaks as much of Hugging Face's protocol as its library asks for, and can be made to fail."""
+"""A hub on loopback with the part of Hugging Face's protocol that its library needs.
+
+It can be made to fail in several ways.
+"""
 
 from __future__ import annotations
 
@@ -16,39 +19,41 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PAGE = 7
-"""Entries of a page of a listing."""
+"""Entries per page of a listing."""
 
 
 class Hub:
-    """A dataset of some files, and what became of the requests for them."""
+    """A dataset of some files, with counts of requests and of faults to come."""
 
     def __init__(self, repo: str, files: dict[str, bytes]) -> None:
         self.repo: str = repo
         self.files: dict[str, bytes] = {}
         self.listed: dict[str, str] = {}
-        """What the hub says of the files, whatever it sends."""
-        self.asked: Counter[str] = Counter()
+        """SHA-256 that the hub lists for each file."""
+        self.requests: Counter[str] = Counter()
         """Requests for the content of each file."""
         self.sent: Counter[str] = Counter()
-        """Bytes sent of each."""
+        """Bytes sent of each file."""
         self.busy: Counter[str] = Counter()
-        """Of how many requests for a file the next ones are told to come later."""
+        """Number of next requests for a file that get the answer 429, too many requests."""
         self.cut: Counter[str] = Counter()
-        """Of how many the connection ends half-way."""
+        """Number of next requests whose connection is closed half-way."""
         self.damaged: Counter[str] = Counter()
-        """Of how many the content is another."""
-        self.url = self.elsewhere = ""
-        """Where it answers, and where the content is: another host to who asks."""
+        """Number of next requests that get damaged content."""
+        self.url = ""
+        """Address of the hub."""
+        self.content_url = ""
+        """Address of the content, on another host name."""
         for name, content in files.items():
             self.put(name, content)
 
     def put(self, name: str, content: bytes) -> None:
-        """A file, or another in its place."""
+        """Add or replace a file."""
         self.files[name] = content
         self.listed[name] = hashlib.sha256(content).hexdigest()
 
-    def entries(self, below: str) -> list[dict[str, Any]]:
-        """The listing of a folder."""
+    def entries(self, folder: str) -> list[dict[str, Any]]:
+        """Return the listing of a folder."""
         return [
             {
                 "type": "file",
@@ -58,7 +63,7 @@ class Hub:
                 "lfs": {"oid": self.listed[name], "size": len(content), "pointerSize": 134},
             }
             for name, content in sorted(self.files.items())
-            if name.startswith(below)
+            if name.startswith(folder)
         ]
 
 
@@ -77,10 +82,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             path = unquote(url.path)
             if path.startswith("/cdn/"):
                 self._content(path.removeprefix("/cdn/"), body)
-            elif found := re.fullmatch(rf"/datasets/{hub.repo}/resolve/[^/]+/(.+)", path):
-                self._resolved(found[1])
-            elif found := re.fullmatch(rf"/api/datasets/{hub.repo}/tree/[^/]+/?(.*)", path):
-                self._listing(found[1], int(parse_qs(url.query).get("cursor", ["0"])[0]))
+            elif match := re.fullmatch(rf"/datasets/{hub.repo}/resolve/[^/]+/(.+)", path):
+                self._resolved(match[1])
+            elif match := re.fullmatch(rf"/api/datasets/{hub.repo}/tree/[^/]+/?(.*)", path):
+                self._listing(match[1], int(parse_qs(url.query).get("cursor", ["0"])[0]))
             elif re.fullmatch(rf"/api/datasets/{hub.repo}(/revision/[^/]+)?", path):
                 self._send(
                     200, json.dumps({"id": hub.repo, "sha": COMMIT, "siblings": []}).encode()
@@ -88,8 +93,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             else:
                 self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
 
-        def _listing(self, below: str, first: int) -> None:
-            entries = hub.entries(below)
+        def _listing(self, folder: str, first: int) -> None:
+            entries = hub.entries(folder)
             more = {
                 "Link": f'<{hub.url}{urlsplit(self.path).path}?cursor={first + PAGE}>; rel="next"'
             }
@@ -103,7 +108,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             headers = {"X-Repo-Commit": COMMIT, "X-Linked-Size": str(len(hub.files[name]))}
             headers |= {
                 "X-Linked-Etag": f'"{hub.listed[name]}"',
-                "Location": f"{hub.elsewhere}/cdn/{name}",
+                "Location": f"{hub.content_url}/cdn/{name}",
             }
             self._send(302, b"", headers)
 
@@ -114,7 +119,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     200, b"", {"Content-Length": str(len(content)), "Accept-Ranges": "bytes"}
                 )
                 return
-            hub.asked[name] += 1
+            hub.requests[name] += 1
             if hub.busy[name]:
                 hub.busy[name] -= 1
                 self._send(429, b"", {"Retry-After": "1"})
@@ -143,16 +148,16 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             length: int | None = None,
         ) -> None:
             self.send_response(status)
-            given = {"Content-Length": str(len(body) if length is None else length)} | (
+            all_headers = {"Content-Length": str(len(body) if length is None else length)} | (
                 headers or {}
             )
-            for name, value in given.items():
+            for name, value in all_headers.items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)
             self.close_connection |= length is not None and len(body) < length
 
-        def log_message(self, format: str, *arguments: Any) -> None:
+        def log_message(self, *arguments: Any) -> None:
             pass
 
     return Handler
@@ -160,10 +165,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
 @contextmanager
 def serving(hub: Hub) -> Iterator[Hub]:
-    """Serve it on a port of its own."""
+    """Serve a hub on a free port."""
     with ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub)) as server:
         hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-        hub.elsewhere = f"http://localhost:{server.server_address[1]}"
+        hub.content_url = f"http://localhost:{server.server_address[1]}"
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield hub
@@ -172,7 +177,7 @@ def serving(hub: Hub) -> Iterator[Hub]:
 
 
 def environment(hub: Hub, cache: Path) -> dict[str, str]:
-    """What a process needs to talk to this hub alone."""
+    """Return the environment of a process that uses only this hub."""
     return {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(cache),

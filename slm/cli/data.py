@@ -21,16 +21,17 @@ CorpusName = Annotated[
     str,
     typer.Argument(
         metavar="CORPUS",
-        help="python, a folder of .txt, .md, .rst, .jsonl, .parquet, climbmix, fineweb-edu, or hf:OWNER/NAME.",
+        help="python, a folder of .txt, .md, .rst, .jsonl, .parquet, climbmix, fineweb-edu, "
+        "or hf:OWNER/NAME.",
     ),
 ]
-LEFT_OUT = {
+FAULTS = {
     "duplicates": "duplicates",
     "empty": "empty",
     "null": "null",
-    "invalid_utf8": "mended (no UTF-8)",
+    "invalid_utf8": "repaired (invalid UTF-8)",
 }
-"""What is counted of documents that are not what they should be, in words."""
+"""Labels of a corpus's counts of faulty documents."""
 
 
 def prepare(
@@ -39,98 +40,105 @@ def prepare(
     tokens: Annotated[
         float | None,
         typer.Option(
-            help="Of a hub's corpus, at least so many, else the reference depth's horizon."
+            help="Minimum tokens of a hub's corpus; default: horizon of the reference depth."
         ),
     ] = None,
     tokenizer: TokenizerName = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="At work at once; else one a core.")
+        int | None, typer.Option(min=1, help="Maximum processes; default: one per core.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Tokenise a corpus and pack it into rows that every run shares; typed again, go on or add what is new."""
+    """Tokenise a corpus and pack it into rows for all runs; called again, resume or extend it."""
     from slm import data
     from store import home
 
     family = recipe_of(recipe)
-    given = family(family.reference_depth)
+    hp = family(family.reference_depth)
     if tokens is not None:
         (tokens,) = numbers_of("--tokens", str(tokens))
-        given = replace(given, steps=ceil(tokens / given.batch_tokens))
-    own = data.tokenizer_of(tokenizer) if tokenizer else None
-    prepared = data.prepare(name, given, home(), report_line, processes, own)
-    manifest = prepared.manifest
+        hp = replace(hp, steps=ceil(tokens / hp.batch_tokens))
+    given_tokenizer = data.tokenizer_of(tokenizer) if tokenizer else None
+    dataset = data.prepare(name, hp, home(), report_line, processes, given_tokenizer)
+    manifest = dataset.manifest
     if as_json:
-        print_json({"folder": str(prepared.folder), "manifest": manifest})
+        print_json({"folder": str(dataset.folder), "manifest": manifest})
         return
     train, validation = manifest["train"], manifest["validation"]
-    corpus, there = manifest["corpus"], train["rows"] * (manifest["row_tokens"] - 1)
-    print(f"corpus {corpus['name']} for recipe {family.name}: {prepared.folder}")
-    print(f"  {corpus['documents']:,} documents; left out: {left_out(corpus)}")
-    lost = corpus["cropped_tokens"] + corpus["dropped_tokens"]
+    corpus = manifest["corpus"]
+    available = train["rows"] * (manifest["row_tokens"] - 1)
+    lost = (corpus["cropped_tokens"] + corpus["dropped_tokens"]) / corpus["tokens"]
+    print(f"corpus {dataset.name} for recipe {family.name}: {dataset.folder}")
+    print(f"  {corpus['documents']:,} documents; left out: {faults(corpus)}")
     print(
-        f"  {train['rows']:,} training rows ({there:,} tokens), {lost / corpus['tokens']:.2%} of the tokens in none"
+        f"  {train['rows']:,} training rows ({available:,} tokens), "
+        f"{lost:.2%} of the tokens in no row"
     )
     print(f"  {validation['rows']:,} validation rows, fingerprint {validation['fingerprint']}")
-    if tokens and tokens > there:
+    if tokens and tokens > available:
         print(
-            f"  all there is: {tokens:,.0f} tokens are {tokens / there:.2f} epochs (at most {data.MAX_EPOCHS} are read)"
+            f"  the corpus has no more: {tokens:,.0f} tokens are {tokens / available:.2f} epochs "
+            f"(at most {data.MAX_EPOCHS})"
         )
 
 
-def left_out(corpus: dict[str, int]) -> str:
-    """What was left out of a corpus, or mended, in words."""
-    return (
-        ", ".join(f"{corpus[name]:,} {word}" for name, word in LEFT_OUT.items() if corpus[name])
-        or "none"
-    )
+def faults(corpus: dict[str, int]) -> str:
+    """Return the documents of a corpus that were left out or repaired, as text."""
+    parts = [f"{corpus[name]:,} {label}" for name, label in FAULTS.items() if corpus[name]]
+    return ", ".join(parts) or "none"
 
 
 def core(
     source: Annotated[
         Path | None,
-        typer.Option(
-            "--from", help="A zip or folder that is there; else nanochat's is downloaded."
-        ),
+        typer.Option("--from", help="A zip or folder; default: download nanochat's."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Get the bundle of CORE's 22 tasks: checked, and kept under the hash of the files that CORE reads."""
-    from slm.evaluate import bundle
+    """Get the bundle of CORE's 22 tasks, check it, and store it under the hash of its files."""
+    from slm.evaluate.bundle import install
     from slm.evaluate.download import download
     from store import home
 
     if source:
-        got = bundle.install(source, home())
+        bundle = install(source, home())
     else:
         with ProgressBars() as bars:
-            fetched = download(CORE_URL, home() / "data" / "core", bars.add("bytes"))
-        got = bundle.install(fetched, home())
-        fetched.unlink()
-    _print_bundle(got, as_json)
+            archive = download(CORE_URL, home() / "data" / "core", bars.add("bytes"))
+        bundle = install(archive, home())
+        archive.unlink()
+    _print_bundle(bundle, as_json)
 
 
 def pocket_core(
     corpus: CorpusName = "python", recipe: RecipeName = None, as_json: Json = False
 ) -> None:
-    """Make the bundle of pocket-core of a corpus's held-out text: CORE's types of task for small models."""
+    """Make the pocket-core bundle from a corpus's held-out text: CORE tasks for small models."""
     from slm import data
-    from slm.evaluate import pocket_core as pocket
+    from slm.evaluate.pocket_core import bundle_of
     from store import home
 
     family = recipe_of(recipe)
-    prepared = data.prepare(corpus, family(family.reference_depth), home(), report_line)
-    _print_bundle(pocket.bundle_of(prepared, home()), as_json)
+    dataset = data.prepare(corpus, family(family.reference_depth), home(), report_line)
+    _print_bundle(bundle_of(dataset, home()), as_json)
 
 
-def _print_bundle(got: Bundle, as_json: bool) -> None:
+def _print_bundle(bundle: Bundle, as_json: bool) -> None:
     from slm.evaluate.bundle import CORE
 
-    counts = {task.label: len(got.examples(task)) for task in got.tasks}
+    counts = {task.label: len(bundle.examples(task)) for task in bundle.tasks}
     if as_json:
-        print_json({"bundle": got.id, "name": got.name, "folder": str(got.folder), "tasks": counts})
+        print_json(
+            {
+                "bundle": bundle.id,
+                "name": bundle.name,
+                "folder": str(bundle.folder),
+                "tasks": counts,
+            }
+        )
         return
-    named = f" ({got.name})" if got.name != CORE else ""
+    name = f" ({bundle.name})" if bundle.name != CORE else ""
     print(
-        f"bundle {got.id}{named}: {len(counts)} tasks, {sum(counts.values()):,} examples; {got.folder}"
+        f"bundle {bundle.id}{name}: {len(counts)} tasks, {sum(counts.values()):,} examples; "
+        f"{bundle.folder}"
     )

@@ -1,14 +1,14 @@
-"""Corpora -> a tokeniser and rows of tokens on disk, which every run of every sweep shares. No torch here."""
+"""Corpora -> a tokeniser and rows of tokens on disk, which all runs share. No torch here."""
 
-from slm.data.dataset import MAX_EPOCHS, Prepared, all_prepared, recipe_for, row_shape
+from slm.data.dataset import MAX_EPOCHS, PreparedDataset, list_datasets, recipe_for, row_shape
 from slm.data.prepare import prepare, prepared_for
 from slm.data.tokenizer import Tokenizer, tokenizer_of
 
 __all__ = [
     "MAX_EPOCHS",
-    "Prepared",
+    "PreparedDataset",
     "Tokenizer",
-    "all_prepared",
+    "list_datasets",
     "prepare",
     "prepared_for",
     "recipe_for",

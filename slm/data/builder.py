@@ -1,4 +1,4 @@
-"""The steps that every preparation takes, and what they leave in its folder."""
+"""The steps that all preparations share, and the files that they write."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from slm.data.dataset import FORMAT, MANIFEST, Prepared, row_shape
+from slm.data.dataset import FORMAT, MANIFEST, PreparedDataset, row_shape
 from slm.data.packing import pack, split
 from slm.data.shards import (
     BLOCK_ROWS,
     Documents,
     Shape,
-    encoded,
+    encode_documents,
     fingerprint,
     pack_shard,
     row_dtype,
@@ -32,128 +32,125 @@ from slm.data.shards import (
 from slm.data.tokenizer import Tokenizer, train_tokenizer
 from slm.files import write_json
 from slm.recipe import Hyperparameters
+from slm.text import duration
 
-PAUSE_SECONDS = 5.0
-"""Between two lines on how far something is."""
-TOKENIZER, VALIDATION = "tokenizer.json", "validation.json"
-"""The tokeniser; and what is known of the validation rows of a preparation that is not finished."""
-COUNTED = (
-    "documents",
-    "tokens",
-    "duplicates",
-    "cropped_tokens",
-    "dropped_tokens",
-    "empty",
-    "null",
-    "invalid_utf8",
+REPORT_SECONDS = 5.0
+"""Shortest time between two lines of progress."""
+TOKENIZER_CHARACTERS = 2**26
+"""Maximum characters of text that a tokeniser is trained on."""
+TOKENIZER = "tokenizer.json"
+VALIDATION = "validation.json"
+"""Entry of the validation rows, while the preparation is unfinished."""
+COUNTS = (
+    *("documents", "tokens", "duplicates", "cropped_tokens", "dropped_tokens"),
+    *("empty", "null", "invalid_utf8"),
 )
-"""Of a corpus: documents and tokens that were read, `<|bos|>` included; tokens in no row; texts left out, and those
-with invalid bytes, which are mended and kept."""
+"""Counts of a corpus: documents and tokens read (`<|bos|>` included), tokens in no row, texts left
+out, and texts with invalid bytes, which are repaired and used."""
 
 Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Work:
-    """A preparation at work; its folder's lock is held."""
+class DatasetBuilder:
+    """A running preparation, which holds the lock of its folder."""
 
     folder: Path
-    """Where everything goes."""
     name: str
-    """What the corpus is called in results."""
+    """Name of the corpus in results."""
     source: str
-    """Where its texts are from."""
-    given: Hyperparameters
-    """What rows are made for."""
+    """Origin of its texts."""
+    hp: Hyperparameters
     tokenizer: Tokenizer | None
-    """The tokeniser that was asked for; None where one is trained."""
+    """A given tokeniser; None trains one."""
     report: Report
-    """Told how far it is."""
     processes: int
-    """How many may work."""
+    """Maximum number of processes."""
 
     @property
     def shape(self) -> Shape:
-        """How rows are made."""
+        """Format of the rows."""
         return Shape(
-            self.given.sequence_length + 1,
-            row_dtype(self.given.vocab_size),
-            self.given.split_documents,
+            self.hp.sequence_length + 1,
+            row_dtype(self.hp.vocab_size),
+            self.hp.split_documents,
         )
 
     @cached_property
-    def before(self) -> Prepared | None:
-        """What is to be extended; None in a first preparation."""
-        return Prepared.read(self.folder) if (self.folder / MANIFEST).exists() else None
+    def previous(self) -> PreparedDataset | None:
+        """The dataset to extend; None in a first preparation."""
+        if (self.folder / MANIFEST).exists():
+            return PreparedDataset.read(self.folder)
+        return None
 
-    def pace(self, doing: str, of: int, unit: str) -> Callable[[int], None]:
-        """Says now and then how much is done, and how long the rest will take."""
-        began = said = time.monotonic()
+    def progress(self, step: str, total: int, unit: str) -> Callable[[int], None]:
+        """Return a function that reports, now and then, units done and time left."""
+        began = last = time.monotonic()
 
-        def tell(done: int) -> None:
-            nonlocal said
+        def update(done: int) -> None:
+            nonlocal last
             now = time.monotonic()
-            if now - said > PAUSE_SECONDS and 0 < done < of:
-                said = now
-                self.report(
-                    f"{doing}: {done:,} of {of:,} {unit}, {(now - began) / done * (of - done):,.0f} s left"
-                )
+            if now - last > REPORT_SECONDS and 0 < done < total:
+                last = now
+                remaining = duration((now - began) / done * (total - done))
+                self.report(f"{step}: {done:,} of {total:,} {unit}, {remaining} left")
 
-        return tell
+        return update
 
-    def learn(self, texts: Sequence[str]) -> None:
-        """Train the tokeniser, and keep it. Raises ValueError where the texts are too few."""
+    def learn_tokenizer(self, texts: Sequence[str]) -> None:
+        """Train the tokeniser and save it. Raises ValueError for too few texts."""
         if not texts:
             raise ValueError(
                 f"corpus {self.name}: its documents are too few to hold some out for validation; "
                 "split them into more files or lines"
             )
-        self.report(f"training a tokeniser of {self.given.vocab_size} tokens")
-        self.take(train_tokenizer(texts, self.given.vocab_size))
+        self.report(f"training a tokeniser of {self.hp.vocab_size} tokens")
+        self.save_tokenizer(train_tokenizer(texts, self.hp.vocab_size))
 
-    def take(self, tokenizer: Tokenizer) -> None:
-        """Keep a tokeniser as the corpus's own."""
+    def save_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Save the tokeniser of the dataset."""
         write_json(self.folder / TOKENIZER, tokenizer.document())
 
-    def validate(self, texts: Iterable[str], counts: Counter[str]) -> dict[str, Any]:
-        """Fill the validation rows from the first of some texts; what the manifest says of them.
+    def write_validation(self, texts: Iterable[str], counts: Counter[str]) -> dict[str, Any]:
+        """Fill the validation rows from the first texts, and return their entry of the manifest.
 
-        `counts` gets what became of the texts. Raises ValueError where they do not fill the rows.
+        `counts` gets the texts read and left out. Raises ValueError if they do not fill the rows.
         """
         tokenizer = Tokenizer.read(self.folder / TOKENIZER)
-        length, wanted = self.shape.length, self.given.validation_rows
-        documents = encoded(texts, tokenizer, counts, self.processes)
-        with closing(
-            pack(split(documents, tokenizer.bos, length, self.shape.pieces), length, counts)
-        ) as rows:
-            written = write_rows(
-                self.folder / "validation.bin", islice(rows, wanted), self.shape.dtype
+        length = self.shape.length
+        required = self.hp.validation_rows
+        documents = encode_documents(texts, tokenizer, counts, self.processes)
+        pieces = split(documents, tokenizer.bos, length, self.shape.pieces)
+        with closing(pack(pieces, length, counts)) as rows:
+            entry = write_rows(
+                self.folder / "validation.bin", islice(rows, required), self.shape.dtype
             )
-        if written["rows"] < wanted:
+        if entry["rows"] < required:
             raise ValueError(
-                f"corpus {self.name} is too small: it fills {written['rows']} of the {wanted} validation rows "
-                f"({self.given.validation_tokens:,} tokens) that the recipe needs"
+                f"corpus {self.name} is too small: it fills {entry['rows']} of the {required} "
+                f"validation rows ({self.hp.validation_tokens:,} tokens) that the recipe needs"
             )
-        return written | counts
+        return entry | counts
 
-    def pack(self, shards: Sequence[Documents], first: int, of: str) -> list[dict[str, Any]]:
-        """What the manifest says of the rows of shards, numbered from `first`; packed side by side.
+    def pack_shards(self, shards: Sequence[Documents], first: int, of: str) -> list[dict[str, Any]]:
+        """Pack shards numbered from `first`, several at once, and return their manifest entries.
 
-        `of` is what they follow from beside their numbers: those of another are packed anew, those finished are not.
+        `of` identifies the preparation: shards that it has finished before are not packed again.
         """
         paths = [
             self.folder / f"train-{number:05d}.bin" for number in range(first, first + len(shards))
         ]
         workers = max(1, min(self.processes, len(shards)))
-        rest = (of, self.shape, max(1, self.processes // workers))
+        threads = max(1, self.processes // workers)
+        jobs = [(shard, path, of, self.shape, threads) for shard, path in zip(shards, paths)]
         self.report(f"packing rows: {len(shards):,} shards")
-        said = self.pace("packing rows", len(shards), "shards")
+        progress = self.progress("packing rows", len(shards), "shards")
         if workers > 1:
-            return _side_by_side([(*pair, *rest) for pair in zip(shards, paths)], workers, said)
+            return _pack_in_parallel(jobs, workers, progress)
         files = []
-        for shard, path in zip(shards, paths):
-            files.append(pack_shard(shard, path, *rest))
-            said(len(files))
+        for job in jobs:
+            files.append(pack_shard(*job))
+            progress(len(files))
         return files
 
     def finish(
@@ -163,9 +160,9 @@ class Work:
         left_out: Mapping[str, int],
         of: str,
     ) -> None:
-        """Write the manifest of all rows there are now; `of` tells the newest preparation from others before it.
+        """Write the manifest of all rows, and remove temporary files.
 
-        Raises ValueError where nothing is left to train on.
+        `of` identifies the preparation. Raises ValueError if there is nothing to train on.
         """
         if not any(file["rows"] for file in files):
             raise ValueError(f"corpus {self.name} is too small: nothing is left to train on")
@@ -175,10 +172,10 @@ class Work:
             "source": self.source,
             "given_tokenizer": self.tokenizer.fingerprint if self.tokenizer else None,
             "of": of,
-            "shape": row_shape(self.given),
+            "shape": row_shape(self.hp),
             "corpus": {
                 "name": self.name,
-                **{name: sum(part.get(name, 0) for part in parts) for name in COUNTED},
+                **{name: sum(part.get(name, 0) for part in parts) for name in COUNTS},
                 "validation_documents": validation["documents"],
             },
             "left_out": dict(left_out),
@@ -190,16 +187,13 @@ class Work:
             "train": _part(files),
         }
         write_json(self.folder / MANIFEST, manifest)
-        for left in (
-            *self.folder.glob(".*"),
-            *self.folder.glob("train-*.json"),
-            self.folder / VALIDATION,
-        ):
-            left.unlink(missing_ok=True)
+        entries = self.folder.glob("train-*.json")
+        for path in (*self.folder.glob(".*"), *entries, self.folder / VALIDATION):
+            path.unlink(missing_ok=True)
 
 
 def _part(files: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the manifest says of the rows of some files."""
+    """Return the manifest's entry of the rows of some files."""
     blocks = [block for file in files for block in file["blocks"]]
     return {
         "rows": sum(file["rows"] for file in files),
@@ -208,34 +202,35 @@ def _part(files: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _side_by_side(
-    shards: Sequence[tuple[Documents, Path, str, Shape, int]],
+def _pack_in_parallel(
+    jobs: Sequence[tuple[Documents, Path, str, Shape, int]],
     workers: int,
-    said: Callable[[int], None],
+    progress: Callable[[int], None],
 ) -> list[dict[str, Any]]:
-    """Pack shards, each as `pack_shard` takes it, several at once. Raises RuntimeError where a process was killed."""
-    context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
+    """Call `pack_shard` in several processes. Raises RuntimeError if one of them is killed."""
+    context = multiprocessing.get_context("spawn")
+    unrelated = {*multiprocessing.active_children()}
     with ProcessPoolExecutor(workers, context, _follow_parent) as pool:
-        tasks = [pool.submit(pack_shard, *shard) for shard in shards]
+        tasks = [pool.submit(pack_shard, *job) for job in jobs]
         try:
             for done, task in enumerate(as_completed(tasks), 1):
                 task.result()
-                said(done)
+                progress(done)
         except BrokenExecutor:
             raise RuntimeError(
-                "a process that packed rows was killed, for want of memory maybe: the same command goes on, and "
-                "with --processes 1 it needs least"
+                "a process that packed rows was killed, perhaps for lack of memory: "
+                "run the same command again to resume, with --processes 1 to use least memory"
             ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             if not all(task.done() for task in tasks):
-                for process in {*multiprocessing.active_children()} - {*others}:
+                for process in {*multiprocessing.active_children()} - unrelated:
                     process.terminate()
     return [task.result() for task in tasks]
 
 
 def _follow_parent() -> None:
-    """End with the process that started this one, however it ends."""
+    """Make this process end with the one that started it, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

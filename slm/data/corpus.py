@@ -1,4 +1,4 @@
-"""Corpora on this machine: `python`, or a folder -> its files, and the texts in them."""
+"""Texts in files: `python` or a folder -> its files, and the texts in them."""
 
 from __future__ import annotations
 
@@ -9,76 +9,81 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-TEXTS = (".txt", ".md", ".rst")
-"""A document a file."""
-READERS = (*TEXTS, ".jsonl", ".parquet")
-LONGEST = 2**24
-"""Characters of a document; a text that is longer is read as several."""
-BATCH = 1024
-"""Rows of Parquet that are held at once."""
+TEXT_ENDINGS = (".txt", ".md", ".rst")
+"""Endings of files that are one document each."""
+ENDINGS = (*TEXT_ENDINGS, ".jsonl", ".parquet")
+MAX_CHARACTERS = 2**24
+"""Characters of a document; a longer text is split into several."""
+BATCH_ROWS = 1024
+"""Rows of Parquet in memory at a time."""
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-State = tuple[str, int, int]
-"""Path, size and time of change of a file: equal states hold equal texts."""
+FileState = tuple[str, int, int]
+"""Path, size and modification time of a file: equal states mean equal texts."""
 
 
-def name_of(corpus: str) -> str:
-    """What a corpus is called in results: "python", or its folder's name."""
-    return corpus if corpus == "python" else Path(corpus).resolve().name
+def file_states(corpus: str) -> list[FileState]:
+    """Return the files of a corpus, by path: a folder, or "python" for the standard library.
 
-
-def states(corpus: str) -> list[State]:
-    """The files of "python" (the running interpreter's standard library without its tests) or of a folder, by path.
-
-    Raises ValueError where there is no such corpus, or no file in it.
+    The standard library is the running interpreter's, without its tests. Raises ValueError for a
+    corpus that does not exist or has no files.
     """
-    files = _library() if corpus == "python" else _in_folder(Path(corpus))
-    found = [(path, path.stat()) for path in files]
-    return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found]
+    files = _library() if corpus == "python" else _files_in(Path(corpus))
+    states = []
+    for path in files:
+        stat = path.stat()
+        states.append((str(path), stat.st_size, stat.st_mtime_ns))
+    return states
 
 
 def _library() -> list[Path]:
-    found: list[Path] = []
-    for folder, inner, names in os.walk(sysconfig.get_path("stdlib")):
-        inner[:] = set(inner) - NOT_LIBRARY  # not entered: they hold most files
-        found += [Path(folder, name) for name in names if name.endswith(".py")]
-    return sorted(found)
+    files: list[Path] = []
+    for folder, subfolders, names in os.walk(sysconfig.get_path("stdlib")):
+        subfolders[:] = set(subfolders) - NOT_LIBRARY  # not entered: they hold most of the files
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(files)
 
 
-def _in_folder(folder: Path) -> list[Path]:
+def _files_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise ValueError(f"corpus {str(folder)!r}: neither a known corpus (python) nor a folder")
     files = sorted(
-        path.resolve() for path in folder.rglob("*") if path.suffix in READERS and path.is_file()
+        path.resolve() for path in folder.rglob("*") if path.suffix in ENDINGS and path.is_file()
     )
     if not files:
-        raise ValueError(f"corpus {str(folder)!r}: no {', '.join(READERS)} file in it")
+        raise ValueError(f"corpus {str(folder)!r}: it has no {', '.join(ENDINGS)} file")
     return files
 
 
 def texts_of(path: Path, counts: Counter[str], column: str = "text") -> Iterator[str]:
-    """The texts of a file that hold something; `counts` gets what was left out or mended: empty, null, invalid_utf8.
+    """Yield the non-empty texts of a file.
 
-    Raises ValueError naming file and line, or column, of what is no text.
+    `counts` gets the texts left out or repaired: empty, null, invalid_utf8. Raises ValueError with
+    the file, and the line or column, for content that is not text.
     """
-    for text in _READ.get(path.suffix, _whole)(path, counts, column):
+    if path.suffix == ".jsonl":
+        texts = _read_json_lines(path, counts, column)
+    elif path.suffix == ".parquet":
+        texts = _read_parquet(path, counts, column)
+    else:
+        texts = _read_text(path, counts)
+    for text in texts:
         if not text.strip():
             counts["empty"] += 1
-        elif len(text) <= LONGEST:
-            yield text
         else:
-            yield from (text[start : start + LONGEST] for start in range(0, len(text), LONGEST))
+            for start in range(0, len(text), MAX_CHARACTERS):
+                yield text[start : start + MAX_CHARACTERS]
 
 
-def _whole(path: Path, counts: Counter[str], column: str) -> Iterator[str]:
+def _read_text(path: Path, counts: Counter[str]) -> Iterator[str]:
     with path.open(encoding="utf-8", errors="surrogateescape") as file:
-        text = file.read(LONGEST)
-        yield _decoded(text.encode(errors="surrogateescape"), counts)
-        while text := file.read(LONGEST):
-            yield _decoded(text.encode(errors="surrogateescape"), counts)
+        text = file.read(MAX_CHARACTERS)
+        yield _decode(text.encode(errors="surrogateescape"), counts)
+        while text := file.read(MAX_CHARACTERS):
+            yield _decode(text.encode(errors="surrogateescape"), counts)
 
 
-def _decoded(content: bytes, counts: Counter[str]) -> str:
-    """UTF-8; what is none is replaced by a mark, and the document counted."""
+def _decode(content: bytes, counts: Counter[str]) -> str:
+    """Decode UTF-8; invalid bytes become replacement characters, and the document is counted."""
     try:
         return content.decode()
     except UnicodeDecodeError:
@@ -86,13 +91,13 @@ def _decoded(content: bytes, counts: Counter[str]) -> str:
         return content.decode(errors="replace")
 
 
-def _json_lines(path: Path, counts: Counter[str], column: str) -> Iterator[str]:
+def _read_json_lines(path: Path, counts: Counter[str], column: str) -> Iterator[str]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                text = json.loads(_decoded(line, counts))[column]
+                text = json.loads(_decode(line, counts))[column]
             except (ValueError, KeyError, TypeError):
                 raise ValueError(
                     f"{path}, line {number}: not a JSON object with a field {column!r}"
@@ -102,36 +107,30 @@ def _json_lines(path: Path, counts: Counter[str], column: str) -> Iterator[str]:
             if text is None:
                 counts["null"] += 1
             else:
-                yield _decoded(text.encode(errors="surrogatepass"), counts)
+                yield _decode(text.encode(errors="surrogatepass"), counts)
 
 
-def _parquet(path: Path, counts: Counter[str], column: str) -> Iterator[str]:
+def _read_parquet(path: Path, counts: Counter[str], column: str) -> Iterator[str]:
     import pyarrow
     from pyarrow import parquet, types
 
     try:
         with parquet.ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
-                raise ValueError(
-                    f"{path}: no column {column!r} (it has {', '.join(file.schema_arrow.names)})"
-                )
-            for batch in file.iter_batches(batch_size=BATCH, columns=[column]):
-                found = batch.column(0)
-                found = found.dictionary_decode() if types.is_dictionary(found.type) else found
-                if not any(
-                    check(found.type)
-                    for check in (types.is_string, types.is_large_string, types.is_null)
-                ):
+            names = file.schema_arrow.names
+            if column not in names:
+                raise ValueError(f"{path}: no column {column!r} (it has {', '.join(names)})")
+            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=[column]):
+                values = batch.column(0)
+                if types.is_dictionary(values.type):
+                    values = values.dictionary_decode()
+                is_text = (types.is_string, types.is_large_string, types.is_null)
+                if not any(check(values.type) for check in is_text):
                     raise ValueError(
-                        f"{path}: its column {column!r} holds {found.type}, not strings"
+                        f"{path}: its column {column!r} holds {values.type}, not strings"
                     )
-                counts["null"] += found.null_count
-                for content in found.drop_null().cast(pyarrow.large_binary()).to_pylist():
-                    yield _decoded(content, counts)
+                counts["null"] += values.null_count
+                for content in values.drop_null().cast(pyarrow.large_binary()).to_pylist():
+                    yield _decode(content, counts)
     except pyarrow.ArrowException as error:
-        raise ValueError(
-            f"{path}: not readable as Parquet ({str(error).splitlines()[0]})"
-        ) from None
-
-
-_READ = {".jsonl": _json_lines, ".parquet": _parquet}
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: not readable as Parquet ({reason})") from None

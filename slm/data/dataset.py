@@ -1,11 +1,12 @@
-"""A prepared corpus on disk: tokenizer.json, validation.bin, train-00000.bin and on, and their manifest."""
+"""A prepared dataset on disk: tokenizer.json, validation.bin, train-00000.bin …, and a manifest."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +19,33 @@ from slm.plan import DataIdentity
 from slm.recipe import RECIPES, Hyperparameters
 
 FORMAT = 2
-"""Of a prepared folder."""
+"""Version of the format of prepared folders."""
 MANIFEST = "manifest.json"
 MAX_EPOCHS = 4
+"""Most passes over a corpus that a run may make."""
 PARTS = ("validation", "train")
 
 
 @dataclass(frozen=True)
 class Block:
-    """Rows that lie together."""
+    """Consecutive rows of a file."""
 
     file: str
-    """Where."""
     rows: int
-    """How many."""
     hash: str
-    """Of their bytes."""
+    """Fingerprint of their bytes."""
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedDataset:
     """A prepared corpus on disk."""
 
     folder: Path
-    """Where it lies."""
     manifest: dict[str, Any]
-    """What prepare() recorded."""
 
     @classmethod
-    def read(cls, folder: Path) -> Prepared:
-        """What a folder holds. Raises OSError or ValueError where that is no prepared corpus of this version."""
+    def read(cls, folder: Path) -> PreparedDataset:
+        """Read a folder. Raises OSError or ValueError if it is no dataset of this version."""
         manifest = read_json(folder / MANIFEST)
         if manifest.get("format") != FORMAT:
             raise ValueError(
@@ -57,7 +55,7 @@ class Prepared:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Its tokeniser. Raises ValueError when the file is not the one the manifest names."""
+        """Its tokeniser. Raises ValueError if the file is not the one that the manifest names."""
         tokenizer = Tokenizer.read(self.folder / "tokenizer.json")
         if tokenizer.fingerprint != self.manifest["tokenizer"]:
             raise ValueError(
@@ -66,48 +64,55 @@ class Prepared:
         return tokenizer
 
     @property
+    def name(self) -> str:
+        """Name of the corpus."""
+        return str(self.manifest["corpus"]["name"])
+
+    @property
     def train_rows(self) -> int:
-        """Rows there are to train on."""
+        """Number of training rows."""
         return int(self.manifest["train"]["rows"])
 
     def files(self, part: str) -> list[dict[str, Any]]:
-        """What the manifest says of the files of a part, "train" or "validation", in order."""
-        found: list[dict[str, Any]] = self.manifest[part]["files"]
-        return found
+        """Return the manifest's entries of the files of "train" or "validation", in order."""
+        files: list[dict[str, Any]] = self.manifest[part]["files"]
+        return files
 
     def blocks(self, part: str, rows: int | None = None) -> list[Block]:
-        """The blocks of a part, or those in which its first so many rows lie."""
-        found: list[Block] = []
-        left = self.manifest[part]["rows"] if rows is None else rows
+        """Return the blocks of a part, or those that hold its first `rows` rows."""
+        blocks: list[Block] = []
+        remaining = self.manifest[part]["rows"] if rows is None else rows
+        block_rows = self.manifest["block_rows"]
         for file in self.files(part):
             for number, digest in enumerate(file["blocks"]):
-                if left <= 0:
-                    return found
-                size = min(
-                    self.manifest["block_rows"], file["rows"] - number * self.manifest["block_rows"]
-                )
-                found.append(Block(file["file"], size, digest))
-                left -= size
-        return found
+                if remaining <= 0:
+                    return blocks
+                size = min(block_rows, file["rows"] - number * block_rows)
+                blocks.append(Block(file["file"], size, digest))
+                remaining -= size
+        return blocks
 
-    def identity(self, given: Hyperparameters, rows: int | None = None) -> DataIdentity:
-        """The rows that a run of these hyperparameters reads, of all or of the first so many `rows`.
+    def identity(self, hp: Hyperparameters, rows: int | None = None) -> DataIdentity:
+        """Return the identity of the rows that a run reads, of all or of the first `rows` rows.
 
-        Raises ValueError when its horizon needs more than MAX_EPOCHS passes over the corpus.
+        Raises ValueError if the horizon needs more than MAX_EPOCHS passes over the corpus.
         """
-        available, needed = self.train_rows if rows is None else rows, given.train_rows
+        available = self.train_rows if rows is None else rows
+        needed = hp.train_rows
         if needed > MAX_EPOCHS * available:
+            tokens = available * hp.sequence_length
             raise ValueError(
-                f"depth {given.depth} needs {given.tokens:,} tokens; corpus {self.manifest['corpus']['name']} has "
-                f"{available * given.sequence_length:,}, enough for {MAX_EPOCHS} epochs of "
-                f"{MAX_EPOCHS * available * given.sequence_length:,}: give more text, or a shorter horizon"
+                f"depth {hp.depth} needs {hp.tokens:,} tokens; corpus {self.name} has "
+                f"{tokens:,}, enough for {MAX_EPOCHS} epochs of "
+                f"{MAX_EPOCHS * tokens:,}: give more text, or a shorter horizon"
             )
-        read = [block.hash for block in self.blocks("train", min(needed, available))]
-        wrapped = [str(available)] if needed > available else []
+        parts = [block.hash for block in self.blocks("train", min(needed, available))]
+        if needed > available:
+            parts.append(str(available))  # rows are read again from the first on
         return DataIdentity(
-            corpus=self.manifest["corpus"]["name"],
+            corpus=self.name,
             tokenizer=self.manifest["tokenizer"],
-            train=fingerprint("".join(read + wrapped).encode()),
+            train=fingerprint("".join(parts).encode()),
             validation=self.manifest["validation"]["fingerprint"],
             validation_rows=self.manifest["validation"]["rows"],
             rows=available,
@@ -115,95 +120,127 @@ class Prepared:
         )
 
     def verify(self) -> None:
-        """Raise ValueError unless the files of rows are there and as long as the manifest says."""
-        for file in chain.from_iterable(map(self.files, PARTS)):
-            path = self.folder / file["file"]
-            if not path.exists():
-                raise ValueError(
-                    f"{path} is gone: remove {self.folder} and run `slm data prepare` again"
-                )
-            if path.stat().st_size != file["bytes"]:
-                raise ValueError(
-                    f"{path} was changed: remove {self.folder} and run `slm data prepare` again"
-                )
+        """Raise ValueError unless the files of rows exist with the sizes of the manifest."""
+        for part in PARTS:
+            for file in self.files(part):
+                path = self.folder / file["file"]
+                if not path.exists():
+                    raise ValueError(
+                        f"{path} is missing: remove {self.folder} and run `slm data prepare` again"
+                    )
+                if path.stat().st_size != file["bytes"]:
+                    raise ValueError(
+                        f"{path} was changed: remove {self.folder} and run `slm data prepare` again"
+                    )
 
-    def verify_content(self, given: Hyperparameters, parts: Sequence[str] = PARTS) -> None:
-        """Raise ValueError unless validation rows and the blocks that a run reads hash to what the manifest says."""
+    def verify_content(self, hp: Hyperparameters, parts: Sequence[str] = PARTS) -> None:
+        """Raise ValueError unless the blocks that a run reads match the manifest's fingerprints."""
         for part in parts:
-            self.verify_blocks(self.blocks(part, given.train_rows if part == "train" else None))
+            self.verify_blocks(self.blocks(part, hp.train_rows if part == "train" else None))
 
     def verify_blocks(
         self, blocks: Sequence[Block], report: Callable[[int], None] = lambda rows: None
     ) -> None:
-        """Raise ValueError unless some blocks, from the first of a part on, hash to what the manifest says.
+        """Raise ValueError unless the leading blocks of a part match their fingerprints.
 
-        `report` is told how many rows are read.
+        `report` gets the number of rows read.
         """
-        read, row_bytes = 0, self.manifest["row_tokens"] * np.dtype(self.manifest["dtype"]).itemsize
-        for name, own in groupby(blocks, lambda block: block.file):
+        rows = 0
+        row_bytes = self.manifest["row_tokens"] * np.dtype(self.manifest["dtype"]).itemsize
+        for name, group in groupby(blocks, lambda block: block.file):
             with (self.folder / name).open("rb") as file:
-                for block in own:
+                for block in group:
                     if fingerprint(file.read(block.rows * row_bytes)) != block.hash:
                         raise ValueError(
-                            f"{file.name} was changed: remove its folder and run `slm data prepare` again"
+                            f"{file.name} was changed: remove its folder and run "
+                            "`slm data prepare` again"
                         )
-                    read += block.rows
-                    report(read)
+                    rows += block.rows
+                    report(rows)
 
     def verify_all(self, report: Callable[[int, int], None]) -> None:
-        """Raise ValueError unless everything is what the manifest says, the tokeniser and every row.
+        """Raise ValueError unless everything matches the manifest: tokeniser, files and every row.
 
-        `report` is told how many rows are read, and of how many.
+        `report` gets the number of rows read and of all rows.
         """
         self.verify()
         assert self.tokenizer
-        done, rows = 0, sum(self.manifest[part]["rows"] for part in PARTS)
+        total = sum(self.manifest[part]["rows"] for part in PARTS)
+        done = 0
         for part in PARTS:
             blocks = self.blocks(part)
-            if (
-                fingerprint("".join(block.hash for block in blocks).encode())
-                != self.manifest[part]["fingerprint"]
-            ):
+            hashes = "".join(block.hash for block in blocks)
+            if fingerprint(hashes.encode()) != self.manifest[part]["fingerprint"]:
                 raise ValueError(
                     f"{self.folder / MANIFEST} was changed: remove its folder and prepare again"
                 )
-            self.verify_blocks(blocks, lambda read, done=done: report(done + read, rows))  # type: ignore[misc]
+            self.verify_blocks(blocks, lambda rows, done=done: report(done + rows, total))  # type: ignore[misc]
             done += self.manifest[part]["rows"]
 
 
-def all_prepared(home: Path) -> list[Prepared]:
-    """The prepared corpora of a home, by name; those of another version's format are none."""
-    paths = sorted((home / "data").glob(f"*/{MANIFEST}"))
-    manifests = [(path.parent, read_json(path)) for path in paths]
-    return [
-        Prepared(folder, manifest)
-        for folder, manifest in manifests
-        if manifest.get("format") == FORMAT
-    ]
+@dataclass(frozen=True)
+class DatasetRequest:
+    """A dataset to look for or to prepare."""
+
+    corpus: str
+    """Name of the corpus, folder, or hub address."""
+    hp: Hyperparameters
+    """Hyperparameters of the longest run on it."""
+    home: Path
+    tokenizer: Tokenizer | None = None
+    """A given tokeniser; None trains one."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError unless the vocabulary holds the tokeniser."""
+        size = self.tokenizer.vocab_size if self.tokenizer else 0
+        if size > self.hp.vocab_size:
+            raise ValueError(
+                f"the tokeniser has {size:,} tokens, the recipe's vocabulary "
+                f"{self.hp.vocab_size:,}: declare one with vocab_size={size} in a file of "
+                "experiments/, or give a smaller tokeniser"
+            )
+
+    def datasets(self, source: str) -> list[PreparedDataset]:
+        """Return the datasets of a source with this shape and tokeniser."""
+        tokenizer = self.tokenizer.fingerprint if self.tokenizer else None
+        key = (source, row_shape(self.hp), tokenizer)
+        names = ("source", "shape", "given_tokenizer")
+        return [
+            dataset
+            for dataset in list_datasets(self.home)
+            if tuple(dataset.manifest[name] for name in names) == key
+        ]
+
+    def folder(self, name: str, *content: Any) -> Path:
+        """Return the folder of a new dataset, named by a hash of what it is prepared from."""
+        tokenizer = [self.tokenizer.fingerprint] if self.tokenizer else []
+        key = json.dumps([FORMAT, *content, *tokenizer])
+        return self.home / "data" / f"{name}-{fingerprint(key.encode())}"
 
 
-def of_source(
-    home: Path, source: str, given: Hyperparameters, tokenizer: Tokenizer | None
-) -> list[Prepared]:
-    """What was prepared of a corpus for a shape, with a tokeniser that was given, or one of its own."""
-    wanted = (source, row_shape(given), tokenizer.fingerprint if tokenizer else None)
-    keys = ("source", "shape", "given_tokenizer")
-    return [own for own in all_prepared(home) if tuple(own.manifest[key] for key in keys) == wanted]
+def list_datasets(home: Path) -> list[PreparedDataset]:
+    """Return the datasets of a home, by folder name, without those of another version."""
+    datasets = []
+    for path in sorted((home / "data").glob(f"*/{MANIFEST}")):
+        manifest = read_json(path)
+        if manifest.get("format") == FORMAT:
+            datasets.append(PreparedDataset(path.parent, manifest))
+    return datasets
 
 
-def row_shape(given: Hyperparameters) -> dict[str, Any]:
-    """What of a recipe decides the rows."""
+def row_shape(hp: Hyperparameters) -> dict[str, Any]:
+    """Return the hyperparameters that decide the rows."""
     return {
-        "vocab_size": given.vocab_size,
-        "sequence_length": given.sequence_length,
-        "validation_rows": given.validation_rows,
-        "split_documents": given.split_documents,
+        "vocab_size": hp.vocab_size,
+        "sequence_length": hp.sequence_length,
+        "validation_rows": hp.validation_rows,
+        "split_documents": hp.split_documents,
     }
 
 
 def recipe_for(shape: dict[str, Any]) -> str | None:
-    """The recipe that has rows of a shape; None where that is a variant of one."""
-    return next(
-        (name for name, own in RECIPES.items() if row_shape(own(own.reference_depth)) == shape),
-        None,
-    )
+    """Return the recipe with rows of this shape, None if only a variant has them."""
+    for name, recipe in RECIPES.items():
+        if row_shape(recipe(recipe.reference_depth)) == shape:
+            return name
+    return None

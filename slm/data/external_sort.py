@@ -1,8 +1,9 @@
-"""Texts -> documents in the order of their SHA-256, in bounded memory: shuffled, and the same wherever they lie.
+"""Texts -> documents in the order of their SHA-256, in bounded memory.
 
-Texts are spread over files by the leading bits of their digests. Adjacent files are a bucket, as many as the bytes of
-text ask for; a bucket read into memory and sorted gives its part of the order, and has both copies of a text that came
-twice.
+The order is a shuffle that does not depend on how texts are spread over files. Texts are written to
+files by the leading bits of their digests. Adjacent files form a bucket, and the bytes of text
+decide how many buckets there are. Reading a bucket into memory and sorting it gives its part of the
+order, and brings the copies of a duplicate together.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,41 +20,46 @@ import numpy as np
 from slm.files import replacing
 
 BUCKET_BYTES = 2**26
-"""Bytes of text in a bucket, about."""
-FILES = 2**8
-"""Files that texts are spread over, at least."""
-EXPANDED = 4
-"""Bytes of text that a byte of a file holds, at most: Parquet is compressed."""
-PENDING = 2**16
-"""Bytes that are written to a file at once."""
+"""Approximate bytes of text per bucket."""
+MIN_FILES = 2**8
+"""Minimum number of files that texts are spread over."""
+EXPANSION = 4
+"""Maximum bytes of text per byte of a source file: Parquet is compressed."""
+WRITE_BYTES = 2**16
+"""Bytes buffered for a file before they are written."""
 DIGEST = 16
-"""Bytes of a digest that are kept."""
-_HEAD, _DIGEST = struct.Struct(f"<{DIGEST}sI"), np.dtype(f"S{DIGEST}")
+"""Bytes of a digest."""
+_HEADER = struct.Struct(f"<{DIGEST}sI")
+"""Digest, and bytes of the text that follows."""
+_DIGEST_TYPE = np.dtype(f"S{DIGEST}")
 
 
 def spread(texts: Iterable[str], folder: Path, size: int) -> int:
-    """Write texts from files of `size` bytes, each with its digest, into a new folder; how many bytes of text."""
-    count = max(FILES, _number_of(EXPANDED * size))
-    shift, written = 32 - (count.bit_length() - 1), 0
+    """Write texts with their digests into a new folder, and return the bytes of text.
+
+    `size` is the bytes of the files that the texts come from.
+    """
+    count = max(MIN_FILES, _bucket_count(EXPANSION * size))
+    shift = 32 - (count.bit_length() - 1)
+    written = 0
     folder.mkdir()
-    paths = [folder / f"{place:05d}" for place in range(count)]
-    pending = [bytearray() for _ in paths]
+    paths = [folder / f"{number:05d}" for number in range(count)]
+    buffers = [bytearray() for _ in paths]
     for text in texts:
         content = text.encode()
         digest = hashlib.sha256(content).digest()[:DIGEST]
-        place = int.from_bytes(digest[:4]) >> shift
-        own = pending[place]
-        own += _HEAD.pack(digest, len(content)) + content
+        number = int.from_bytes(digest[:4]) >> shift
+        buffers[number] += _HEADER.pack(digest, len(content)) + content
         written += len(content)
-        if len(own) >= PENDING:
-            _append(paths[place], own)
-    for path, own in zip(paths, pending):
-        _append(path, own)
+        if len(buffers[number]) >= WRITE_BYTES:
+            _append(paths[number], buffers[number])
+    for path, buffer in zip(paths, buffers):
+        _append(path, buffer)
     return written
 
 
-def _number_of(size: int) -> int:
-    """Buckets for so many bytes of text: a power of two."""
+def _bucket_count(size: int) -> int:
+    """Return the number of buckets for so many bytes of text, a power of two."""
     return 1 << max(0, -(-size // BUCKET_BYTES) - 1).bit_length()
 
 
@@ -65,65 +71,60 @@ def _append(path: Path, content: bytearray) -> None:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Documents whose digests begin alike."""
+    """Documents whose digests start with the same bits."""
 
     paths: tuple[Path, ...]
-    """Where they lie."""
-    held: tuple[Path, ...] = ()
-    """Digests of documents that the corpus has already, as other buckets kept them."""
-    first: int = 0
-    """How many documents at the beginning of the order are left out."""
-    kept: Path | None = None
-    """Where the digests of all of them are kept when they are read, whatever is left out."""
+    known: tuple[Path, ...] = ()
+    """Files of digests of documents that the corpus already has."""
+    skip: int = 0
+    """Number of leading documents to leave out."""
+    digests: Path | None = None
+    """File to write the digests of all documents to, the skipped ones included."""
 
     def documents(self, counts: Counter[str]) -> Iterator[str]:
-        """The texts, by digest; `counts` gets duplicates."""
-        contents, seen = self._contents()
-        for digest in self._known(contents):
+        """Yield the texts by digest; `counts` gets duplicates."""
+        contents, total = self._read()
+        for digest in self._known_digests(contents):
             del contents[digest]
-        counts["duplicates"] += seen - len(contents)
-        digests = sorted(contents)
-        if self.kept:
-            _keep(self.kept, digests)
-        for digest in digests[: self.first]:
+        counts["duplicates"] += total - len(contents)
+        order = sorted(contents)
+        if self.digests:
+            with replacing(self.digests) as temporary, temporary.open("wb") as file:
+                np.save(file, np.array(order, dtype=_DIGEST_TYPE))
+        for digest in order[: self.skip]:
             del contents[digest]
-        for digest in digests[self.first :]:
+        for digest in order[self.skip :]:
             yield contents.pop(digest).decode()
 
-    def _contents(self) -> tuple[dict[bytes, bytes], int]:
-        """Each text by its digest, and how many there were with those that came again."""
+    def _read(self) -> tuple[dict[bytes, bytes], int]:
+        """Return each text by its digest, and the number of texts with duplicates."""
         contents: dict[bytes, bytes] = {}
-        seen = 0
+        total = 0
         for path in self.paths:
-            content, at = path.read_bytes(), 0
-            while at < len(content):
-                digest, size = _HEAD.unpack_from(content, at)
-                at += _HEAD.size + size
-                contents[digest] = content[at - size : at]
-                seen += 1
-        return contents, seen
+            content = path.read_bytes()
+            offset = 0
+            while offset < len(content):
+                digest, size = _HEADER.unpack_from(content, offset)
+                offset += _HEADER.size + size
+                contents[digest] = content[offset - size : offset]
+                total += 1
+        return contents, total
 
-    def _known(self, contents: Iterable[bytes]) -> set[bytes]:
-        """Which of these digests the corpus has already."""
-        own = np.sort(np.array([*contents], dtype=_DIGEST))
-        found: set[bytes] = set()
-        for path in self.held if len(own) else ():
-            held = np.load(path, mmap_mode="r")
-            first, last = np.searchsorted(held, own[0]), np.searchsorted(held, own[-1], "right")
-            found |= {
-                digest.ljust(DIGEST, b"\0")
-                for digest in own[np.isin(own, held[first:last])].tolist()
-            }
-        return found
+    def _known_digests(self, contents: Iterable[bytes]) -> set[bytes]:
+        """Return the digests of `contents` that the corpus already has."""
+        digests = np.sort(np.array([*contents], dtype=_DIGEST_TYPE))
+        matches: set[bytes] = set()
+        for path in self.known if len(digests) else ():
+            known = np.load(path, mmap_mode="r")
+            first = np.searchsorted(known, digests[0])
+            last = np.searchsorted(known, digests[-1], "right")
+            common = digests[np.isin(digests, known[first:last])]
+            matches |= {digest.ljust(DIGEST, b"\0") for digest in common.tolist()}
+        return matches
 
 
 def in_buckets(folder: Path, written: int) -> list[Bucket]:
-    """What was spread into a folder, as buckets in order."""
+    """Return the buckets of a folder that `spread` filled with so many bytes of text, in order."""
     paths = sorted(folder.glob("[0-9]*"))
-    step = max(1, len(paths) // _number_of(written))
+    step = max(1, len(paths) // _bucket_count(written))
     return [Bucket(tuple(paths[start : start + step])) for start in range(0, len(paths), step)]
-
-
-def _keep(path: Path, digests: Sequence[bytes]) -> None:
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.save(file, np.array(digests, dtype=_DIGEST))

@@ -1,14 +1,13 @@
-"""Corpora on a hub that speaks Hugging Face's protocol, prepared: as many of their files as a horizon needs.
+"""Corpora on a hub with Hugging Face's protocol: as many of their files as a horizon needs.
 
-A commit is pinned at the first preparation. One file is validation and never trained on; the tokeniser learns from the
-first characters of the first training file; the others follow in the order of their names, each a shard. Files come
-through `huggingface_hub` into its cache (HF_HOME, HF_ENDPOINT, HF_TOKEN), and are used only when they have the SHA-256
-that the hub lists.
+The first preparation pins a commit. One file is validation and never trained on; the tokeniser
+learns from the beginning of the first training file; the other files follow by name, one shard
+each. `huggingface_hub` downloads files into its cache (HF_HOME, HF_ENDPOINT, HF_TOKEN), and only
+files with the SHA-256 that the hub lists are used.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -16,30 +15,24 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from slm.data.builder import VALIDATION, Work
-from slm.data.dataset import FORMAT, Prepared, of_source, row_shape
-from slm.data.shards import File, fingerprint
-from slm.data.tokenizer import Tokenizer
-from slm.files import read_json, write_json
-from slm.recipe import Hyperparameters
-
-if TYPE_CHECKING:
-    from huggingface_hub.hf_api import RepoFile
+from slm.data.builder import TOKENIZER_CHARACTERS, VALIDATION, DatasetBuilder, Report
+from slm.data.dataset import FORMAT, DatasetRequest, PreparedDataset, row_shape
+from slm.data.shards import FileDocuments, fingerprint
+from slm.files import read_json, sha256_of, write_json
 
 NAMED = {
     "climbmix": "hf:karpathy/climbmix-400b-shuffle",
     "fineweb-edu": "hf:karpathy/fineweb-edu-100b-shuffle",
 }
-"""Corpora by name. Their documents were shuffled before they were cut into files, so that the last is as good as any
-for validation."""
-SPELLING = re.compile(
+"""Corpora by name. Their documents were shuffled before they were cut into files, so that the last
+file is as good as any for validation."""
+ADDRESS = re.compile(
     r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<folder>[\w./-]+))?(?:@(?P<revision>[\w./-]+))?"
 )
-TOKENIZER_CHARACTERS = 2**26
-"""Of the first training file the tokeniser learns from at most so many."""
 ENDINGS = (".parquet", ".jsonl")
 
 
@@ -52,34 +45,44 @@ class Shard:
     revision: str
     """Commit."""
     path: str
-    """Name in it."""
+    """Path in the dataset."""
     size: int
     """Bytes."""
     sha256: str
-    """Of its content; empty where the hub lists none."""
+    """SHA-256 of its content; empty if the hub lists none."""
 
     def documents(self, counts: Counter[str]) -> Iterator[str]:
-        """Its texts, each once; the file is fetched first."""
-        return File(self.fetched()).documents(counts)
+        """Download the file, and yield its texts without duplicates."""
+        return FileDocuments(self.download()).documents(counts)
 
-    def fetched(self) -> Path:
-        """The file in the cache, whole; what is damaged there is fetched once more.
+    def download(self) -> Path:
+        """Return the complete file in the cache; a damaged one is downloaded once more.
 
-        Raises RuntimeError, one line, where it cannot be had.
+        Raises RuntimeError, one line, if that fails.
         """
         for again in (False, True):
-            path = _download(self, again)
-            if self._is_whole(path):
+            path = self._fetch(again)
+            if path.stat().st_size == self.size and self.sha256 in ("", sha256_of(path)):
                 return path
         raise RuntimeError(
-            f"{self.repo}/{self.path}: what the hub sends is not what it lists (SHA-256 {self.sha256[:12]}…): try later"
+            f"{self.repo}/{self.path}: the download does not have the SHA-256 that the hub lists "
+            f"({self.sha256[:12]}…): try later"
         )
 
-    def _is_whole(self, path: Path) -> bool:
-        if path.stat().st_size != self.size:
-            return False
-        with path.open("rb") as file:
-            return self.sha256 in ("", hashlib.file_digest(file, "sha256").hexdigest())
+    def _fetch(self, again: bool) -> Path:
+        """Return the file in the cache, downloaded if it is missing, or in any case if `again`."""
+        from huggingface_hub import hf_hub_download
+
+        with _translate_errors(f"{self.repo}/{self.path}"):
+            return Path(
+                hf_hub_download(
+                    self.repo,
+                    self.path,
+                    repo_type="dataset",
+                    revision=self.revision,
+                    force_download=again,
+                )
+            )
 
 
 @dataclass(frozen=True)
@@ -87,179 +90,162 @@ class Source:
     """A hub's corpus at one commit."""
 
     name: str
-    """What it is called in results."""
+    """Name of the corpus in results."""
     shards: tuple[Shard, ...]
     """Training files, in order."""
     validation: Shard
-    """The file that validation reads."""
+    """File of the validation rows."""
 
 
 def is_hub(corpus: str) -> bool:
-    """Whether a corpus is named as one of a hub."""
+    """Whether a corpus is on a hub."""
     return corpus in NAMED or corpus.startswith("hf:")
 
 
-def known(
-    corpus: str, given: Hyperparameters, tokenizer: Tokenizer | None, home: Path
-) -> Prepared | None:
-    """What was prepared of a corpus for a shape."""
-    return next(iter(of_source(home, corpus, given, tokenizer)), None)
+class HubCorpus:
+    """The corpus of a request on a hub. The hub is contacted only to prepare it."""
 
+    def __init__(self, request: DatasetRequest) -> None:
+        self._request = request
+        self.source = request.corpus
+        self.dataset: PreparedDataset | None = next(iter(request.datasets(self.source)), None)
 
-def suffices(prepared: Prepared, given: Hyperparameters) -> bool:
-    """Whether there are rows for a horizon, or all that the hub has."""
-    return prepared.train_rows >= given.train_rows or len(prepared.files("train")) == len(
-        _kept(prepared).shards
-    )
-
-
-def source(corpus: str, given: Hyperparameters, tokenizer: Tokenizer | None, home: Path) -> Source:
-    """A corpus as it was pinned, or as the hub has it now.
-
-    Raises ValueError for a name that is none, RuntimeError where the hub does not give it.
-    """
-    before = known(corpus, given, tokenizer, home)
-    return _kept(before) if before else _listed(corpus)
-
-
-def folder(
-    corpus: str, found: Source, given: Hyperparameters, tokenizer: Tokenizer | None, home: Path
-) -> Path:
-    """Where a preparation goes."""
-    own = [tokenizer.fingerprint] if tokenizer else []
-    key = fingerprint(
-        json.dumps([FORMAT, corpus, asdict(found.validation), row_shape(given), *own]).encode()
-    )
-    return home / "data" / f"{found.name}-{key}"
-
-
-def fill(work: Work, found: Source) -> None:
-    """Prepare as many files as the horizon needs, some more each time, until there are rows enough or no more files."""
-    of = fingerprint(
-        json.dumps([FORMAT, found.validation.repo, found.validation.revision]).encode()
-    )
-    write_json(work.folder / f"source-{of}.json", asdict(found))
-    validation = _first(work, found)
-    files = work.before.files("train") if work.before else []
-    while (rows := sum(file["rows"] for file in files)) < work.given.train_rows and len(
-        files
-    ) < len(found.shards):
-        more = math.ceil((work.given.train_rows - rows) * len(files) / rows) if rows else 1
-        shards = found.shards[len(files) : len(files) + more]
-        work.report(
-            f"fetching {len(shards):,} files of {work.name}, {sum(own.size for own in shards) / 1e9:.3g} GB"
+    def is_complete(self, dataset: PreparedDataset) -> bool:
+        """Whether a dataset has rows for the horizon, or all that the hub has."""
+        files = len(dataset.files("train"))
+        return dataset.train_rows >= self._request.hp.train_rows or files == len(
+            _pinned(dataset).shards
         )
-        files = [*files, *work.pack(shards, len(files), of)]
-    work.finish(validation, files, {}, of)
+
+    @cached_property
+    def files(self) -> Source:
+        """The corpus as it was pinned, or as it is now.
+
+        Raises ValueError for an invalid name, RuntimeError if the hub does not deliver it.
+        """
+        return _pinned(self.dataset) if self.dataset else _list_files(self.source)
+
+    @property
+    def name(self) -> str:
+        """Name of the corpus in results."""
+        return self.files.name
+
+    def folder(self, report: Report) -> Path:
+        """Return the folder to prepare."""
+        validation = asdict(self.files.validation)
+        return self._request.folder(self.name, self.source, validation, row_shape(self._request.hp))
+
+    def fill(self, builder: DatasetBuilder) -> None:
+        """Prepare files until there are rows for the horizon, or no more files."""
+        pinned = self.files
+        key = [FORMAT, pinned.validation.repo, pinned.validation.revision]
+        of = fingerprint(json.dumps(key).encode())
+        write_json(builder.folder / f"source-{of}.json", asdict(pinned))
+        validation = _first(builder, pinned)
+        files = builder.previous.files("train") if builder.previous else []
+        rows = sum(file["rows"] for file in files)
+        required = builder.hp.train_rows
+        while rows < required and len(files) < len(pinned.shards):
+            # The rows per file so far say how many more files are needed.
+            more = math.ceil((required - rows) * len(files) / rows) if rows else 1
+            shards = pinned.shards[len(files) : len(files) + more]
+            size = sum(shard.size for shard in shards) / 1e9
+            builder.report(f"fetching {len(shards):,} files of {builder.name}, {size:.3g} GB")
+            files = [*files, *builder.pack_shards(shards, len(files), of)]
+            rows = sum(file["rows"] for file in files)
+        builder.finish(validation, files, {}, of)
 
 
-def _listed(corpus: str) -> Source:
-    """What the hub has of a corpus now. Raises as `source` does."""
+def _pinned(dataset: PreparedDataset) -> Source:
+    """Return the source that a dataset was prepared from."""
+    document = read_json(dataset.folder / f"source-{dataset.manifest['of']}.json")
+    shards = tuple(Shard(**shard) for shard in document["shards"])
+    return Source(document["name"], shards, Shard(**document["validation"]))
+
+
+def _list_files(corpus: str) -> Source:
+    """Return the files that the hub has now. Raises as `HubCorpus.files` does."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    repo, folder, revision = _spelt(corpus)
-    with _asking(repo):
+    match = ADDRESS.fullmatch(NAMED.get(corpus, corpus))
+    if not match:
+        raise ValueError(
+            f"corpus {corpus!r}: write hf:OWNER/NAME, hf:OWNER/NAME:FOLDER, and @REVISION behind it"
+        )
+    repo, folder, revision = match["repo"], match["folder"], match["revision"]
+    with _translate_errors(repo):
         api = HfApi()
         commit = str(api.dataset_info(repo, revision=revision).sha)
         tree = api.list_repo_tree(
             repo, folder, recursive=True, revision=commit, repo_type="dataset"
         )
-        files = sorted((own for own in tree if isinstance(own, RepoFile)), key=lambda own: own.path)
-    found = [_shard(repo, commit, own) for own in files if own.path.endswith(ENDINGS)]
-    if len(found) < 2:
+        files = [file for file in tree if isinstance(file, RepoFile)]
+    shards = [
+        Shard(repo, commit, file.path, file.size, file.lfs.sha256 if file.lfs else "")
+        for file in sorted(files, key=lambda file: file.path)
+        if file.path.endswith(ENDINGS)
+    ]
+    if len(shards) < 2:
         raise ValueError(
-            f"corpus {corpus!r}: {len(found)} {' or '.join(ENDINGS)} files in it, and one is for validation: fetch "
-            "them into a folder and prepare that, or name another folder of the dataset (hf:OWNER/NAME:FOLDER)"
+            f"corpus {corpus!r}: {len(shards)} {' or '.join(ENDINGS)} files in it, but it needs "
+            "two, one of them for validation: download them into a folder and prepare that, or "
+            "name another folder of the dataset (hf:OWNER/NAME:FOLDER)"
         )
-    return Source(
-        corpus if corpus in NAMED else repo.partition("/")[2], tuple(found[:-1]), found[-1]
-    )
-
-
-def _spelt(corpus: str) -> tuple[str, str | None, str | None]:
-    """Dataset, folder and revision of a name. Raises ValueError for one that is spelt otherwise."""
-    found = SPELLING.fullmatch(NAMED.get(corpus, corpus))
-    if not found:
-        raise ValueError(
-            f"corpus {corpus!r}: write hf:OWNER/NAME, hf:OWNER/NAME:FOLDER, and @REVISION behind it"
-        )
-    return found["repo"], found["folder"], found["revision"]
-
-
-def _shard(repo: str, commit: str, file: RepoFile) -> Shard:
-    return Shard(repo, commit, file.path, file.size, file.lfs.sha256 if file.lfs else "")
-
-
-def _download(shard: Shard, again: bool) -> Path:
-    """A file's place in the cache, fetched where it is not there; `again`: fetched in any case."""
-    from huggingface_hub import hf_hub_download
-
-    with _asking(f"{shard.repo}/{shard.path}"):
-        return Path(
-            hf_hub_download(
-                shard.repo,
-                shard.path,
-                repo_type="dataset",
-                revision=shard.revision,
-                force_download=again,
-            )
-        )
+    name = corpus if corpus in NAMED else repo.partition("/")[2]
+    return Source(name, tuple(shards[:-1]), shards[-1])
 
 
 @contextmanager
-def _asking(what: str) -> Iterator[None]:
-    """Make one line of what the hub answers. Raises ValueError where it does not know it, RuntimeError else."""
+def _translate_errors(subject: str) -> Iterator[None]:
+    """Raise the hub's errors in one line: ValueError for unknown names, RuntimeError otherwise."""
     from huggingface_hub import errors
 
-    try:
-        yield
-    except (
+    unknown = (
         errors.RepositoryNotFoundError,
         errors.RevisionNotFoundError,
         errors.EntryNotFoundError,
-    ) as error:
-        if isinstance(error, errors.LocalEntryNotFoundError):
-            why = str(error.__cause__ or error).splitlines()[0]
-            raise RuntimeError(f"{what}: {why}; try again, what was fetched is kept") from None
-        raise ValueError(
-            f"{what}: the hub has no such dataset or revision, or HF_TOKEN may not read it"
+    )
+    try:
+        yield
+    except (*unknown, errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
+        offline = isinstance(error, errors.LocalEntryNotFoundError)
+        if isinstance(error, unknown) and not offline:
+            raise ValueError(
+                f"{subject}: the hub has no such dataset or revision, or HF_TOKEN may not read it"
+            ) from None
+        cause = (error.__cause__ or error) if offline else error
+        reason = str(cause).strip().splitlines()[0]
+        raise RuntimeError(
+            f"{subject}: {reason}; try again, downloads resume where they stopped"
         ) from None
-    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
-        why = str(error).strip().splitlines()[0]
-        raise RuntimeError(f"{what}: {why}; try again, what was fetched is kept") from None
 
 
-def _first(work: Work, found: Source) -> dict[str, Any]:
-    """Tokeniser and validation rows, once."""
-    if work.before:
-        return work.before.files("validation")[0]
-    kept = work.folder / VALIDATION
-    if not kept.exists():
-        work.report(
-            f"fetching the first of {len(found.shards):,} files of {work.name}, and the one for validation"
+def _first(builder: DatasetBuilder, pinned: Source) -> dict[str, Any]:
+    """Make tokeniser and validation rows if there are none yet; return the rows' entry."""
+    if builder.previous:
+        return builder.previous.files("validation")[0]
+    entry = builder.folder / VALIDATION
+    if not entry.exists():
+        builder.report(
+            f"fetching the first of {len(pinned.shards):,} files of {builder.name}, "
+            "and the one for validation"
         )
-        if work.tokenizer:
-            work.take(work.tokenizer)
+        if builder.tokenizer:
+            builder.save_tokenizer(builder.tokenizer)
         else:
-            work.learn(list(_leading(found.shards[0])))
+            builder.learn_tokenizer(list(_first_texts(pinned.shards[0])))
         counts: Counter[str] = Counter()
-        write_json(kept, work.validate(found.validation.documents(counts), counts))
-    return read_json(kept)
+        texts = pinned.validation.documents(counts)
+        write_json(entry, builder.write_validation(texts, counts))
+    return read_json(entry)
 
 
-def _leading(shard: Shard) -> Iterator[str]:
-    """The first texts of a file, as many as the tokeniser learns from."""
-    left = TOKENIZER_CHARACTERS
+def _first_texts(shard: Shard) -> Iterator[str]:
+    """Yield the first texts of a file, as many as the tokeniser learns from."""
+    remaining = TOKENIZER_CHARACTERS
     for text in shard.documents(Counter()):
-        left -= len(text)
-        if left < 0:
+        remaining -= len(text)
+        if remaining < 0:
             return
         yield text
-
-
-def _kept(prepared: Prepared) -> Source:
-    """The source of a prepared corpus."""
-    document = read_json(prepared.folder / f"source-{prepared.manifest['of']}.json")
-    shards = tuple(Shard(**own) for own in document["shards"])
-    return Source(document["name"], shards, Shard(**document["validation"]))

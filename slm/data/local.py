@@ -1,7 +1,8 @@
-"""Corpora on this machine, prepared: their texts in the order of their SHA-256, bucket by bucket.
+"""Corpora on this machine: texts in the order of their SHA-256, one bucket after another.
 
-The tokeniser learns from the texts at the end of the order, validation takes those that lead it, and training all that
-validation left. Files that were added become further buckets behind the old ones, without the documents there are.
+The tokeniser learns from the texts at the end of the order, validation gets the texts at its
+beginning, and training all others. Added files become further buckets after the old ones, without
+the documents that the corpus already has.
 """
 
 from __future__ import annotations
@@ -15,197 +16,200 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from slm.data import corpus as corpora
-from slm.data.builder import VALIDATION, Work
-from slm.data.corpus import State
-from slm.data.dataset import FORMAT, Prepared, of_source, row_shape
+from slm.data.builder import TOKENIZER_CHARACTERS, VALIDATION, DatasetBuilder, Report
+from slm.data.corpus import FileState, file_states, texts_of
+from slm.data.dataset import FORMAT, DatasetRequest, PreparedDataset, row_shape
 from slm.data.external_sort import Bucket, in_buckets, spread
 from slm.data.shards import fingerprint
-from slm.data.tokenizer import Tokenizer
 from slm.files import read_json, write_json
-from slm.recipe import Hyperparameters
 
-TOKENIZER_CHARACTERS = 2**26
 TOKENIZER_SHARE = 0.8
-"""The tokeniser learns from at most so many characters, and this share of a bucket."""
+"""Maximum share of a bucket that the tokeniser learns from."""
 WRITTEN = "written"
-"""Under which the bytes of text are noted beside what was left out."""
+"""Key of the bytes of text among the counts of texts left out."""
 
 
-def source_of(corpus: str) -> str:
-    """What tells a corpus from others."""
-    return corpus if corpus == "python" else str(Path(corpus).resolve())
+class LocalCorpus:
+    """The corpus of a request on this machine, with its files as they are now."""
+
+    def __init__(self, request: DatasetRequest) -> None:
+        """Raises ValueError for a corpus that does not exist or has no files."""
+        self._request = request
+        self._states = file_states(request.corpus)
+        self.name = self.source = request.corpus
+        if request.corpus != "python":
+            self.source = str(Path(request.corpus).resolve())
+            self.name = Path(self.source).name
+        # Of several datasets whose files are all unchanged, the one with the most files.
+        candidates = [
+            dataset
+            for dataset in request.datasets(self.source)
+            if _files_of(dataset) <= {*self._states}
+        ]
+        self.dataset: PreparedDataset | None = max(
+            candidates, key=lambda dataset: len(_files_of(dataset)), default=None
+        )
+
+    def is_complete(self, dataset: PreparedDataset) -> bool:
+        """Whether a dataset was prepared from all the files."""
+        return len(_files_of(dataset)) == len(self._states)
+
+    def folder(self, report: Report) -> Path:
+        """Return the folder to prepare, and report files that changed since they were prepared."""
+        if self.dataset:
+            return self.dataset.folder
+        if line := self._change():
+            report(line)
+        shape = row_shape(self._request.hp)
+        return self._request.folder(self.name, self.source, shape, self._states)
+
+    def _change(self) -> str | None:
+        paths = {path for path, *_ in self._states}
+        for dataset in self._request.datasets(self.source):
+            changed = sorted(path for path, *_ in _files_of(dataset) - {*self._states})
+            if changed:
+                change = "was changed" if changed[0] in paths else "is missing"
+                more = f", and {len(changed) - 1} more" if changed[1:] else ""
+                return (
+                    f"{changed[0]} {change} since it was prepared{more}: preparing a new dataset; "
+                    f"{dataset.folder} keeps the old rows"
+                )
+        return None
+
+    def fill(self, builder: DatasetBuilder) -> None:
+        """Prepare the files that the dataset does not have yet; the manifest is written last.
+
+        Raises ValueError for content that is not text, and for too little text.
+        """
+        previous = builder.previous
+        if previous and not _files_of(previous) <= {*self._states}:
+            raise RuntimeError(
+                f"corpus {builder.name} changed while another preparation of it ran: try again"
+            )
+        # 1) sort the texts of new files into buckets
+        new = sorted({*self._states} - (_files_of(previous) if previous else set()))
+        of = fingerprint(json.dumps([FORMAT, new]).encode())
+        folder = builder.folder / f"buckets-{of}"
+        left_out = _spread(builder, new, folder)
+        buckets = in_buckets(folder, left_out.pop(WRITTEN))
+        # 2) tokeniser and validation rows, in a first preparation
+        files: list[dict[str, Any]] = []
+        left_out += Counter(previous.manifest["left_out"] if previous else {})
+        if previous:
+            files = previous.files("train")
+            validation = previous.files("validation")[0]
+            skips = [0] * len(buckets)
+        else:
+            validation, skips = _first(builder, buckets)
+        # 3) training rows
+        known = tuple(_digests(builder, number) for number in range(len(files)))
+        shards = [
+            replace(bucket, known=known, skip=skip, digests=_digests(builder, number))
+            for number, (bucket, skip) in enumerate(zip(buckets, skips), len(files))
+        ]
+        files = [*files, *builder.pack_shards(shards, len(files), of)]
+        # 4) finish
+        write_json(builder.folder / f"source-{of}.json", self._states)
+        builder.finish(validation, files, left_out, of)
+        shutil.rmtree(folder)
+        for path in builder.folder.glob("source-*"):
+            if path.stem != f"source-{of}":
+                path.unlink()
 
 
-def known(
-    corpus: str,
-    states: Sequence[State],
-    given: Hyperparameters,
-    tokenizer: Tokenizer | None,
-    home: Path,
-) -> Prepared | None:
-    """What was prepared for a shape from files of a corpus that are all there as they were: of several the most."""
-    alike = [
-        own
-        for own in of_source(home, source_of(corpus), given, tokenizer)
-        if files_of(own) <= {*states}
-    ]
-    return max(alike, key=lambda own: len(files_of(own)), default=None)
-
-
-def changed(
-    corpus: str,
-    states: Sequence[State],
-    given: Hyperparameters,
-    tokenizer: Tokenizer | None,
-    home: Path,
-) -> str | None:
-    """A line on what was prepared from files that are not as they were; None where nothing was."""
-    for before in of_source(home, source_of(corpus), given, tokenizer):
-        paths = {path for path, *_ in states}
-        other = sorted(path for path, *_ in files_of(before) - {*states})
-        if other:
-            what = "was changed" if other[0] in paths else "is gone"
-            more = f", and {len(other) - 1} more" if other[1:] else ""
-            kept = f"{before.folder} keeps the rows of before"
-            return f"{other[0]} {what} since it was prepared{more}: prepared anew, under another name; {kept}"
-    return None
-
-
-def files_of(prepared: Prepared) -> set[State]:
-    """The files that a folder was prepared from, as they were."""
-    path = prepared.folder / f"source-{prepared.manifest['of']}.json"
+def _files_of(dataset: PreparedDataset) -> set[FileState]:
+    """Return the states of the files that a dataset was prepared from."""
+    path = dataset.folder / f"source-{dataset.manifest['of']}.json"
     return {(path, size, changed) for path, size, changed in read_json(path)}
 
 
-def new_folder(
-    corpus: str,
-    states: Sequence[State],
-    given: Hyperparameters,
-    tokenizer: Tokenizer | None,
-    home: Path,
-) -> Path:
-    """Where a first preparation goes."""
-    own = [tokenizer.fingerprint] if tokenizer else []
-    key = fingerprint(
-        json.dumps([FORMAT, source_of(corpus), row_shape(given), states, *own]).encode()
-    )
-    return home / "data" / f"{corpora.name_of(corpus)}-{key}"
+def _digests(builder: DatasetBuilder, number: int) -> Path:
+    """Return the file with the digests of a shard's documents, which tell old ones from new."""
+    return builder.folder / f"digests-{number:05d}.npy"
 
 
-def fill(work: Work, states: Sequence[State]) -> None:
-    """Prepare files, or those that a prepared folder does not have yet; manifest and what it rests on come last.
-
-    Raises ValueError for what is no text, and for too little of it.
-    """
-    before = work.before
-    if before and not files_of(before) <= {*states}:
-        raise RuntimeError(
-            f"corpus {work.name} changed while another preparation of it was waited for: try again"
-        )
-    new = sorted({*states} - (files_of(before) if before else set()))
-    of = fingerprint(json.dumps([FORMAT, new]).encode())
-    folder = work.folder / f"buckets-{of}"
-    left_out = _spread(work, new, folder)
-    buckets = in_buckets(folder, left_out.pop(WRITTEN))
-    old = before.files("train") if before else []
-    held = tuple(_digests(work, number) for number in range(len(old)))
-    validation, taken = (
-        (before.files("validation")[0], [0] * len(buckets)) if before else _first(work, buckets)
-    )
-    shards = [
-        replace(bucket, held=held, first=first, kept=_digests(work, number))
-        for number, (bucket, first) in enumerate(zip(buckets, taken), len(old))
-    ]
-    files = [*old, *work.pack(shards, len(old), of)]
-    write_json(work.folder / f"source-{of}.json", states)
-    work.finish(
-        validation, files, left_out + Counter(before.manifest["left_out"] if before else {}), of
-    )
-    shutil.rmtree(folder)
-    for other in work.folder.glob("source-*"):
-        if other.stem != f"source-{of}":
-            other.unlink()
-
-
-def _digests(work: Work, number: int) -> Path:
-    """Which documents a shard has: it tells them from new ones."""
-    return work.folder / f"digests-{number:05d}.npy"
-
-
-def _spread(work: Work, new: Sequence[State], folder: Path) -> Counter[str]:
-    """Bring the texts of new files in order; the bytes written, and what was left out."""
-    for other in work.folder.glob("buckets-*"):
-        if other != folder:
-            shutil.rmtree(other)
+def _spread(builder: DatasetBuilder, new: Sequence[FileState], folder: Path) -> Counter[str]:
+    """Spread the texts of new files over buckets; return the bytes written and texts left out."""
+    for path in builder.folder.glob("buckets-*"):
+        if path != folder:
+            shutil.rmtree(path)
     if not folder.exists():
         counts: Counter[str] = Counter()
-        unfinished = work.folder / "buckets-unfinished"
+        unfinished = builder.folder / "buckets-unfinished"
         try:
-            written = spread(_texts(work, new, counts), unfinished, sum(size for _, size, _ in new))
+            texts = _texts(builder, new, counts)
+            written = spread(texts, unfinished, sum(size for _, size, _ in new))
         except BaseException:
             shutil.rmtree(unfinished)
             raise
-        if not work.before and not written:
-            raise ValueError(f"corpus {work.name!r} holds no text")
+        if not builder.previous and not written:
+            raise ValueError(f"corpus {builder.name!r} holds no text")
         write_json(unfinished / "counts.json", counts | {WRITTEN: written})
         unfinished.rename(folder)
     return Counter(read_json(folder / "counts.json"))
 
 
-def _texts(work: Work, states: Sequence[State], counts: Counter[str]) -> Iterator[str]:
-    """The texts of some files."""
-    work.report(f"reading corpus {work.name}: {len(states):,} files")
-    said = work.pace("reading", sum(size for _, size, _ in states), "bytes")
-    read = 0
+def _texts(
+    builder: DatasetBuilder, states: Sequence[FileState], counts: Counter[str]
+) -> Iterator[str]:
+    builder.report(f"reading corpus {builder.name}: {len(states):,} files")
+    progress = builder.progress("reading", sum(size for _, size, _ in states), "bytes")
+    done = 0
     for path, size, _ in states:
-        yield from corpora.texts_of(Path(path), counts)
-        read += size
-        said(read)
+        yield from texts_of(Path(path), counts)
+        done += size
+        progress(done)
 
 
-def _first(work: Work, buckets: Sequence[Bucket]) -> tuple[dict[str, Any], list[int]]:
-    """Tokeniser and validation of a first preparation: how many documents of each bucket validation took."""
-    kept = work.folder / VALIDATION
-    if not kept.exists():
+def _first(builder: DatasetBuilder, buckets: Sequence[Bucket]) -> tuple[dict[str, Any], list[int]]:
+    """Make tokeniser and validation rows; return their entry, and the documents used per bucket."""
+    entry = builder.folder / VALIDATION
+    if not entry.exists():
         learned = [0] * len(buckets)
-        if work.tokenizer:
-            work.take(work.tokenizer)
+        if builder.tokenizer:
+            builder.save_tokenizer(builder.tokenizer)
         else:
             texts, learned = _last_texts(buckets)
-            work.learn(texts)
+            builder.learn_tokenizer(texts)
         sizes: list[int] = []
-        validation = work.validate(_leading(buckets, learned, sizes), Counter())
-        left, taken = validation["documents"], [0] * len(buckets)
-        for place, size in enumerate(sizes):
-            taken[place] = min(left, size)
-            left -= taken[place]
-        write_json(kept, {"validation": validation, "taken": taken})
-    document = read_json(kept)
+        texts_of_validation = _first_texts(buckets, learned, sizes)
+        validation = builder.write_validation(texts_of_validation, Counter())
+        remaining = validation["documents"]
+        taken = [0] * len(buckets)
+        for number, size in enumerate(sizes):
+            taken[number] = min(remaining, size)
+            remaining -= taken[number]
+        write_json(entry, {"validation": validation, "taken": taken})
+    document = read_json(entry)
     return document["validation"], document["taken"]
 
 
 def _last_texts(buckets: Sequence[Bucket]) -> tuple[list[str], list[int]]:
-    """The texts at the end of the order that the tokeniser learns from, and how many they are of each bucket."""
+    """Return the texts that the tokeniser learns from, and their number in each bucket."""
     texts: list[str] = []
-    learned, left = [0] * len(buckets), float(TOKENIZER_CHARACTERS)
-    for place in reversed(range(len(buckets))):
-        found = [*buckets[place].documents(Counter())]
-        budget = min(left, TOKENIZER_SHARE * sum(map(len, found)))
-        for text in reversed(found):
+    learned = [0] * len(buckets)
+    remaining = float(TOKENIZER_CHARACTERS)
+    for number in reversed(range(len(buckets))):
+        documents = [*buckets[number].documents(Counter())]
+        budget = min(remaining, TOKENIZER_SHARE * sum(map(len, documents)))
+        for text in reversed(documents):
             if len(text) > budget:
                 break
-            budget, left = budget - len(text), left - len(text)
+            budget -= len(text)
+            remaining -= len(text)
             texts.append(text)
-            learned[place] += 1
-        if left <= budget:
+            learned[number] += 1
+        if remaining <= budget:
             break
     return texts, learned
 
 
-def _leading(buckets: Sequence[Bucket], learned: Sequence[int], sizes: list[int]) -> Iterator[str]:
-    """The texts from the first on that the tokeniser did not learn from; `sizes` gets how many each bucket has."""
-    for bucket, left_out in zip(buckets, learned):
-        found = [*bucket.documents(Counter())]
-        sizes.append(len(found) - left_out)
-        yield from islice(found, sizes[-1])
+def _first_texts(
+    buckets: Sequence[Bucket], learned: Sequence[int], sizes: list[int]
+) -> Iterator[str]:
+    """Yield the texts that the tokeniser did not learn from; `sizes` gets their number by
+    bucket."""
+    for bucket, count in zip(buckets, learned):
+        documents = [*bucket.documents(Counter())]
+        sizes.append(len(documents) - count)
+        yield from islice(documents, sizes[-1])

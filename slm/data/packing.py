@@ -23,20 +23,26 @@ BUFFER = 1000
 def split(
     documents: Iterable[NDArray[Any]], bos: int, length: int, pieces: bool
 ) -> Iterator[Tokens]:
-    """Each document's tokens with `<|bos|>` in front; with `pieces`, those longer than a row of `length` tokens are cut
-    into pieces that fill one, each with its own `<|bos|>`."""
+    """Yield each document's tokens after a `<|bos|>`.
+
+    With `pieces`, documents longer than a row of `length` tokens are split into pieces that fill a
+    row, each with its own `<|bos|>`.
+    """
     for document in documents:
         step = length - 1 if pieces else max(len(document), 1)
         for start in range(0, len(document), step):
             part = document[start : start + step]
             piece = np.empty(len(part) + 1, np.uint32)
-            piece[0], piece[1:] = bos, part
+            piece[0] = bos
+            piece[1:] = part
             yield piece
 
 
 def shuffled(pieces: Iterable[Tokens]) -> Iterator[Tokens]:
-    """Pieces in the order of the SHA-256 of their tokens as int64, SHUFFLE at a time: a long document's pieces do not
-    follow one another."""
+    """Yield pieces by the SHA-256 of their tokens as int64, SHUFFLE at a time.
+
+    This separates the pieces of a long document.
+    """
     source = iter(pieces)
     while chunk := list(islice(source, SHUFFLE)):
         yield from sorted(
@@ -45,43 +51,53 @@ def shuffled(pieces: Iterable[Tokens]) -> Iterator[Tokens]:
 
 
 def pack(documents: Iterable[Tokens], length: int, counts: Counter[str]) -> Generator[Tokens]:
-    """Rows of `length` tokens; `counts` gets the tokens that are in none, cropped_tokens and dropped_tokens.
+    """Yield rows of `length` tokens.
 
-    A row takes, again and again, the longest of BUFFER documents that still fits; when none fits, the shortest is
-    cropped to fill it. Documents left when the last row cannot be filled, or is not asked for, are dropped.
+    A row takes, repeatedly, the longest of BUFFER documents that still fits; when none fits, the
+    shortest is cropped to fill it. Documents left over when the last row cannot be filled, or when
+    the caller stops, are dropped. `counts` gets cropped_tokens and dropped_tokens.
     """
-    buffer, source = _ByLength(), iter(documents)
+    buffer = _LengthBuffer()
+    source = iter(documents)
     parts: list[Tokens] = []
     space = length
     try:
         while True:
+            # 1) refill the buffer
             if buffer.count < BUFFER:
-                for new in islice(source, BUFFER - buffer.count):
-                    buffer.add(new)
+                for document in islice(source, BUFFER - buffer.count):
+                    buffer.add(document)
             if not buffer.count:
                 return
-            document = buffer.longest_within(space)
-            if document is None:
-                document = buffer.shortest()
-                counts["cropped_tokens"] += len(document) - space
-                document = document[:space]
-            parts.append(document)
-            space -= len(document)
+            # 2) choose the best fit, or crop
+            choice = buffer.pop_longest(space)
+            if choice is None:
+                choice = buffer.pop_shortest()
+                counts["cropped_tokens"] += len(choice) - space
+                choice = choice[:space]
+            parts.append(choice)
+            space -= len(choice)
+            # 3) finish the row
             if space == 0:
                 row = np.concatenate(parts) if len(parts) > 1 else parts[0]
-                parts, space = [], length
+                parts = []
+                space = length
                 yield row
     finally:
         counts["dropped_tokens"] += length - space + buffer.tokens
 
 
-class _ByLength:
-    """A buffer of documents, found by length in logarithmic time; first in, first out among equals."""
+class _LengthBuffer:
+    """Documents by length, found in logarithmic time; equal ones come out first in, first out."""
 
     def __init__(self) -> None:
         self.count = 0
         self._lengths: list[int] = []
         self._queues: defaultdict[int, deque[Tokens]] = defaultdict(deque)
+
+    @property
+    def tokens(self) -> int:
+        return sum(length * len(queue) for length, queue in self._queues.items())
 
     def add(self, document: Tokens) -> None:
         queue = self._queues[len(document)]
@@ -90,21 +106,19 @@ class _ByLength:
         queue.append(document)
         self.count += 1
 
-    def longest_within(self, space: int) -> Tokens | None:
-        place = bisect_right(self._lengths, space) - 1
-        return None if place < 0 else self._take(place)
+    def pop_longest(self, limit: int) -> Tokens | None:
+        """Remove and return the longest document of at most `limit` tokens, None if there is
+        none."""
+        index = bisect_right(self._lengths, limit) - 1
+        return None if index < 0 else self._pop(index)
 
-    @property
-    def tokens(self) -> int:
-        return sum(length * len(queue) for length, queue in self._queues.items())
+    def pop_shortest(self) -> Tokens:
+        return self._pop(0)
 
-    def shortest(self) -> Tokens:
-        return self._take(0)
-
-    def _take(self, place: int) -> Tokens:
-        queue = self._queues[self._lengths[place]]
+    def _pop(self, index: int) -> Tokens:
+        queue = self._queues[self._lengths[index]]
         document = queue.popleft()
         if not queue:
-            del self._lengths[place]
+            del self._lengths[index]
         self.count -= 1
         return document

@@ -1,11 +1,12 @@
-"""A corpus -> one prepared folder, by content; killed at any moment, the next preparation goes on where it ended.
+"""A corpus -> one prepared folder, identified by content. A killed preparation can be resumed.
 
-    tokeniser   learns from a fixed part of the texts, whatever else there is
-    validation  comes first, and never changes with the amount of training data
-    training    shard by shard, each packed by itself and kept when it is finished
-    manifest    written last: there is a prepared corpus, or there is none
+    tokeniser   learns from a fixed part of the texts
+    validation  comes first, and does not depend on the amount of training data
+    training    is packed shard by shard; finished shards are kept
+    manifest    is written last: without one there is no dataset
 
-A corpus that has more to give is extended: further shards behind the old ones; everything else stays.
+A corpus with new content is extended: shards are added after the old ones, and nothing else
+changes.
 """
 
 from __future__ import annotations
@@ -18,99 +19,82 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from slm.data import corpus as corpora
-from slm.data import hub
-from slm.data import local as folders
-from slm.data.builder import Report, Work
-from slm.data.dataset import Prepared
+from slm.data.builder import DatasetBuilder, Report
+from slm.data.dataset import DatasetRequest, PreparedDataset
+from slm.data.hub import HubCorpus, is_hub
+from slm.data.local import LocalCorpus
 from slm.data.tokenizer import Tokenizer
 from slm.files import hold_lock, lock_holder
 from slm.hardware.devices import cores
 from slm.recipe import Hyperparameters
 
 WAIT_SECONDS = 0.2
+"""Time between two looks at a lock."""
 
 
 def prepared_for(
-    corpus: str, given: Hyperparameters, home: Path, tokenizer: Tokenizer | None = None
-) -> Prepared | None:
-    """The prepared folder of a corpus as it is now, with rows for these hyperparameters, or None when there is none.
+    corpus: str, hp: Hyperparameters, home: Path, tokenizer: Tokenizer | None = None
+) -> PreparedDataset | None:
+    """Return the dataset of a corpus as it is now, with rows for these hyperparameters, or None.
 
-    Raises ValueError when there is no such corpus, or a tokeniser does not fit. A hub is not asked.
+    A hub is not contacted. Raises ValueError for a corpus that does not exist, and for a tokeniser
+    that does not fit the vocabulary.
     """
-    _check(tokenizer, given)
-    if hub.is_hub(corpus):
-        prepared = hub.known(corpus, given, tokenizer, home)
-        enough = prepared is not None and hub.suffices(prepared, given)
-    else:
-        states = corpora.states(corpus)
-        prepared = folders.known(corpus, states, given, tokenizer, home)
-        enough = prepared is not None and len(folders.files_of(prepared)) == len(states)
-    if prepared is None or not enough:
+    return _find(_open_corpus(DatasetRequest(corpus, hp, home, tokenizer)))
+
+
+def _open_corpus(request: DatasetRequest) -> HubCorpus | LocalCorpus:
+    return HubCorpus(request) if is_hub(request.corpus) else LocalCorpus(request)
+
+
+def _find(corpus: HubCorpus | LocalCorpus) -> PreparedDataset | None:
+    dataset = corpus.dataset
+    if dataset is None or not corpus.is_complete(dataset):
         return None
-    prepared.verify()
-    return prepared
+    dataset.verify()
+    return dataset
 
 
 def prepare(
     corpus: str,
-    given: Hyperparameters,
+    hp: Hyperparameters,
     home: Path,
     report: Report = lambda line: None,
     processes: int | None = None,
     tokenizer: Tokenizer | None = None,
-) -> Prepared:
-    """Tokenise and pack a corpus for a recipe's shape, once; later calls find what is there, or add to it.
+) -> PreparedDataset:
+    """Tokenise and pack a corpus for a recipe's shape; later calls return the dataset or extend it.
 
-    Without a tokeniser one is trained. Raises ValueError for a corpus that is missing, empty or too small, and for a
-    tokeniser that does not fit, which leaves nothing behind; RuntimeError where a hub does not give the corpus.
+    A tokeniser is trained if none is given. Raises ValueError for a corpus that is missing, empty
+    or too small, and for a tokeniser that does not fit, which leaves no files behind; RuntimeError
+    if a hub does not deliver the corpus.
     """
-    if prepared := prepared_for(corpus, given, home, tokenizer):
-        return prepared
-    if hub.is_hub(corpus):
-        source = hub.source(corpus, given, tokenizer, home)
-        folder, name, place = (
-            hub.folder(corpus, source, given, tokenizer, home),
-            source.name,
-            corpus,
+    request = DatasetRequest(corpus, hp, home, tokenizer)
+    source = _open_corpus(request)
+    if dataset := _find(source):
+        return dataset
+    folder = source.folder(report)
+    with hold_folder(folder, report):
+        # Another process may have prepared it in the meantime.
+        if dataset := _find(_open_corpus(request)):
+            return dataset
+        builder = DatasetBuilder(
+            folder, source.name, source.source, hp, tokenizer, report, processes or cores()
         )
-    else:
-        states = corpora.states(corpus)
-        before = folders.known(corpus, states, given, tokenizer, home)
-        if before is None and (line := folders.changed(corpus, states, given, tokenizer, home)):
-            report(line)
-        folder = (
-            before.folder if before else folders.new_folder(corpus, states, given, tokenizer, home)
-        )
-        name, place = corpora.name_of(corpus), folders.source_of(corpus)
-    with alone(folder, report):
-        if prepared := prepared_for(
-            corpus, given, home, tokenizer
-        ):  # by another preparation meanwhile
-            return prepared
-        work = Work(folder, name, place, given, tokenizer, report, processes or cores())
         try:
-            hub.fill(work, source) if hub.is_hub(corpus) else folders.fill(work, states)
-        except (ValueError, OSError):  # and what is finished is gone on with
+            source.fill(builder)
+        except (ValueError, OSError):
+            # Finished shards are kept for the next call.
             if not any(path.stat().st_size for path in folder.glob("train-*.bin")):
                 shutil.rmtree(folder)
             raise
-    return Prepared.read(folder)
-
-
-def _check(tokenizer: Tokenizer | None, given: Hyperparameters) -> None:
-    """Raise ValueError unless a recipe's vocabulary holds a tokeniser."""
-    if tokenizer and tokenizer.vocab_size > given.vocab_size:
-        raise ValueError(
-            f"the tokeniser has {tokenizer.vocab_size:,} tokens, the recipe's vocabulary {given.vocab_size:,}: declare "
-            f"one with vocab_size={tokenizer.vocab_size} in a file of experiments/, or give a smaller tokeniser"
-        )
+    return PreparedDataset.read(folder)
 
 
 @contextmanager
-def alone(folder: Path, report: Report) -> Iterator[None]:
-    """Hold the lock of a folder, which is made; another preparation of it is waited for."""
-    while (lock := lock_of(folder)) is None:
+def hold_folder(folder: Path, report: Report) -> Iterator[None]:
+    """Create a folder and hold its lock; waits for another preparation of it."""
+    while (lock := lock_folder(folder)) is None:
         report(f"waiting for process {lock_holder(folder / 'lock')}, which prepares the same")
         while lock_holder(folder / "lock") is not None:
             time.sleep(WAIT_SECONDS)
@@ -118,11 +102,11 @@ def alone(folder: Path, report: Report) -> Iterator[None]:
         yield
 
 
-def lock_of(folder: Path) -> TextIO | None:
-    """The lock of a folder; None while another has it."""
+def lock_folder(folder: Path) -> TextIO | None:
+    """Create a folder and take its lock; None if another process has it."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # who had it removed the folder
+        with suppress(FileNotFoundError):  # the previous holder removed the folder
             lock = hold_lock(folder / "lock")
             if lock is None or os.fstat(lock.fileno()).st_nlink:
                 return lock

@@ -1,6 +1,7 @@
-"""One shard of a corpus: documents -> tokens -> rows in a file, fingerprinted block by block.
+"""One shard of a corpus: documents -> tokens -> rows in a file, with a fingerprint per block.
 
-A shard's rows follow from its documents, the tokeniser and the shape alone, whoever packs it beside how many others.
+A shard's rows follow from its documents, the tokeniser and the shape alone, not from the number of
+processes that pack shards.
 """
 
 from __future__ import annotations
@@ -23,29 +24,28 @@ from slm.data.tokenizer import Tokenizer
 from slm.files import read_json, replacing, write_json
 
 BLOCK_ROWS = 256
-"""Rows of a block: the unit of fingerprints and of the order's permutation. A shard's last block may have fewer."""
-AT_ONCE = 256
-"""Documents that are encoded at once."""
+"""Rows per block, the unit of fingerprints and of the order's permutation; the last may be
+smaller."""
+BATCH_DOCUMENTS = 256
+"""Documents tokenised at once."""
 
 
 class Documents(Protocol):
-    """Texts in an order; `counts` gets what of their source is left out, by why."""
+    """Texts in a fixed order."""
 
     def documents(self, counts: Counter[str]) -> Iterator[str]:
-        """The texts, from the first."""
+        """Yield the texts; `counts` gets the number of texts left out, by reason."""
 
 
 @dataclass(frozen=True)
-class File:
-    """The texts of one file in its order, each once."""
+class FileDocuments:
+    """The texts of one file in order, without duplicates."""
 
     path: Path
-    """Which."""
     column: str = "text"
-    """Where in it the texts are."""
 
     def documents(self, counts: Counter[str]) -> Iterator[str]:
-        """The texts, from the first."""
+        """Yield the texts; `counts` gets the number of texts left out, by reason."""
         seen: set[bytes] = set()
         for text in texts_of(self.path, counts, self.column):
             digest = hashlib.sha256(text.encode()).digest()[:16]
@@ -58,33 +58,26 @@ class File:
 
 @dataclass(frozen=True)
 class Shape:
-    """How rows are made."""
+    """Format of rows."""
 
     length: int
-    """Tokens of a row, the first input and the last target included."""
+    """Tokens per row, the first input and the last target included."""
     dtype: str
-    """Of a token."""
+    """Numpy type of a token."""
     pieces: bool
-    """Whether documents longer than a row are cut into pieces, and these shuffled."""
+    """Whether documents longer than a row are split into pieces, and the pieces shuffled."""
 
 
-def packed(
-    documents: Iterable[str], tokenizer: Tokenizer, shape: Shape, counts: Counter[str], threads: int
-) -> Iterator[Tokens]:
-    """Rows of training."""
-    pieces = split(
-        encoded(documents, tokenizer, counts, threads), tokenizer.bos, shape.length, shape.pieces
-    )
-    return pack(shuffled(pieces) if shape.pieces else pieces, shape.length, counts)
-
-
-def encoded(
+def encode_documents(
     documents: Iterable[str], tokenizer: Tokenizer, counts: Counter[str], threads: int
 ) -> Iterator[Tokens]:
-    """Each document's tokens, without `<|bos|>`; `counts` gets documents and tokens, `<|bos|>` included, as taken."""
+    """Yield each document's tokens, without `<|bos|>`.
+
+    `counts` gets documents and tokens, `<|bos|>` included, as they are consumed.
+    """
     source = iter(documents)
     with ThreadPoolExecutor(threads) as pool:
-        while batch := list(islice(source, AT_ONCE)):
+        while batch := list(islice(source, BATCH_DOCUMENTS)):
             for ids in pool.map(tokenizer.encode_to_numpy, batch):
                 counts["documents"] += 1
                 counts["tokens"] += len(ids) + 1
@@ -92,15 +85,17 @@ def encoded(
 
 
 def write_rows(path: Path, rows: Iterator[Tokens], dtype: str) -> dict[str, Any]:
-    """Write rows to a file, whole or not at all; what a manifest says of it."""
+    """Write rows to a file atomically, and return its entry of the manifest."""
     blocks: list[str] = []
-    count = size = 0
+    count = 0
+    size = 0
     with replacing(path) as temporary, temporary.open("wb") as file:
         while block := list(islice(rows, BLOCK_ROWS)):
             content = np.stack(block).astype(dtype).tobytes()
             file.write(content)
             blocks.append(fingerprint(content))
-            count, size = count + len(block), size + len(content)
+            count += len(block)
+            size += len(content)
         file.flush()
         os.fsync(file.fileno())
     return {"file": path.name, "rows": count, "bytes": size, "blocks": blocks}
@@ -109,26 +104,29 @@ def write_rows(path: Path, rows: Iterator[Tokens], dtype: str) -> dict[str, Any]
 def pack_shard(
     source: Documents, path: Path, of: str, shape: Shape, threads: int
 ) -> dict[str, Any]:
-    """Pack a shard's documents into a file; what the manifest says of it, kept beside it.
+    """Pack a shard's documents into a file, and return its entry of the manifest.
 
-    `of` is what the shard follows from beside its number: a file of another is written anew.
+    The entry is saved next to the file. `of` identifies the preparation: a shard packed by the same
+    one is not packed again.
     """
-    kept = path.with_suffix(".json")
-    if kept.exists() and (document := read_json(kept))["of"] == of:
+    entry = path.with_suffix(".json")
+    if entry.exists() and (document := read_json(entry))["of"] == of:
         return document
     counts: Counter[str] = Counter()
     tokenizer = Tokenizer.read(path.with_name("tokenizer.json"))
-    rows = packed(source.documents(counts), tokenizer, shape, counts, threads)
+    documents = encode_documents(source.documents(counts), tokenizer, counts, threads)
+    pieces = split(documents, tokenizer.bos, shape.length, shape.pieces)
+    rows = pack(shuffled(pieces) if shape.pieces else pieces, shape.length, counts)
     document = write_rows(path, rows, shape.dtype) | {"of": of} | counts
-    write_json(kept, document)
+    write_json(entry, document)
     return document
 
 
 def row_dtype(vocab_size: int) -> str:
-    """The smallest little-endian type that holds every token id."""
+    """Return the smallest little-endian type that holds every token id."""
     return "<u2" if vocab_size <= 2**16 else "<u4"
 
 
 def fingerprint(content: bytes) -> str:
-    """A hash of some bytes."""
+    """Return a hash of 16 hex digits."""
     return hashlib.sha256(content).hexdigest()[:16]

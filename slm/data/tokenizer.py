@@ -17,28 +17,26 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import tiktoken
 
-PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"  # noqa: E501
 """GPT-4's split pattern with numbers in groups of at most two digits."""
-
 BOS = "<|bos|>"
 SPECIAL = (BOS, *(f"<|reserved_{i}|>" for i in range(1, 9)))
-"""`<|bos|>` starts every document; eight are kept for later training stages. Their ids follow the text tokens'."""
-
-
-STARTS = (BOS, "<|endoftext|>")
-"""What may start a document: the first that a tokeniser has."""
+"""Special tokens, with ids after the text tokens: `<|bos|>` starts every document, and eight are
+reserved for later training stages."""
+DOCUMENT_STARTS = (BOS, "<|endoftext|>")
+"""Tokens that may start a document: the first one that a tokeniser has."""
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A vocabulary of byte strings in merge order, then the special tokens."""
+    """A vocabulary of byte strings in merge order, followed by the special tokens."""
 
     tokens: tuple[bytes, ...]
-    """The bytes of each text token; a token's place is its id."""
+    """Bytes of each text token, by id."""
     pattern: str = PATTERN
-    """How a text is split before merges."""
+    """Pattern that splits a text before merges."""
     special: tuple[tuple[str, int], ...] = ()
-    """Names and ids of other special tokens than SPECIAL, whose ids follow the text tokens'."""
+    """Names and ids of the special tokens; empty for SPECIAL, with ids after the text tokens."""
 
     @cached_property
     def specials(self) -> dict[str, int]:
@@ -47,22 +45,22 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Text and special tokens, and the ids between them that are none."""
+        """Number of ids, unused ones between text and special tokens included."""
         return max(len(self.tokens), *(number + 1 for number in self.specials.values()))
 
     @cached_property
     def bos(self) -> int:
         """Id of the token that starts every document: `<|bos|>`, else `<|endoftext|>`."""
-        return next(self.specials[name] for name in STARTS if name in self.specials)
+        return next(self.specials[name] for name in DOCUMENT_STARTS if name in self.specials)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of what decides the encoding."""
+        """Hash of everything that decides the encoding."""
         return hashlib.sha256(json.dumps(self.document(), sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def token_bytes(self) -> list[int]:
-        """UTF-8 bytes of every token; 0 for the special ones, which bits per byte leave out."""
+        """UTF-8 bytes of every token; 0 for special ones, which bits per byte leave out."""
         return [len(token) for token in self.tokens] + [0] * (self.vocab_size - len(self.tokens))
 
     @cached_property
@@ -78,120 +76,125 @@ class Tokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without `<|bos|>`; special tokens written in it are plain text."""
+        """Return token ids without `<|bos|>`; special tokens written in the text are plain text."""
         return self.encoding.encode_ordinary(text)
 
     def encode_to_numpy(self, text: str) -> NDArray[np.uint32]:
-        """Token ids of a text as `encode` gives them, without the GIL; of one that is too much for the split pattern
-        (a million blanks) those of its halves."""
+        """Encode as `encode` does, without the GIL.
+
+        A text that is too much for the split pattern (a million blanks) is encoded in halves.
+        """
         try:
             ids: NDArray[np.uint32] = self.encoding.encode_to_numpy(text, disallowed_special=())
         except ValueError:
             if len(text) < 2:
                 raise
             half = len(text) // 2
-            ids = np.concatenate(
-                [self.encode_to_numpy(part) for part in (text[:half], text[half:])]
-            )
+            halves = [self.encode_to_numpy(part) for part in (text[:half], text[half:])]
+            ids = np.concatenate(halves)
         return ids
 
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[list[int]]:
-        """Token ids of each text, without `<|bos|>`; special tokens written in a text are plain text."""
+        """Encode each text as `encode` does."""
         return self.encoding.encode_ordinary_batch(list(texts), num_threads=threads)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids."""
+        """Return the text of token ids."""
         return self.encoding.decode(list(ids))
 
     def document(self) -> dict[str, Any]:
-        """The tokeniser as JSON."""
+        """Return the tokeniser as JSON."""
         tokens = [base64.b64encode(token).decode() for token in self.tokens]
-        special: list[Any] = [list(own) for own in self.special] or list(SPECIAL)
+        special: list[Any] = [list(pair) for pair in self.special] or list(SPECIAL)
         return {"pattern": self.pattern, "special": special, "tokens": tokens}
 
     @classmethod
     def read(cls, path: Path) -> Tokenizer:
-        """The tokeniser in a file that `document` filled. Raises ValueError where it holds none."""
+        """Read a JSON document of `document`. Raises ValueError if the file holds none."""
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
-            special = (
-                ()
-                if document["special"] == list(SPECIAL)
-                else tuple((n, i) for n, i in document["special"])
-            )
+            special: tuple[tuple[str, int], ...] = ()
+            if document["special"] != list(SPECIAL):
+                special = tuple((name, number) for name, number in document["special"])
             tokens = tuple(base64.b64decode(token, validate=True) for token in document["tokens"])
-            return _checked(cls(tokens, document["pattern"], special), str(path))
+            return _check(cls(tokens, document["pattern"], special), str(path))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no tokeniser: {error}") from None
 
 
 def tokenizer_of(name: str) -> Tokenizer:
-    """The tokeniser of a file (one of ours, or tiktoken's lines of token and rank), or tiktoken's encoding of a name.
+    """Load a tokeniser from a .json or .tiktoken file, or tiktoken's encoding of this name.
 
-    Lines of ranks come without a split pattern: PATTERN is theirs. Raises ValueError for what is none of these.
+    Files of tiktoken have no split pattern and get PATTERN. Raises ValueError for anything else,
+    RuntimeError if tiktoken cannot download the encoding.
     """
     path = Path(name)
     if path.suffix not in (".json", ".tiktoken"):
-        return _of_encoding(name)
+        return _load_encoding(name)
     if not path.is_file():
         raise ValueError(f"--tokenizer {path}: no such file")
-    return Tokenizer.read(path) if path.suffix == ".json" else _of_ranks(path)
+    return Tokenizer.read(path) if path.suffix == ".json" else _read_ranks(path)
 
 
-def _of_ranks(path: Path) -> Tokenizer:
+def _read_ranks(path: Path) -> Tokenizer:
     try:
         pairs = [line.split() for line in path.read_text(encoding="ascii").splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except ValueError as error:
         raise ValueError(f"--tokenizer {path}: no lines of token and rank ({error})") from None
-    return _checked(Tokenizer(_by_rank(ranks, str(path))), str(path))
+    return _check(Tokenizer(_by_rank(ranks, str(path))), str(path))
 
 
-def _of_encoding(name: str) -> Tokenizer:
+def _load_encoding(name: str) -> Tokenizer:
     import tiktoken
 
-    if name not in tiktoken.list_encoding_names():
-        known = ", ".join(tiktoken.list_encoding_names())
+    names = tiktoken.list_encoding_names()
+    if name not in names:
         raise ValueError(
-            f"--tokenizer {name}: no file (.json, .tiktoken), and not one of tiktoken's: {known}"
+            f"--tokenizer {name}: no file (.json, .tiktoken), and not one of tiktoken's: "
+            f"{', '.join(names)}"
         )
     try:
         encoding = tiktoken.get_encoding(name)
     except OSError as error:
-        why = type(error).__name__
+        reason = type(error).__name__
         raise RuntimeError(
-            f"{name}: tiktoken could not fetch it ({why}): give a .json or .tiktoken file"
+            f"{name}: tiktoken could not download it ({reason}): give a .json or .tiktoken file"
         ) from None
-    special = tuple(sorted(encoding._special_tokens.items(), key=lambda own: own[1]))
-    return _checked(
-        Tokenizer(_by_rank(encoding._mergeable_ranks, name), encoding._pat_str, special), name
-    )
+    special = tuple(sorted(encoding._special_tokens.items(), key=lambda pair: pair[1]))
+    tokens = _by_rank(encoding._mergeable_ranks, name)
+    return _check(Tokenizer(tokens, encoding._pat_str, special), name)
 
 
-def _by_rank(ranks: dict[bytes, int], where: str) -> tuple[bytes, ...]:
-    """The tokens in merge order. Raises ValueError unless their ranks count from 0."""
+def _by_rank(ranks: dict[bytes, int], source: str) -> tuple[bytes, ...]:
+    """Return the tokens in merge order. Raises ValueError unless the ranks count from 0."""
     tokens = sorted(ranks, key=ranks.__getitem__)
     if [ranks[token] for token in tokens] != list(range(len(tokens))):
-        raise ValueError(f"{where}: its ranks do not count from 0 to {len(tokens) - 1}")
+        raise ValueError(f"{source}: its ranks do not count from 0 to {len(tokens) - 1}")
     return tuple(tokens)
 
 
-def _checked(tokenizer: Tokenizer, where: str) -> Tokenizer:
-    """The tokeniser, if every text can be encoded. Raises ValueError otherwise."""
+def _check(tokenizer: Tokenizer, source: str) -> Tokenizer:
+    """Return a tokeniser. Raises ValueError unless it can encode and start any document."""
     known = {*tokenizer.tokens}
     if missing := [value for value in range(256) if bytes([value]) not in known]:
         raise ValueError(
-            f"{where}: {len(missing)} single bytes are no tokens, so some texts could not be encoded"
+            f"{source}: {len(missing)} single bytes are no tokens, "
+            "so some texts could not be encoded"
         )
-    if not {*STARTS} & {*tokenizer.specials}:
+    if not {*DOCUMENT_STARTS} & {*tokenizer.specials}:
         raise ValueError(
-            f"{where}: it has none of {' and '.join(STARTS)}, one of which starts every document"
+            f"{source}: it has none of {' and '.join(DOCUMENT_STARTS)}, "
+            "one of which starts every document"
         )
     return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """BPE of `vocab_size` tokens, special ones included. Raises ValueError when the texts hold too few merges."""
+    """Train a BPE of `vocab_size` tokens, special ones included.
+
+    Raises ValueError if the texts hold too few merges.
+    """
     from tokenizers import Regex
     from tokenizers import Tokenizer as Trainable
     from tokenizers.models import BPE
@@ -215,16 +218,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         raise ValueError(
             f"vocab_size {vocab_size}: the text holds only {len(vocabulary) + len(SPECIAL)} tokens"
         )
-    characters = _byte_of_character()
-    learned = sorted((rank, token) for token, rank in vocabulary.items() if len(token) > 1)
-    merged = [bytes(characters[character] for character in token) for _, token in learned]
+    bytes_of = _byte_by_character()
+    merges = sorted((rank, token) for token, rank in vocabulary.items() if len(token) > 1)
+    merged = [bytes(bytes_of[character] for character in token) for _, token in merges]
     return Tokenizer((*(bytes([value]) for value in range(256)), *merged))
 
 
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's printable stand-ins: printable bytes stand for themselves, the others from U+0100 on, in order."""
+def _byte_by_character() -> dict[str, int]:
+    """Return GPT-2's printable characters for bytes.
+
+    Printable bytes are their own character, the others get characters from U+0100 on, in order.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [value for value in range(256) if value not in printable]
-    return {chr(value): value for value in printable} | {
-        chr(256 + i): value for i, value in enumerate(others)
-    }
+    characters = {chr(value): value for value in printable}
+    unprintable = [value for value in range(256) if value not in printable]
+    return characters | {chr(256 + i): value for i, value in enumerate(unprintable)}
