@@ -1,5 +1,7 @@
-"""CORE a second time, to be read: one example at a time, every row whole, every logit made. Nothing is shared with the
-package but a task's examples and its settings."""
+"""Reference implementation of CORE: one example at a time, whole rows, every logit.
+
+It shares only the examples and settings of a task with the package.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slm.evaluate.bundle import Task
-from slm.evaluate.prompts import Encoder
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -21,32 +22,33 @@ def decide(
     task: Task,
     data: list[dict[str, Any]],
     index: int,
-    tokenizer: Encoder,
+    tokenizer: Any,
     logits: Logits,
     context: int | None,
 ) -> dict[str, Any]:
-    """Prompts' lengths, spans, losses and the decision on example `index` of shuffled and cut data."""
+    """Return spans, losses and the decision on example `index` of shuffled and cut data."""
     rng = random.Random(1234 + index)
     shots = [data[i] for i in rng.sample([i for i in range(len(data)) if i != index], task.shots)]
-    item, gap = data[index], task.delimiter
+    item = data[index]
+    gap = task.delimiter
     if task.kind == "multiple_choice":
-        shown = "".join(
+        shot_text = "".join(
             f"{shot['query']}{gap}{shot['choices'][shot['gold']]}\n\n" for shot in shots
         )
-        prompts = [shown + item["query"] + gap + choice for choice in item["choices"]]
+        prompts = [shot_text + item["query"] + gap + choice for choice in item["choices"]]
     elif task.kind == "schema":
-        shown = "".join(
+        shot_text = "".join(
             f"{shot['context_options'][shot['gold']]}{gap}{shot['continuation']}\n\n"
             for shot in shots
         )
         prompts = [
-            shown + option + gap + item["continuation"] for option in item["context_options"]
+            shot_text + option + gap + item["continuation"] for option in item["context_options"]
         ]
     else:
-        shown = "".join(
+        shot_text = "".join(
             f"{shot['context'].strip()}{gap}{shot['continuation']}\n\n" for shot in shots
         )
-        without = shown + item["context"].strip() + gap
+        without = shot_text + item["context"].strip() + gap
         prompts = [without.strip(), without + item["continuation"]]
     rows = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
     starts = [_start(task.kind, rows, row) for row in rows]
@@ -80,13 +82,13 @@ def _judged(
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     for row, tokens in enumerate(rows):
         ids[row, : len(tokens)] = torch.tensor(tokens)
-    found = logits(ids)
-    losses = F.cross_entropy(found[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-    greedy = found[:, :-1].argmax(-1) == ids[:, 1:]
+    scores = logits(ids)
+    losses = F.cross_entropy(scores[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    greedy = scores[:, :-1].argmax(-1) == ids[:, 1:]
     spans = [slice(start - 1, len(row) - 1) for row, start in zip(rows, starts)]
-    nats = [float(own[span].sum()) for own, span in zip(losses, spans)]
+    nats = [float(row[span].sum()) for row, span in zip(losses, spans)]
     if task.kind == "language_modeling":
         return {"nats": nats, "correct": bool(greedy[0, spans[0]].all())}
-    means = [float(own[span].mean()) for own, span in zip(losses, spans)]
+    means = [float(row[span].mean()) for row, span in zip(losses, spans)]
     choice = means.index(min(means))
     return {"nats": nats, "means": means, "choice": choice, "correct": choice == item["gold"]}

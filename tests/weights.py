@@ -1,4 +1,4 @@
-"""A home with one run whose weights are known: the files as its trainer leaves them, without the training."""
+"""A home with one run of known weights: the files that a trainer writes, without the training."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 
-from slm.data import Prepared, prepare
+from slm.data import PreparedDataset, prepare
 from slm.data.loader import Rows
-from slm.evaluate.bpb import TOKENS, validation_loss
+from slm.evaluate.bpb import validation_loss
 from slm.files import write_json
+from slm.hardware.block_sizes import EVALUATION_TOKENS
 from slm.model import checkpoints
 from slm.model.gpt import GPT
+from slm.model.ranks import Ranks
 from slm.plan import Plan, code_fingerprint
 from slm.recipe import pocket
 from slm.train.optimizer import Optimizer
@@ -22,31 +24,25 @@ FAMILY = replace(pocket, name="tiny", validation_tokens=2**13)
 
 @dataclass(frozen=True)
 class Run:
-    """A run of that home."""
+    """A run with its dataset and model."""
 
     home: Path
-    """The home."""
     plan: Plan
-    """Its plan."""
-    prepared: Prepared
-    """Its data."""
+    prepared: PreparedDataset
     model: GPT
-    """What it learned."""
 
     @property
     def folder(self) -> Path:
-        """Its folder."""
         return self.home / self.plan.run_id
 
-    def losses(self, tokens: int = TOKENS) -> tuple[float, float]:
-        """val_bpb and val_loss as the trainer computes them, on one rank."""
+    def losses(self, tokens: int = EVALUATION_TOKENS) -> tuple[float, float]:
+        """Return val_bpb and val_loss as the trainer computes them on one rank."""
         sizes = torch.tensor(self.prepared.tokenizer.token_bytes)
-        return validation_loss(
-            self.model, Rows.of(self.prepared, "validation"), sizes, tokens=tokens
-        )
+        rows = Rows.open(self.prepared, "validation")
+        return validation_loss(self.model, rows, sizes, Ranks(), tokens)
 
     def finish(self) -> None:
-        """Write its final weights and done.json."""
+        """Write the final weights and done.json."""
         weights = {name: tensor.detach() for name, tensor in self.model.named_parameters()}
         digest = checkpoints.save(
             self.folder / "model.safetensors", weights, {"run_id": self.plan.run_id}
@@ -68,15 +64,15 @@ class Run:
 
 
 def run_in(home: Path, seed: int = 0) -> Run:
-    """A planned run of depth 2 on the texts of these tests, and a model in which no parameter is zero."""
+    """Return a planned run of depth 2 on the sources of the tests; no parameter is zero."""
     corpus = home.parent / f"{home.name}-texts"
     corpus.mkdir(exist_ok=True)
     for path in Path(__file__).parent.rglob("*.py"):
         (corpus / f"{path.stem}.txt").write_text(path.read_text())
-    given = FAMILY(2, steps=70)
-    prepared = prepare(str(corpus), given, home)
-    plan = Plan("tiny", "steps=70", seed, given, prepared.identity(given), code_fingerprint())
-    run = Run(home, plan, prepared, GPT(given))
+    hp = FAMILY(2, steps=70)
+    prepared = prepare(str(corpus), hp, home)
+    plan = Plan("tiny", "steps=70", seed, hp, prepared.identity(hp), code_fingerprint())
+    run = Run(home, plan, prepared, GPT(hp))
     run.folder.mkdir()
     write_json(run.folder / "plan.json", plan.document())
     run.model.initialise(seed)

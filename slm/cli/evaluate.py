@@ -1,197 +1,218 @@
-"""`slm eval`: what a checkpoint or the final weights of a run are worth."""
+"""`slm eval`: val_bpb or CORE of a checkpoint or of the final weights of a run."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slm.cli.data import progress, report_line
 from slm.cli.options import Json, labels_of, print_json
-from slm.cli.runs import run_folder
 from slm.files import read_json
+from slm.monitor.progress import ProgressBars, report_line
+from slm.run import find_run
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
-    from slm.evaluate.core import Asked
+    from slm.evaluate.request import CoreRequest
     from slm.model.weights import Weights
 
 RunOrFile = Annotated[
-    str, typer.Argument(help="A run_id, or its first digits; or a file of weights.")
+    str, typer.Argument(help="A run_id or its first digits, or a file of weights.")
 ]
+COLUMNS = {
+    "examples": "examples",
+    "accuracy": "accuracy",
+    "standard_error": "+-",
+    "centred": "centred",
+    "bits_per_byte": "bits/byte",
+    "cropped": "cropped",
+    "skipped": "skipped",
+    "ties": "ties",
+}
+"""Headers of the printed values of a task."""
 
 
 def evaluate(
     run: RunOrFile,
     core: Annotated[bool, typer.Option("--core", help="Measure CORE instead of val_bpb.")] = False,
     max_per_task: Annotated[
-        int | None, typer.Option(min=1, help="Examples of each task at most; else all.")
+        int | None, typer.Option(min=1, help="Maximum examples per task; default all.")
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="These tasks of CORE alone: a,b.", metavar="TASKS")
+        str | None, typer.Option(help="Only these tasks of the bundle: a,b.", metavar="TASKS")
     ] = None,
     without: Annotated[
-        str | None, typer.Option(help="All tasks but these: a,b.", metavar="TASKS")
+        str | None, typer.Option(help="All tasks except these: a,b.", metavar="TASKS")
     ] = None,
     bundle: Annotated[
-        str | None, typer.Option(help="core, pocket-core, or a bundle's id.", metavar="NAME")
+        str | None, typer.Option(help="core, pocket-core, or the id of a bundle.", metavar="NAME")
     ] = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="CORE: GPUs to use; else all.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="CORE: number of GPUs; default all.")
+    ] = None,
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="CORE: processes on the CPU's cores; else one.")
+        int | None, typer.Option(min=1, help="CORE: processes on the CPU; default one.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure val_bpb, or CORE, of a run's final weights, its newest checkpoint, or a file of weights, each once."""
-    from slm.evaluate import evaluator as later
-    from slm.model.weights import device_at_hand
+    """Measure val_bpb or CORE of a run's final weights, newest checkpoint, or a file of weights.
+
+    A result on disk is not measured again.
+    """
+    from slm.model.weights import default_device
     from store import home
 
-    if not core and any(
-        own is not None for own in (max_per_task, tasks, without, bundle, gpus, ranks)
-    ):
+    core_options = (max_per_task, tasks, without, bundle, gpus, ranks)
+    if not core and any(option is not None for option in core_options):
         options = "--max-per-task, --tasks, --without, --bundle, --gpus and --ranks"
-        raise ValueError(f"{options} are about CORE: add --core")
-    weights, device = weights_of(run, home()), device_at_hand()
-    if core:
-        asked = _asked(weights, home(), bundle, max_per_task, tasks, without)
-        path = _core(weights, home(), asked, device, _ranks(device, gpus, ranks))
-    else:
-        path = later.val_bpb(weights, home(), device, progress("rows"))
+        raise ValueError(f"{options} need --core")
+    if tasks is not None and without is not None:
+        raise ValueError("--tasks and --without: choose one")
+    weights = weights_of(run, home())
+    device = default_device()
+    request = _request(bundle, max_per_task, tasks, without) if core else None
+    processes = _processes(device, gpus, ranks) if core else 1
+    with ProgressBars() as bars:
+        path = _measure(weights, home(), request, device, processes, bars)
     document = read_json(path)
     if as_json:
         print_json(document)
         return
-    plan, given = weights.plan, weights.plan.hyperparameters
-    print(
-        f"run {plan.run_id}: {plan.recipe} d{given.depth}, step {weights.step:,} of {given.steps:,}"
-    )
-    _print_core(document) if core else _print_val_bpb(document)
+    plan = weights.plan
+    hp = plan.hyperparameters
+    print(f"run {plan.run_id}: {plan.recipe} d{hp.depth}, step {weights.step:,} of {hp.steps:,}")
+    if core:
+        _print_core(document)
+    else:
+        _print_val_bpb(document)
     print(f"  {path}")
 
 
-def _asked(
-    weights: Weights,
-    home: Path,
+def core_request(
+    core: bool, bundle: str | None, every: int | None, max_per_task: int | None, without: str | None
+) -> CoreRequest | None:
+    """Return the request in the options of `slm sweep`; None without --core.
+
+    Raises ValueError for an option that needs --core.
+    """
+    options = {
+        "--bundle": bundle,
+        "--core-every": every,
+        "--core-max-per-task": max_per_task,
+        "--core-without": without,
+    }
+    if core:
+        return _request(bundle, max_per_task, None, without, every)
+    for option, value in options.items():
+        if value is not None:
+            raise ValueError(f"{option} {value} needs --core")
+    return None
+
+
+def _request(
     bundle: str | None,
-    most: int | None,
+    max_per_task: int | None,
     tasks: str | None,
     without: str | None,
-) -> Asked:
-    """What a command names of a bundle; without a name it is the one that `pocket.bundle_for` gives the run."""
-    from slm.evaluate.core import Asked
-    from slm.evaluate.pocket_core import bundle_for
-    from slm.model.weights import prepared_of
+    every: int | None = None,
+) -> CoreRequest:
+    from slm.evaluate.request import CoreRequest
 
-    if tasks is not None and without is not None:
-        raise ValueError("--tasks and --without: choose one")
-    own = bundle_for(weights.plan, home, bundle, lambda: prepared_of(weights.plan, home))
-    asked = Asked(own, most, labels_of(tasks) if tasks else None)
-    return asked.without(labels_of(without)) if without else asked
+    selected = labels_of(tasks) if tasks else None
+    excluded = labels_of(without) if without else ()
+    return CoreRequest(bundle, max_per_task, selected, excluded, every)
 
 
-def _ranks(device: torch.device, gpus: int | None, ranks: int | None) -> int:
-    """Processes to evaluate with: one a GPU, or so many on the CPU. Raises ValueError for more than there is."""
+def _processes(device: torch.device, gpus: int | None, ranks: int | None) -> int:
+    """Return the number of processes: one per GPU, or `ranks` on the CPU.
+
+    Raises ValueError for more than the machine has.
+    """
     from slm.hardware import devices
 
-    option, asked, other = (
-        ("--gpus", gpus, ranks) if device.type == "cuda" else ("--ranks", ranks, gpus)
-    )
-    if other is not None:
-        has = "GPUs: say --gpus" if device.type == "cuda" else "no GPU: say --ranks"
-        raise ValueError(f"this machine has {has}")
-    here = devices.gpu_count() if device.type == "cuda" else devices.cores()
-    if asked is not None and asked > here:
-        raise ValueError(f"{option} {asked}: {here} found here")
-    return asked or (here if device.type == "cuda" else 1)
+    if device.type == "cuda":
+        if ranks is not None:
+            raise ValueError("this machine has GPUs: use --gpus instead of --ranks")
+        option, requested, available, default = "--gpus", gpus, devices.gpu_count(), None
+    else:
+        if gpus is not None:
+            raise ValueError("this machine has no GPU: use --ranks instead of --gpus")
+        option, requested, available, default = "--ranks", ranks, devices.cores(), 1
+    if requested is not None and requested > available:
+        raise ValueError(f"{option} {requested}: this machine has {available}")
+    return requested or default or available
 
 
-def _core(weights: Weights, home: Path, asked: Asked, device: torch.device, ranks: int) -> Path:
-    """The file of the evaluation; made by so many processes where it is not there."""
-    from slm.evaluate import distributed as processes
-    from slm.evaluate import evaluator as later
-    from slm.hardware import devices
+def _measure(
+    weights: Weights,
+    home: Path,
+    request: CoreRequest | None,
+    device: torch.device,
+    processes: int,
+    bars: ProgressBars,
+) -> Path:
+    """Return the file with CORE as requested, else with val_bpb."""
+    from slm.evaluate.distributed import evaluate_core_on_ranks
+    from slm.evaluate.evaluator import evaluate_core, evaluate_val_bpb
+    from slm.evaluate.request import ROWS, TASKS, TOKENS
+    from slm.model.weights import find_dataset
 
-    reports = progress("tokens"), progress("tasks planned")
-    if ranks == 1:
-        return later.core(weights, home, asked, device, *reports)
-    request: dict[str, Any] = {
-        "home": str(home),
-        "weights": str(weights.path),
-        "device": device.type,
-    }
-    request |= {"bundle": asked.bundle.id, "most": asked.most, "labels": asked.labels}
-    return processes.core(request, ranks, max(1, devices.cores() // ranks), *reports)
+    reports = {unit: bars.add(unit) for unit in (ROWS, TASKS, TOKENS)}
+
+    def report(unit: str, done: int, total: int) -> None:
+        reports[unit](done, total)
+
+    if not request:
+        return evaluate_val_bpb(weights, home, device, report)
+    request = request.for_run(weights.plan, home, lambda: find_dataset(weights.plan, home))
+    if processes == 1:
+        return evaluate_core(weights, home, request, device, report=report)
+    return evaluate_core_on_ranks(weights, home, request, device, processes, report)
 
 
 def _print_val_bpb(document: dict[str, Any]) -> None:
-    print(f"  val_bpb {document['val_bpb']:.4f}, val_loss {document['val_loss']:.4f} nats a token")
+    print(
+        f"  val_bpb {document['val_bpb']:.4f}, val_loss {document['val_loss']:.4f} nats per token"
+    )
     print(f"  {document['rows']:,} rows in {document['seconds']:.1f} s")
 
 
 def _print_core(document: dict[str, Any]) -> None:
-    """A line a task, then what they say together."""
+    """Print one row per task, then their mean."""
     from tabulate import tabulate
 
-    names = (
-        "examples",
-        "accuracy",
-        "standard_error",
-        "centred",
-        "bits_per_byte",
-        "cropped",
-        "skipped",
-        "ties",
-    )
-    rows = [[label, *(own.get(name) for name in names)] for label, own in document["tasks"].items()]
-    headers = (
-        "task",
-        "examples",
-        "accuracy",
-        "+-",
-        "centred",
-        "bits/byte",
-        "cropped",
-        "skipped",
-        "ties",
-    )
-    print(tabulate(rows, headers=headers, floatfmt=".4f"))
-    for label, own in document["tasks"].items():
-        if "error" in own:
-            print(f"  {label} could not be evaluated: {own['error']}")
+    tasks = document["tasks"].items()
+    rows = [[label, *(task.get(name) for name in COLUMNS)] for label, task in tasks]
+    print(tabulate(rows, headers=("task", *COLUMNS.values()), floatfmt=".4f"))
+    for label, task in tasks:
+        if "error" in task:
+            print(f"  {label} could not be evaluated: {task['error']}")
     if document["centred"] is None:
-        print("  no mean: a task is missing")
+        print("  no mean, because a task could not be evaluated")
         return
-    name = (
-        document["name"]
-        if document["core"] is not None
-        else f"mean of these tasks of {document['name']}"
-    )
-    name = name.replace("core", "CORE") if document["name"] == "core" else name
-    old, new = (
+    name = "CORE" if document["name"] == "core" else document["name"]
+    if document["core"] is None:
+        name = f"mean of these tasks of {name}"
+    published, corrected = (
         f"{document[key]:.4f} +- {document[f'{key}_error']:.4f}"
         for key in ("centred", "centred_corrected")
     )
-    print(f"  {name} {old}" + (f"; by DCLM's corrected baselines {new}" if new != old else ""))
-    print(
-        f"  bundle {document['bundle']}, {'all examples' if document['mode'] == 'full' else document['mode']}"
-    )
+    note = f"; {corrected} with DCLM's corrected baselines" if corrected != published else ""
+    print(f"  {name} {published}{note}")
+    mode = "all examples" if document["mode"] == "full" else document["mode"]
+    print(f"  bundle {document['bundle']}, {mode}")
 
 
 def weights_of(run: str, home: Path) -> Weights:
-    """The weights of a run or in a file, with what is to be said of them on standard error."""
-    from pathlib import Path
-
+    """Return the weights of a run or in a file; print remarks on them to standard error."""
     from slm.model import weights
 
-    found = (
-        weights.of_file(Path(run), home)
-        if Path(run).is_file()
-        else weights.of_run(run_folder(home, run))
-    )
-    for line in found.remarks():
+    if Path(run).is_file():
+        matches = weights.load_file(Path(run), home)
+    else:
+        matches = weights.load_run(find_run(home, run))
+    for line in matches.remarks():
         report_line(line)
-    return found
+    return matches

@@ -39,12 +39,12 @@ def sample(
     """Continue a prompt with text from a model, token by token, until the document ends."""
     _check(prompt, temperature)
     from slm.model.sample import generate
-    from slm.model.weights import default_device, prepared_of
+    from slm.model.weights import default_device, find_dataset
     from store import home
 
     # 1) the prompt as tokens
     weights = weights_of(run, home())
-    tokenizer = prepared_of(weights.plan, home()).tokenizer
+    tokenizer = find_dataset(weights.plan, home()).tokenizer
     length = weights.plan.hyperparameters.sequence_length
     ids = [tokenizer.bos, *tokenizer.encode_batch([prompt], 1)[0]]
     if len(ids) >= length:

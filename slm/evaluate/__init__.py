@@ -1,1 +1,1 @@
-"""What a model is worth: val_bpb on fixed rows."""
+"""Evaluation of models: val_bpb on fixed rows, and CORE on the tasks of a bundle."""

@@ -1,11 +1,12 @@
-"""Planned rows -> batches of tokens for a model, each prompt once: numpy, no model.
+"""Packing of a tokenized task into batches that read every shared prefix once. numpy only, no model.
 
-A lane of a batch holds the prompt of one example and after it the tails of its rows, without each row's last token,
-after which nothing is asked. A tail sees the prompt and itself alone, and every token keeps its place in its row: so
-the model gives what it gives for each row alone.
+A packed sequence holds the prefix that several rows of an example share, then the suffix of each row
+without its last token, after which no logits are needed. A suffix attends to the prefix and itself
+only, and every token keeps its position in its row, so the model returns what it returns for each
+row alone.
 
-A row longer than the context keeps its last tokens. Where the rows of an example are of several lengths they then begin
-at different tokens, and only those that begin alike share a lane.
+A row longer than the context keeps its last tokens. If the rows of an example have different lengths,
+they then begin at different tokens, and only rows that begin alike share a sequence.
 """
 
 from __future__ import annotations
@@ -16,208 +17,215 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from slm.evaluate.prompts import Ints, Planned
+from slm.evaluate.prompts import Ints, TokenizedTask
 
 PAD = -1
 
 
 @dataclass(frozen=True)
-class Lane:
-    """Rows of one example that begin with the same tokens."""
+class PackedSequence:
+    """Rows of one example with a shared prefix."""
 
     rows: tuple[int, ...]
-    """Their numbers in the plan."""
+    """Row numbers in the tokenized task."""
     crop: int
-    """Tokens left out at their beginning."""
-    prompt: int
-    """Tokens read once for all."""
-    tails: tuple[int, ...]
-    """Tokens read of each after those."""
+    """Tokens cropped from the beginning of each row."""
+    prefix: int
+    """Tokens of the shared prefix."""
+    suffixes: tuple[int, ...]
+    """Tokens read of each row after the prefix."""
 
     @property
     def length(self) -> int:
-        """Tokens that a model reads."""
-        return self.prompt + sum(self.tails)
+        """Tokens that the model reads."""
+        return self.prefix + sum(self.suffixes)
 
 
 @dataclass(frozen=True)
-class Lanes:
-    """What a model of some context reads of a plan."""
+class PackedTask:
+    """Tokenized task packed for a model with a limited context."""
 
-    lanes: list[Lane]
-    """Of all examples but those skipped."""
+    sequences: list[PackedSequence]
+    """Sequences of all examples except the skipped ones."""
     cropped: NDArray[np.bool_]
     """Whether a row of the example is longer than the context (E,)."""
     skipped: NDArray[np.bool_]
-    """Whether a span of the example does not fit into the context with a token before it (E,)."""
+    """Whether a span of the example and the token before it do not fit into the context (E,)."""
 
     @property
     def tokens(self) -> int:
-        """Tokens that a model reads."""
-        return sum(lane.length for lane in self.lanes)
+        """Tokens that the model reads."""
+        return sum(sequence.length for sequence in self.sequences)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Lanes as N tokens one after another; prompts and tails by their numbers in these, padded to the longest."""
+    """Packed sequences as N tokens one after another, with index tables padded to the longest."""
 
     ids: Ints
-    """Tokens (N,)."""
-    places: Ints
-    """Each token's place in its row (N,)."""
-    before: Ints
-    """The token before it (N,); itself where there is none."""
-    prompts: Ints
-    """Tokens of each lane's prompt (B, P), PAD after its end."""
-    tails: Ints
-    """Tokens of each lane's tails (B, S), one tail after another, PAD after their end."""
-    parts: Ints
-    """Which tail each of those is of (B, S), PAD after their end."""
+    """Token ids (N,)."""
+    positions: Ints
+    """Position of each token in its row (N,)."""
+    previous: Ints
+    """Index of the token before it in its row (N,); its own index if it is the first."""
+    prefixes: Ints
+    """Token indices of each sequence's prefix (B, P), padded with PAD."""
+    suffixes: Ints
+    """Token indices of each sequence's suffixes (B, S), one suffix after another, padded with PAD."""
+    suffix_numbers: Ints
+    """Number within its sequence of the suffix of each of those tokens (B, S), padded with PAD."""
     rows: Ints
-    """The row in the plan that each asked token belongs to (A,)."""
-    asked: Ints
-    """The token whose logits are asked (A,)."""
+    """Row in the tokenized task of each scored token (A,)."""
+    scored: Ints
+    """Index of the token whose logits are needed (A,)."""
     targets: Ints
-    """The token that follows it (A,)."""
-    questions: Ints
-    """Of each lane, where in `asked` its own are (B, Q), PAD after their end."""
+    """Id of the token that follows it (A,)."""
+    queries: Ints
+    """Indices into `scored` of each sequence's scored tokens (B, Q), padded with PAD."""
 
 
-def lanes_of(plan: Planned, context: int | None, shared: bool = True) -> Lanes:
-    """The lanes of a plan for a model that reads `context` tokens at most; not `shared`: every row its own lane."""
-    crops = np.maximum(0, plan.lengths - (context or plan.lengths.max()))
-    misfit = (plan.starts - crops < 1) & (plan.spans > 0)
-    cropped, skipped = (
-        np.logical_or.reduceat(which, plan.first[:-1]) for which in (crops > 0, misfit)
-    )
-    lanes = []
+def pack(tokenized: TokenizedTask, context: int) -> PackedTask:
+    """Pack the examples of a task for a model that reads at most `context` tokens."""
+    crops = np.maximum(0, tokenized.lengths - context)
+    does_not_fit = (tokenized.starts - crops < 1) & (tokenized.spans > 0)
+    examples = tokenized.first_rows[:-1]
+    skipped = np.logical_or.reduceat(does_not_fit, examples)
+    sequences: list[PackedSequence] = []
     for example in np.flatnonzero(~skipped).tolist():
-        prompt, rows = (
-            int(plan.prompts[example]),
-            range(*plan.first[example : example + 2].tolist()),
-        )
-        alike: dict[tuple[int, int], list[int]] = {}
-        for row in rows:
-            apart = row if not shared or crops[row] >= prompt else rows[0]
-            alike.setdefault((int(crops[row]), apart), []).append(row)
-        lanes += [_lane(plan, prompt, tuple(own), crop) for (crop, _), own in alike.items()]
-    return Lanes(lanes, cropped, skipped)
+        prefix = int(tokenized.prefixes[example])
+        groups: dict[tuple[int, int], list[int]] = {}
+        for row in tokenized.rows_of(example):
+            crop = int(crops[row])
+            alone = row if crop >= prefix else PAD
+            groups.setdefault((crop, alone), []).append(row)
+        for (crop, _), rows in groups.items():
+            sequences.append(_sequence(tokenized, prefix, rows, crop))
+    return PackedTask(sequences, np.logical_or.reduceat(crops > 0, examples), skipped)
 
 
-def _lane(plan: Planned, prompt: int, rows: tuple[int, ...], crop: int) -> Lane:
-    tails = plan.tails[list(rows)].tolist()
+def _sequence(tokenized: TokenizedTask, prefix: int, rows: list[int], crop: int) -> PackedSequence:
+    suffixes = tokenized.suffixes[rows].tolist()
+    prefix -= crop
     if len(rows) == 1:
-        return Lane(rows, crop, prompt + tails[0] - 1 - crop, (0,))
-    return Lane(
-        rows, crop, prompt - crop - (not any(tails)), tuple(max(0, tail - 1) for tail in tails)
-    )
+        return PackedSequence((rows[0],), crop, prefix + suffixes[0] - 1, (0,))
+    if not any(suffixes):
+        prefix -= 1
+    return PackedSequence(tuple(rows), crop, prefix, tuple(max(0, n - 1) for n in suffixes))
 
 
-def grouped(lanes: list[Lane], tokens: int) -> list[list[Lane]]:
-    """Lanes of a batch each: so many tokens at most, padding included, but a lane at least; with tails or without.
+def group_sequences(sequences: list[PackedSequence], tokens: int) -> list[list[PackedSequence]]:
+    """Group sequences into batches of at most `tokens` tokens, padding included, or one sequence.
 
-    The longest come first, which leaves little padding, and finds out early whether memory suffices.
+    Sequences with and without suffixes are batched apart, the longest first: that leaves little
+    padding and shows early whether memory suffices.
     """
-    groups: list[list[Lane]] = []
-    for tailed in (True, False):
-        group: list[Lane] = []
-        prompt = tails = 0
-        for lane in sorted((lane for lane in lanes if any(lane.tails) == tailed), key=_longest):
-            prompt, tails = max(prompt, lane.prompt), max(tails, sum(lane.tails))
-            if not group or (len(group) + 1) * (prompt + tails) > tokens:
-                group, prompt, tails = [], lane.prompt, sum(lane.tails)
+    groups: list[list[PackedSequence]] = []
+    for has_suffixes in (True, False):
+        group: list[PackedSequence] = []
+        prefix = 0
+        suffixes = 0
+        for sequence in sorted(sequences, key=_longest_first):
+            if any(sequence.suffixes) != has_suffixes:
+                continue
+            prefix = max(prefix, sequence.prefix)
+            suffixes = max(suffixes, sum(sequence.suffixes))
+            if not group or (len(group) + 1) * (prefix + suffixes) > tokens:
+                group = []
                 groups.append(group)
-            group.append(lane)
+                prefix = sequence.prefix
+                suffixes = sum(sequence.suffixes)
+            group.append(sequence)
     return groups
 
 
-def _longest(lane: Lane) -> tuple[int, int, tuple[int, ...]]:
-    return -lane.length, -lane.prompt, lane.rows
+def _longest_first(sequence: PackedSequence) -> tuple[int, int, tuple[int, ...]]:
+    return -sequence.length, -sequence.prefix, sequence.rows
 
 
-class Batches:
-    """Makes the batches of a plan."""
+class BatchBuilder:
+    """Builds batches from the packed sequences of one tokenized task."""
 
-    def __init__(self, plan: Planned) -> None:
-        self._plan = plan
-        per_row = plan.tails.copy()
-        per_row[plan.first[:-1]] += plan.prompts
-        ends = np.cumsum(per_row)
-        self._tails = ends - plan.tails
-        self._prompts = (ends - per_row)[plan.first[:-1]]
+    def __init__(self, tokenized: TokenizedTask) -> None:
+        self._task = tokenized
+        first = tokenized.first_rows[:-1]
+        sizes = tokenized.suffixes.copy()
+        sizes[first] += tokenized.prefixes
+        ends = np.cumsum(sizes)
+        self._suffix_starts = ends - tokenized.suffixes
+        self._prefix_starts = (ends - sizes)[first]
 
-    def batch(self, lanes: Sequence[Lane]) -> Batch:
-        """Lanes side by side.
+    def batch(self, sequences: Sequence[PackedSequence]) -> Batch:
+        """Return the batch of some sequences.
 
-        The tokens are a row of pieces, of each lane its prompt, which is read of its first row, and then every tail.
+        Its tokens are pieces one after another: for each sequence the prefix, read from its first
+        row, then every suffix.
         """
-        pieces = [(lane.rows[0], *lane.rows) for lane in lanes]
-        lane, part = _numbered([len(own) for own in pieces])
+        count = len(sequences)
+        prefix = np.array([sequence.prefix for sequence in sequences])
+        crop = np.array([sequence.crop for sequence in sequences])
+        # 1) one entry per piece: its sequence, its number (0 for the prefix), row, length, begin
+        pieces = [(sequence.rows[0], *sequence.rows) for sequence in sequences]
+        sequence_of, number = _enumerate_groups([len(rows) for rows in pieces])
         rows = np.concatenate(pieces)
-        prompt, crop = (
-            np.array([getattr(own, name) for own in lanes]) for name in ("prompt", "crop")
-        )
-        of_prompt = part == 0
-        lengths = np.concatenate([(own.prompt, *own.tails) for own in lanes])
+        is_prefix = number == 0
+        lengths = np.concatenate([(s.prefix, *s.suffixes) for s in sequences])
         begins = np.cumsum(lengths) - lengths
-        piece, place = _numbered(lengths)
-        token, own = np.arange(len(piece)), lane[piece]
-        in_tails = token - (begins[of_prompt] + prompt)[own]
-        before = np.where(
-            place > 0,
-            token - 1,
-            np.where(of_prompt[piece], token, (begins[of_prompt] + prompt - 1)[own]),
-        )
-        place += np.where(of_prompt[piece], 0, prompt[own])
-        asking = np.flatnonzero(~of_prompt)
-        which, number = _numbered(self._plan.spans[rows[asking]])
-        asking, to = asking[which], lane[asking][which]
-        target = self._plan.starts[rows[asking]] + number
+        prefix_begins = begins[is_prefix]
+        # 2) one entry per token: piece, sequence, position in its row, index of the previous token
+        piece, positions = _enumerate_groups(lengths)
+        token = np.arange(len(piece))
+        sequence = sequence_of[piece]
+        in_prefix = is_prefix[piece]
+        first_previous = np.where(in_prefix, token, (prefix_begins + prefix - 1)[sequence])
+        previous = np.where(positions > 0, token - 1, first_previous)
+        positions = positions + np.where(in_prefix, 0, prefix[sequence])
+        # 3) one entry per scored token: the row's span, shifted by one, in the prefix or the suffix
+        suffix_pieces = np.flatnonzero(~is_prefix)
+        which, offset = _enumerate_groups(self._task.spans[rows[suffix_pieces]])
+        scoring = suffix_pieces[which]
+        scored_rows = rows[scoring]
+        to = sequence_of[scoring]
+        target = self._task.starts[scored_rows] + offset
         source = target - crop[to] - 1
-        asked = (
-            np.where(source < prompt[to], begins[of_prompt][to], begins[asking] - prompt[to])
-            + source
-        )
+        base = np.where(source < prefix[to], prefix_begins[to], begins[scoring] - prefix[to])
+        _, query = _enumerate_groups(np.bincount(to, minlength=count))
+        # 4) index tables per sequence
+        in_suffix = ~in_prefix
+        owner = sequence[in_suffix]
+        column = token[in_suffix] - (prefix_begins + prefix)[owner]
         return Batch(
-            self._tokens(rows[piece], place + crop[own]),
-            place,
-            before,
-            _padded(own[in_tails < 0], place[in_tails < 0], token[in_tails < 0], len(lanes)),
-            _padded(own[in_tails >= 0], in_tails[in_tails >= 0], token[in_tails >= 0], len(lanes)),
-            _padded(
-                own[in_tails >= 0],
-                in_tails[in_tails >= 0],
-                part[piece][in_tails >= 0] - 1,
-                len(lanes),
-            ),
-            rows[asking],
-            asked,
-            self._tokens(rows[asking], target),
-            _padded(
-                to,
-                _numbered(np.bincount(to, minlength=len(lanes)))[1],
-                np.arange(len(to)),
-                len(lanes),
-            ),
+            ids=self._tokens(rows[piece], positions + crop[sequence]),
+            positions=positions,
+            previous=previous,
+            prefixes=_table(sequence[in_prefix], positions[in_prefix], token[in_prefix], count),
+            suffixes=_table(owner, column, token[in_suffix], count),
+            suffix_numbers=_table(owner, column, number[piece][in_suffix] - 1, count),
+            rows=scored_rows,
+            scored=base + source,
+            targets=self._tokens(scored_rows, target),
+            queries=_table(to, query, np.arange(len(to)), count),
         )
 
-    def _tokens(self, rows: Ints, places: Ints) -> Ints:
-        """The tokens of rows at places, before any are cropped."""
-        plan, owners = self._plan, self._plan.owners[rows]
-        after = places - plan.prompts[owners]
-        return plan.tokens[
-            np.where(after < 0, self._prompts[owners] + places, self._tails[rows] + after)
-        ].astype(np.int64)
+    def _tokens(self, rows: Ints, positions: Ints) -> Ints:
+        """Return the token ids of rows at positions counted before cropping."""
+        examples = self._task.example_of[rows]
+        in_suffix = positions - self._task.prefixes[examples]
+        index = np.where(
+            in_suffix < 0,
+            self._prefix_starts[examples] + positions,
+            self._suffix_starts[rows] + in_suffix,
+        )
+        return self._task.tokens[index].astype(np.int64)
 
 
-def _numbered(counts: Sequence[int] | Ints) -> tuple[Ints, Ints]:
-    """Of things in groups of so many: each one's group, and its number there."""
-    groups = np.repeat(np.arange(len(counts)), counts)
-    return groups, np.arange(len(groups)) - np.repeat(np.cumsum(counts) - counts, counts)
+def _enumerate_groups(sizes: Sequence[int] | Ints) -> tuple[Ints, Ints]:
+    """Return, for every member of groups of these sizes, its group and its number in the group."""
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    return groups, np.arange(len(groups)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
-def _padded(lanes: Ints, columns: Ints, values: Ints, count: int) -> Ints:
-    """Values in rows, a lane each, and columns; PAD elsewhere."""
+def _table(rows: Ints, columns: Ints, values: Ints, count: int) -> Ints:
+    """Return a table of `count` rows with the values at (row, column), PAD elsewhere."""
     table = np.full((count, columns.max(initial=-1) + 1), PAD)
-    table[lanes, columns] = values
+    table[rows, columns] = values
     return table

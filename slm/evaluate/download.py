@@ -1,4 +1,8 @@
-"""A file from the network: what an interrupted attempt brought is kept, and the next one goes on from there."""
+"""Download of one file that resumes where an interrupted attempt stopped.
+
+urllib.request and torch.hub.download_url_to_file start over after an interruption; a bundle on a slow
+line needs to resume.
+"""
 
 from __future__ import annotations
 
@@ -10,38 +14,43 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PIECE = 2**18
-"""Bytes read at once."""
-ATTEMPTS = 3
-"""In a row that bring nothing before it is given up."""
+CHUNK_BYTES = 2**18
+MAX_FAILURES = 3
+"""Attempts in a row that bring no byte before the download is given up."""
 TIMEOUT = 60.0
 """Seconds without a byte."""
 
 Report = Callable[[int, int], None]
-"""Told how many of how many missing bytes came."""
+"""Called with the missing bytes received, and their number."""
 
 
-def download(url: str, folder: Path, report: Report = lambda done, of: None) -> Path:
-    """The file of an address, in a folder. Raises RuntimeError when it cannot be had whole; what came is kept.
+def download(url: str, folder: Path, report: Report = lambda done, total: None) -> Path:
+    """Return the file of a URL, in a folder; what an interrupted attempt received is reused.
 
-    A part belongs to the content (length and entity tag) that the server named: of another content it begins anew.
+    A partial file belongs to the length and entity tag that the server named: other content starts
+    over. Raises RuntimeError if the file cannot be received completely.
     """
-    failed, why = 0, ""
-    while failed < ATTEMPTS:
+    failures = 0
+    while failures < MAX_FAILURES:
+        size = 0
+        part = None
         try:
             with _open(url, {}) as answer:
                 part, length = _part(url, folder, answer)
-                before = part.stat().st_size if part.exists() else 0
-                why = _fill(url, part, length, answer, report)
-            if not why:
+                size = _size(part)
+                _fill(url, part, length, answer, report)
+            reason = f"{_size(part):,} of {length:,} bytes received"
+            if _size(part) == length:
                 return part
-            failed = failed + 1 if part.stat().st_size <= before else 0
         except urllib.error.HTTPError as error:
-            raise RuntimeError(f"{url}: the server says {error.code} {error.reason}") from None
+            raise RuntimeError(f"{url}: HTTP status {error.code} {error.reason}") from None
         except (OSError, http.client.HTTPException) as error:
-            failed, why = failed + 1, str(error) or type(error).__name__
+            reason = str(error) or type(error).__name__
+        progressed = part is not None and _size(part) > size
+        failures = 0 if progressed else failures + 1
     raise RuntimeError(
-        f"{url} could not be fetched whole ({why}): run it again to go on, or name a copy with --from"
+        f"{url} could not be downloaded completely ({reason}): "
+        "run the command again to resume, or name a copy with --from"
     )
 
 
@@ -49,32 +58,37 @@ def _open(url: str, headers: dict[str, str]) -> Any:
     return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
 
 
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
+
+
 def _part(url: str, folder: Path, answer: Any) -> tuple[Path, int]:
-    """Where a content is gathered, and how long it is."""
-    if (length := answer.headers.get("Content-Length")) is None:
-        raise RuntimeError(f"{url}: the server does not say how long the file is")
+    """Return the partial file of the server's content, and the content's length in bytes."""
+    length = answer.headers.get("Content-Length")
+    if length is None:
+        raise RuntimeError(f"{url}: the server sends no Content-Length")
     tag = "|".join((url, length, answer.headers.get("ETag", "")))
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f".{hashlib.sha256(tag.encode()).hexdigest()[:16]}.part", int(length)
 
 
-def _fill(url: str, part: Path, length: int, answer: Any, report: Report) -> str:
-    """Add to a part what it lacks; "" when it is whole, else what went wrong."""
-    have = part.stat().st_size if part.exists() else 0
-    if have < length:
-        if have:
-            answer.close()
-            tag = answer.headers.get("ETag")
-            answer = _open(url, {"Range": f"bytes={have}-"} | ({"If-Range": tag} if tag else {}))
-            if answer.headers.get("Content-Range") != f"bytes {have}-{length - 1}/{length}":
-                have = 0  # the server sends all of it
-        with answer, part.open("r+b" if have else "wb") as file:
-            file.seek(have)
-            before = have
-            while piece := answer.read(PIECE):
-                file.write(piece)
-                have += len(piece)
-                report(have - before, length - before)
-    if have > length:
+def _fill(url: str, part: Path, length: int, answer: Any, report: Report) -> None:
+    """Append to a partial file what it lacks; a file that grew too long is removed."""
+    size = _size(part)
+    if size == length:
+        return
+    if size:
+        answer.close()
+        tag = answer.headers.get("ETag")
+        conditions = {"If-Range": tag} if tag else {}
+        answer = _open(url, {"Range": f"bytes={size}-"} | conditions)
+        if answer.headers.get("Content-Range") != f"bytes {size}-{length - 1}/{length}":
+            size = 0  # the server sends the whole file
+    with answer, part.open("ab" if size else "wb") as file:
+        start = size
+        while chunk := answer.read(CHUNK_BYTES):
+            file.write(chunk)
+            size += len(chunk)
+            report(size - start, length - start)
+    if size > length:
         part.unlink()
-    return "" if have == length else f"{have:,} of {length:,} bytes came"

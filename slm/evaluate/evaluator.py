@@ -1,6 +1,7 @@
-"""Evaluations of weights after training, kept as files `<run_id>/evals/<metric>-<step>-<key>.json`.
+"""Evaluations of stored weights, written to `<run_id>/evals/<metric>-<step>-<key>.json`.
 
-The key hashes what decides the value, so that the same evaluation of the same weights is found and not made again.
+The key is a hash of everything that decides the value, so an evaluation is found again and never
+repeated.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,178 +19,161 @@ import torch
 
 from slm.data.loader import Rows
 from slm.evaluate.bpb import bytes_of, validation_loss
-from slm.evaluate.bundle import installed
-from slm.evaluate.core import Asked, Judge, evaluate_all, judge_of, of_first
-from slm.evaluate.prompts import Known
-from slm.files import read_json, write_json
-from slm.model import checkpoints
-from slm.model.weights import Weights, prepared_of
+from slm.evaluate.bundle import Bundle, installed
+from slm.evaluate.core import ERRORS, Scorer, evaluate_bundle
+from slm.evaluate.request import ROWS, CoreRequest, Report, ignore
+from slm.files import read_json, sha256_of, write_json
+from slm.model.ranks import Ranks
+from slm.model.weights import Weights, find_dataset
 from slm.plan import canonical, code_fingerprint
 
-Report = Callable[[int, int], None]
-"""Told how many of how many parts are done."""
 
+@dataclass(frozen=True)
+class EvaluationFile:
+    """File of one evaluation, named for what decides its value."""
 
-def val_bpb(
-    weights: Weights, home: Path, device: torch.device, report: Report = lambda done, of: None
-) -> Path:
-    """val_bpb of some weights on the validation rows of their plan: the file that holds it, made if it is not there.
+    path: Path
+    head: dict[str, Any]
+    """Run, step, weights, and what decides the value."""
+    exists: bool
 
-    On the ranks and threads of the training it is to the bit what the trainer would find. Raises ValueError where
-    weights or rows are gone or changed, RuntimeError where the loss is no number.
-    """
-    data = weights.plan.data
-    decides = {
-        "weights_sha256": _sha256(weights),
-        "code": code_fingerprint(),
-        "device": device.type,
-    }
-    decides |= {"tokenizer": data.tokenizer, "validation": data.validation}
-    return _kept(
-        weights, "val_bpb", decides, lambda: _measure_val_bpb(weights, home, device, report)
-    )
+    @classmethod
+    def locate(
+        cls, weights: Weights, metric: str, device: torch.device, settings: dict[str, Any]
+    ) -> EvaluationFile:
+        """Return the file of some weights, metric and settings.
 
-
-def core(
-    weights: Weights,
-    home: Path,
-    asked: Asked,
-    device: torch.device,
-    report: Report = lambda done, of: None,
-    planning: Report = lambda done, of: None,
-    rank: int = 0,
-    ranks: int = 1,
-) -> Path:
-    """What some weights reach on a bundle: the file that holds it, made if it is not there.
-
-    What an interrupted evaluation finished is not done again. `planning` is told of tasks, `report` of tokens. Raises
-    ValueError where weights, tokeniser or a task's file are gone or changed, or examples are too few for their shots,
-    OutOfMemory where a pass of one example is too much.
-    """
-
-    def subject() -> tuple[Known, Judge]:
-        return prepared_of(weights.plan, home).tokenizer, judge_of(weights.model(device))
-
-    return core_of(weights, asked, device, subject, None, report, planning, rank, ranks)
-
-
-def core_of(
-    weights: Weights,
-    asked: Asked,
-    device: torch.device,
-    subject: Callable[[], tuple[Known, Judge]],
-    tokens: int | None,
-    report: Report,
-    planning: Report,
-    rank: int,
-    ranks: int,
-) -> Path:
-    """`core` of a tokeniser and a judge, made where nothing is on file, with so many `tokens` a pass; on every rank.
-
-    The first rank's `weights` name the file, which it alone reads and writes. Its `seconds` are those of the last
-    sitting.
-    """
-
-    def decided() -> dict[str, Any]:
-        decides = {
-            "weights_sha256": _sha256(weights),
+        Raises ValueError if the final weights of a run are not those that it wrote.
+        """
+        identity = {
+            "weights_sha256": _checked_sha256(weights),
             "code": code_fingerprint(),
             "device": device.type,
+            "tokenizer": weights.plan.data.tokenizer,
+            **settings,
         }
-        return decides | {"tokenizer": weights.plan.data.tokenizer, **asked.settings()}
+        key = hashlib.sha256(canonical(identity).encode()).hexdigest()[:12]
+        path = weights.run_folder / "evals" / f"{metric}-{weights.step:09d}-{key}.json"
+        head = {
+            "run_id": weights.plan.run_id,
+            "step": weights.step,
+            "metric": metric,
+            "weights": weights.path.name,
+        }
+        return cls(path, head | identity, path.exists())
 
-    def measure(path: Path) -> dict[str, Any]:
-        (tokenizer, judge), began = subject(), time.perf_counter()
-        found = evaluate_all(
-            asked, tokenizer, judge, _parts(path), rank, ranks, tokens, report, planning
-        )
-        return found | {"seconds": time.perf_counter() - began}
+    @property
+    def parts(self) -> Path:
+        """Folder of finished tasks until the file is written."""
+        return self.path.with_suffix(".parts")
 
-    decides = of_first(decided, rank, ranks, device)
-    path = _path(weights, asked.bundle.name, decides)
-    if not of_first(path.exists, rank, ranks, device):
-        found = measure(path)
-        if rank == 0:
-            _write(weights, asked.bundle.name, decides, found, path)
-    return path
-
-
-def asked_of(home: Path, wanted: dict[str, Any]) -> Asked:
-    """What an attempt.json asks of a home's bundles. Raises ValueError where the bundle is gone or changed."""
-    asked = Asked(installed(home, wanted["bundle"]), wanted["max_per_task"])
-    return asked.without(wanted["without"]) if wanted["without"] else asked
+    def write(self, result: dict[str, Any]) -> None:
+        """Write the file, and remove its parts."""
+        self.path.parent.mkdir(exist_ok=True)
+        write_json(self.path, self.head | result | {"time": time.time()})
+        shutil.rmtree(self.parts, ignore_errors=True)
 
 
-def _kept(
-    weights: Weights, metric: str, decides: dict[str, Any], measure: Callable[[], dict[str, Any]]
+def evaluate_val_bpb(
+    weights: Weights, home: Path, device: torch.device, report: Report = ignore
 ) -> Path:
-    """The file of an evaluation, made if there is none."""
-    path = _path(weights, metric, decides)
-    if not path.exists():
-        _write(weights, metric, decides, measure(), path)
-    return path
+    """Return the file with the val_bpb of some weights on their plan's validation rows.
 
-
-def _path(weights: Weights, metric: str, decides: dict[str, Any]) -> Path:
-    """The file of an evaluation, named for what decides it."""
-    key = hashlib.sha256(canonical(decides).encode()).hexdigest()[:12]
-    return weights.run_folder / "evals" / f"{metric}-{weights.step:09d}-{key}.json"
-
-
-def _write(
-    weights: Weights, metric: str, decides: dict[str, Any], found: dict[str, Any], path: Path
-) -> None:
-    """Write what an evaluation is of, what decides it, and what was measured."""
-    head = {
-        "run_id": weights.plan.run_id,
-        "step": weights.step,
-        "metric": metric,
-        "weights": weights.path.name,
-    }
-    path.parent.mkdir(exist_ok=True)
-    write_json(path, head | decides | found | {"time": time.time()})
-    shutil.rmtree(_parts(path), ignore_errors=True)
-
-
-def _parts(path: Path) -> Path:
-    """Where what an evaluation has finished lies until its file is written."""
-    return path.with_suffix(".parts")
-
-
-def _sha256(weights: Weights) -> str:
-    """Of the file. Raises ValueError when the final weights of a run are not those that it wrote."""
-    digest = checkpoints.sha256(weights.path)
-    done = weights.run_folder / "done.json"
-    if (
-        weights.path.parent == done.parent
-        and done.exists()
-        and read_json(done)["weights_sha256"] != digest
-    ):
-        raise ValueError(f"{weights.path} was changed after run {weights.plan.run_id} wrote it")
-    return digest
+    On the ranks and threads of the training it equals the trainer's value to the bit. Raises
+    ValueError if weights or rows are missing or changed, RuntimeError if the loss is not finite.
+    """
+    settings = {"validation": weights.plan.data.validation}
+    file = EvaluationFile.locate(weights, "val_bpb", device, settings)
+    if not file.exists:
+        file.write(_measure_val_bpb(weights, home, device, report))
+    return file.path
 
 
 def _measure_val_bpb(
     weights: Weights, home: Path, device: torch.device, report: Report
 ) -> dict[str, Any]:
-    given = weights.plan.hyperparameters
-    prepared = prepared_of(weights.plan, home)
-    prepared.verify_content(given, ["validation"])
-    rows, token_bytes = (
-        Rows.of(prepared, "validation"),
-        bytes_of(prepared.tokenizer, given.vocab_size, device),
-    )
-    model, began = weights.model(device), time.perf_counter()
+    hp = weights.plan.hyperparameters
+    prepared = find_dataset(weights.plan, home)
+    prepared.verify_content(hp, ["validation"])
+    rows = Rows.open(prepared, "validation")
+    token_bytes = bytes_of(prepared.tokenizer, hp.vocab_size, device)
+    model = weights.model(device)
+    start = time.perf_counter()
     bpb, loss = validation_loss(
-        model, rows, token_bytes, report=lambda done: report(done, len(rows))
+        model, rows, token_bytes, Ranks(), report=lambda read: report(ROWS, read, len(rows))
     )
     if not math.isfinite(bpb):
-        raise RuntimeError(
-            f"run {weights.plan.run_id} diverged: val_bpb is {bpb} at step {weights.step}"
-        )
+        run_id = weights.plan.run_id
+        raise RuntimeError(f"run {run_id} diverged: val_bpb is {bpb} at step {weights.step}")
     return {
         "val_bpb": bpb,
         "val_loss": loss,
         "rows": len(rows),
-        "seconds": time.perf_counter() - began,
+        "seconds": time.perf_counter() - start,
     }
+
+
+def evaluate_core(
+    weights: Weights,
+    home: Path,
+    request: CoreRequest,
+    device: torch.device,
+    ranks: Ranks | None = None,
+    report: Report = ignore,
+) -> Path:
+    """Return the file with the results of some weights on the requested tasks, on every rank.
+
+    Tasks that an interrupted evaluation finished are not repeated. Raises ValueError if weights,
+    tokeniser or a task's file are missing or changed, or if examples are too few for the shots,
+    OutOfMemory if a single example does not fit into memory.
+    """
+    ranks = ranks or Ranks()
+
+    def load() -> Scorer:
+        tokenizer = find_dataset(weights.plan, home).tokenizer
+        return Scorer(weights.model(device), tokenizer, ranks, report=report)
+
+    return evaluate_core_with(load, weights, home, request, device, ranks)
+
+
+def evaluate_core_with(
+    load: Callable[[], Scorer],
+    weights: Weights,
+    home: Path,
+    request: CoreRequest,
+    device: torch.device,
+    ranks: Ranks,
+) -> Path:
+    """Evaluate like `evaluate_core`, with a scorer that is loaded only if there is no file yet.
+
+    Only rank 0 reads and writes files, and only its `weights` count. `seconds` in the file are those
+    since the last interruption.
+    """
+    bundle, file = ranks.broadcast_from_rank0(
+        lambda: locate_core(weights, home, request, device), device, ERRORS
+    )
+    if not file.exists:
+        scorer = load()
+        start = time.perf_counter()
+        result = evaluate_bundle(scorer, bundle, request, file.parts)
+        if ranks.is_first:
+            file.write(result | {"seconds": time.perf_counter() - start})
+    return file.path
+
+
+def locate_core(
+    weights: Weights, home: Path, request: CoreRequest, device: torch.device
+) -> tuple[Bundle, EvaluationFile]:
+    """Return the requested bundle, and the file of its evaluation. Raises ValueError as `installed`."""
+    bundle = installed(home, request.bundle)
+    settings = request.settings(bundle)
+    return bundle, EvaluationFile.locate(weights, bundle.name, device, settings)
+
+
+def _checked_sha256(weights: Weights) -> str:
+    digest = sha256_of(weights.path)
+    done = weights.run_folder / "done.json"
+    is_final = weights.path.parent == done.parent and done.exists()
+    if is_final and read_json(done)["weights_sha256"] != digest:
+        raise ValueError(f"{weights.path} was changed after run {weights.plan.run_id} wrote it")
+    return digest

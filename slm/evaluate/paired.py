@@ -1,4 +1,4 @@
-"""CORE, or the mean of another bundle, of two sides of a comparison: on the same examples, depth by depth."""
+"""CORE, or the mean of another bundle, of two sides of a comparison on the same examples, by depth."""
 
 from __future__ import annotations
 
@@ -7,180 +7,200 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from slm.evaluate.records import EvaluationRecord, read_records
+
 if TYPE_CHECKING:
     import pandas
     from numpy.typing import NDArray
 
-    from slm.evaluate.records import Kept
     from slm.fits import Interval
 
     Answers = dict[str, NDArray[Any]]
+    """By task, how often each example was answered correctly; NaN for skipped examples."""
 
 CODE = "core_not_compared"
 
 
 @dataclass(frozen=True)
-class AtDepth:
-    """One depth at which both sides were evaluated."""
+class PairedDepth:
+    """CORE of both sides at one depth."""
 
     depth: int
-    """Layers."""
     runs: tuple[int, int]
-    """Evaluated runs of base and candidate."""
+    """Number of evaluated runs of base and candidate."""
     means: tuple[float, float]
-    """Their mean over tasks."""
+    """Mean over tasks and runs of base and candidate."""
     difference: Interval
     """Candidate minus base, with the interval over examples."""
 
 
 @dataclass(frozen=True)
-class Paired:
-    """The same examples asked of both sides."""
+class PairedCore:
+    """CORE of base and candidate on the same examples."""
 
     name: str
-    """What the mean over tasks is called."""
+    """Name of the mean over tasks."""
     key: str
-    """What makes the values comparable."""
-    per_depth: tuple[AtDepth, ...]
-    """Shared depths, smallest first."""
+    """Key of the evaluation records compared."""
+    per_depth: tuple[PairedDepth, ...]
+    """Shared depths in ascending order."""
     difference: Interval
-    """Mean over those depths, candidate minus base, with the interval over examples, which the depths share."""
+    """Mean over those depths, candidate minus base, with the interval over the examples they share."""
 
     def document(self) -> dict[str, Any]:
-        """As JSON."""
-        own = [
-            {"depth": own.depth, "base_runs": own.runs[0], "candidate_runs": own.runs[1]}
-            | {
-                "base": own.means[0],
-                "candidate": own.means[1],
-                "difference": _document(own.difference),
-            }
-            for own in self.per_depth
-        ]
+        """Return the comparison as JSON."""
         return {
             "metric": self.name,
             "core_key": self.key,
             "difference": _document(self.difference),
-            "per_depth": own,
+            "per_depth": [
+                {
+                    "depth": row.depth,
+                    "base_runs": row.runs[0],
+                    "candidate_runs": row.runs[1],
+                    "base": row.means[0],
+                    "candidate": row.means[1],
+                    "difference": _document(row.difference),
+                }
+                for row in self.per_depth
+            ],
         }
 
     def table(self, names: tuple[str, str]) -> tuple[list[str], list[list[str]]]:
-        """Headers and rows: a row a depth, and one over all."""
+        """Return headers and rows of a table: one row per depth, and one over all depths."""
         rows = [
             [
-                f"d{own.depth}",
-                "{} and {}".format(*own.runs),
-                *map("{:.4f}".format, own.means),
-                text(own.difference),
+                f"d{row.depth}",
+                f"{row.runs[0]} and {row.runs[1]}",
+                f"{row.means[0]:.4f}",
+                f"{row.means[1]:.4f}",
+                difference_text(row.difference),
             ]
-            for own in self.per_depth
+            for row in self.per_depth
         ]
-        rows.append(["all", "", "", "", text(self.difference)])
+        rows.append(["all", "", "", "", difference_text(self.difference)])
         return [self.name, "runs", *names, "difference"], rows
 
 
-def paired(
+def compare_core(
     home: Path, names: tuple[str, str], frames: Sequence[pandas.DataFrame]
-) -> tuple[Paired | None, list[Any]]:
-    """The comparison of base and candidate by what their runs' evaluations say of each example, and warnings.
+) -> tuple[PairedCore | None, list[dict[str, str]]]:
+    """Return the comparison of base and candidate on the examples of their evaluations, and warnings.
 
-    None where neither was evaluated, and, with a warning that says why, where only one was or where no depth has runs
-    of both that were asked the same.
+    `names` and `frames` are those of base and candidate; frames have columns run_id and depth. The
+    comparison is None if neither side was evaluated, and, with a warning that says why, if only one
+    was or no depth has comparable evaluations of both.
     """
-    from slm.fits.points import differences, parts_of
+    from slm.fits.points import Axes
 
-    sides = [_evaluated(home, frame) for frame in frames]
-    if not all(sides):
-        one, none = (names[1], names[0]) if sides[1] else names
-        message = (
-            f"{one} was evaluated on examples and {none} was not: `slm eval RUN --core` does it"
+    base, candidate = (_read_side(home, frame) for frame in frames)
+    depths = sorted({run.depth for run in base} & {run.depth for run in candidate})
+    runs = [run for run in (*base, *candidate) if run.depth in depths]
+    if not base and not candidate:
+        return None, []
+    if not base or not candidate:
+        evaluated, other = names if base else names[::-1]
+        return None, _warning(
+            f"{evaluated} was evaluated on examples and {other} was not: run `slm eval RUN --core`"
         )
-        return None, [_warning(message)] if any(sides) else []
-    shared = sorted({own for own, _ in sides[0]} & {own for own, _ in sides[1]})
-    if not shared:
-        return None, [
-            _warning(f"no depth of both {names[0]} and {names[1]} was evaluated on examples")
-        ]
-    ladders = [[found for depth, found in side if depth in shared] for side in sides]
-    common = [
-        own.key
-        for own in ladders[0][0]
-        if all(own.key in _keys(found) for side in ladders for found in side)
-    ]
-    if not common:
-        told = differences([parts_of(found[0].key) for side in ladders for found in side])
-        return None, [
-            _warning(
-                f"the runs were not evaluated alike: {told or 'none is one that all runs have'}"
-            )
-        ]
-    return _compared(sides, shared, common[0]), []
-
-
-def _evaluated(home: Path, frame: pandas.DataFrame) -> list[tuple[int, list[Kept]]]:
-    """Depth and evaluations of each run that has some."""
-    from slm.evaluate.records import kept
-
-    found = [
-        (int(depth), kept(home / run_id)) for run_id, depth in zip(frame["run_id"], frame["depth"])
-    ]
-    return [own for own in found if own[1]]
-
-
-def _keys(found: list[Kept]) -> set[str]:
-    return {own.key for own in found}
-
-
-def _compared(sides: list[list[tuple[int, list[Kept]]]], shared: list[int], key: str) -> Paired:
-    rows, answers = [], []
-    for depth in shared:
-        both = [
-            [own for at, found in side if at == depth for own in found if own.key == key]
-            for side in sides
-        ]
-        own = [_mean([_answers(run) for run in runs]) for runs in both]
-        means = [sum(run.document["centred"] for run in runs) / len(runs) for runs in both]
-        counts = len(both[0]), len(both[1])
-        rows.append(AtDepth(depth, counts, (means[0], means[1]), _difference(own, both[0][0])))
-        answers.append(own)
-    over_all = [_mean(list(column)) for column in zip(*answers)]
-    return Paired(both[0][0].name, key, tuple(rows), _difference(over_all, both[0][0]))
-
-
-def _answers(run: Kept) -> Answers:
-    """Of each task whether each example was answered rightly; NaN where it was skipped."""
-    import numpy as np
-
-    return {
-        label: np.array(own["each"]["correct"], float)
-        for label, own in run.document["tasks"].items()
-    }
-
-
-def _mean(answers: list[Answers]) -> Answers:
-    import numpy as np
-
-    return {label: np.mean([own[label] for own in answers], 0) for label in answers[0]}
-
-
-def _difference(sides: list[Answers], run: Kept) -> Interval:
-    import numpy as np
-
-    from slm.fits import paired_core
-
-    asked = {label: ~np.isnan(sides[0][label] + sides[1][label]) for label in sides[0]}
-    base, candidate = ({label: own[label][asked[label]] for label in own} for own in sides)
-    return paired_core(
-        base, candidate, {label: own["baseline"] for label, own in run.document["tasks"].items()}
+    if not depths:
+        return None, _warning(f"no depth of both {' and '.join(names)} was evaluated on examples")
+    for record in runs[0].records:
+        if all(run.with_key(record.key) for run in runs):
+            return _compare(base, candidate, depths, record.key), []
+    differences = Axes.of_keys(run.records[0].key for run in runs).differences
+    return None, _warning(
+        f"the runs were not evaluated alike: {differences or 'they have no evaluation in common'}"
     )
 
 
-def text(difference: Interval) -> str:
-    """The difference and its standard error."""
-    return f"{difference.estimate:+.4f} ± {_error(difference):.4f}"
+@dataclass(frozen=True)
+class _Run:
+    depth: int
+    records: list[EvaluationRecord]
+
+    def with_key(self, key: str) -> list[EvaluationRecord]:
+        return [record for record in self.records if record.key == key]
 
 
-def _error(difference: Interval) -> float:
+def _read_side(home: Path, frame: pandas.DataFrame) -> list[_Run]:
+    """Return the runs in a frame that have evaluation records."""
+    runs = [
+        _Run(int(depth), read_records(home / run_id))
+        for run_id, depth in zip(frame["run_id"], frame["depth"])
+    ]
+    return [run for run in runs if run.records]
+
+
+def _compare(base: list[_Run], candidate: list[_Run], depths: list[int], key: str) -> PairedCore:
+    rows: list[PairedDepth] = []
+    base_answers: list[Answers] = []
+    candidate_answers: list[Answers] = []
+    for depth in depths:
+        base_records = _records_at(base, depth, key)
+        candidate_records = _records_at(candidate, depth, key)
+        first = base_records[0]
+        base_answers.append(_mean_answers(base_records))
+        candidate_answers.append(_mean_answers(candidate_records))
+        rows.append(
+            PairedDepth(
+                depth=depth,
+                runs=(len(base_records), len(candidate_records)),
+                means=(_mean_core(base_records), _mean_core(candidate_records)),
+                difference=_difference(base_answers[-1], candidate_answers[-1], first),
+            )
+        )
+    difference = _difference(_mean(base_answers), _mean(candidate_answers), first)
+    return PairedCore(first.name, key, tuple(rows), difference)
+
+
+def _records_at(runs: list[_Run], depth: int, key: str) -> list[EvaluationRecord]:
+    records: list[EvaluationRecord] = []
+    for run in runs:
+        if run.depth == depth:
+            records += run.with_key(key)
+    return records
+
+
+def _mean_core(records: list[EvaluationRecord]) -> float:
+    return sum(record.document["centred"] for record in records) / len(records)
+
+
+def _mean_answers(records: list[EvaluationRecord]) -> Answers:
+    return _mean(
+        [
+            {
+                label: np.array(task["each"]["correct"], float)
+                for label, task in record.document["tasks"].items()
+            }
+            for record in records
+        ]
+    )
+
+
+def _mean(answers: list[Answers]) -> Answers:
+    return {label: np.mean([each[label] for each in answers], 0) for label in answers[0]}
+
+
+def _difference(base: Answers, candidate: Answers, record: EvaluationRecord) -> Interval:
+    from slm.fits import paired_core
+
+    answered = {label: ~np.isnan(base[label] + candidate[label]) for label in base}
+    return paired_core(
+        {label: base[label][answered[label]] for label in base},
+        {label: candidate[label][answered[label]] for label in base},
+        {label: task["baseline"] for label, task in record.document["tasks"].items()},
+    )
+
+
+def difference_text(difference: Interval) -> str:
+    """Return the difference and its standard error."""
+    return f"{difference.estimate:+.4f} ± {_standard_error(difference):.4f}"
+
+
+def _standard_error(difference: Interval) -> float:
     from slm.fits.compare.paired_core import NORMAL
 
     assert difference.low is not None
@@ -189,8 +209,10 @@ def _error(difference: Interval) -> float:
 
 
 def _document(difference: Interval) -> dict[str, Any]:
-    return {**difference.document(), "standard_error": _error(difference)}
+    from slm.fits.types import to_json
+
+    return {**to_json(difference), "standard_error": _standard_error(difference)}
 
 
-def _warning(message: str) -> dict[str, str]:
-    return {"code": CODE, "message": message}
+def _warning(message: str) -> list[dict[str, str]]:
+    return [{"code": CODE, "message": message}]

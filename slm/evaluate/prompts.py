@@ -1,14 +1,14 @@
-"""Examples of a task -> rows of tokens and the spans in them that are scored: what CORE asks, without a model.
+"""CORE prompts: examples of a task rendered as rows of tokens, with the span of each row that is scored.
 
-An example becomes one row a choice (language modelling: one row). A row is `<|bos|>`, the shots, each followed by a
-blank line, and the example itself; its span, from a start to the row's end, is what the model is judged by:
+An example becomes one row per choice (language modelling: one row). A row is `<|bos|>`, the shots, each followed by a
+blank line, and the example itself. Its span runs from a start to the end of the row:
 
-    multiple_choice     choices differ: what follows the tokens that all rows begin with
-    schema              contexts differ: the tokens that all rows end with
-    language_modeling   the continuation: what follows the tokens of the stripped row without it
+    multiple_choice     choices differ: the span follows the tokens that all rows begin with
+    schema              contexts differ: the span is the tokens that all rows end with
+    language_modeling   the span is the continuation, after the tokens of the stripped row without it
 
-Examples are shuffled by Random(1337), then cut; the shots of example i are drawn by Random(1234 + i) from the others
-that the cut left. Semantics of DCLM (arXiv 2406.11794) as nanochat implements them.
+Examples are shuffled by Random(1337), then cut to the maximum; the shots of example i are drawn by Random(1234 + i)
+from the remaining ones. The semantics are those of DCLM (arXiv 2406.11794) as nanochat implements them.
 """
 
 from __future__ import annotations
@@ -19,224 +19,223 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from slm.data.tokenizer import Tokenizer
 from slm.evaluate.bundle import Bundle, Example, Task
+from slm.evaluate.request import FORMAT
 from slm.files import replacing
 from slm.hardware.devices import cores
 
-FORMAT = 1
-"""Of plans: to be raised with every change of what is asked, so that kept plans and results are told apart."""
+CHUNK = 256
+"""Examples whose texts are in memory at once."""
+ARRAYS = ("tokens", "prompts", "tails", "starts", "first", "golds", "bytes")
+"""Names in a cache file of the fields of TokenizedTask."""
+
 Ints = NDArray[np.int64]
-Sequenced = TypeVar("Sequenced", str, list[int])
-"""A row of characters or of tokens."""
-AT_ONCE = 256
-"""Examples whose texts are held at once."""
-
-
-class Encoder(Protocol):
-    """What a tokeniser has to know."""
-
-    @property
-    def bos(self) -> int:
-        """The token that begins every row."""
-
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a text, without `bos`."""
-
-
-class Known(Encoder, Protocol):
-    """A tokeniser whose plans can be found again."""
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of what decides the encoding."""
+Row = TypeVar("Row", str, list[int])
+"""Row of characters or of tokens."""
 
 
 @dataclass(frozen=True)
-class Planned:
-    """Examples of a task as tokens: of each the prompt that its rows share, then the tail of every row."""
+class TokenizedTask:
+    """Examples of a task as tokens: the prefix that the rows of an example share, then the suffix of each row."""
 
     tokens: NDArray[np.unsignedinteger[Any]]
-    """Prompt and tails, one example after another."""
-    prompts: Ints
-    """Tokens of each example's prompt (E,)."""
-    tails: Ints
-    """Tokens of each row's tail (R,)."""
+    """Prefix and suffixes, one example after another."""
+    prefixes: Ints
+    """Tokens of each example's shared prefix (E,)."""
+    suffixes: Ints
+    """Tokens of each row's suffix (R,)."""
     starts: Ints
-    """Where in its row, prompt and tail, each span begins (R,); it ends with the row."""
-    first: Ints
-    """Each example's first row (E + 1,), and the number of rows."""
+    """Index in its row at which each span begins (R,); spans end with the row."""
+    first_rows: Ints
+    """First row of each example, and the number of rows (E + 1,)."""
     golds: Ints
-    """The right row of each example, counted from its first (E,)."""
-    bytes: Ints
-    """UTF-8 bytes of what the right row's span says (E,)."""
+    """Correct row of each example, counted from its first row (E,)."""
+    gold_bytes: Ints
+    """UTF-8 bytes of the text in the correct row's span (E,)."""
 
     def __len__(self) -> int:
         return len(self.golds)
 
     @cached_property
-    def owners(self) -> Ints:
-        """Each row's example (R,)."""
-        return np.repeat(np.arange(len(self)), np.diff(self.first))
+    def example_of(self) -> Ints:
+        """Example of each row (R,)."""
+        return np.repeat(np.arange(len(self)), np.diff(self.first_rows))
 
     @cached_property
     def lengths(self) -> Ints:
         """Tokens of each row (R,)."""
-        return self.prompts[self.owners] + self.tails
+        return self.prefixes[self.example_of] + self.suffixes
 
     @cached_property
     def spans(self) -> Ints:
         """Tokens of each row's span (R,)."""
         return self.lengths - self.starts
 
+    def rows_of(self, example: int) -> range:
+        """Return the row numbers of an example."""
+        return range(int(self.first_rows[example]), int(self.first_rows[example + 1]))
 
-def ordered(task: Task, examples: Sequence[Example], most: int | None = None) -> list[Example]:
-    """A task's examples as CORE counts them: shuffled, then cut to `most`.
 
-    Raises ValueError when those are too few for the shots.
+def select_examples(
+    task: Task, examples: Sequence[Example], maximum: int | None = None
+) -> list[Example]:
+    """Return a task's examples in CORE's order: shuffled, then cut to `maximum`.
+
+    Raises ValueError if too few remain for the shots.
     """
     shuffled = list(examples)
     random.Random(1337).shuffle(shuffled)
-    kept = shuffled[:most]
-    if len(kept) <= task.shots:
+    selected = shuffled[:maximum]
+    if len(selected) <= task.shots:
         raise ValueError(
-            f"task {task.label} shows {task.shots} examples before each: {len(kept)} examples are too few, take at "
-            f"least {task.shots + 1} per task"
+            f"task {task.label} needs {task.shots} shots: {len(selected)} examples are too few, "
+            f"use at least {task.shots + 1} per task"
         )
-    return kept
+    return selected
 
 
-def shots_of(task: Task, index: int, count: int) -> list[int]:
-    """Which of `count` examples are shown before one of them, in the order in which they are shown."""
-    drawn = random.Random(1234 + index).sample(
-        range(count - 1), task.shots
-    )  # places among the others
-    return [place + (place >= index) for place in drawn]
+def draw_shots(task: Task, index: int, count: int) -> list[int]:
+    """Return the indices, among `count` examples, of the shots of example `index`, in their order."""
+    drawn = random.Random(1234 + index).sample(range(count - 1), task.shots)
+    return [shot + (shot >= index) for shot in drawn]  # drawn from the other examples
 
 
-def texts_of(task: Task, examples: Sequence[Example], index: int) -> tuple[list[str], str]:
-    """The text of every row of an example; and, in language modelling, of the row without its continuation."""
-    shown = "".join(
-        _answered(task, examples[shot]) + "\n\n" for shot in shots_of(task, index, len(examples))
-    )
-    rows, without = _asked(task, examples[index])
-    return [shown + row for row in rows], (
-        shown + without
-    ).strip() if task.kind == "language_modeling" else ""
+def render(task: Task, examples: Sequence[Example], index: int) -> tuple[list[str], str]:
+    """Return the text of every row of an example, and of the row without its continuation.
+
+    The latter is empty unless the task is language modelling.
+    """
+    shots = ""
+    for shot in draw_shots(task, index, len(examples)):
+        rows, _ = _render_example(task, examples[shot])
+        shots += rows[examples[shot].get("gold", 0)] + "\n\n"
+    rows, context = _render_example(task, examples[index])
+    stripped = (shots + context).strip() if task.kind == "language_modeling" else ""
+    return [shots + row for row in rows], stripped
 
 
-def _answered(task: Task, example: Example) -> str:
-    return _asked(task, example)[0][example.get("gold", 0)]
-
-
-def _asked(task: Task, example: Example) -> tuple[list[str], str]:
-    """`texts_of` without shots. Contexts of language modelling are stripped, and nothing else is."""
+def _render_example(task: Task, example: Example) -> tuple[list[str], str]:
+    """Render an example without shots. Only the context of language modelling is stripped."""
     if task.kind == "multiple_choice":
-        return [example["query"] + task.delimiter + choice for choice in example["choices"]], ""
+        question = example["query"] + task.delimiter
+        return [question + choice for choice in example["choices"]], ""
     if task.kind == "schema":
-        return [
-            option + task.delimiter + example["continuation"]
-            for option in example["context_options"]
-        ], ""
-    without = example["context"].strip() + task.delimiter
-    return [without + example["continuation"]], without.strip()
+        answer = task.delimiter + example["continuation"]
+        return [option + answer for option in example["context_options"]], ""
+    context = example["context"].strip() + task.delimiter
+    return [context + example["continuation"]], context.strip()
 
 
-def _starts(task: Task, rows: list[Sequenced], without: Sequenced) -> list[int]:
-    """Where the span of each row begins; rows of tokens, or of characters."""
+def _span_starts(task: Task, rows: list[Row], context: Row) -> list[int]:
+    """Return the index at which the span of each row begins, in tokens or in characters."""
     if task.kind == "schema":
-        shared = _common([row[::-1] for row in rows])
+        shared = _common_prefix([row[::-1] for row in rows])
         return [len(row) - shared for row in rows]
-    return [_common(rows) if task.kind == "multiple_choice" else len(without)] * len(rows)
+    start = _common_prefix(rows) if task.kind == "multiple_choice" else len(context)
+    return [start] * len(rows)
 
 
-def _common(rows: list[Sequenced]) -> int:
-    """How long all rows are equal from their first element on."""
-    least, greatest = min(rows), max(rows)
-    pairs = enumerate(zip(least, greatest))
-    return next(
-        (place for place, (one, other) in pairs if one != other), min(len(least), len(greatest))
-    )
+def _common_prefix(rows: list[Row]) -> int:
+    """Return the length of the longest prefix that all rows share."""
+    # All rows lie between the smallest and the greatest, so those two differ first.
+    low = min(rows)
+    high = max(rows)
+    for index, (a, b) in enumerate(zip(low, high)):
+        if a != b:
+            return index
+    return min(len(low), len(high))
 
 
-def plan(
-    task: Task, examples: Sequence[Example], indices: Sequence[int], tokenizer: Encoder
-) -> Planned:
-    """Rows and spans of some of a task's `ordered` examples.
+def tokenize(
+    task: Task, examples: Sequence[Example], indices: Sequence[int], tokenizer: Tokenizer
+) -> TokenizedTask:
+    """Return rows and spans of the examples at `indices` of a task's selected examples.
 
-    Raises ValueError where a continuation is not tokens of its own after the row without it, and for a tokeniser that
-    has no `bos`.
+    Raises ValueError if a continuation has no tokens of its own after the row without it, or if the tokenizer has no
+    `bos`.
     """
     if getattr(tokenizer, "bos", None) is None:
         raise ValueError("this tokeniser has no <|bos|>, the token that begins every row of CORE")
-    pieces, prompts, tails, starts, first = [np.zeros(0, np.uint32)], [], [], [], [0]
-    for rows, begins in _encoded(task, examples, indices, tokenizer):
-        shared = _common(rows)
-        pieces.append(
-            np.array(
-                rows[0][:shared] + [token for row in rows for token in row[shared:]], np.uint32
-            )
-        )
-        prompts.append(shared)
-        tails += [len(row) - shared for row in rows]
-        starts += begins
-        first.append(len(tails))
+    pieces = [np.zeros(0, np.uint32)]
+    prefixes: list[int] = []
+    suffixes: list[int] = []
+    starts: list[int] = []
+    first_rows = [0]
+    for rows, span_starts in _encode(task, examples, indices, tokenizer):
+        shared = _common_prefix(rows)
+        tails = [token for row in rows for token in row[shared:]]
+        pieces.append(np.array(rows[0][:shared] + tails, np.uint32))
+        prefixes.append(shared)
+        suffixes += [len(row) - shared for row in rows]
+        starts += span_starts
+        first_rows.append(len(suffixes))
     tokens = np.concatenate(pieces)
     golds = [examples[index].get("gold", 0) for index in indices]
-    sizes = [_bytes(task, examples[index]) for index in indices]
-    arrays = (
-        np.array(values, np.int64) for values in (prompts, tails, starts, first, golds, sizes)
+    sizes = [_gold_bytes(task, examples[index]) for index in indices]
+    counts = (prefixes, suffixes, starts, first_rows, golds, sizes)
+    return TokenizedTask(
+        tokens.astype(np.uint16) if tokens.max(initial=0) < 2**16 else tokens,
+        *(np.array(values, np.int64) for values in counts),
     )
-    return Planned(tokens.astype(np.uint16) if tokens.max(initial=0) < 2**16 else tokens, *arrays)
 
 
-def _encoded(
-    task: Task, examples: Sequence[Example], indices: Sequence[int], tokenizer: Encoder
+def _encode(
+    task: Task, examples: Sequence[Example], indices: Sequence[int], tokenizer: Tokenizer
 ) -> Iterator[tuple[list[list[int]], list[int]]]:
-    """The rows of each example as tokens, and where their spans begin; some examples at once, on all cores."""
+    """Yield the rows of each example as tokens, and their span starts; chunks are encoded on all cores."""
     with ThreadPoolExecutor(cores()) as pool:
-        for place in range(0, len(indices), AT_ONCE):
-            asked = [texts_of(task, examples, index) for index in indices[place : place + AT_ONCE]]
-            encoded = pool.map(
-                tokenizer.encode, [text for rows, without in asked for text in (*rows, without)]
-            )
-            for index, (texts, _) in enumerate(asked, place):
-                rows = [[tokenizer.bos, *next(encoded)] for _ in texts]
-                without = [tokenizer.bos, *next(encoded)]
-                if without[1:] and not len(without) == _common([rows[0], without]) < len(rows[0]):
-                    raise ValueError(
-                        f"task {task.label}, example {indices[index]}: its continuation is no tokens of its own"
-                    )
-                yield rows, _starts(task, rows, without)
+        for start in range(0, len(indices), CHUNK):
+            chunk = indices[start : start + CHUNK]
+            rendered = [render(task, examples, index) for index in chunk]
+            texts = [text for rows, context in rendered for text in (*rows, context)]
+            encoded = pool.map(tokenizer.encode, texts)
+            for index, (row_texts, _) in zip(chunk, rendered, strict=True):
+                rows = [[tokenizer.bos, *next(encoded)] for _ in row_texts]
+                context = [tokenizer.bos, *next(encoded)]
+                if len(context) > 1:
+                    shared = _common_prefix([rows[0], context])
+                    if not len(context) == shared < len(rows[0]):
+                        raise ValueError(
+                            f"task {task.label}, example {index}: "
+                            "its continuation has no tokens of its own"
+                        )
+                yield rows, _span_starts(task, rows, context)
 
 
-def _bytes(task: Task, example: Example) -> int:
-    """UTF-8 bytes of the right row's span, found on characters as it is on tokens."""
-    (rows, without), gold = _asked(task, example), example.get("gold", 0)
-    return len(rows[gold][_starts(task, rows, without)[gold] :].encode())
+def _gold_bytes(task: Task, example: Example) -> int:
+    """Return the UTF-8 bytes of the correct row's span, found in characters as the span is in tokens."""
+    rows, context = _render_example(task, example)
+    gold = example.get("gold", 0)
+    start = _span_starts(task, rows, context)[gold]
+    return len(rows[gold][start:].encode())
 
 
-def planned(bundle: Bundle, task: Task, tokenizer: Known, most: int | None = None) -> Planned:
-    """The plan of all of a task's examples, or of `most`, made once for each tokeniser and kept beside the bundle.
+def load_or_tokenize(
+    bundle: Bundle, task: Task, tokenizer: Tokenizer, maximum: int | None = None
+) -> TokenizedTask:
+    """Return all of a task's examples, or `maximum` of them, as tokens; cached in the bundle's folder.
 
-    Raises ValueError as `ordered` and `plan` do.
+    Raises ValueError as `select_examples` and `tokenize` do.
     """
-    key = [FORMAT, bundle.id, task.label, tokenizer.fingerprint, most]
+    key = [FORMAT, bundle.id, task.label, tokenizer.fingerprint, maximum]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     path = bundle.folder / "plans" / f"{task.label}-{name}.npz"
     if path.exists():
         with np.load(path) as arrays:
-            return Planned(**arrays)
-    examples = ordered(task, bundle.examples(task), most)
-    made = plan(task, examples, range(len(examples)), tokenizer)
+            return TokenizedTask(*(arrays[name] for name in ARRAYS))
+    examples = select_examples(task, bundle.examples(task), maximum)
+    tokenized = tokenize(task, examples, range(len(examples)), tokenizer)
     path.parent.mkdir(exist_ok=True)
+    arrays = dict(zip(ARRAYS, vars(tokenized).values()))
     with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **{field.name: getattr(made, field.name) for field in fields(made)})
+        np.savez(file, **arrays)
         os.fsync(file.fileno())
-    return made
+    return tokenized

@@ -1,47 +1,80 @@
-"""The evaluations of bundles that a run has on file, and what two of them must share to be compared. No torch here."""
+"""Evaluation records: what a run's weights reached on bundles, and when two records compare. No torch."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from typing import Any
 
 from slm.evaluate.bundle import CORE
+from slm.evaluate.request import CoreRequest
 from slm.files import read_json
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What a run's final weights reach on a bundle."""
+class EvaluationRecord:
+    """Result of a run's final weights on a bundle."""
 
     key: str
-    """Metric, bundle, mode, tokeniser and context: values of two different keys are not one axis."""
+    """Metric, bundle, mode, tokeniser and context: only values of equal keys share an axis."""
     document: dict[str, Any]
-    """As `later.core` wrote it."""
+    """Content of the file that `evaluator.evaluate_core` writes."""
 
     @property
     def name(self) -> str:
-        """What its mean is called."""
+        """Name of the mean over tasks: CORE, or the bundle's name."""
         return "CORE" if self.document["name"] == CORE else str(self.document["name"])
 
 
-def kept(run_folder: Path) -> list[Kept]:
-    """Evaluations of a run's final weights that have a mean, the one that speaks for the run first.
+def read_records(run_folder: Path) -> list[EvaluationRecord]:
+    """Return the evaluations of a run's final weights that have a mean, in order of preference.
 
-    CORE comes before another bundle, all examples before some, more of each task before fewer, the newest before older
-    ones. Evaluations by versions that gave no mode are left out.
+    CORE comes before other bundles, all examples before some, more per task before fewer, newer before
+    older. Records of versions that wrote no mode are left out.
     """
-    given = read_json(run_folder / "plan.json")["hyperparameters"]
-    documents = [read_json(path) for path in sorted((run_folder / "evals").glob("*.json"))]
-    known = [own for own in documents if own.get("centred") is not None and "mode" in own]
-    last = sorted((own for own in known if own["step"] == given["steps"]), key=_later)
-    return [Kept(_key(own, given["sequence_length"]), own) for own in last]
+    hp = read_json(run_folder / "plan.json")["hyperparameters"]
+    documents = [
+        document
+        for document in _documents(run_folder)
+        if document.get("centred") is not None
+        and "mode" in document
+        and document["step"] == hp["steps"]
+    ]
+    documents.sort(key=_preference)
+    return [
+        EvaluationRecord(_key(document, hp["sequence_length"]), document) for document in documents
+    ]
 
 
-def _later(document: dict[str, Any]) -> tuple[Any, ...]:
-    most = document["max_per_task"] or inf
-    return document["name"] != CORE, document["mode"] != "full", -most, -document["time"]
+def runs_without_record(
+    run_folders: Iterable[Path], requests: Mapping[str, CoreRequest]
+) -> list[str]:
+    """Return the run_ids of finished runs with no evaluation of their final weights as requested."""
+    return [
+        folder.name
+        for folder in run_folders
+        if not any(_answers(document, requests[folder.name]) for document in _documents(folder))
+    ]
+
+
+def _documents(run_folder: Path) -> list[dict[str, Any]]:
+    return [read_json(path) for path in sorted((run_folder / "evals").glob("*.json"))]
+
+
+def _answers(document: dict[str, Any], request: CoreRequest) -> bool:
+    return (
+        document.get("bundle") == request.bundle
+        and document.get("max_per_task") == request.max_per_task
+        and document["weights"] == "model.safetensors"
+        and not {*document["asked"]} & {*request.without}
+    )
+
+
+def _preference(document: dict[str, Any]) -> tuple[Any, ...]:
+    maximum = document["max_per_task"] or inf
+    return document["name"] != CORE, document["mode"] != "full", -maximum, -document["time"]
 
 
 def _key(document: dict[str, Any], context: int) -> str:
@@ -49,6 +82,7 @@ def _key(document: dict[str, Any], context: int) -> str:
         "metric": document["name"],
         "bundle": document["bundle"],
         "mode": document["mode"].replace(" ", "_"),
+        "tokenizer": document["tokenizer"],
+        "context": context,
     }
-    parts |= {"tokenizer": document["tokenizer"], "context": context}
     return " ".join(f"{name}={value}" for name, value in parts.items())

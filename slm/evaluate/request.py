@@ -1,117 +1,147 @@
-"""What `slm sweep --core` has trainers measure, settled before anything starts."""
+"""CORE requests: which bundle a run is evaluated on, which of its tasks, and when. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slm.cli.options import labels_of
-from slm.files import read_json
+from slm.evaluate import bundle as bundles
+from slm.evaluate.bundle import Bundle, Task
 
 if TYPE_CHECKING:
-    from slm.data import Prepared
-    from slm.evaluate.bundle import Bundle
+    from slm.data import PreparedDataset
     from slm.plan import Plan
+
+FORMAT = 1
+"""Version of rendering and spans; part of the key of tokenized tasks and of evaluation records."""
+ROWS = "rows"
+TASKS = "tasks planned"
+TOKENS = "tokens"
+Report = Callable[[str, int, int], None]
+"""Called with a unit (ROWS, TASKS or TOKENS), the number done by this rank and the total."""
+
+
+def ignore(unit: str, done: int, total: int) -> None:
+    """Report nothing."""
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """CORE, as the options of a sweep ask for it."""
+class CoreRequest:
+    """Request to measure CORE, or the mean over tasks of another bundle."""
 
-    named: str | None
-    """The bundle's name or id; None: pocket-core for the recipe pocket, CORE for others."""
-    every: int | None
-    """Steps between two evaluations; None: at the end alone."""
-    most: int | None
-    """Examples of each task at most."""
-    without: tuple[str, ...]
-    """Tasks left out."""
+    bundle: str | None = None
+    """Name, id or first digits of an id; None for the default of the run's recipe."""
+    max_per_task: int | None = None
+    """Maximum examples per task; None for all."""
+    tasks: tuple[str, ...] | None = None
+    """Labels of the only tasks to evaluate; None for all."""
+    without: tuple[str, ...] = ()
+    """Labels of tasks to leave out."""
+    every: int | None = None
+    """Steps between two evaluations in training; None for the end only."""
 
-    def of(self, plan: Plan, home: Path, prepared: Callable[[], Prepared]) -> dict[str, Any]:
-        """What a run's attempt.json says of it.
+    @classmethod
+    def from_document(cls, document: dict[str, Any]) -> CoreRequest:
+        """Return the request in a JSON document, such as attempt.json."""
+        fields = document.items()
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields})
 
-        Raises ValueError where the bundle is not in the home, has not the tasks, or where examples are too few.
-        """
-        from slm.evaluate.pocket_core import bundle_for
-
-        own = bundle_for(plan, home, self.named, prepared)
-        self._check(own)
+    def document(self) -> dict[str, Any]:
+        """Return the request as attempt.json holds it."""
         return {
-            "bundle": own.id,
+            "bundle": self.bundle,
             "every": self.every,
-            "max_per_task": self.most,
+            "max_per_task": self.max_per_task,
             "without": list(self.without),
         }
 
-    def in_words(self) -> str:
-        """A line beside the plan of a sweep."""
+    def for_run(self, plan: Plan, home: Path, prepared: Callable[[], PreparedDataset]) -> CoreRequest:
+        """Return the request with the id of the run's bundle, which is made if need be.
+
+        Raises ValueError if the bundle is not in the home, lacks a task, or has too few examples.
+        """
+        from slm.evaluate.pocket_core import bundle_for
+
+        bundle = bundle_for(plan, home, self.bundle, prepared)
+        self.check(bundle)
+        return replace(self, bundle=bundle.id)
+
+    def check(self, bundle: Bundle) -> None:
+        """Raise ValueError if the bundle lacks a task, or a task needs more examples as shots."""
+        shots = max(task.shots for task in self.tasks_of(bundle))
+        if self.max_per_task is not None and self.max_per_task <= shots:
+            raise ValueError(
+                f"{self.max_per_task} examples per task are too few: "
+                f"a task needs {shots} shots, use {shots + 1} or more"
+            )
+
+    def check_installed(self, home: Path, recipes: Iterable[str]) -> None:
+        """Check the bundle that runs of these recipes need, before any data is prepared.
+
+        pocket-core is left out: it is made from that data.
+        """
         from slm.evaluate.pocket_core import NAME, RECIPE
 
-        named = self.named or f"{NAME} for {RECIPE}, CORE for other recipes"
+        default = self.bundle is None and any(recipe != RECIPE for recipe in recipes)
+        if default or self.bundle not in (None, NAME):
+            self.check(bundles.installed(home, self.bundle))
+
+    def tasks_of(self, bundle: Bundle) -> list[Task]:
+        """Return the requested tasks in the bundle's order.
+
+        Raises ValueError for an unknown label, or if no task remains.
+        """
+        labels = [task.label for task in bundle.tasks]
+        for label in (*(self.tasks or ()), *self.without):
+            if label not in labels:
+                raise ValueError(
+                    f"bundle {bundle.id} has no task {label}: it has {', '.join(labels)}"
+                )
+        selected = {*(labels if self.tasks is None else self.tasks)} - {*self.without}
+        if not selected:
+            raise ValueError(f"without {','.join(self.without)} bundle {bundle.id} has no task")
+        return [task for task in bundle.tasks if task.label in selected]
+
+    def mode(self, bundle: Bundle) -> str:
+        """Return how much of the bundle is evaluated; values of different modes are not comparable."""
+        tasks = self.tasks_of(bundle)
+        excluded = [task.label for task in bundle.tasks if task not in tasks]
+        parts = [f"{self.max_per_task} per task"] if self.max_per_task else []
+        if excluded and len(excluded) < len(tasks):
+            parts.append(f"without {','.join(excluded)}")
+        elif excluded:
+            parts.append(f"tasks {','.join(task.label for task in tasks)}")
+        return ", ".join(parts) or "full"
+
+    def settings(self, bundle: Bundle) -> dict[str, Any]:
+        """Return the part of an evaluation record that decides, with the tokeniser, what compares."""
+        return {
+            "bundle": bundle.id,
+            "name": bundle.name,
+            "mode": self.mode(bundle),
+            "format": FORMAT,
+            "max_per_task": self.max_per_task,
+            "asked": [task.label for task in self.tasks_of(bundle)],
+        }
+
+    def describe(self) -> str:
+        """Return a line for the plan of a sweep."""
+        from slm.evaluate.pocket_core import NAME, RECIPE
+
+        name = self.bundle or f"{NAME} for {RECIPE}, CORE for other recipes"
         often = f" and after every {self.every} steps" if self.every else ""
-        return f"beside val_bpb: {named}, at the end of every run{often}; the times above are without it"
+        return (
+            f"in addition to val_bpb: {name}, at the end of every run{often}; "
+            "the times above do not include it"
+        )
 
-    def check(self, home: Path, recipes: Sequence[str]) -> None:
-        """Raise ValueError, before data are prepared, where the bundle is missing that a sweep will ask for."""
-        from slm.evaluate import bundle
-        from slm.evaluate.pocket_core import NAME, RECIPE
-
-        if self.named not in (None, NAME) or (
-            self.named is None and any(recipe != RECIPE for recipe in recipes)
-        ):
-            self._check(bundle.installed(home, self.named))
-
-    def _check(self, own: Bundle) -> None:
-        labels = {task.label: task.shots for task in own.tasks}
-        if unknown := [label for label in self.without if label not in labels]:
-            raise ValueError(
-                f"--core-without {unknown[0]}: bundle {own.id} has {', '.join(labels)}"
-            )
-        if not (left := labels.keys() - set(self.without)):
-            raise ValueError(
-                f"--core-without {','.join(self.without)}: bundle {own.id} has no other task"
-            )
-        if self.most is not None and self.most <= (shots := max(labels[label] for label in left)):
-            raise ValueError(
-                f"--core-max-per-task {self.most}: a task shows {shots} examples: take {shots + 1} or more"
-            )
-
-
-def wanted(
-    core: bool, named: str | None, every: int | None, most: int | None, without: str | None
-) -> Wanted | None:
-    """The options together, None where CORE is not asked. Raises ValueError for an option that goes with --core."""
-    options = {
-        "--bundle": named,
-        "--core-every": every,
-        "--core-max-per-task": most,
-        "--core-without": without,
-    }
-    if not core:
-        if given := [f"{option} {value}" for option, value in options.items() if value is not None]:
-            raise ValueError(f"{given[0]}: is about CORE: add --core")
-        return None
-    return Wanted(named, every, most, labels_of(without) if without else ())
-
-
-def without_value(run_folders: Sequence[Path], documents: dict[str, dict[str, Any]]) -> list[str]:
-    """Finished runs, by run_id, of whose final weights no evaluation says what was wanted of them."""
-
-    def has(folder: Path, asked: dict[str, Any]) -> bool:
-        for path in (folder / "evals").glob("*.json"):
-            own = read_json(path)
-            same = (
-                own.get("bundle") == asked["bundle"]
-                and own.get("max_per_task") == asked["max_per_task"]
-            )
-            if (
-                same
-                and own["weights"] == "model.safetensors"
-                and not {*own["asked"]} & {*asked["without"]}
-            ):
-                return True
-        return False
-
-    return [folder.name for folder in run_folders if not has(folder, documents[folder.name])]
+    def eval_command(self, run: str) -> str:
+        """Return the command that measures the request on a finished run."""
+        command = f"slm eval {run} --core --bundle {self.bundle}"
+        if self.max_per_task:
+            command += f" --max-per-task {self.max_per_task}"
+        if self.without:
+            command += f" --without {','.join(self.without)}"
+        return command

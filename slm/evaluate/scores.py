@@ -1,10 +1,12 @@
-"""Losses of rows -> decisions -> accuracies -> CORE: the mean over tasks of what each reaches beyond guessing.
+"""CORE scores: losses of rows -> decisions -> accuracies -> CORE, the mean of the centred accuracies of all tasks.
 
-Of several rows the one of the lowest mean loss a token is chosen, the first of equals; one without tokens has no mean,
-and is chosen where it comes first. A continuation is right when each of its tokens is the greedy one.
+The chosen row is the one with the lowest mean loss per token, the first of equals; a row without
+tokens has no mean and is chosen only if it comes first. A continuation is correct if every token of
+it is the greedy one.
 
-Centred accuracy is (accuracy - baseline) / (1 - baseline), its standard error the binomial one over (1 - baseline).
-Tasks count as independent: CORE's standard error is the root of their summed squares over the number of tasks.
+Centred accuracy is (accuracy - baseline) / (1 - baseline); its standard error is the binomial one over
+(1 - baseline). Tasks count as independent: the standard error of CORE is the root of the summed
+squares over the number of tasks.
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slm.evaluate.batching import Lanes
+from slm.evaluate.batching import PackedTask
 from slm.evaluate.bundle import Task
-from slm.evaluate.prompts import Planned
+from slm.evaluate.prompts import TokenizedTask
 
 TIE = 1e-5
-"""Scores that lie closer, relative to the smaller, may change places with the order in which sums are taken."""
+"""Relative distance below which the order of summation may swap two scores."""
 MEANS = (
     "centred",
     "centred_error",
@@ -31,157 +33,170 @@ MEANS = (
     "bits_per_byte",
     "greedy_share",
 )
-"""Means over tasks: centred accuracy with its standard error, by the bundle's and by DCLM's corrected baselines; bits
-per byte and greedy share of the right rows."""
+"""Means over tasks: centred accuracy with its standard error, by the bundle's baselines and by those
+that DCLM corrected; bits per byte and greedy share of the correct rows."""
+COUNTS = ("examples", "cropped", "skipped", "ties")
+"""Counts summed over tasks."""
 Floats = NDArray[np.float64]
 
 
-class Unanswered(RuntimeError):
-    """A task that cannot be evaluated: no number stands for it."""
+class TaskError(RuntimeError):
+    """A task that cannot be evaluated."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """A share, or a mean of shares."""
+    """A share, or a mean of shares, with its standard error."""
 
     value: float
-    """As measured."""
     error: float
-    """Its standard error."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What a model made of an example."""
+    """Outcome of one example."""
 
     correct: bool
-    """Whether the right row was chosen, or the continuation all greedy."""
+    """Whether the correct row was chosen, or every token of the continuation is the greedy one."""
     tie: bool
-    """Whether another order of sums may decide otherwise."""
+    """Whether another order of summation may decide otherwise."""
     choice: int | None
-    """The chosen row, None where there is one only."""
+    """Chosen row; None if there is only one."""
     gold_nats: float
-    """Summed loss of the right row's span."""
+    """Summed loss of the correct row's span."""
     gold_tokens: int
     """Tokens of that span."""
     gold_greedy: int
-    """Of these, how many are the greedy one."""
+    """Greedy tokens in that span."""
     gold_bytes: int
     """UTF-8 bytes of that span."""
     gold_probability: float | None
-    """The right row's e^-mean loss over the sum of all rows'; None where there is one only, or one has no tokens."""
+    """Share of the correct row in the sum of exp(-mean loss) over rows; None for a single row, or if
+    a row has no tokens."""
 
 
-def accuracy(right: int, examples: int) -> Score:
-    """The share of examples that are right."""
-    share = right / examples
+def accuracy(correct: int, examples: int) -> Score:
+    """Return the share of correct examples."""
+    share = correct / examples
     return Score(share, sqrt(share * (1 - share) / examples))
 
 
 def centred(accuracy: Score, baseline: float) -> Score:
-    """0 for guessing, 1 for all right."""
+    """Return the accuracy on a scale from 0 (guessing) to 1 (all correct)."""
     return Score((accuracy.value - baseline) / (1 - baseline), accuracy.error / (1 - baseline))
 
 
-def core(tasks: Iterable[Score]) -> Score:
-    """CORE of the centred accuracies of all its tasks."""
-    scores = list(tasks)
-    return Score(
-        sum(own.value for own in scores) / len(scores),
-        sqrt(sum(own.error**2 for own in scores)) / len(scores),
-    )
+def mean_score(scores: Iterable[Score]) -> Score:
+    """Return the mean of independent scores: CORE, for the centred accuracies of all tasks."""
+    scores = list(scores)
+    mean = sum(score.value for score in scores) / len(scores)
+    return Score(mean, sqrt(sum(score.error**2 for score in scores)) / len(scores))
 
 
-def decided(task: Task, plan: Planned, sums: Floats, lanes: Lanes) -> list[Decision | None]:
-    """What the rows' sums (3, R), of nats, of greedy tokens and of ties among logits, say; None of skipped examples.
+def decide(
+    task: Task, tokenized: TokenizedTask, sums: Floats, packed: PackedTask
+) -> list[Decision | None]:
+    """Return the decision on every example, None for skipped ones.
 
-    Raises Unanswered where a loss is no number.
+    `sums` (3, R) are each row's summed nats, greedy tokens and ties among logits. Raises TaskError if
+    a loss is not finite.
     """
-    examples = enumerate(lanes.skipped)
     return [
-        None if skipped else _decision(task, plan, example, sums) for example, skipped in examples
+        None if skipped else _decide_example(task, tokenized, example, sums)
+        for example, skipped in enumerate(packed.skipped)
     ]
 
 
-def _decision(task: Task, plan: Planned, example: int, sums: Floats) -> Decision:
-    own = slice(*plan.first[example : example + 2].tolist())
-    (nats, greedy, ties), tokens = sums[:, own].tolist(), plan.spans[own].tolist()
+def _decide_example(task: Task, tokenized: TokenizedTask, example: int, sums: Floats) -> Decision:
+    rows = tokenized.rows_of(example)
+    nats, greedy, ties = sums[:, rows].tolist()
+    tokens = tokenized.spans[rows].tolist()
     if not all(map(isfinite, nats)):
-        raise Unanswered(f"task {task.label}: the loss of example {example} is no number")
-    gold = int(plan.golds[example])
-    of_gold = nats[gold], tokens[gold], int(greedy[gold]), int(plan.bytes[example])
+        raise TaskError(f"task {task.label}: the loss of example {example} is not finite")
+    row = int(tokenized.golds[example])
+    gold = (nats[row], tokens[row], int(greedy[row]), int(tokenized.gold_bytes[example]))
     if task.kind == "language_modeling":
-        return Decision(greedy[0] == tokens[0], ties[0] > 0, None, *of_gold, None)
+        return Decision(greedy[0] == tokens[0], ties[0] > 0, None, *gold, None)
     means = [total / count if count else nan for total, count in zip(nats, tokens)]
     choice = min(range(len(means)), key=means.__getitem__)
     if not all(tokens):
-        return Decision(choice == gold, False, choice, *of_gold, None)
+        return Decision(choice == row, False, choice, *gold, None)
     best, second = sorted([*means, inf])[:2]
-    shares = [exp(best - mean) for mean in means]
-    return Decision(
-        choice == gold, second - best <= TIE * best, choice, *of_gold, shares[gold] / sum(shares)
-    )
+    tie = second - best <= TIE * best
+    weights = [exp(best - mean) for mean in means]
+    return Decision(choice == row, tie, choice, *gold, weights[row] / sum(weights))
 
 
-def task_document(task: Task, decisions: list[Decision | None], lanes: Lanes) -> dict[str, Any]:
-    """What a task says of a model: counts, accuracy by either baseline, its smoother companions, and each example."""
-    found = [decision for decision in decisions if decision]
-    reached = accuracy(sum(own.correct for own in found), len(found))
-    size, tokens = (
-        sum(getattr(own, name) for own in found) for name in ("gold_bytes", "gold_tokens")
-    )
+def task_document(
+    task: Task, decisions: list[Decision | None], packed: PackedTask
+) -> dict[str, Any]:
+    """Return a task's part of an evaluation record: counts, accuracies, smooth metrics, each example."""
+    decided = [decision for decision in decisions if decision]
+    score = accuracy(sum(decision.correct for decision in decided), len(decided))
+    nats = sum(decision.gold_nats for decision in decided)
+    size = sum(decision.gold_bytes for decision in decided)
+    tokens = sum(decision.gold_tokens for decision in decided)
+    greedy = sum(decision.gold_greedy for decision in decided)
+    probabilities = [
+        decision.gold_probability for decision in decided if decision.gold_probability is not None
+    ]
     return {
         "kind": task.kind,
         "shots": task.shots,
         "baseline": task.baseline,
-        "examples": len(found),
-        "cropped": int(lanes.cropped.sum()),
-        "skipped": int(lanes.skipped.sum()),
-        "ties": sum(own.tie for own in found),
-        "accuracy": reached.value,
-        "standard_error": reached.error,
-        "centred": centred(reached, task.baseline).value,
-        "centred_corrected": centred(reached, task.corrected).value,
-        "bits_per_byte": sum(own.gold_nats for own in found) / log(2) / size if size else None,
-        "greedy_share": sum(own.gold_greedy for own in found) / tokens if tokens else None,
-        "gold_probability": _mean(
-            [own.gold_probability for own in found if own.gold_probability is not None]
-        ),
+        "examples": len(decided),
+        "cropped": int(packed.cropped.sum()),
+        "skipped": int(packed.skipped.sum()),
+        "ties": sum(decision.tie for decision in decided),
+        "accuracy": score.value,
+        "standard_error": score.error,
+        "centred": centred(score, task.baseline).value,
+        "centred_corrected": centred(score, task.corrected).value,
+        "bits_per_byte": nats / log(2) / size if size else None,
+        "greedy_share": greedy / tokens if tokens else None,
+        "gold_probability": _mean(probabilities),
         "each": {
-            name: [own and getattr(own, name) for own in decisions]
+            name: [decision and getattr(decision, name) for decision in decisions]
             for name in Decision.__annotations__
         },
     }
 
 
 def summary(
-    tasks: Sequence[Task], documents: Mapping[str, Mapping[str, Any]], whole: bool
+    tasks: Sequence[Task], documents: Mapping[str, Mapping[str, Any]], complete: bool
 ) -> dict[str, Any]:
-    """What some tasks say together, None where one of them has an error; over a `whole` bundle the mean is its CORE."""
-    found = [
-        (task, documents[task.label])
-        for task in tasks
-        if "error" not in documents.get(task.label, {"error": ""})
-    ]
-    counts = {
-        name: sum(own[name] for _, own in found)
-        for name in ("examples", "cropped", "skipped", "ties")
-    }
-    if len(found) < len(tasks):
+    """Return means and counts over tasks; the means are None if a task has an error.
+
+    Only over a `complete` bundle is the mean its CORE.
+    """
+    evaluated = [task for task in tasks if "error" not in documents[task.label]]
+    records = [documents[task.label] for task in evaluated]
+    counts = {name: sum(record[name] for record in records) for name in COUNTS}
+    if len(evaluated) < len(tasks):
         return dict.fromkeys((*MEANS, "core", "core_corrected")) | counts
-    reached = [(task, Score(own["accuracy"], own["standard_error"])) for task, own in found]
-    old = core(centred(score, task.baseline) for task, score in reached)
-    new = core(centred(score, task.corrected) for task, score in reached)
-    smooth = [_mean([own[name] for _, own in found]) for name in ("bits_per_byte", "greedy_share")]
-    means = dict(zip(MEANS, (old.value, old.error, new.value, new.error, *smooth), strict=True))
+    scores = [Score(record["accuracy"], record["standard_error"]) for record in records]
+    pairs = list(zip(evaluated, scores))
+    published = mean_score(centred(score, task.baseline) for task, score in pairs)
+    corrected = mean_score(centred(score, task.corrected) for task, score in pairs)
+    means = (
+        published.value,
+        published.error,
+        corrected.value,
+        corrected.error,
+        _mean([record["bits_per_byte"] for record in records]),
+        _mean([record["greedy_share"] for record in records]),
+    )
     return (
-        means
-        | {"core": old.value if whole else None, "core_corrected": new.value if whole else None}
+        dict(zip(MEANS, means, strict=True))
+        | {
+            "core": published.value if complete else None,
+            "core_corrected": corrected.value if complete else None,
+        }
         | counts
     )
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """None where one of them is None, or there is none."""
+    """Return the mean; None if a value is None, or there are none."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None

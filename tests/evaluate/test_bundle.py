@@ -1,4 +1,4 @@
-"""A bundle is exactly what CORE reads: found by content wherever it lies, and refused before anything is written."""
+"""A bundle is the files that CORE reads: identified by content, checked before it is written."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def home(tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
-def zipped(folder: Path, above: str = "eval_bundle/") -> Path:
+def zipped(folder: Path, root: str = "eval_bundle/") -> Path:
     path = folder.with_suffix(".zip")
     with zipfile.ZipFile(path, "w") as file:
-        for own in sorted(folder.rglob("*")):
-            file.write(own, above + str(own.relative_to(folder)))
+        for member in sorted(folder.rglob("*")):
+            file.write(member, root + str(member.relative_to(folder)))
     return path
 
 
-def test_a_zip_a_folder_and_the_folder_above_it_are_one_bundle(folder: Path, home: Path) -> None:
+def test_a_zip_a_folder_and_its_parent_are_one_bundle(folder: Path, home: Path) -> None:
     installed = bundle.install(folder, home)
     assert {
         bundle.install(source, home).id
@@ -45,7 +45,9 @@ def test_a_zip_a_folder_and_the_folder_above_it_are_one_bundle(folder: Path, hom
     assert all(len(installed.examples(task)) == 40 for task in installed.tasks)
 
 
-def test_what_core_does_not_read_is_neither_copied_nor_counted(folder: Path, home: Path) -> None:
+def test_files_that_core_does_not_read_are_neither_copied_nor_hashed(
+    folder: Path, home: Path
+) -> None:
     first = bundle.install(folder, home)
     (folder / "eval_data" / "more.jsonl").write_text("anything")
     (folder / "README.md").write_text("anything")
@@ -58,9 +60,7 @@ def test_what_core_does_not_read_is_neither_copied_nor_counted(folder: Path, hom
     }
 
 
-def test_another_content_or_another_name_is_another_bundle_and_must_be_chosen(
-    folder: Path, home: Path
-) -> None:
+def test_other_content_or_other_file_names_are_another_bundle(folder: Path, home: Path) -> None:
     first = bundle.install(folder, home)
     path = folder / "eval_data" / "counting" / "fits.jsonl"
     path.write_text("\n".join(reversed(path.read_text().splitlines())))
@@ -70,20 +70,20 @@ def test_another_content_or_another_name_is_another_bundle_and_must_be_chosen(
     index.write_text(index.read_text().replace("fits.jsonl", "suits.jsonl"))
     third = bundle.install(folder, home)
     assert len({first.id, second.id, third.id}) == 3
-    with pytest.raises(ValueError, match=rf"3 bundles in .*{second.id}.*--bundle"):
+    with pytest.raises(ValueError, match=rf"3 bundles match 'core' in .*{second.id}.*--bundle"):
         bundle.installed(home)
     assert bundle.installed(home, second.id[:8]) == second
 
 
-def test_a_bundle_that_was_changed_is_refused(folder: Path, home: Path) -> None:
-    own = bundle.install(folder, home)
-    path = own.folder / "eval_data" / "counting" / "fits.jsonl"
+def test_a_changed_bundle_is_an_error(folder: Path, home: Path) -> None:
+    installed = bundle.install(folder, home)
+    path = installed.folder / "eval_data" / "counting" / "fits.jsonl"
     path.write_bytes(path.read_bytes() + b"\n")
     with pytest.raises(ValueError, match="was changed"):
         bundle.installed(home)
 
 
-def test_without_a_bundle_the_command_that_gets_it_is_named(home: Path) -> None:
+def test_a_missing_bundle_names_the_command_that_gets_it(home: Path) -> None:
     with pytest.raises(ValueError, match="get it with `slm data core`"):
         bundle.installed(home)
 
@@ -91,13 +91,18 @@ def test_without_a_bundle_the_command_that_gets_it_is_named(home: Path) -> None:
 def test_corrected_baselines_replace_the_three_that_dclm_corrected(
     reference: Path, home: Path
 ) -> None:
-    own = bundle.install(reference / "core" / "core_bundle.zip", home)
+    installed = bundle.install(reference / "core" / "core_bundle.zip", home)
     published = json.loads((reference / "core" / "reference_scores.json").read_text())
     moved = {
-        task.label: 100 * task.corrected for task in own.tasks if task.corrected != task.baseline
+        task.label: 100 * task.corrected
+        for task in installed.tasks
+        if task.corrected != task.baseline
     }
     assert moved == pytest.approx(published["fixed_dclm_baselines_percent"])
-    assert (len(own.tasks), sum(len(own.examples(task)) for task in own.tasks)) == (22, 91037)
+    assert (
+        len(installed.tasks),
+        sum(len(installed.examples(task)) for task in installed.tasks),
+    ) == (22, 91037)
 
 
 FITS = "eval_data/counting/fits.jsonl"
@@ -124,11 +129,11 @@ GOOD = '{"context_options": ["a", "b"], "continuation": "c", "gold": 0}'
 
 
 @pytest.mark.parametrize(
-    ("spoil", "complaint"),
+    ("spoil", "message"),
     [
         (
             lambda folder: (folder / "core.yaml").unlink(),
-            "is no bundle: there is no core.yaml in it",
+            "is not a bundle: there is no core.yaml in it",
         ),
         (lambda folder: (folder / "eval_meta_data.csv").unlink(), "has no .*eval_meta_data.csv"),
         (lambda folder: (folder / FITS).unlink(), f"has no .*{FITS}"),
@@ -143,19 +148,19 @@ GOOD = '{"context_options": ["a", "b"], "continuation": "c", "gold": 0}'
         (lambda folder: (folder / "core.yaml").write_text("icl_tasks: []"), "0 tasks"),
         (
             lambda folder: index(folder, '"schema"', '"riddle"'),
-            "task fits is of type 'riddle', which is none of",
+            "task 'fits' has type 'riddle', which is none of",
         ),
         (
             lambda folder: index(folder, '"num_fewshot": [1]', '"num_fewshot": 1'),
-            "fits has num_fewshot 1, not a list",
+            "'fits' has num_fewshot 1, not a list",
         ),
         (
             lambda folder: index(folder, "counting/fits", "../fits"),
-            "reads '../fits.jsonl', which is no plain path",
+            "reads '../fits.jsonl', which is not a plain path",
         ),
         (
             lambda folder: index(folder, "counting/fits", "/fits"),
-            "reads '/fits.jsonl', which is no plain path",
+            "reads '/fits.jsonl', which is not a plain path",
         ),
         (
             lambda folder: index(folder, '"label": "fits"', '"label": "a/b"'),
@@ -163,7 +168,7 @@ GOOD = '{"context_options": ["a", "b"], "continuation": "c", "gold": 0}'
         ),
         (
             lambda folder: index(folder, '"label": "fits"', '"label": "new"'),
-            "task new has no baseline",
+            "task 'new' has no baseline",
         ),
         (
             lambda folder: index(folder, '"label": "fits"', '"label": "goes_on"'),
@@ -173,19 +178,19 @@ GOOD = '{"context_options": ["a", "b"], "continuation": "c", "gold": 0}'
         (lambda folder: line(folder, 7, "[]"), "line 7: not a JSON object"),
         (
             lambda folder: line(folder, 7, GOOD.replace('"c"', "4")),
-            "line 7: its 'continuation' is no text",
+            "line 7: 'continuation' is not a text",
         ),
         (
             lambda folder: line(folder, 7, GOOD.replace('"b"', "4")),
-            "line 7: its 'context_options' is no list of texts",
+            "line 7: 'context_options' is not a list of texts",
         ),
         (
             lambda folder: line(folder, 7, GOOD.replace(": 0", ": 2")),
-            "line 7: its 'gold' is 2, not the place of one of",
+            "line 7: 'gold' is 2, not the index of one of its 2 choices",
         ),
         (
             lambda folder: line(folder, 7, GOOD.replace(": 0", ": true")),
-            "line 7: its 'gold' is True",
+            "line 7: 'gold' is True",
         ),
         (
             lambda folder: (folder / FITS).write_text(f"{GOOD}\n\n"),
@@ -194,77 +199,75 @@ GOOD = '{"context_options": ["a", "b"], "continuation": "c", "gold": 0}'
     ],
 )
 @pytest.mark.parametrize("pack", [zipped, lambda folder: folder], ids=["zip", "folder"])
-def test_what_is_no_whole_bundle_is_refused_in_one_line_and_nothing_written(
+def test_an_incomplete_bundle_is_a_one_line_error_and_nothing_is_written(
     folder: Path,
     home: Path,
     spoil: Callable[[Path], None],
-    complaint: str,
+    message: str,
     pack: Callable[[Path], Path],
 ) -> None:
     spoil(folder)
-    with pytest.raises(ValueError, match=complaint) as error:
+    with pytest.raises(ValueError, match=message) as error:
         bundle.install(pack(folder), home)
     assert "\n" not in str(error.value)
     assert not home.exists()
 
 
-def test_a_link_out_of_the_bundle_is_refused(folder: Path, home: Path) -> None:
+def test_a_link_out_of_the_bundle_is_an_error(folder: Path, home: Path) -> None:
     link(folder)
     with pytest.raises(ValueError, match="is a link out of the bundle"):
         bundle.install(folder, home)
 
 
-def test_a_zip_is_read_by_name_alone_and_its_links_locks_and_lies_are_refused(
-    folder: Path, home: Path
-) -> None:
+def test_a_zip_is_read_by_name_and_its_links_are_errors(folder: Path, home: Path) -> None:
     path = zipped(folder)
     with zipfile.ZipFile(path, "a") as file:
         file.writestr("../outside", "anything")
-    own = bundle.install(path, home)
+    installed = bundle.install(path, home)
     assert not list(folder.parent.rglob("outside"))
     member = zipfile.ZipInfo(f"linked/{FITS}")
     member.external_attr = (stat.S_IFLNK | 0o777) << 16
     with zipfile.ZipFile(folder.with_suffix(".link.zip"), "w") as file:
-        for name in own.folder.rglob("*"):
+        for name in installed.folder.rglob("*"):
             if name.is_file() and name.name != "fits.jsonl":
-                file.write(name, f"linked/{name.relative_to(own.folder)}")
+                file.write(name, f"linked/{name.relative_to(installed.folder)}")
         file.writestr(member, "/etc/passwd")
     with pytest.raises(ValueError, match=r"fits\.jsonl is a link"):
         bundle.install(folder.with_suffix(".link.zip"), home)
 
 
-def test_what_is_no_zip_or_is_cut_off_is_refused(folder: Path, home: Path) -> None:
+def test_a_damaged_or_truncated_zip_is_an_error(folder: Path, home: Path) -> None:
     path = zipped(folder)
     content = path.read_bytes()
     for damaged in (b"", b"text", content[: len(content) // 2]):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="is no whole zip file"):
+        with pytest.raises(ValueError, match="is not a complete zip file"):
             bundle.install(path, home)
-    place = content.index(b"choices")
-    path.write_bytes(content[:place] + b"CHOICES" + content[place + 7 :])
-    with pytest.raises(ValueError, match="is no whole zip file: Bad CRC-32"):
+    start = content.index(b"choices")
+    path.write_bytes(content[:start] + b"CHOICES" + content[start + 7 :])
+    with pytest.raises(ValueError, match="is not a complete zip file: Bad CRC-32"):
         bundle.install(path, home)
     with pytest.raises(ValueError, match="neither a zip nor a folder"):
         bundle.install(folder / "nothing", home)
     assert not home.exists()
 
 
-def test_a_file_beyond_the_bound_is_refused(
+def test_a_file_above_the_size_limit_is_an_error(
     folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bundle, "MOST_BYTES", 1000)
+    monkeypatch.setattr(bundle, "MAX_FILE_BYTES", 1000)
     for source in (folder, zipped(folder)):
         with pytest.raises(ValueError, match="is larger than 1,000 bytes"):
             bundle.install(source, home)
 
 
-def test_the_command_says_which_bundle_it_got(folder: Path, home: Path) -> None:
+def test_the_command_prints_the_installed_bundle(folder: Path, home: Path) -> None:
     result = slm("data", "core", "--from", str(folder), home=home)
-    own = bundle.installed(home)
-    assert result.stdout == f"bundle {own.id}: 4 tasks, 160 examples; {own.folder}\n"
+    installed = bundle.installed(home)
+    assert result.stdout == f"bundle {installed.id}: 4 tasks, 160 examples; {installed.folder}\n"
     (folder / "core.yaml").unlink()
     result = slm("data", "core", "--from", str(folder), home=home)
     assert (result.returncode, result.stderr) == (
         2,
-        f"slm: {folder} is no bundle: there is no core.yaml in it\n",
+        f"slm: {folder} is not a bundle: there is no core.yaml in it\n",
     )

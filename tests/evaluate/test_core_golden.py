@@ -1,4 +1,4 @@
-"""CORE decides as nanochat does, example by example, for the made-up tokeniser and model of the golden values."""
+"""CORE decides like nanochat, example by example, for a synthetic tokeniser and model."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from slm.evaluate import bundle, scores
-from slm.evaluate import prompts as tasks
-from slm.evaluate.batching import grouped, lanes_of
-from slm.evaluate.bundle import Bundle
-from slm.evaluate.core import judge_by, summed
-from slm.evaluate.scores import Decision, Score, centred, decided
+from slm.evaluate import bundle, prompts, scores
+from slm.evaluate.batching import group_sequences, pack
+from slm.evaluate.bundle import Bundle, Example, Task
+from slm.evaluate.core import sum_scores
+from slm.evaluate.scores import Decision, Score, centred, decide
+from tests.evaluate.row_scorer import RowScorer
 
 VOCABULARY, BOS, REACH = 1024, 0, 8
 CHUNKS = re.compile(r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+")
@@ -47,7 +47,7 @@ def noise(seed: int) -> np.ndarray:
 
 
 def induction(row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each token the later of the longest equal pasts' next token, and how long that past is (0 for none)."""
+    """Return, for each token, what followed the latest of the longest equal pasts, and its length."""
     length = len(row)
     equal = (row[:, None] == row) & np.tri(length, k=-1, dtype=bool)  # [t, s], s < t
     longest, reach = np.zeros((length, length), np.int8), equal
@@ -68,21 +68,20 @@ class Fake:
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         logits = self.noise[ids.numpy()]
-        for row, own in zip(ids.numpy(), logits):
+        for row, row_logits in zip(ids.numpy(), logits):
             following, length = induction(row)
-            own[np.arange(len(row)), following] += np.where(length > 0, 2.0 + length, 0).astype(
-                np.float32
-            )
+            bonus = np.where(length > 0, 2.0 + length, 0).astype(np.float32)
+            row_logits[np.arange(len(row)), following] += bonus
         return torch.from_numpy(logits)
 
 
-SECTIONS = {"full": (None, None), "mpt20": (20, None), "crop384": (None, 384)}
-"""Examples of each task, and the model's context."""
+SECTIONS = {"full": (None, 10**9), "mpt20": (20, 10**9), "crop384": (None, 384)}
+"""Maximum examples per task, and the model's context."""
 
 
 @pytest.fixture(scope="module")
 def core(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Bundle]:
-    """The golden values and the bundle that they are of."""
+    """The golden values and their bundle."""
     if not (folder := os.environ.get("SLM_REFERENCE")):
         pytest.skip("SLM_REFERENCE is unset: no golden values to compare with")
     golden = json.loads(Path(folder, "core", "golden_public.json").read_text())
@@ -95,64 +94,67 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Bund
 def test_every_published_prompt_span_loss_and_decision(
     section: str, core: tuple[dict[str, Any], Bundle]
 ) -> None:
-    most, context = SECTIONS[section]
-    golden, whole = core
-    judge = judge_by(Fake(golden["sections"][section]["seed"]), context, torch.device("cpu"))
-    named = {task.label: task for task in whole.tasks}
-    for label, wanted in golden["sections"][section]["tasks"].items():
-        task = named[label]
-        examples = tasks.ordered(task, whole.examples(task), most)
-        assert len(examples) == wanted["n_data"]
-        plan = tasks.plan(task, examples, [each["idx"] for each in wanted["examples"]], Chunks())
-        lanes = lanes_of(plan, context, shared=False)
-        sums = summed(plan, grouped(lanes.lanes, 4096), judge).numpy()
-        decisions = decided(task, plan, sums, lanes)
-        for number, each in enumerate(wanted["examples"]):
-            texts, without = tasks.texts_of(task, examples, each["idx"])
-            texts = [without, *texts] if without else texts
-            assert [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts] == each[
-                "prompt_sha256"
-            ]
-            assert tasks.shots_of(task, each["idx"], len(examples)) == each["fewshot"]
-            own = slice(*plan.first[number : number + 2])
-            lengths = plan.lengths[own]
-            crops = np.maximum(0, lengths - (context or lengths.max()))
+    maximum, context = SECTIONS[section]
+    golden, installed = core
+    fake = Fake(golden["sections"][section]["seed"])
+    scorer = RowScorer(fake, None, row_length=context)
+    tasks = {task.label: task for task in installed.tasks}
+    for label, expected in golden["sections"][section]["tasks"].items():
+        task = tasks[label]
+        examples = prompts.select_examples(task, installed.examples(task), maximum)
+        assert len(examples) == expected["n_data"]
+        indices = [each["idx"] for each in expected["examples"]]
+        tokenized = prompts.tokenize(task, examples, indices, Chunks())
+        packed = pack(tokenized, context)
+        batches = group_sequences(packed.sequences, 4096)
+        sums = sum_scores(scorer, tokenized, batches).numpy()
+        decisions = decide(task, tokenized, sums, packed)
+        for number, each in enumerate(expected["examples"]):
+            check_prompts(task, examples, each)
+            rows = tokenized.rows_of(number)
+            lengths = tokenized.lengths[rows]
+            crops = np.maximum(0, lengths - context)
             assert lengths.tolist() == each["n_tokens"]
-            assert (plan.starts[own] - crops).tolist() == np.ravel(each["start"]).tolist()
+            assert (tokenized.starts[rows] - crops).tolist() == np.ravel(each["start"]).tolist()
             assert (lengths - crops).tolist() == np.ravel(each["end"]).tolist()
-            assert lanes.cropped[number] == (crops.max() > 0)
+            assert packed.cropped[number] == (crops.max() > 0)
             assert decisions[number].correct == bool(each["correct"])
-            check_losses(decisions[number], sums[0, own] / plan.spans[own], each)
+            check_losses(decisions[number], sums[0, rows] / tokenized.spans[rows], each)
 
 
-def check_losses(decision: Decision, means: np.ndarray, wanted: dict[str, Any]) -> None:
-    if "mean_loss" in wanted:
-        assert means == pytest.approx(wanted["mean_loss"], abs=2e-4)
-        assert (decision.choice, decision.tie) == (wanted["pred"], False)
-        shares = np.exp(-np.array(wanted["mean_loss"]))
-        assert decision.gold_probability == pytest.approx(
-            shares[wanted["gold"]] / shares.sum(), abs=1e-4
-        )
-    else:
-        assert decision.gold_nats == pytest.approx(
-            wanted["gold_nll"], rel=1e-3, abs=5e-5
-        )  # it has four decimals
-        assert decision.gold_greedy == np.equal(wanted["pred"], wanted["gold"]).sum()
+def check_prompts(task: Task, examples: list[Example], each: dict[str, Any]) -> None:
+    texts, context = prompts.render(task, examples, each["idx"])
+    texts = [context, *texts] if context else texts
+    hashes = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts]
+    assert hashes == each["prompt_sha256"]
+    assert prompts.draw_shots(task, each["idx"], len(examples)) == each["fewshot"]
 
 
-def test_gpt2_s_published_scores_follow_from_its_tables_under_either_baseline(
+def check_losses(decision: Decision, means: np.ndarray, expected: dict[str, Any]) -> None:
+    if "mean_loss" in expected:
+        assert means == pytest.approx(expected["mean_loss"], abs=2e-4)
+        assert (decision.choice, decision.tie) == (expected["pred"], False)
+        weights = np.exp(-np.array(expected["mean_loss"]))
+        share = weights[expected["gold"]] / weights.sum()
+        assert decision.gold_probability == pytest.approx(share, abs=1e-4)
+    else:  # golden losses have four decimals
+        assert decision.gold_nats == pytest.approx(expected["gold_nll"], rel=1e-3, abs=5e-5)
+        assert decision.gold_greedy == np.equal(expected["pred"], expected["gold"]).sum()
+
+
+def test_gpt2_s_published_scores_follow_from_its_tables_with_either_baseline(
     core: tuple[dict[str, Any], Bundle], reference: Path
 ) -> None:
-    _, whole = core
+    _, installed = core
     published = json.loads((reference / "core" / "reference_scores.json").read_text())
     assert len(published["gpt2_measured"]) == 4
     for model in published["gpt2_measured"]:
         shares = table(reference, model["model"])
-        old = scores.core(
-            centred(Score(shares[task.label], 0), task.baseline) for task in whole.tasks
+        old = scores.mean_score(
+            centred(Score(shares[task.label], 0), task.baseline) for task in installed.tasks
         )
-        new = scores.core(
-            centred(Score(shares[task.label], 0), task.corrected) for task in whole.tasks
+        new = scores.mean_score(
+            centred(Score(shares[task.label], 0), task.corrected) for task in installed.tasks
         )
         assert old.value == pytest.approx(model["core"], abs=1e-6)
         assert new.value == pytest.approx(
@@ -163,24 +165,24 @@ def test_gpt2_s_published_scores_follow_from_its_tables_under_either_baseline(
 def test_the_standard_error_of_core_is_the_published_one(
     core: tuple[dict[str, Any], Bundle], reference: Path
 ) -> None:
-    _, whole = core
+    _, installed = core
     published = json.loads((reference / "core" / "reference_scores.json").read_text())
-    shares, sizes = (
-        table(reference, "gpt2-xl"),
-        {task.label: len(whole.examples(task)) for task in whole.tasks},
-    )
+    shares = table(reference, "gpt2-xl")
+    sizes = {task.label: len(installed.examples(task)) for task in installed.tasks}
     for name, error in published["sampling_se_of_core_at_gpt2xl_accuracies"].items():
-        most = 10**9 if name == "full" else int(name.partition("/")[0])
-        counts = {label: min(most, size) for label, size in sizes.items()}
+        maximum = 10**9 if name == "full" else int(name.partition("/")[0])
+        counts = {label: min(maximum, size) for label, size in sizes.items()}
         reached = {
             label: scores.accuracy(shares[label] * count, count) for label, count in counts.items()
         }
-        found = scores.core(centred(reached[task.label], task.baseline) for task in whole.tasks)
-        assert found.error == pytest.approx(error, abs=1e-4)
+        score = scores.mean_score(
+            centred(reached[task.label], task.baseline) for task in installed.tasks
+        )
+        assert score.error == pytest.approx(error, abs=1e-4)
 
 
 def table(reference: Path, model: str) -> dict[str, float]:
-    """GPT-2's accuracies by task, as the bundle's zip has them."""
+    """Accuracies of a GPT-2 by task, from the bundle's zip."""
     with zipfile.ZipFile(reference / "core" / "core_bundle.zip") as file:
         lines = file.read(f"eval_bundle/openai-community-{model}.csv").decode().splitlines()
     rows = [[cell.strip() for cell in line.split(",")] for line in lines[1:]]

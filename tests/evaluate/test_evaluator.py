@@ -1,4 +1,4 @@
-"""val_bpb of any weights of a run: the trainer's own number, measured once, and refused where it would be another's."""
+"""val_bpb of the weights of a run: the trainer's value, or an error for other weights or rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from slm.cli.evaluate import evaluate
-from slm.evaluate import evaluator as later
+from slm.evaluate import evaluator
 from slm.files import read_json, write_json
 from slm.model import checkpoints, weights
 from slm.model.weights import Weights
@@ -35,11 +35,12 @@ def finished(run: Run) -> Run:
     return run
 
 
-def evaluated(run: Run, own: Weights | None = None) -> dict:
-    return read_json(later.val_bpb(own or weights.load_run(run.folder), run.home, CPU))
+def evaluated(run: Run, stored: Weights | None = None) -> dict:
+    stored = stored or weights.load_run(run.folder)
+    return read_json(evaluator.evaluate_val_bpb(stored, run.home, CPU))
 
 
-def test_final_weights_have_the_val_bpb_that_their_trainer_found(finished: Run) -> None:
+def test_final_weights_have_the_val_bpb_of_their_trainer(finished: Run) -> None:
     document = evaluated(finished)
     assert document["val_bpb"] == read_json(finished.folder / "done.json")["val_bpb"]
     assert (document["val_bpb"], document["val_loss"]) == finished.losses()
@@ -58,19 +59,19 @@ def test_other_batches_give_the_same_value_within_rounding(finished: Run) -> Non
 
 def test_a_checkpoint_has_the_value_of_the_model_in_it(run: Run) -> None:
     path = run.checkpoint(40)
-    for own in (weights.load_run(run.folder), weights.load_file(path, run.home)):
-        document = evaluated(run, own)
+    for stored in (weights.load_run(run.folder), weights.load_file(path, run.home)):
+        document = evaluated(run, stored)
         assert (document["val_bpb"], document["val_loss"]) == run.losses()
         assert (document["step"], document["weights"]) == (40, path.name)
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_is_named(run: Run) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(run: Run) -> None:
     first = run.checkpoint(40)
     second = run.checkpoint(50, first)
     second.write_bytes(second.read_bytes()[:-1])
-    own = weights.load_run(run.folder)
-    assert own.step == 40
-    damaged, unfinished = own.remarks()
+    stored = weights.load_run(run.folder)
+    assert stored.step == 40
+    damaged, unfinished = stored.remarks()
     assert second.name in damaged
     assert (
         unfinished
@@ -87,7 +88,7 @@ def test_the_same_evaluation_is_found_again_without_rows_or_computing(finished: 
     assert len(list((finished.folder / "evals").iterdir())) == 1
 
 
-def test_other_weights_and_another_code_are_other_evaluations(
+def test_other_weights_and_other_code_are_other_evaluations(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run.checkpoint(40)
@@ -96,15 +97,15 @@ def test_other_weights_and_another_code_are_other_evaluations(
         run.model.lm_head *= 2
     run.checkpoint(40)
     assert evaluated(run)["val_bpb"] != first["val_bpb"]
-    monkeypatch.setattr(later, "code_fingerprint", lambda: "another")
+    monkeypatch.setattr(evaluator, "code_fingerprint", lambda: "another")
     assert evaluated(run)["code"] == "another"
     assert len(list((run.folder / "evals").iterdir())) == 3
 
 
-def test_weights_of_another_trainer_are_said_to_be_so(run: Run) -> None:
+def test_weights_of_another_trainer_have_a_remark(run: Run) -> None:
     run.checkpoint(40)
-    own = weights.load_run(run.folder)
-    other = replace(own, plan=replace(own.plan, code="0123456789abcdef"))
+    stored = weights.load_run(run.folder)
+    other = replace(stored, plan=replace(stored.plan, code="0123456789abcdef"))
     assert "another version of the trainer (0123456789abcdef" in other.remarks()[-1]
 
 
@@ -151,7 +152,7 @@ def drop_a_tensor(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "complaint"),
+    ("spoil", "message"),
     [
         (in_another_folder, "belongs to run [0-9a-f]{12}, not to"),
         (change_weights, "was changed after run"),
@@ -166,23 +167,23 @@ def drop_a_tensor(run: Run) -> None:
         (lambda run: (run.folder / "model.safetensors").unlink(), "model.safetensors is gone"),
     ],
 )
-def test_what_would_be_another_s_value_is_refused(
-    finished: Run, spoil: Callable[[Run], None], complaint: str
+def test_other_weights_or_rows_are_a_one_line_error(
+    finished: Run, spoil: Callable[[Run], None], message: str
 ) -> None:
     spoil(finished)
-    with pytest.raises(ValueError, match=complaint) as error:
+    with pytest.raises(ValueError, match=message) as error:
         evaluated(finished)
     assert "\n" not in str(error.value)
     assert not (finished.folder / "evals").exists()
 
 
-def test_what_prepares_missing_rows_is_named_for_a_known_recipe(run: Run) -> None:
+def test_missing_rows_name_the_command_that_prepares_them(run: Run) -> None:
     plan: Plan = replace(run.plan, hyperparameters=pocket(2))
     with pytest.raises(ValueError, match="with `slm data prepare FOLDER --recipe pocket`"):
-        weights.prepared_of(replace(plan, data=replace(plan.data, validation="other")), run.home)
+        weights.find_dataset(replace(plan, data=replace(plan.data, validation="other")), run.home)
 
 
-def test_a_file_of_no_run_here_is_refused(finished: Run, tmp_path: Path) -> None:
+def test_a_file_without_its_run_is_an_error(finished: Run, tmp_path: Path) -> None:
     path = finished.folder / "model.safetensors"
     with pytest.raises(ValueError, match=f"belongs to run {finished.plan.run_id}, which is not in"):
         weights.load_file(path, tmp_path / "elsewhere")
@@ -200,21 +201,21 @@ def test_a_diverged_model_has_no_value(run: Run) -> None:
     assert not (run.folder / "evals").exists()
 
 
-def test_the_command_says_how_far_it_is_prints_the_value_and_that_a_run_is_unfinished(
+def test_the_command_prints_progress_the_value_and_unfinished_runs(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = run.checkpoint(40)
     monkeypatch.setenv("SLM_HOME", str(run.home))
     monkeypatch.setattr("slm.monitor.progress.LINE_SECONDS", 0.0)
     evaluate(str(path), as_json=True)
-    said = capsys.readouterr()
-    assert "64 of 64 rows, 0 s left" in said.err
-    document = json.loads(said.out)
+    output = capsys.readouterr()
+    assert "64 of 64 rows, 0 s left" in output.err
+    document = json.loads(output.out)
     assert document["val_bpb"] == run.losses()[0]
-    in_words = slm("eval", run.plan.run_id[:6], home=run.home)
-    assert in_words.returncode == 0, in_words.stderr
-    assert f"run {run.plan.run_id}: tiny d2, step 40 of 70" in in_words.stdout
+    printed = slm("eval", run.plan.run_id[:6], home=run.home)
+    assert printed.returncode == 0, printed.stderr
+    assert f"run {run.plan.run_id}: tiny d2, step 40 of 70" in printed.stdout
     assert (
-        f"val_bpb {document['val_bpb']:.4f}, val_loss {document['val_loss']:.4f}" in in_words.stdout
+        f"val_bpb {document['val_bpb']:.4f}, val_loss {document['val_loss']:.4f}" in printed.stdout
     )
-    assert "unfinished weights, after step 40 of 70" in in_words.stderr
+    assert "unfinished weights, after step 40 of 70" in printed.stderr

@@ -120,7 +120,7 @@ def test_a_curve_of_pocket_core_has_its_name_and_the_error_of_its_evaluations() 
     assert (own.name, core.name) == ("pocket-core", "CORE")
     assert own.evaluation == pytest.approx(0.01)
     assert (own.document()["reach"], len(core.document()["reach"])) == ({}, 4)
-    assert all("CORE" not in caution.message for caution in own.cautions)
+    assert all("CORE" not in caution.message for caution in own.warnings)
 
 
 def test_runs_of_large_error_hold_a_curve_less() -> None:
@@ -147,7 +147,7 @@ def test_models_at_chance_on_pocket_core_have_no_curve() -> None:
     fit = fit_curves([replace(own, core=0.01 * drawn.standard_normal()) for own in points()])
     assert isinstance(fit.core, NoCoreFit)
     assert fit.core.code in ("chance_level", "core_flat")
-    assert "pocket-core" in fit.core.cautions[0].message
+    assert "pocket-core" in fit.core.warnings[0].message
 
 
 def test_the_evaluation_of_core_on_all_examples_speaks_for_a_run(home: Path) -> None:

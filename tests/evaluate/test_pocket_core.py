@@ -1,4 +1,4 @@
-"""pocket-core: made of held-out text alone, at chance for models that do not read, and never called CORE."""
+"""pocket-core: made from held-out text, at chance for models that do not read, never called CORE."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,20 +14,22 @@ import torch
 from torch import Tensor
 
 from slm.cli.evaluate import evaluate
-from slm.data import Prepared, prepare
+from slm.data import PreparedDataset, prepare
 from slm.data.loader import Rows
 from slm.evaluate import bundle
 from slm.evaluate import pocket_core as pocket
-from slm.evaluate.batching import lanes_of
+from slm.evaluate.batching import pack
 from slm.evaluate.bundle import Bundle
-from slm.evaluate.core import Asked, evaluate_all, judge_by
-from slm.evaluate.prompts import ordered, plan
+from slm.evaluate.core import evaluate_bundle
+from slm.evaluate.prompts import select_examples, tokenize
+from slm.evaluate.request import CoreRequest
 from slm.files import read_json, write_json
 from slm.model import checkpoints
 from slm.model.gpt import GPT
 from slm.plan import Plan, code_fingerprint
 from slm.recipe import pocket as family
 from tests import bundles
+from tests.evaluate.row_scorer import RowScorer
 from tests.weights import FAMILY
 
 ROOT = Path(__file__).parents[2]
@@ -34,8 +37,8 @@ Logits = Callable[[Tensor], Tensor]
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    """Sources of this repository, as the pocket family reads them."""
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
+    """Sources of this repository as a dataset of the pocket recipe."""
     corpus = tmp_path_factory.mktemp("texts")
     for path in [*ROOT.glob("slm/**/*.py"), *ROOT.glob("tests/**/*.py")]:
         (corpus / f"{path.parent.name}.{path.stem}.txt").write_text(path.read_text())
@@ -43,24 +46,24 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 
 
 @pytest.fixture(scope="module")
-def made(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def made(prepared: PreparedDataset, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return pocket.bundle_of(prepared, tmp_path_factory.mktemp("home"))
 
 
-def held_out(prepared: Prepared) -> list[str]:
-    """The text of each validation row."""
-    rows, tokens = Rows.of(prepared, "validation"), prepared.tokenizer.tokens
+def held_out(prepared: PreparedDataset) -> list[str]:
+    """Return the text of each validation row."""
+    rows, tokens = Rows.open(prepared, "validation"), prepared.tokenizer.tokens
     ids = torch.cat(
         [rows.pair(np.arange(len(rows)))[0], rows.pair(np.arange(len(rows)))[1][:, -1:]], dim=1
     )
     return [
-        b"".join(tokens[own] for own in row if own < len(tokens)).decode(errors="replace")
+        b"".join(tokens[id] for id in row if id < len(tokens)).decode(errors="replace")
         for row in ids.tolist()
     ]
 
 
-def table(prepared: Prepared, pairs: bool) -> Logits:
-    """A model that has counted the training rows: each token, or each token after the one before."""
+def table(prepared: PreparedDataset, pairs: bool) -> Logits:
+    """Return a model of the counts of training tokens, or of training pairs of tokens."""
     vocab = family(2).vocab_size
     rows = np.fromfile(prepared.folder / prepared.files("train")[0]["file"], "<u2").astype(np.int64)
     counts = (
@@ -73,9 +76,9 @@ def table(prepared: Prepared, pairs: bool) -> Logits:
     return lambda ids: logits[ids]
 
 
-def reached(made: Bundle, prepared: Prepared, logits: Logits, parts: Path) -> dict:
-    judge = judge_by(logits, 128, torch.device("cpu"))
-    return evaluate_all(Asked(made), prepared.tokenizer, judge, parts)
+def reached(made: Bundle, prepared: PreparedDataset, logits: Logits, parts: Path) -> dict:
+    scorer = RowScorer(logits, prepared.tokenizer, row_length=128)
+    return evaluate_bundle(scorer, made, CoreRequest(), parts)
 
 
 def test_it_is_a_bundle_of_three_types_with_its_name_and_chance_levels(made: Bundle) -> None:
@@ -90,56 +93,58 @@ def test_it_is_a_bundle_of_three_types_with_its_name_and_chance_levels(made: Bun
 
 
 def test_the_same_rows_and_tokeniser_give_the_same_bundle(
-    made: Bundle, prepared: Prepared, tmp_path: Path
+    made: Bundle, prepared: PreparedDataset, tmp_path: Path
 ) -> None:
     assert pocket.bundle_of(prepared, tmp_path).id == made.id
-    (found,) = (tmp_path / "data" / "core").iterdir()
-    assert pocket.bundle_of(prepared, tmp_path).folder == found
+    (folder,) = (tmp_path / "data" / "core").iterdir()
+    assert pocket.bundle_of(prepared, tmp_path).folder == folder
 
 
-def test_every_right_answer_stands_where_a_validation_row_has_it(
-    made: Bundle, prepared: Prepared
+def test_every_correct_answer_follows_its_passage_in_a_validation_row(
+    made: Bundle, prepared: PreparedDataset
 ) -> None:
     rows = "\0".join(held_out(prepared))
     for task in made.tasks:
-        for own in made.examples(task):
+        for example in made.examples(task):
             if task.kind == "language_modeling":
-                passage, asked = own["context"], own["continuation"]
+                passage, answer = example["context"], example["continuation"]
             elif task.kind == "multiple_choice":
-                passage, asked = own["query"], own["choices"][own["gold"]]
+                passage, answer = example["query"], example["choices"][example["gold"]]
             else:
-                passage, asked = own["context_options"][own["gold"]], own["continuation"]
-            assert f"{passage} {asked}" in rows
+                passage = example["context_options"][example["gold"]]
+                answer = example["continuation"]
+            assert f"{passage} {answer}" in rows
 
 
-def test_each_choice_is_the_right_one_as_often_as_any_other(made: Bundle) -> None:
+def test_each_choice_is_correct_equally_often(made: Bundle) -> None:
     for task in made.tasks:
         if task.kind == "language_modeling":
             continue
         field, examples = bundle.OPTIONS[task.kind], made.examples(task)
-        assert {*Counter(own["gold"] for own in examples).values()} == {len(examples) // 4}
+        assert {*Counter(example["gold"] for example in examples).values()} == {len(examples) // 4}
         for start in range(0, len(examples), 4):
             four = examples[start : start + 4]
-            assert [own["gold"] for own in four] == [0, 1, 2, 3]
-            assert all(own[field] == four[0][field] for own in four)
+            assert [example["gold"] for example in four] == [0, 1, 2, 3]
+            assert all(example[field] == four[0][field] for example in four)
             assert len({*four[0][field]}) == 4
 
 
 def test_no_question_is_cropped_by_a_context_of_128_tokens(
-    made: Bundle, prepared: Prepared
+    made: Bundle, prepared: PreparedDataset
 ) -> None:
     for task in made.tasks:
-        examples = ordered(task, made.examples(task))
-        planned = plan(task, examples, range(len(examples)), prepared.tokenizer)
-        assert not lanes_of(planned, 128).cropped.any()
-        assert planned.spans.min() > 0
+        examples = select_examples(task, made.examples(task))
+        tokenized = tokenize(task, examples, range(len(examples)), prepared.tokenizer)
+        assert not pack(tokenized, 128).cropped.any()
+        assert tokenized.spans.min() > 0
 
 
-def test_who_does_not_read_is_at_chance_and_who_knows_more_reaches_more(
-    made: Bundle, prepared: Prepared, tmp_path: Path
+def test_a_blind_model_is_at_chance_and_a_better_model_scores_more(
+    made: Bundle, prepared: PreparedDataset, tmp_path: Path
 ) -> None:
     blind, reads = (
-        reached(made, prepared, table(prepared, own), tmp_path / str(own)) for own in (False, True)
+        reached(made, prepared, table(prepared, pairs), tmp_path / str(pairs))
+        for pairs in (False, True)
     )
     assert blind["tasks"]["which_continuation"]["accuracy"] == 0.25
     assert abs(blind["core"]) < 0.02
@@ -148,7 +153,7 @@ def test_who_does_not_read_is_at_chance_and_who_knows_more_reaches_more(
     )
 
 
-def test_too_little_held_out_text_is_an_error_that_says_how_much_there_is(tmp_path: Path) -> None:
+def test_too_little_held_out_text_is_an_error_with_its_size(tmp_path: Path) -> None:
     corpus = tmp_path / "texts"
     corpus.mkdir()
     for path in ROOT.glob("tests/**/test_*.py"):
@@ -161,76 +166,83 @@ def test_too_little_held_out_text_is_an_error_that_says_how_much_there_is(tmp_pa
     assert not (tmp_path / "data" / "core").exists()
 
 
-def test_changed_validation_rows_are_refused(prepared: Prepared, tmp_path: Path) -> None:
+def test_changed_validation_rows_are_an_error(prepared: PreparedDataset, tmp_path: Path) -> None:
     rows = bytearray((prepared.folder / "validation.bin").read_bytes())
     rows[1000] ^= 1
     (tmp_path / "validation.bin").write_bytes(rows)
     (tmp_path / "tokenizer.json").write_bytes((prepared.folder / "tokenizer.json").read_bytes())
     with pytest.raises(ValueError, match="was changed"):
-        pocket.bundle_of(Prepared(tmp_path, prepared.manifest), tmp_path)
+        pocket.bundle_of(PreparedDataset(tmp_path, prepared.manifest), tmp_path)
 
 
-def test_a_pocket_run_is_asked_pocket_core_until_core_is_there(
-    prepared: Prepared, tmp_path: Path
+def test_pocket_core_is_the_default_of_pocket_runs(
+    prepared: PreparedDataset, tmp_path: Path
 ) -> None:
-    given = family(2, steps=70)
-    own = Plan("pocket", "steps=70", 0, given, prepared.identity(given), "c0de")
-    first = pocket.bundle_for(own, tmp_path, None, lambda: prepared)
+    hp = family(2, steps=70)
+    plan = Plan("pocket", "steps=70", 0, hp, prepared.identity(hp), "c0de")
+    first = pocket.bundle_for(plan, tmp_path, None, lambda: prepared)
     assert first.name == "pocket-core"
     core = bundle.install(bundles.write(tmp_path / "bundle"), tmp_path)
-    assert pocket.bundle_for(own, tmp_path, "core", lambda: prepared) == core
-    assert pocket.bundle_for(own, tmp_path, None, lambda: prepared) == first
-    assert pocket.bundle_for(own, tmp_path, "pocket-core", lambda: prepared) == first
-    assert pocket.bundle_for(own, tmp_path, first.id[:6], lambda: prepared) == first
-    assert pocket.bundle_for(replace(own, recipe="other"), tmp_path, None, lambda: prepared) == core
+    assert pocket.bundle_for(plan, tmp_path, "core", lambda: prepared) == core
+    assert pocket.bundle_for(plan, tmp_path, None, lambda: prepared) == first
+    assert pocket.bundle_for(plan, tmp_path, "pocket-core", lambda: prepared) == first
+    assert pocket.bundle_for(plan, tmp_path, first.id[:6], lambda: prepared) == first
+    assert (
+        pocket.bundle_for(replace(plan, recipe="other"), tmp_path, None, lambda: prepared) == core
+    )
 
 
-def test_a_mode_is_named_by_what_is_asked(made: Bundle) -> None:
-    whole = Asked(made)
-    assert whole.mode == Asked(made, labels=tuple(task.label for task in made.tasks)).mode == "full"
-    assert Asked(made, 100).mode == "100 per task"
-    assert whole.without(["which_context"]).mode == "without which_context"
-    assert Asked(made, labels=("next_tokens", "which_continuation")).mode == "without which_context"
-    assert Asked(made, 100).without(["next_tokens"]).mode == "100 per task, without next_tokens"
-    assert Asked(made, labels=("next_tokens",)).mode == "tasks next_tokens"
-    assert whole.settings()["name"] == "pocket-core"
+def test_the_mode_names_the_requested_examples(made: Bundle) -> None:
+    labels = tuple(task.label for task in made.tasks)
+
+    def mode(**request: Any) -> str:
+        return CoreRequest(**request).mode(made)
+
+    assert mode() == mode(tasks=labels) == "full"
+    assert mode(max_per_task=100) == "100 per task"
+    assert mode(without=("which_context",)) == "without which_context"
+    assert mode(tasks=("next_tokens", "which_continuation")) == "without which_context"
+    assert mode(max_per_task=100, without=("next_tokens",)) == "100 per task, without next_tokens"
+    assert mode(tasks=("next_tokens",)) == "tasks next_tokens"
+    assert CoreRequest().settings(made)["name"] == "pocket-core"
     with pytest.raises(ValueError, match="has no task riddles: it has next_tokens"):
-        whole.without(["riddles"])
+        mode(without=("riddles",))
     with pytest.raises(ValueError, match=r"has no task$"):
-        whole.without([task.label for task in made.tasks])
+        mode(without=labels)
 
 
-def test_the_command_makes_it_for_a_pocket_run_and_never_calls_it_core(
-    prepared: Prepared,
+def test_the_command_makes_it_for_a_pocket_run_and_never_prints_core(
+    prepared: PreparedDataset,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    home, given = tmp_path / "runs", family(2, steps=70)
+    home = tmp_path / "runs"
+    hp = family(2, steps=70)
     (home / "data").mkdir(parents=True)
     (home / "data" / prepared.folder.name).symlink_to(prepared.folder)
-    own = Plan("pocket", "steps=70", 0, given, prepared.identity(given), code_fingerprint())
-    (home / own.run_id).mkdir()
-    write_json(home / own.run_id / "plan.json", own.document())
-    model = GPT(given)
+    plan = Plan("pocket", "steps=70", 0, hp, prepared.identity(hp), code_fingerprint())
+    (home / plan.run_id).mkdir()
+    write_json(home / plan.run_id / "plan.json", plan.document())
+    model = GPT(hp)
     model.initialise(0)
     tensors = {name: tensor.detach() for name, tensor in model.named_parameters()}
     digest = checkpoints.save(
-        home / own.run_id / "model.safetensors", tensors, {"run_id": own.run_id}
+        home / plan.run_id / "model.safetensors", tensors, {"run_id": plan.run_id}
     )
-    write_json(home / own.run_id / "done.json", {"val_bpb": 3.0, "weights_sha256": digest})
+    write_json(home / plan.run_id / "done.json", {"val_bpb": 3.0, "weights_sha256": digest})
     monkeypatch.setenv("SLM_HOME", str(home))
-    evaluate(own.run_id, core=True, max_per_task=40)
-    evaluate(own.run_id, core=True, max_per_task=40, without="which_context")
-    said = capsys.readouterr()
-    assert "pocket-core 0." in said.out or "pocket-core -0." in said.out
-    assert "40 per task, without which_context" in said.out
-    assert "CORE" not in said.out + said.err
-    files = sorted((home / own.run_id / "evals").iterdir())
+    evaluate(plan.run_id, core=True, max_per_task=40)
+    evaluate(plan.run_id, core=True, max_per_task=40, without="which_context")
+    output = capsys.readouterr()
+    assert "pocket-core 0." in output.out or "pocket-core -0." in output.out
+    assert "40 per task, without which_context" in output.out
+    assert "CORE" not in output.out + output.err
+    files = sorted((home / plan.run_id / "evals").iterdir())
     assert [path.name[:22] for path in files] == ["pocket-core-000000070-"] * 2
     assert {read_json(path)["mode"] for path in files} == {
         "40 per task",
         "40 per task, without which_context",
     }
     with pytest.raises(ValueError, match="--tasks and --without: choose one"):
-        evaluate(own.run_id, core=True, tasks="next_tokens", without="which_context")
+        evaluate(plan.run_id, core=True, tasks="next_tokens", without="which_context")
