@@ -712,7 +712,10 @@ def _quick_figures() -> Iterator[None]:
     drawn = _empty_drawing()
 
     def save(self: Figure, path: Any, **options: Any) -> None:
-        Path(path).write_bytes(drawn)
+        if isinstance(path, io.BytesIO):
+            path.write(drawn)
+        else:
+            Path(path).write_bytes(drawn)
 
     with mock.patch.object(Figure, "savefig", save):
         yield

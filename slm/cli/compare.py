@@ -64,15 +64,13 @@ def compare(
 
 
 def _print(record: results.ComparisonRecord) -> None:
-    core = record.core
-    comparison_table, *core_tables = record.tables()
-    print(f"{record.comparison.verdict.sentence}\n")
-    headers, rows = comparison_table
+    print(f"{record.comparison.decision.sentence}\n")
+    (headers, rows), *core_tables = record.tables()
     print_table(rows, headers)
     for name, comparison in record.times.items():
         print(f"\nin {results.TIMES[name]}: {comparison.multiplier.text()}")
     for headers, rows in core_tables:
-        print(f"\n{core.name} on the same examples, ± standard error over them; seeds add to it:")
+        print(f"\n{headers[0]} on the same examples, ± standard error over them; seeds add to it:")
         print_table(rows, headers)
     print_notes(record.document["warnings"], record.excluded)
     print(f"\nfigure: {', '.join(map(str, record.figures))}")
@@ -91,12 +89,12 @@ def _markdown(record: results.ComparisonRecord) -> str:
     headers += ["tokens/s", "MFU", "multiplier", "evidence"]
     rows = [row for depth in comparison.per_depth for row in _depth_rows(depth, record)]
     lines = [
-        f"**{comparison.verdict.sentence}**",
+        f"**{comparison.decision.sentence}**",
         "",
         tabulate(rows, headers, tablefmt="github", disable_numparse=True),
         "",
         f"Compute multiplier over all depths: {comparison.multiplier.text()} "
-        f"(95 % interval of one look). Evidence {comparison.evidence.any:.2g}; a claim needs "
+        f"(95 % interval of one look). Evidence {comparison.evidence.combined:.2g}; a claim needs "
         f"{fits.CLAIM_THRESHOLD:g}, which holds under any number of looks.",
     ]
     for name, timed in record.times.items():
@@ -143,7 +141,7 @@ def _depth_rows(depth: DepthEffect, record: results.ComparisonRecord) -> list[li
                 _cell(means.tokens_per_second, ",.0f"),
                 _cell(means.mfu, ".1%"),
                 depth.multiplier.text() if k else "1",
-                f"{depth.evidence:.2g}" if k else "",
+                f"{depth.e_value:.2g}" if k else "",
             ]
         )
     return rows
@@ -157,12 +155,12 @@ def _provenance(record: results.ComparisonRecord) -> list[str]:
     """Return the command, and code, data and devices of each side."""
     names = " ".join(side.name for side in record.sides)
     version = record.document["versions"]["slm"]
-    if record.sides[0].rows is None:
-        return [f"Made by slm {version} from a file with recipes {names}."]
     command = f"`slm compare {names} --markdown`"
     lines = [f"Made by {command}, slm {version}, record {record.document['hash']}."]
     for side in record.sides:
         rows = side.rows
+        if rows is None:
+            return [f"Made by slm {version} from a file with recipes {names}."]
         commits = _values(rows["commit"], "none")
         if rows["modified"].any():
             commits += " with uncommitted changes"

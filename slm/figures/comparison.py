@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from slm.figures import style
-from slm.fits import DepthEffect, Comparison, Interval, Trial
+from slm.fits import Comparison, DepthEffect, Interval, Trial
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,13 +81,18 @@ def _draw_multipliers(axes: Axes, rows: Sequence[DepthEffect], overall: Interval
     ticks = [f"d{row.depth}\n{style.one_digit(row.flops)}" for row in rows]
     axes.set_xticks(range(len(rows)), ticks)
     axes.set_xlabel("depth, FLOPs")
-    line = {"linewidth": 0.9, "zorder": 1}
+    line: dict[str, Any] = {"linewidth": 0.9, "zorder": 1}
     axes.axhline(1, color=style.TEXT, linestyle=style.DASHED, label="no difference", **line)
     if overall.estimate is not None:
         low = overall.low or axes.get_ylim()[0]
         high = overall.high or axes.get_ylim()[1]
-        band = {"color": style.SURFACE_BAND, "alpha": 0.6, "linewidth": 0, "zorder": 0}
-        axes.axhspan(low, high, label="over all depths", **band)
+        band: dict[str, Any] = {
+            "color": style.SURFACE_BAND,
+            "alpha": 0.6,
+            "linewidth": 0,
+            "zorder": 0,
+        }
+        axes.axhspan(low, high, **band)
         axes.axhline(overall.estimate, color=style.SURFACE, **line)
     label = "at a depth, 95 % interval"
     look = style.markers(style.INK, label, ms=5, marker="o", linestyle="")

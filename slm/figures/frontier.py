@@ -1,147 +1,157 @@
-"""The compute-optimal model against compute: parameters and tokens, by the minima, the surface and the ladder."""
+"""Figure of the compute-optimal model: parameters and tokens against compute, by minima, surface
+and ladder."""
 
 from __future__ import annotations
 
 from operator import attrgetter
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from slm.figures import style
 from slm.figures.style import Array
-from slm.fits import CurveFit, Interval, IsoFlop, Point, Surface
+from slm.fits import CurveFit, Interval, IsoFlopFit, Point, Surface
 from slm.fits.power_law import REACH
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 ROOM = 2.0
-"""Factor over what is drawn up to which an interval of the surface's optimum is shown; a wider one is cut."""
-LABELS = 6
-"""Depths named at most."""
+"""Factor beyond the lines up to which an interval of the surface's optimum is shown; a wider one is
+cut."""
+MAX_LABELS = 6
+"""Depths labelled at most."""
 
 
 def has_frontier(fit: CurveFit) -> bool:
-    """Whether an optimum is known: a valley's minimum, or a surface of which the runs hold N*'s exponent."""
+    """Whether an optimum is known: a budget's minimum, or a surface that determines the exponent of
+    N*."""
     return bool(fit.isoflop and fit.isoflop.minima) or _surface(fit) is not None
 
 
-def draw_frontier(fit: CurveFit, stem: str | Path, title: str) -> tuple[Path, Path]:
-    """Optimal parameters (left) and tokens (right) against FLOPs into `stem`.png and .svg; gives both paths.
+def plot_frontier(fit: CurveFit, title: str = "") -> Figure:
+    """Plot optimal parameters (left) and tokens (right) against FLOPs.
 
-    Stars are the valleys' minima with their 95 % intervals, the line through them their power law, blue the surface's
-    optimum with its interval, dots the runs of the ladder; dashed beyond the runs.
+    Stars are the minima of budgets with their 95 % intervals, the line through them their power
+    law, blue the surface's optimum with its interval, dots the runs of the ladder; dashed beyond
+    the runs.
     """
     runs = [point for point in fit.points if point.budget is None]
-    with style.page(style.PAGE, 3.5, style.titled(title, fit.mixed)) as figure:
-        panels = figure.subplots(1, 2)
-        for axes, name in zip(panels, ("params", "tokens")):
-            _panel(axes, fit, runs, name)
+    with style.page(style.PAGE_WIDTH, 3.5, style.titled(title, fit.mixed)) as figure:
+        panels = dict(zip(("params", "tokens"), figure.subplots(1, 2)))
+        for name, axes in panels.items():
+            _draw_panel(axes, fit, runs, name)
         style.legend(figure)
-        style.settle(figure)
-        for axes, name in zip(panels, ("params", "tokens")):
-            labels = style.depth_labels(runs, attrgetter(name), LABELS)
+        style.freeze_layout(figure)
+        for name, axes in panels.items():
+            labels = style.depth_labels(runs, attrgetter(name), MAX_LABELS)
             lines = np.concatenate([line.get_xydata() for line in axes.lines])
-            style.place(axes, labels, lines, rising=True)
-        return style.save(figure, stem)
+            style.place_labels(axes, labels, lines, rising=True)
+        return figure
 
 
-def _panel(axes: Axes, fit: CurveFit, runs: list[Point], name: str) -> None:
-    axes.set_xscale("log")
+def _draw_panel(axes: Axes, fit: CurveFit, runs: list[Point], name: str) -> None:
+    """Draw one panel; `name` is "params" or "tokens"."""
+    style.compute_axis(axes)
     axes.set_yscale("log")
-    axes.set_xlabel("training compute (FLOPs)")
     axes.set_ylabel(f"parameters N ({fit.convention})" if name == "params" else "tokens D")
-    every = [point.flops for point in fit.points]
-    axes.set_xlim(min(every) / 1.8, REACH * max(every))
-    style.flops_axis(axes)
-    style.beyond(axes, max(every) * 1.12)
+    flops = [point.flops for point in fit.points]
+    axes.set_xlim(min(flops) / 1.8, REACH * max(flops))
+    style.flops_ticks(axes)
+    style.shade_beyond(axes, max(flops) * 1.12)
     if runs:
-        color = style.INK if style.dialled(runs) else style.FAINT
-        look = style.dots(color, style.runs_word(runs), zorder=3)
+        color = style.INK if style.is_depth_ladder(runs) else style.FAINT
+        look = style.markers(color, style.ladder_label(runs), zorder=3)
         axes.plot([run.flops for run in runs], [getattr(run, name) for run in runs], "o", **look)
-    within = np.geomspace(min(every), max(every), 60)
-    beyond = np.geomspace(max(every), REACH * max(every), 30)
+    within = np.geomspace(min(flops), max(flops), 60)
+    beyond = np.geomspace(max(flops), REACH * max(flops), 30)
     surface = _surface(fit)
     if surface:
-        _optimum(axes, surface, fit, name, within, beyond)
+        _draw_surface_optimum(axes, surface, fit, name, within, beyond)
     if fit.isoflop:
-        _minima(axes, fit.isoflop, name, within, beyond)
-    drawn = np.concatenate([line.get_ydata() for line in axes.lines])
-    axes.set_ylim(drawn.min() / ROOM, drawn.max() * ROOM)
-    style.count_axis(axes.yaxis)
+        _draw_minima(axes, fit.isoflop, name, within, beyond)
+    heights = np.concatenate([line.get_ydata() for line in axes.lines])
+    axes.set_ylim(heights.min() / ROOM, heights.max() * ROOM)
+    style.count_ticks(axes.yaxis)
     axes.set_title(_exponents(fit, name))
 
 
-def _minima(axes: Axes, grid: IsoFlop, name: str, within: Array, beyond: Array) -> None:
-    """The minima and, of two or more, the power law through them."""
-    found = [(valley, valley.minimum) for valley in grid.valleys if valley.minimum]
-    look = style.dots(
-        style.LAW, "isoFLOP minimum, 95 % interval", ms=8, marker="*", linestyle="", zorder=7
-    )
-    for valley, _ in found:
-        own = grid.interval(valley) if name == "params" else grid.intervals(valley)["tokens"]
-        style.whiskers(axes, valley.flops, own, look)
+def _draw_minima(axes: Axes, grid: IsoFlopFit, name: str, within: Array, beyond: Array) -> None:
+    """Draw the minima and, through two or more, their power law."""
+    label = "isoFLOP minimum, 95 % interval"
+    look = style.markers(style.LAW, label, ms=8, marker="*", linestyle="", zorder=7)
+    for curve in grid.curves:
+        if curve.minimum:
+            style.draw_interval(axes, curve.flops, grid.intervals(curve)[name], look)
     exponent = grid.params_exponent if name == "params" else grid.tokens_exponent
     if exponent is None or exponent.estimate is None:
         return
-    middle = np.log([best.flops for _, best in found]).mean()
-    level = np.log([getattr(best, name) for _, best in found]).mean()
-    for flops, dashes in ((within, "-"), (beyond, style.DASHED)):
-        line = np.exp(level + exponent.estimate * (np.log(flops) - middle))
-        word = "power law of the minima" if dashes == "-" else None
-        axes.plot(
-            flops, line, color=style.LAW, linewidth=1.2, linestyle=dashes, zorder=5, label=word
-        )
+    center = np.log([best.flops for best in grid.minima]).mean()
+    level = np.log([getattr(best, name) for best in grid.minima]).mean()
+
+    def law(flops: Array) -> Array:
+        return np.exp(level + exponent.estimate * (np.log(flops) - center))
+
+    line: dict[str, Any] = {"color": style.LAW, "linewidth": 1.2, "zorder": 5}
+    axes.plot(within, law(within), label="power law of the minima", **line)
+    axes.plot(beyond, law(beyond), linestyle=style.DASHED, **line)
 
 
-def _optimum(
+def _draw_surface_optimum(
     axes: Axes, surface: Surface, fit: CurveFit, name: str, within: Array, beyond: Array
 ) -> None:
-    """The surface's, with its interval."""
-    every = np.concatenate([within, beyond])
-    low, high = _band(fit, every)
+    """Draw the surface's optimum with its interval."""
+    flops = np.concatenate([within, beyond])
+    low, high = _interval_of_optimum(fit, flops)
     if name == "tokens":
-        low, high = every / surface.kappa / high, every / surface.kappa / low
-    axes.fill_between(every, low, high, **style.band(style.SURFACE_BAND))
-    for flops, dashes in ((within, "-"), (beyond, style.DASHED)):
-        line = [getattr(surface.optimum(own), name) for own in flops]
-        word = f"{surface.form} surface's optimum, 95 % interval" if dashes == "-" else None
-        axes.plot(
-            flops, line, color=style.SURFACE, linewidth=1.2, linestyle=dashes, zorder=4, label=word
-        )
+        low, high = flops / surface.kappa / high, flops / surface.kappa / low
+    axes.fill_between(flops, low, high, **style.band(style.SURFACE_BAND))
+    optimum = np.array([getattr(surface.optimum(compute), name) for compute in flops])
+    split = len(within)
+    line: dict[str, Any] = {"color": style.SURFACE, "linewidth": 1.2, "zorder": 4}
+    label = f"{surface.form} surface's optimum, 95 % interval"
+    axes.plot(within, optimum[:split], label=label, **line)
+    axes.plot(beyond, optimum[split:], linestyle=style.DASHED, **line)
 
 
-def _band(fit: CurveFit, flops: Array) -> tuple[Array, Array]:
-    """Ends of the interval of N*, straight between those of the fit in logarithms; nothing beside an open end."""
+def _interval_of_optimum(fit: CurveFit, flops: Array) -> tuple[Array, Array]:
+    """Return the ends of N*'s interval, interpolated in logarithms; NaN next to an open end."""
     optima = fit.parametric.frontier
-    ends = np.array(
-        [[np.nan if end is None else end for end in (own.low, own.high)] for _, own in optima]
-    )
     known = np.log([best.flops for best, _ in optima])
-    low, high = (np.exp(np.interp(np.log(flops), known, np.log(side))) for side in ends.T)
+
+    def interpolate(ends: list[float | None]) -> Array:
+        values = np.log([np.nan if end is None else end for end in ends])
+        return np.exp(np.interp(np.log(flops), known, values))
+
+    low = interpolate([interval.low for _, interval in optima])
+    high = interpolate([interval.high for _, interval in optima])
     return low, high
 
 
 def _exponents(fit: CurveFit, name: str) -> str:
-    """Of both ways, in words; N·D = C/kappa on a surface, so that its two sum to 1."""
+    """Return the exponents by minima and surface; N·D = C/kappa on a surface, so its two sum to
+    1."""
     symbol, letter = ("N* ∝ Cᵃ", "a") if name == "params" else ("D* ∝ Cᵇ", "b")
-    surface, found = _surface(fit), []
-    minima = getattr(fit.isoflop, f"{name}_exponent", None)
-    if minima:
-        found.append(f"minima: {letter} = {minima.text('.2f')}")
+    lines = [symbol]
+    of_minima = getattr(fit.isoflop, f"{name}_exponent", None)
+    if of_minima:
+        lines.append(f"minima: {letter} = {of_minima.text('.2f')}")
+    surface = _surface(fit)
     if surface:
-        own = surface.intervals["params_exponent"]
+        exponent = surface.intervals["params_exponent"]
         if name == "tokens":
-            estimate, low, high = (
-                None if end is None else 1 - end for end in (own.estimate, own.high, own.low)
-            )
-            own = Interval(estimate, low, high, True)
-        found.append(f"surface: {letter} = {own.text('.2f')}")
-    return "\n".join([symbol, *found]) if found else f"{symbol}: one minimum holds no exponent"
+            exponent = _one_minus(exponent)
+        lines.append(f"surface: {letter} = {exponent.text('.2f')}")
+    return "\n".join(lines) if len(lines) > 1 else f"{symbol}: one minimum holds no exponent"
+
+
+def _one_minus(interval: Interval) -> Interval:
+    ends = (interval.estimate, interval.high, interval.low)
+    return Interval(*(None if end is None else 1 - end for end in ends), identifiable=True)
 
 
 def _surface(fit: CurveFit) -> Surface | None:
-    """The surface chosen, where the runs hold what its optimum is made of."""
+    """Return the chosen surface if the runs determine the exponent of its optimum."""
     surface = fit.parametric.surface
     return surface if surface and surface.intervals["params_exponent"].identifiable else None

@@ -1,9 +1,8 @@
-"""What the law and the surface leave unexplained, against compute, size and tokens."""
+"""Figure of residuals of the law and of the surface against compute, size and tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,97 +10,111 @@ import numpy as np
 from slm.figures import style
 from slm.figures.style import Array
 from slm.fits import CurveFit, Law, Minimum, Point, Surface
+from slm.text import flops as flops_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 AXES = {"flops": "training compute (FLOPs)", "params": "parameters N", "tokens": "tokens D"}
 CUT = 10.0
-"""How many times the noise a residual is from zero at most; one further is a triangle at the edge."""
+"""Largest residual drawn, in multiples of the noise; one beyond it is a triangle at the edge."""
 EDGE = 0.95
-"""Where that is, of the panel's half."""
+"""Height of those triangles, as a share of the panel's half."""
 
 
-def draw_residuals(fit: CurveFit, stem: str | Path, title: str) -> tuple[Path, Path]:
-    """Residuals of the law against compute, of the surface against compute, size and tokens, into `stem`.png and .svg.
+def plot_residuals(fit: CurveFit, title: str = "") -> Figure:
+    """Plot residuals of the law against compute, and of the surface against compute, size and
+    tokens.
 
-    In per cent of the loss expected, positive is worse, over a band of twice the noise; a pattern is what the form does
-    not hold. Gives both paths. The fit must have a law or a surface.
+    In per cent of the expected loss, positive is worse, over a band of twice the noise; a pattern
+    is a misfit of the form. The fit must have a law or a surface.
     """
-    law, surface = fit.law, fit.parametric.surface
-    rows, columns = {(True, False): (1, 1), (False, True): (1, 3), (True, True): (2, 2)}[
-        bool(law), bool(surface)
-    ]
-    width, title = style.PAGE if surface else style.PANEL, style.titled(title, fit.mixed)
-    with style.page(width, 0.9 + 2.0 * rows, title) as figure:
+    law = fit.law
+    surface = fit.parametric.surface
+    rows, columns = 1, 1
+    if surface:
+        rows, columns = (2, 2) if law else (1, 3)
+    width = style.PAGE_WIDTH if surface else style.PANEL_WIDTH
+    with style.page(width, 0.9 + 2.0 * rows, style.titled(title, fit.mixed)) as figure:
         panels = list(figure.subplots(rows, columns, squeeze=False).flat)
         if surface:
             for axes, name in zip(panels[-3:], AXES):
-                _surface_panel(axes, surface, fit.points, name)
-        labels = _law_panel(panels[0], law, fit) if law else []
+                _draw_surface_panel(axes, surface, fit.points, name)
+        labels = _draw_law_panel(panels[0], law, fit) if law else []
         style.legend(figure)
-        style.settle(figure)
-        style.place(panels[0], labels, [(x, y) for _, x, y in labels])
-        return style.save(figure, stem)
+        style.freeze_layout(figure)
+        style.place_labels(panels[0], labels, [(x, y) for _, x, y in labels])
+        return figure
 
 
-def _law_panel(axes: Axes, law: Law, fit: CurveFit) -> list[style.Label]:
-    """Of the runs that the law goes through, or of the minima; gives the labels of their depths."""
+def _draw_law_panel(axes: Axes, law: Law, fit: CurveFit) -> list[style.Label]:
+    """Draw residuals of the fitted runs, or of the minima, and return the labels of their
+    depths."""
     ladder = [point for point in fit.points if point.budget is None]
     minima = fit.isoflop.minima if fit.isoflop else []
     runs: Sequence[Point | Minimum] = ladder or minima
     flops = np.array([run.flops for run in runs])
-    off = _off(runs, law.loss(flops))
-    _frame(axes, flops, off, law.noise.sigma)
-    _dots(axes, flops, off, style.INK, style.runs_word(ladder) if ladder else "isoFLOP minima")
+    residuals = _residuals(runs, law.loss(flops))
+    _draw_frame(axes, flops, residuals, law.noise.sigma)
+    label = style.ladder_label(ladder) if ladder else "isoFLOP minima"
+    _draw_runs(axes, flops, residuals, style.INK, label)
     axes.set_xlabel(AXES["flops"])
     axes.set_title("law " + law.form.replace("*C^-p", "·C⁻ᵖ"))
-    heights = dict(zip([run.run_id for run in ladder], off.tolist()))
+    heights = dict(zip([run.run_id for run in ladder], residuals.tolist()))
     return style.depth_labels(ladder, lambda run: heights[run.run_id])
 
 
-def _surface_panel(axes: Axes, surface: Surface, points: Sequence[Point], name: str) -> None:
-    """Of all runs, each budget in its shade."""
-    sizes, tokens, x = (
-        np.array([getattr(point, key) for point in points]) for key in ("params", "tokens", name)
-    )
-    off = _off(points, surface.loss(sizes, tokens))
-    _frame(axes, x, off, surface.noise.sigma)
+def _draw_surface_panel(axes: Axes, surface: Surface, points: Sequence[Point], name: str) -> None:
+    """Draw residuals of all runs against one of AXES, each budget in its shade."""
+    sizes = np.array([point.params for point in points])
+    tokens = np.array([point.tokens for point in points])
+    x = np.array([getattr(point, name) for point in points])
+    residuals = _residuals(points, surface.loss(sizes, tokens))
+    _draw_frame(axes, x, residuals, surface.noise.sigma)
+    without_budget = np.array([point.budget is None for point in points])
+    label = style.ladder_label([point for point in points if point.budget is None])
+    _draw_runs(axes, x[without_budget], residuals[without_budget], style.INK, label)
     budgets = np.array([point.budget or 0.0 for point in points])
     known = sorted({point.budget for point in points if point.budget})
-    others = style.runs_word([point for point in points if point.budget is None])
-    for budget, shade in zip([0.0, *known], [style.INK, *style.shades(len(known))]):
-        word = f"{style.flops_text(budget)} FLOPs" if budget else others
-        _dots(axes, x[budgets == budget], off[budgets == budget], shade, word)
+    for budget, shade in zip(known, style.shades(len(known))):
+        at_budget = budgets == budget
+        label = f"{flops_text(budget)} FLOPs"
+        _draw_runs(axes, x[at_budget], residuals[at_budget], shade, label)
     axes.set_xlabel(AXES[name])
     if name != "flops":
-        style.count_axis(axes.xaxis)
+        style.count_ticks(axes.xaxis)
     axes.set_title(f"{surface.form} surface")
 
 
-def _frame(axes: Axes, x: Array, off: Array, sigma: float) -> None:
-    """Limits and the band of the noise."""
-    band = 200 * sigma
-    reach = max(min(float(np.abs(off).max()), CUT * band / 2 or np.inf), band, 1e-6)
+def _draw_frame(axes: Axes, x: Array, residuals: Array, sigma: float) -> None:
+    """Set the limits and draw the band of twice the noise."""
+    noise = 200 * sigma
+    largest = min(float(np.abs(residuals).max()), CUT * noise / 2 or np.inf)
+    reach = max(largest, noise, 1e-6)
     axes.set_xscale("log")
     axes.set_xlim(x.min() / 1.4, x.max() * 1.4)
     axes.set_ylim(-1.25 * reach, 1.25 * reach)
-    style.flops_axis(axes)
+    style.flops_ticks(axes)
     axes.set_ylabel("residual (%)")
-    axes.axhspan(-band, band, color=style.NOISE, linewidth=0, zorder=0, label="twice the noise")
+    axes.axhspan(-noise, noise, color=style.NOISE, linewidth=0, zorder=0, label="twice the noise")
     axes.axhline(0, color=style.FAINT, linewidth=0.8, zorder=1)
-    if (np.abs(off) > EDGE * axes.get_ylim()[1]).any():
+    if (np.abs(residuals) > EDGE * axes.get_ylim()[1]).any():
         axes.plot([], [], "^", color=style.INK, ms=4, label="beyond the panel")
 
 
-def _dots(axes: Axes, x: Array, off: Array, color: str | Array, word: str) -> None:
+def _draw_runs(axes: Axes, x: Array, residuals: Array, color: str | Array, label: str) -> None:
     edge = EDGE * axes.get_ylim()[1]
-    for marker, chosen in (("o", np.abs(off) <= edge), ("^", off > edge), ("v", off < -edge)):
+    heights = np.clip(residuals, -edge, edge)
+    inside = np.abs(residuals) <= edge
+    above = residuals > edge
+    below = residuals < -edge
+    for marker, chosen in (("o", inside), ("^", above), ("v", below)):
         if chosen.any():
-            look = style.dots(color, word if marker == "o" else None)
-            axes.plot(x[chosen], np.clip(off[chosen], -edge, edge), marker, **look)
+            look = style.markers(color, label if marker == "o" else None)
+            axes.plot(x[chosen], heights[chosen], marker, **look)
 
 
-def _off(runs: Sequence[Point | Minimum], expected: Array) -> Array:
-    """Log residuals, per cent."""
+def _residuals(runs: Sequence[Point | Minimum], expected: Array) -> Array:
+    """Return log residuals in per cent."""
     return np.asarray(100 * np.log([run.loss for run in runs] / expected))

@@ -1,4 +1,5 @@
-"""What all figures share: their look, their ticks, where their words go, and how they become files."""
+"""Style shared by all figures: fonts and colours, axis ticks, label placement, and writing
+files."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,17 +24,19 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 
 Label = tuple[str, float, float]
-"""Text and the place it speaks of, in data."""
+"""Text and the point that it names, in data coordinates."""
 
-PAGE, PANEL = 7.0, 4.6
-"""Widths in inches: of a page, and of a figure that is one panel. Text is never below 7 points at these."""
+PAGE_WIDTH = 7.0
+"""Inches. Text is never below 7 points at this width."""
+PANEL_WIDTH = 4.6
+"""Inches, for a figure of one panel."""
 DPI = 250
-"""Of the PNG, and of the layout: hinted letters are narrower at fewer."""
+"""Resolution of the PNG, and of the layout: hinted letters are narrower at a lower one."""
 SMALL = 7.5
-"""Points, of labels inside a panel."""
-LABELS = 14
-"""Depths named at most; of more, some evenly chosen."""
-STYLE: dict[Any, Any] = {
+"""Font size in points of labels inside a panel."""
+MAX_LABELS = 14
+"""Depths labelled at most; of more, an even selection."""
+RC: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.titlelocation": "left",
@@ -47,222 +50,266 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "slm",
 }
-INK, FAINT, WORDS, SHADE, NOISE = "#222222", "#9A9A9A", "#5A5A5A", "#F2F2F2", "#E4E4E4"
-LAW, LAW_BAND = "#D55E00", "#F3C9A9"
-SURFACE, SURFACE_BAND = "#0072B2", "#B5D5EA"
-"""Okabe and Ito's vermilion and blue; budgets are shades of viridis: colour-blindness and grey print keep them."""
+INK = "#222222"
+FAINT = "#9A9A9A"
+TEXT = "#5A5A5A"
+SHADE = "#F2F2F2"
+NOISE = "#E4E4E4"
+# Okabe and Ito's vermilion and blue. With viridis for budgets they survive colour blindness and
+# grey print.
+LAW = "#D55E00"
+LAW_BAND = "#F3C9A9"
+SURFACE = "#0072B2"
+SURFACE_BAND = "#B5D5EA"
 DASHED = (0, (4, 2))
-"""Of lines beyond the runs."""
+"""Line style beyond the runs."""
 
 
-def dots(color: str | Array, word: str | None = None, **more: Any) -> dict[str, Any]:
-    """How runs and minima look."""
-    return {"color": color, "ms": 4, "mec": "white", "mew": 0.5, "zorder": 5, "label": word, **more}
-
-
-def band(color: str, word: str | None = None) -> dict[str, Any]:
-    """How an interval over a range looks."""
-    return {"color": color, "alpha": 0.7, "linewidth": 0, "zorder": 2, "label": word}
-
-
-def beside(across: float, up: float) -> dict[str, Any]:
-    """Where a small text stands from the place it speaks of, in points."""
+def markers(color: str | Array, label: str | None = None, **more: Any) -> dict[str, Any]:
+    """Return the plot options of runs and minima; `more` overrides them."""
     return {
-        "xytext": (across, up),
-        "textcoords": "offset points",
-        "va": "center",
-        "fontsize": SMALL,
+        "color": color,
+        "ms": 4,
+        "mec": "white",
+        "mew": 0.5,
+        "zorder": 5,
+        "label": label,
+        **more,
     }
 
 
-def titled(title: str, mixed: Sequence[str]) -> str:
-    """A title that says of what is drawn where its runs are of several axes."""
-    return f"{title} (mixed axes)" if mixed else title
+def band(color: str, label: str | None = None) -> dict[str, Any]:
+    """Return the `fill_between` options of an interval over a range."""
+    return {"color": color, "alpha": 0.7, "linewidth": 0, "zorder": 2, "label": label}
+
+
+def offset_text(dx: float, dy: float) -> dict[str, Any]:
+    """Return the `annotate` options of a small text at an offset, in points, from its anchor."""
+    return {"xytext": (dx, dy), "textcoords": "offset points", "va": "center", "fontsize": SMALL}
+
+
+def titled(title: str, axes: Sequence[str]) -> str:
+    """Return the title, marked where the runs are on several axes."""
+    return f"{title} (mixed axes)" if axes else title
 
 
 @contextmanager
 def page(width: float, height: float, title: str) -> Iterator[Figure]:
-    """An empty figure of so many inches in our style, its title wrapped."""
+    """Yield an empty figure in this style; sizes in inches, the title wrapped to the width."""
     import matplotlib
-    from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    from slm.figures.page import Page
+
+    with matplotlib.rc_context(RC):
+        figure = Page(figsize=(width, height), dpi=DPI, layout="constrained")
         lines = textwrap.fill(title, round(11.5 * width))
         figure.suptitle(lines, x=0.01, ha="left", fontweight="bold", fontsize=9.5)
         yield figure
 
 
-def save(figure: Figure, stem: str | Path) -> tuple[Path, Path]:
-    """Write `stem`.png and .svg under temporary names, then rename both; nothing is left of a drawing that fails."""
-    png, svg = Path(f"{stem}.png"), Path(f"{stem}.svg")
-    partial = [path.with_name(f".{path.name}.{os.getpid()}") for path in (png, svg)]
+def save(figure: Figure, stem: str | Path) -> list[Path]:
+    """Write `stem`.png and `stem`.svg and return their paths; if one fails, neither is left
+    behind."""
+    import matplotlib
+
+    png = Path(f"{stem}.png")
+    svg = Path(f"{stem}.svg")
+    temporary = [path.with_name(f".{path.name}.{os.getpid()}") for path in (png, svg)]
     try:
-        figure.savefig(partial[0], format="png", metadata={"Software": None})
-        figure.savefig(partial[1], format="svg", metadata={"Date": None})
-        return partial[0].replace(png), partial[1].replace(svg)
+        with matplotlib.rc_context(RC):
+            figure.savefig(temporary[0], format="png", metadata={"Software": None})
+        save_svg(figure, temporary[1])
+        return [temporary[0].replace(png), temporary[1].replace(svg)]
     finally:
-        for path in partial:
+        for path in temporary:
             path.unlink(missing_ok=True)
 
 
+def save_svg(figure: Figure, file: Path | IO[bytes]) -> None:
+    """Write a figure as SVG, the same bytes every time."""
+    import matplotlib
+
+    with matplotlib.rc_context(RC):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+
+
 def legend(figure: Figure) -> None:
-    """One legend under all panels, each word once, in as few rows as fit."""
-    found: dict[str, Any] = {}
+    """Draw one legend under all panels, each label once, in as few rows as fit."""
+    handles: dict[str, Any] = {}
     for axes in figure.axes:
-        found |= {
-            word: handle
-            for handle, word in zip(*axes.get_legend_handles_labels())
-            if word not in found
-        }
-    widths, page = np.array([4.0 * len(word) + 30 for word in found]), 72 * figure.get_figwidth()
-    fits = [
-        n
-        for n in range(1, len(found) + 1)
-        if sum(own.max() for own in np.array_split(widths, n)) < page
-    ]
-    if found:
-        columns = max([1, *fits])
-        figure.legend(
-            list(found.values()),
-            list(found),
-            loc="outside lower left",
-            ncols=columns,
-            columnspacing=1.3,
-            handlelength=1.8,
-        )
+        for handle, label in zip(*axes.get_legend_handles_labels()):
+            handles.setdefault(label, handle)
+    if not handles:
+        return
+    widths = np.array([4.0 * len(label) + 30 for label in handles])
+    columns = 1
+    for count in range(1, len(handles) + 1):
+        if sum(part.max() for part in np.array_split(widths, count)) < 72 * figure.get_figwidth():
+            columns = count
+    figure.legend(
+        list(handles.values()),
+        list(handles),
+        loc="outside lower left",
+        ncols=columns,
+        columnspacing=1.3,
+        handlelength=1.8,
+    )
 
 
-def settle(figure: Figure) -> None:
-    """Lay everything out and keep it so: what is placed afterwards stays where it is, and saving is quick."""
+def freeze_layout(figure: Figure) -> None:
+    """Lay everything out once and switch the layout engine off, so that labels stay where they are
+    placed."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
 
 
-def dialled(points: Sequence[Point]) -> bool:
-    """Whether depth is what sets the runs' compute; several computes of one depth are of a file that says none."""
-    return len({point.depth for point in points}) > 1 or len({point.flops for point in points}) == 1
+def is_depth_ladder(points: Sequence[Point]) -> bool:
+    """Whether depth sets the runs' compute; in a file without depths, all runs have depth 1."""
+    depths = {point.depth for point in points}
+    return len(depths) > 1 or len({point.flops for point in points}) == 1
 
 
-def runs_word(points: Sequence[Point]) -> str:
-    """What runs without a budget are."""
-    return "compute-optimal runs" if dialled(points) else "runs"
+def ladder_label(points: Sequence[Point]) -> str:
+    """Return the legend's name of runs without a budget."""
+    return "compute-optimal runs" if is_depth_ladder(points) else "runs"
 
 
 def depth_labels(
-    points: Sequence[Point], height: Callable[[Point], float], most: int = LABELS
+    points: Sequence[Point], height: Callable[[Point], float], limit: int = MAX_LABELS
 ) -> list[Label]:
-    """One label for the runs of a depth at a compute, placed at the lowest of them; `most`, evenly chosen."""
-    if not dialled(points):
+    """Return a label per depth and compute, at the lowest of its runs; at most `limit`, evenly
+    chosen."""
+    if not is_depth_ladder(points):
         return []
-    groups: dict[tuple[float, int], list[float]] = defaultdict(list)
+    heights: dict[tuple[float, int], list[float]] = defaultdict(list)
     for point in points:
-        groups[point.flops, point.depth].append(height(point))
-    chosen = np.linspace(0, len(groups) - 1, min(most, len(groups))).round().astype(int)
-    found = [sorted(groups.items())[k] for k in chosen]
-    return [
-        (f"d{depth} ×{len(heights)}" if len(heights) > 1 else f"d{depth}", flops, min(heights))
-        for (flops, depth), heights in found
-    ]
+        heights[point.flops, point.depth].append(height(point))
+    groups = sorted(heights.items())
+    labels = []
+    for k in evenly(len(groups), limit):
+        (flops, depth), values = groups[k]
+        text = f"d{depth} ×{len(values)}" if len(values) > 1 else f"d{depth}"
+        labels.append((text, flops, min(values)))
+    return labels
 
 
-def place(
-    axes: Axes, labels: Sequence[Label], taken: Iterable[tuple[float, float]], rising: bool = False
+def evenly(count: int, limit: int) -> list[int]:
+    """Return at most `limit` indices below `count`, evenly spaced."""
+    return np.linspace(0, count - 1, min(limit, count)).round().astype(int).tolist()
+
+
+def place_labels(
+    axes: Axes,
+    labels: Sequence[Label],
+    obstacles: Iterable[tuple[float, float]],
+    rising: bool = False,
 ) -> None:
-    """Write each text at its place, covering no other text and none of the places `taken`; the layout must be done.
+    """Write each label near its point without covering another label or an obstacle.
 
-    Under and to the left first (`rising`: the right), where a falling law leaves room; further down as long as that is
-    inside the panel, else above on the other side. A text far from its place has a line to it.
+    Below and to the left first (to the right if `rising`), where a falling law leaves room;
+    further down while that is inside the panel, else above on the other side. A distant label gets
+    a line to its point. The layout must be frozen.
     """
-    unit, side = 72 / axes.figure.dpi, 1 if rising else -1
-    points = np.array([axes.transData.transform(own) for own in taken]).reshape(-1, 2) * unit
-    left, floor, texts = axes.bbox.x0 * unit, axes.bbox.y0 * unit + 5, np.empty((0, 3))
+    unit = 72 / axes.figure.dpi
+    side = 1 if rising else -1
+    points = np.array([axes.transData.transform(xy) for xy in obstacles]).reshape(-1, 2) * unit
+    left_edge = axes.bbox.x0 * unit
+    bottom = axes.bbox.y0 * unit + 5
+    steps = 9 + 3 * np.arange(60)
+    placed = np.empty((0, 3))
     for text, x, y in labels:
         half = 2.3 * len(text) + 1
         anchor = axes.transData.transform((x, y)) * unit
-        steps = 9 + 3 * np.arange(60)
-        below = anchor + np.stack([np.full(60, side * (half + 3)), -steps], 1)
-        above = anchor + np.stack([np.full(60, -side * (half + 3)), steps], 1)
-        spots = np.concatenate([below[below[:, 1] > floor], above])
-        spots[:, 0] = np.maximum(spots[:, 0], left + half + 1)
-        spot = next(own for own in spots if _free(own, half, points, texts))
-        texts = np.vstack([texts, (*spot, half)])
-        far = abs(spot[1] - anchor[1]) > 18
-        line = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.5, "shrinkB": 4} if far else None
-        axes.annotate(
-            text, (x, y), ha="center", arrowprops=line, zorder=7, **beside(*(spot - anchor))
-        )
+        shift = np.full(60, side * (half + 3))
+        below = anchor + np.stack([shift, -steps], 1)
+        above = anchor + np.stack([-shift, steps], 1)
+        spots = np.concatenate([below[below[:, 1] > bottom], above])
+        spots[:, 0] = np.maximum(spots[:, 0], left_edge + half + 1)
+        spot = next(spot for spot in spots if _is_free(spot, half, points, placed))
+        placed = np.vstack([placed, (*spot, half)])
+        line: dict[str, Any] | None = None
+        if abs(spot[1] - anchor[1]) > 18:
+            line = {
+                "arrowstyle": "-",
+                "color": FAINT,
+                "linewidth": 0.5,
+                "shrinkB": 4,
+            }
+        offset = offset_text(*(spot - anchor))
+        axes.annotate(text, (x, y), ha="center", arrowprops=line, zorder=7, **offset)
 
 
-def _free(spot: Array, half: float, points: Array, texts: Array) -> bool:
-    """Whether a text of this half width, centred there, covers no point and no text; all in points of the page."""
-    across, down = np.abs(points - spot).T
-    if ((across < half + 3) & (down < 8)).any():
+def _is_free(spot: Array, half: float, points: Array, labels: Array) -> bool:
+    """Whether a label of this half width centred at `spot` covers nothing; all in points of the
+    page."""
+    dx, dy = np.abs(points - spot).T
+    if ((dx < half + 3) & (dy < 8)).any():
         return False
-    across, down = np.abs(texts[:, :2] - spot).T
-    return not ((across < half + texts[:, 2]) & (down < 9.5)).any()
+    dx, dy = np.abs(labels[:, :2] - spot).T
+    return not ((dx < half + labels[:, 2]) & (dy < 9.5)).any()
 
 
-def whiskers(axes: Axes, x: float, own: Interval, look: dict[str, Any]) -> None:
-    """An estimate, looking like this, and its interval upright at x; an open end is an arrow, none is nothing."""
-    if own.estimate is None:
+def draw_interval(axes: Axes, x: float, interval: Interval, look: dict[str, Any]) -> None:
+    """Draw an estimate and its interval upright at x; an open end is an arrow, no estimate is
+    nothing."""
+    if interval.estimate is None:
         return
-    axes.plot([x], [own.estimate], **look)
-    low, high = (own.estimate if end is None else end for end in (own.low, own.high))
-    axes.plot(
-        [x, x],
-        [low, high],
-        color=look["color"],
-        linewidth=1.4,
-        solid_capstyle="butt",
-        zorder=look["zorder"] - 1,
-    )
-    arrow = {
+    axes.plot([x], [interval.estimate], **look)
+    ends = [interval.estimate if end is None else end for end in (interval.low, interval.high)]
+    color = look["color"]
+    line: dict[str, Any] = {"color": color, "linewidth": 1.4, "solid_capstyle": "butt"}
+    axes.plot([x, x], ends, zorder=look["zorder"] - 1, **line)
+    arrow: dict[str, Any] = {
         "arrowstyle": "<-",
-        "color": look["color"],
+        "color": color,
         "linewidth": 1.2,
         "shrinkA": 0,
         "shrinkB": 0,
     }
-    for end, way in ((own.low, -20), (own.high, 20)):
-        if end is None:
-            axes.annotate(
-                "", (x, own.estimate), (0, way), textcoords="offset points", arrowprops=arrow
-            )
+    tail: dict[str, Any] = {"textcoords": "offset points", "arrowprops": arrow}
+    if interval.low is None:
+        axes.annotate("", (x, interval.estimate), (0, -20), **tail)
+    if interval.high is None:
+        axes.annotate("", (x, interval.estimate), (0, 20), **tail)
 
 
-def beyond(axes: Axes, edge: float) -> None:
-    """Shade what lies right of the runs."""
+def shade_beyond(axes: Axes, edge: float) -> None:
+    """Shade the panel right of the runs."""
     axes.axvspan(edge, axes.get_xlim()[1], color=SHADE, linewidth=0, zorder=0)
 
 
 def shades(count: int) -> Array:
-    """Of viridis without its yellow, dark first: (count, 4)."""
+    """Return colours of viridis without its yellow, dark first: (count, 4)."""
     from matplotlib import colormaps
 
     return np.asarray(colormaps["viridis"](np.linspace(0, 0.72, count)))
 
 
-def loss_axis(metric: str) -> str:
-    """The name of an axis of the loss that a fit is of."""
+def loss_label(metric: str) -> str:
+    """Return the axis label of the loss that was fitted."""
     return "validation loss" if metric == "loss" else "validation loss (bits per byte)"
 
 
-def flops_axis(axes: Axes) -> None:
-    """Logarithmic: whole powers of ten, over a narrow range 1, 2 and 5 times them; the limits must be set."""
+def compute_axis(axes: Axes) -> None:
+    """Make x the logarithmic axis of training compute."""
+    axes.set_xscale("log")
+    axes.set_xlabel("training compute (FLOPs)")
+
+
+def flops_ticks(axes: Axes) -> None:
+    """Tick x at powers of ten, over a narrow range also at 2 and 5 times them; the limits must be
+    set."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.xaxis.set_minor_formatter(NullFormatter())
     low, high = axes.get_xlim()
     if high / low < 50:
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.xaxis.set_major_formatter(
-            FuncFormatter(lambda value, _: f"{value:.0e}".replace("e+", "e"))
-        )
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: one_digit(value)))
 
 
-def count_axis(axis: Axis) -> None:
-    """A logarithmic axis of parameters or tokens: 50M, 1B; the limits must be set."""
+def count_ticks(axis: Axis) -> None:
+    """Tick a logarithmic axis of parameters or tokens: 50M, 1B; the limits must be set."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axis.get_view_interval()
@@ -271,13 +318,13 @@ def count_axis(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def one_digit(flops: float) -> str:
+    """Return FLOPs with one digit: "2e18"."""
+    return f"{flops:.0e}".replace("e+", "e")
+
+
 def count_text(count: float) -> str:
-    """1.3B."""
+    """Return a count with three digits in units of k, M, B and T: "1.3B"."""
     power = int(np.clip(np.log10(count) // 3, 0, 4))
-    return f"{count / 1000**power:.3g}{'kMBT'[power - 1] if power else ''}"
-
-
-def flops_text(flops: float) -> str:
-    """2.15e18."""
-    mantissa, _, power = f"{flops:.2e}".partition("e")
-    return f"{float(mantissa):g}e{int(power)}"
+    unit = "kMBT"[power - 1] if power else ""
+    return f"{count / 1000**power:.3g}{unit}"

@@ -1,12 +1,20 @@
-"""An experiment as it is told to others: one self-contained HTML page, or the same in Markdown."""
+"""An experiment on one page: self-contained HTML, or Markdown for a pull request."""
 
 from __future__ import annotations
 
 from slm.report.charts import drawings
-from slm.report.content import Report
-from slm.report.gather import Family, Found
-from slm.report.markdown import markdown
-from slm.report.page import page
-from slm.report.sections import report_of
+from slm.report.gather import ExperimentData, Family, gather
+from slm.report.render import Drawing, Report, render_html, render_markdown
+from slm.report.sections import build_report
 
-__all__ = ["Family", "Found", "Report", "drawings", "markdown", "page", "report_of"]
+__all__ = [
+    "Drawing",
+    "ExperimentData",
+    "Family",
+    "Report",
+    "build_report",
+    "drawings",
+    "gather",
+    "render_html",
+    "render_markdown",
+]

@@ -1,159 +1,157 @@
-"""What the store holds of an experiment, and its rows in words and columns."""
+"""Data of a report: an experiment's rows in the store, and the fits of its recipes."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from pathlib import Path
 from typing import Any
 
-from slm.figures.style import count_text, flops_text
 from slm.fits import CurveFit
-from slm.report.content import Drawing, Table
+from slm.report.render import Drawing
+from slm.selection import budget_of, parsed, records
+from slm.text import plural
 
 Row = Mapping[str, Any]
-# A column of whole numbers of which some are missing comes from pandas as floats: hence :g, and ,.0f, all over.
-Columns = dict[str, Callable[[Any], str]]
-"""Headers, and what each takes from what a row of the table is of."""
+"""A row of the store; None is not known. An integer may come as a float, where the column has
+gaps."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """The runs of one recipe, and what they say."""
+    """The runs of one recipe and their fit."""
 
     recipe: str
-    """Its name."""
     fit: CurveFit | None
-    """None where no run can be fitted."""
-    why: str
-    """Why there is none; empty where there is."""
-    record: Row = field(default_factory=dict)
-    """The recorded fit; empty without one."""
+    why: str = ""
+    """Why there is no fit."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """The recorded document of the fit."""
     drawings: Sequence[Drawing] = ()
-    """Loss against compute first; the frontier, residuals and CORE where there is something to show."""
+    """The curve first, then the others that the fit has."""
 
-    def drawn(self, ending: str) -> list[Drawing]:
-        """Those whose file ends so."""
-        return [own for own in self.drawings if own.path.stem.endswith(ending)]
+    def drawings_named(self, name: str) -> list[Drawing]:
+        """Return the figure of a name, if the fit has it."""
+        return [drawing for drawing in self.drawings if drawing.name == name]
 
 
 @dataclass(frozen=True)
-class Found:
+class ExperimentData:
     """What the store holds of an experiment."""
 
     name: str
-    """Of the experiment."""
     question: str
-    """Empty where nobody said."""
-    declared: Row
-    """Recipes, depths, horizons, seeds, data and plans as asked."""
+    """Empty if none was declared."""
+    declared: Mapping[str, Any]
+    """Recipes, depths, horizons, seeds, corpus and plans as declared; empty for imported runs."""
     rows: Sequence[Row]
-    """Its rows of the view `results`, cheapest first."""
+    """Rows of the view `results`, cheapest first."""
     attempts: Sequence[Row]
-    """Its rows of the table `attempts`."""
-    families: Sequence[Family]
-    """One for each recipe that has a finished run."""
+    """Rows of the table `attempts`."""
+    families: Sequence[Family] = ()
+    """One per recipe with a finished run."""
 
     @property
     def finished(self) -> list[Row]:
         """Rows with a result."""
         return [row for row in self.rows if row["status"] == "finished"]
 
-
-def table(caption: str, columns: Columns, rows: Iterable[Any]) -> Table:
-    """A row for each of `rows`."""
-    return Table(caption, list(columns), [[cell(row) for cell in columns.values()] for row in rows])
-
-
-def each(rows: Sequence[Row], name: str) -> list[str]:
-    """Values of a column, each once."""
-    return list(dict.fromkeys(str(row[name]) for row in rows if row[name] is not None))
+    @property
+    def core_name(self) -> str:
+        """Name of the benchmark of the finished runs; CORE is that of the full bundle alone."""
+        return core_name(self.finished)
 
 
-def states(rows: Sequence[Row]) -> str:
-    """`2 runs failed, 1 planned`."""
-    counted = Counter(row["status"] for row in rows).most_common()
-    return ", ".join(
-        f"{counts(count, 'run') if k == 0 else count} {state}"
-        for k, (state, count) in enumerate(counted)
-    )
+def gather(name: str, home: Path, allow_mixed: bool) -> ExperimentData:
+    """Read an experiment from the store, without its fits.
+
+    Raises QueryError for an unknown experiment, ValueError for one without runs, NotComparable for
+    runs on several axes unless `allow_mixed`.
+    """
+    import store
+
+    frame = store.results(name, home=home)
+    if frame.empty:
+        raise ValueError(
+            f"experiment {name!r} has no runs left: run the same sweep again to plan them"
+        )
+    owner = str(frame["home"].iloc[0])
+    query = "select question, declared from experiments where home = ? and name = ?"
+    (experiment,) = records(store.sql(query, [owner, name], home=home))
+    query = """select attempts.* from attempts join memberships using (home, run_id)
+               where home = ? and experiment = ? order by run_id, attempt"""
+    attempts = records(store.sql(query, [owner, name], home=home))
+    rows = sorted(records(frame), key=_order)
+    if not allow_mixed:
+        _check_axes(rows)
+    declared = parsed(experiment["declared"])
+    return ExperimentData(name, experiment["question"] or "", declared, rows, attempts)
 
 
-def depth(row: Row) -> str:
-    """`d4`; of an imported run without a depth its own name."""
-    return f"d{row['depth']:g}" if row["depth"] is not None else str(row["label"] or row["run_id"])
+def _order(row: Row) -> tuple[float, int, str, int]:
+    """Sort by budget, then by depth, recipe and seed."""
+    budget = budget_of(row["horizon"] or "") or 0.0
+    return budget, row["depth"] or 0, row["recipe"] or "", row["seed"] or 0
 
 
-def label(row: Row) -> str:
-    """A run's name for people: its depth and, where it says more, horizon and seed."""
-    horizon = f" {row['horizon']}" if row["horizon"] and row["horizon"] != "compute-optimal" else ""
-    return f"{depth(row)}{horizon}" + (f" seed {row['seed']:g}" if row["seed"] else "")
+def _check_axes(rows: Sequence[Row]) -> None:
+    """Raise NotComparable if the losses of finished runs are on several axes."""
+    from slm.fits.points import Axes
 
-
-def names_of(rows: Sequence[Row]) -> str:
-    """Few runs by name, more by their number."""
-    return ", ".join(map(label, rows)) if len(rows) <= 4 else counts(len(rows), "run")
-
-
-def counts(count: float, word: str) -> str:
-    """`1 run`, `2 runs`."""
-    return f"{count:g} {word}{'s' * (count != 1)}"
-
-
-def counted(value: float | None) -> str:
-    """`1.3B`, nothing where it is not known."""
-    return count_text(value) if value else ""
-
-
-def compute(row: Row) -> str:
-    """FLOPs spent, nothing where they are not known."""
-    return flops_text(row["flops"]) if row["flops"] else ""
-
-
-def number(value: float | None, form: str) -> str:
-    """In that form, nothing where it is not known."""
-    return "" if value is None else format(value, form)
-
-
-def ratio(value: float | None, by: float | None, form: str) -> str:
-    """Of the two, nothing where one is not known."""
-    return format(value / by, form) if value and by else ""
-
-
-def varying(rows: Sequence[Row], *names: str) -> Columns:
-    """Those columns of `results` of which the rows hold several values."""
-    return {name: partial(_said, name) for name in names if len({row[name] for row in rows}) > 1}
-
-
-def _said(name: str, row: Row) -> str:
-    value = row[name]
-    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    keys = [row["comparison_key"] for row in rows if row["status"] == "finished"]
+    Axes.of_keys(keys).require_one()
 
 
 def replicates(rows: Sequence[Row]) -> list[list[Row]]:
-    """Runs that differ in nothing but the seed, where there are several."""
+    """Return groups of two or more runs that differ only in the seed."""
     groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    names = ("recipe", "depth", "horizon", "comparison_key", "code")
     for row in rows:
         if row["val_bpb"] is not None and row["seed"] is not None:
-            groups[
-                row["recipe"], row["depth"], row["horizon"], row["comparison_key"], row["code"]
-            ].append(row)
-    return [own for own in groups.values() if len(own) > 1]
+            groups[tuple(row[name] for name in names)].append(row)
+    return [group for group in groups.values() if len(group) > 1]
 
 
-def core_word(rows: Sequence[Row]) -> str:
-    """What the benchmark is called: CORE is only the full one's name."""
-    names = {str(row["core_metric"]) for row in rows if row["core_metric"]}
-    return ", ".join(
-        sorted(names - {"core"} | ({"CORE"} if "core" in names or not names else set()))
-    )
+def core_name(rows: Sequence[Row]) -> str:
+    """Return the name of the benchmark in `core`, several joined by commas."""
+    names = {str(row["core_metric"]) for row in rows if row["core_metric"]} or {"core"}
+    return ", ".join(sorted("CORE" if name == "core" else name for name in names))
 
 
-def where(row: Row) -> str:
-    """`2 × NVIDIA H100`, nothing where it is not known."""
-    return (
-        f"{row['ranks'] or 1:g} × {row['device_name'] or row['device']}"
-        if row["device_name"] or row["device"]
-        else ""
-    )
+def distinct(rows: Sequence[Row], name: str) -> list[str]:
+    """Return the known values of a column, each once."""
+    return list(dict.fromkeys(str(row[name]) for row in rows if row[name] is not None))
+
+
+def describe_states(rows: Sequence[Row]) -> str:
+    """Return counts by status: "2 runs failed, 1 planned"."""
+    states = Counter(row["status"] for row in rows).most_common()
+    (state, count), *rest = states
+    return ", ".join([f"{plural(count, 'run')} {state}", *(f"{n} {name}" for name, n in rest)])
+
+
+def depth_label(row: Row) -> str:
+    """Return "d4", or the label of an imported run without a depth."""
+    return f"d{row['depth']:g}" if row["depth"] is not None else str(row["label"] or row["run_id"])
+
+
+def run_label(row: Row) -> str:
+    """Return a run's depth, and its horizon and seed where they are not the default."""
+    words = [depth_label(row)]
+    if row["horizon"] and row["horizon"] != "compute-optimal":
+        words.append(row["horizon"])
+    if row["seed"]:
+        words.append(f"seed {row['seed']:g}")
+    return " ".join(words)
+
+
+def run_labels(rows: Sequence[Row]) -> str:
+    """Name up to four runs, count more."""
+    return ", ".join(map(run_label, rows)) if len(rows) <= 4 else plural(len(rows), "run")
+
+
+def devices_of(row: Row) -> str:
+    """Return "2 × NVIDIA H100", empty if unknown."""
+    name = row["device_name"] or row["device"]
+    return f"{row['ranks'] or 1:g} × {name}" if name else ""

@@ -1,46 +1,58 @@
-"""Where the numbers of an experiment come from, and the commands that ask for it again."""
+"""Provenance of an experiment's numbers, and the commands that repeat it."""
 
 from __future__ import annotations
 
 import json
 import shlex
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from slm.recipe import RECIPES
-from slm.report.content import Block, Commands, Facts, Text
-from slm.report.gather import Found, Row, counts, names_of, where
+from slm.report.gather import ExperimentData, Row, devices_of, run_labels
+from slm.report.render import Part
+from slm.selection import parsed
+from slm.text import plural
 
 PACKAGES = ("slm", "torch", "numpy")
-"""Whose versions are told."""
 
 
-def provenance(found: Found) -> list[Block]:
-    """What the numbers rest on; where runs differ, each value with its runs."""
-    rows = found.rows
-    versions = [{**row, **_object(row["versions"])} for row in rows]
-    pairs = {
-        "commit": _said(rows, _commit),
-        "trainer's code": _said(rows, "code"),
-        "versions": ", ".join(
-            f"{name} {own}" for name in PACKAGES if (own := _said(versions, name))
-        ),
-        "Python": _said(rows, "python"),
-        "host": _said(rows, "host"),
-        "devices": _said(rows, _devices),
-        "corpus": _said(rows, "corpus"),
-        "training rows": _said(rows, "train_rows"),
-        "validation rows": _said(rows, _validation),
-        "tokeniser": _said(rows, "tokenizer"),
-        "context": _said(rows, _context),
-        "comparison key": _said(rows, "comparison_key"),
-        "evaluation": _said(rows, "core_key"),
-        "fits": ", ".join(own.record["hash"] for own in found.families if own.record),
-        "source": _said(rows, lambda row: row["source"] if row["source"] != "run" else None),
+def provenance(data: ExperimentData) -> list[Part]:
+    """Return code, data and devices; where runs differ, each value with its runs."""
+    rows = data.rows
+    versions = [{**row, **parsed(row["versions"])} for row in rows]
+    packages = [(name, _values(versions, name)) for name in PACKAGES]
+    facts = {
+        "commit": _values(rows, _commit),
+        "trainer's code": _values(rows, "code"),
+        "versions": ", ".join(f"{name} {version}" for name, version in packages if version),
+        "Python": _values(rows, "python"),
+        "host": _values(rows, "host"),
+        "devices": _values(rows, _devices),
+        "corpus": _values(rows, "corpus"),
+        "training rows": _values(rows, "train_rows"),
+        "validation rows": _values(rows, _validation),
+        "tokeniser": _values(rows, "tokenizer"),
+        "context": _values(rows, _context),
+        "comparison key": _values(rows, "comparison_key"),
+        "evaluation": _values(rows, "core_key"),
+        "fits": ", ".join(family.record["hash"] for family in data.families if family.record),
+        "source": _values([row for row in rows if row["source"] != "run"], "source"),
     }
-    return [Facts([(name, said) for name, said in pairs.items() if said])]
+    return [Part(facts=[(name, text) for name, text in facts.items() if text])]
+
+
+def _values(rows: Sequence[Row], column: str | Callable[[Row], str | None]) -> str:
+    """Return the value that all rows share, or each value with the runs that have it."""
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        value = row.get(column) if isinstance(column, str) else column(row)
+        if value is not None:
+            groups[str(value)].append(row)
+    if len(groups) == 1:
+        return next(iter(groups))
+    return "; ".join(f"{value} ({run_labels(group)})" for value, group in groups.items())
 
 
 def _commit(row: Row) -> str | None:
@@ -49,8 +61,8 @@ def _commit(row: Row) -> str | None:
 
 
 def _devices(row: Row) -> str | None:
-    threads = f", {counts(row['threads'], 'thread')} each" if row["threads"] else ""
-    return f"{where(row)}{threads}" if where(row) else None
+    threads = f", {plural(int(row['threads']), 'thread')} each" if row["threads"] else ""
+    return f"{devices_of(row)}{threads}" if devices_of(row) else None
 
 
 def _validation(row: Row) -> str | None:
@@ -62,61 +74,51 @@ def _context(row: Row) -> str | None:
     return f"{row['sequence_length']:,.0f} tokens" if row["sequence_length"] else None
 
 
-def _said(rows: Sequence[Row], what: str | Callable[[Row], Any]) -> str:
-    """The value that all rows have, or each value with the runs that have it."""
-    values: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        value = row.get(what) if isinstance(what, str) else what(row)
-        if value is not None:
-            values[str(value)].append(row)
-    if len(values) == 1:
-        return next(iter(values))
-    return "; ".join(f"{value} ({names_of(own)})" for value, own in values.items())
-
-
-def repeat(found: Found) -> list[Block]:
-    """The command lines; nothing for what was imported."""
-    asked = found.declared
-    if not (asked.get("depths") or asked.get("plans")):
+def repetition(data: ExperimentData) -> list[Part]:
+    """Return the command lines that repeat the experiment; none for imported runs."""
+    declared = data.declared
+    report = f"slm report {data.name}"
+    if declared.get("plans"):
+        words = ["slm", "sweep"]
+        for run in declared["plans"]:
+            words += ["--plan", f"{run}/plan.json"]
+        command = shlex.join([*words, "--name", data.name])
+        return [Part(text="In the folder of runs:", commands=[command])]
+    if not declared.get("depths"):
         return []
-    if asked.get("plans"):
-        plans = [word for run in asked["plans"] for word in ("--plan", f"{run}/plan.json")]
-        return [
-            Text("In the folder of runs:"),
-            Commands([shlex.join(["slm", "sweep", *plans, "--name", found.name])]),
-        ]
-    ours = {name: json.loads(json.dumps(asdict(own))) for name, own in RECIPES.items()}
-    known = [name for name, own in asked["recipes"].items() if own == ours.get(name)]
-    seeds = list(asked["seeds"])
-    if len(asked["recipes"]) == len(known) == 1 and seeds == list(range(len(seeds))):
-        return [Commands([_sweep(found.name, known[0], asked), f"slm report {found.name}"])]
-    why = "It was declared in a file, with recipes or seeds that no flag asks for. With that file, else run by run from"
-    return [
-        Text(f"{why} the folder of runs:"),
-        Commands(
-            [
-                "slm sweep FILE.py",
-                f"slm sweep --plan RUN/plan.json --name {found.name}",
-                f"slm report {found.name}",
-            ]
-        ),
-    ]
+    recipe = _default_recipe(declared)
+    if recipe:
+        return [Part(commands=[_sweep(data.name, recipe, declared), report])]
+    text = (
+        "It was declared in a file, with recipes or seeds that no option sets. With that file, "
+        "else run by run from the folder of runs:"
+    )
+    by_run = f"slm sweep --plan RUN/plan.json --name {data.name}"
+    return [Part(text=text, commands=["slm sweep FILE.py", by_run, report])]
 
 
-def _sweep(name: str, recipe: str, asked: Row) -> str:
-    """The command line that asks for the same."""
-    words = ["slm", "sweep", "--recipe", recipe, "--depths", ",".join(map(str, asked["depths"]))]
+def _default_recipe(declared: Mapping[str, Any]) -> str | None:
+    """Return the recipe if `slm sweep` can ask for the same: one unchanged recipe, seeds from 0
+    on."""
+    seeds = list(declared["seeds"])
+    if len(declared["recipes"]) != 1 or seeds != list(range(len(seeds))):
+        return None
+    ((name, recipe),) = declared["recipes"].items()
+    if name not in RECIPES or recipe != json.loads(json.dumps(asdict(RECIPES[name]))):
+        return None
+    return str(name)
+
+
+def _sweep(name: str, recipe: str, declared: Mapping[str, Any]) -> str:
+    words = ["slm", "sweep", "--recipe", recipe, "--depths"]
+    words.append(",".join(map(str, declared["depths"])))
     for option in ("flops", "ratios"):
-        words += (
-            [f"--{option}", ",".join(f"{own:g}" for own in asked[option])] if asked[option] else []
-        )
-    words += ["--steps", str(asked["steps"])] if asked["steps"] else []
-    words += ["--seeds", str(len(asked["seeds"]))] if len(asked["seeds"]) > 1 else []
-    words += ["--data", asked["data"]] if asked["data"] != "python" else []
+        if declared[option]:
+            words += [f"--{option}", ",".join(f"{value:g}" for value in declared[option])]
+    if declared["steps"]:
+        words += ["--steps", str(declared["steps"])]
+    if len(declared["seeds"]) > 1:
+        words += ["--seeds", str(len(declared["seeds"]))]
+    if declared["data"] != "python":
+        words += ["--data", declared["data"]]
     return shlex.join([*words, "--name", name])
-
-
-def _object(value: Any) -> Row:
-    """A JSON column, which a database gives as text or as an object."""
-    found = json.loads(value) if isinstance(value, str) else value
-    return found if isinstance(found, dict) else {}

@@ -242,8 +242,8 @@ def test_the_next_runs_are_sweeps_that_fit_the_budget(swept: Path) -> None:
     [
         (("fit-curves", "grid", "--depth", "x"), "--depth x"),
         (("fit-curves", "grid", "--at", "-1"), "--at -1"),
-        (("fit-curves", "grid", "--metric", "mfu"), "--metric mfu"),
-        (("fit-curves", "grid", "--params", "all"), "--params all"),
+        (("fit-curves", "grid", "--metric", "mfu"), "metric mfu"),
+        (("fit-curves", "grid", "--params", "all"), "params all"),
         (("fit-curves", "grid", "--form", "cubic"), "cubic"),
         (("fit-curves", "ladder", "--form", "coupled"), "coupled"),
         (
@@ -252,7 +252,7 @@ def test_the_next_runs_are_sweeps_that_fit_the_budget(swept: Path) -> None:
         ),
         (("fit-curves", "grid", "--metric", "core"), "core"),
         (("fit-curves", "nonesuch"), "nonesuch"),
-        (("fit-curves", "grid", "--price", "2"), "--price 2"),
+        (("fit-curves", "grid", "--price", "2"), "price 2"),
         (("fit-curves", "grid", "--depth", ""), "--depth"),
         (("fit-curves", "grid", "--reach", "2"), "2"),
         (("compare", "ladder"), "two names"),

@@ -1,4 +1,4 @@
-"""The figure is there, says what it shows, and is the same file every time."""
+"""Figures: labels, hold-outs, levels, files of equal bytes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from matplotlib.figure import Figure
 
 from slm.figures import (
     draw_comparison,
-    draw_core,
-    draw_curve,
     draw_fit,
-    draw_frontier,
-    draw_residuals,
+    plot_core,
+    plot_curve,
+    plot_fit,
+    plot_frontier,
+    plot_residuals,
+    plot_runs,
+    save,
 )
 from slm.figures.core_curve import LEVELS
 from slm.fits import Comparison, CoreFit, Interval, Point, Trial, fit_curves
@@ -29,7 +32,7 @@ FLOPS = np.geomspace(3e10, 5e12, 5)
 
 
 def ladder() -> list[Point]:
-    """Five depths, two seeds."""
+    """Return runs of five depths and two seeds."""
     draw = np.random.default_rng(1)
     return [
         Point(f"{depth}-{seed}", "pocket", depth, 1e4 * depth**2, 1e6, c, loss, seed, None, "a")
@@ -41,7 +44,7 @@ def ladder() -> list[Point]:
 
 
 def valleys() -> list[Point]:
-    """Two budgets, one of which has no minimum."""
+    """Return runs at two budgets, one without a minimum."""
     return [
         Point(
             f"{budget:g}-{k}",
@@ -60,21 +63,21 @@ def valleys() -> list[Point]:
     ]
 
 
-def words(svg: Path) -> str:
-    """All text of a drawing."""
+def texts(svg: Path) -> str:
+    """Return all text of a drawing."""
     return " ".join(re.findall(r">([^<>]+)</", svg.read_text()))
 
 
-def test_a_figure_names_its_axes_its_runs_and_its_law(tmp_path: Path) -> None:
+def test_a_curve_labels_axes_runs_and_law(tmp_path: Path) -> None:
     curves = [
         (depth, np.geomspace(c / 100, c, 20), 1.5 * np.geomspace(c / 100, c, 20) ** -0.01)
         for depth, c in enumerate(FLOPS)
     ]
     points = ladder()
-    png, svg = draw_curve(fit_curves(points), tmp_path / "fit.v1", curves=curves, title="my sweep")
+    png, svg = save(plot_curve(fit_curves(points), curves, "my sweep"), tmp_path / "fit.v1")
     assert (png, svg) == (tmp_path / "fit.v1.png", tmp_path / "fit.v1.svg")
     assert png.read_bytes().startswith(b"\x89PNG")
-    said = words(svg)
+    labels = texts(svg)
     for text in (
         "my sweep",
         "training compute (FLOPs)",
@@ -82,59 +85,61 @@ def test_a_figure_names_its_axes_its_runs_and_its_law(tmp_path: Path) -> None:
         "beyond the runs",
         "L = E +",
     ):
-        assert text in said
+        assert text in labels
     for depth in range(2, 7):
-        assert f"d{depth} ×2" in said
+        assert f"d{depth} ×2" in labels
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fit.v1.png", "fit.v1.svg"], (
         "a temporary file stayed"
     )
 
 
-def test_a_grid_shows_minima_and_the_budget_that_has_none(tmp_path: Path) -> None:
+def test_a_grid_labels_a_budget_without_a_minimum(tmp_path: Path) -> None:
     points = valleys()
-    said = words(draw_curve(fit_curves(points), tmp_path / "grid")[1])
-    assert "parameters (matrices+head)" in said
-    assert "1e12 FLOPs: no minimum" in said
-    assert "fewer than two minima: no exponents" in said
+    labels = texts(save(plot_curve(fit_curves(points)), tmp_path / "grid")[1])
+    assert "parameters (matrices+head)" in labels
+    assert "1e12 FLOPs: no minimum" in labels
+    assert "fewer than two minima: no exponents" in labels
 
 
 @pytest.mark.parametrize("count", [1, 2, 10])
 def test_the_same_fit_is_the_same_file(tmp_path: Path, count: int) -> None:
     points = ladder()[:count]
-    first, second = (draw_curve(fit_curves(points), tmp_path / name) for name in ("a", "b"))
+    first, second = (save(plot_curve(fit_curves(points)), tmp_path / name) for name in ("a", "b"))
     for one, other in zip(first, second):
         assert one.read_bytes() == other.read_bytes()
 
 
 def test_no_label_covers_a_run_or_another_label(tmp_path: Path) -> None:
-    """Depths so close that their labels would lie on each other where they are first put."""
-    placed: list[tuple[float, float]] = []
+    """Depths so close that their labels would overlap at their first positions."""
+    centres: list[tuple[float, float]] = []
     points = [
         Point(f"{k}", "pocket", 10 + k, 1e4, 1e6, 1e12 * 1.08**k, 2 - 0.01 * k, 0, None, "a")
         for k in range(8)
     ]
-    svg = draw_curve(fit_curves(points), tmp_path / "close")[1].read_text()
+    svg = save(plot_curve(fit_curves(points)), tmp_path / "close")[1].read_text()
     for match in re.finditer(
         r"translate\(([\d.]+) ([\d.]+)\)[^>]*>d1\d<|x=\"([\d.]+)\" y=\"([\d.]+)\"[^>]*>d1\d<", svg
     ):
         x, y = (float(value) for value in match.groups() if value)
-        placed.append((x, y))
-    assert len(placed) == 8
-    for k, (x, y) in enumerate(placed):
-        assert all(abs(x - other) > 15 or abs(y - own) > 8 for other, own in placed[:k])
+        centres.append((x, y))
+    assert len(centres) == 8
+    for k, (x, y) in enumerate(centres):
+        assert all(abs(x - other) > 15 or abs(y - below) > 8 for other, below in centres[:k])
 
 
-def places(svg: Path, pattern: str) -> list[tuple[str, float, float]]:
-    """Every text that fits the pattern, and where its middle stands, in points."""
-    found = re.finditer(
+def positions(svg: Path, pattern: str) -> list[tuple[str, float, float]]:
+    """Return every text that matches the pattern, and its centre in points."""
+    matches = re.finditer(
         rf'(?:translate\(([\d.-]+) ([\d.-]+)\)|x="([\d.-]+)" y="([\d.-]+)")[^>]*>({pattern})<',
         svg.read_text(),
     )
-    return [(match[5], float(match[1] or match[3]), float(match[2] or match[4])) for match in found]
+    return [
+        (match[5], float(match[1] or match[3]), float(match[2] or match[4])) for match in matches
+    ]
 
 
 def grid(budgets: Sequence[float] = (1e11, 1e12, 1e13), noise: float = 0.001) -> list[Point]:
-    """Valleys that hold both a minimum each and a surface; N* = (C/6)^0.5 / 4."""
+    """Return runs that determine a minimum per budget and a surface; N* = (C/6)^0.5 / 4."""
     draw, points = np.random.default_rng(2), []
     for budget in budgets:
         sizes = np.sqrt(budget / 6) / 4 * np.geomspace(1 / 5, 5, 6)
@@ -150,7 +155,7 @@ def grid(budgets: Sequence[float] = (1e11, 1e12, 1e13), noise: float = 0.001) ->
 
 
 def comparison(factor: float = 0.97) -> Comparison:
-    """A candidate that is three per cent better at five depths, two seeds each."""
+    """Compare a candidate that is three per cent better at five depths, two seeds each."""
     sides = [
         [
             Trial(f"{by}-{run.run_id}", run.depth, run.seed, run.flops, by * run.loss)
@@ -161,8 +166,8 @@ def comparison(factor: float = 0.97) -> Comparison:
     return compare(*sides, ("old", "new"))
 
 
-def test_every_figure_of_a_fit_is_drawn_and_no_other(tmp_path: Path) -> None:
-    """One dial has no frontier, and nothing measured has no CORE."""
+def test_a_fit_draws_the_figures_it_has(tmp_path: Path) -> None:
+    """A ladder alone has no frontier, and runs without evaluations no CORE."""
     lone = draw_fit(fit_curves(ladder()), tmp_path / "lone")
     assert [path.name for path in lone] == [
         "lone.png",
@@ -179,72 +184,72 @@ def test_every_figure_of_a_fit_is_drawn_and_no_other(tmp_path: Path) -> None:
     )
 
 
-def test_what_was_foretold_of_runs_held_out_stands_under_the_law(tmp_path: Path) -> None:
-    assert "held out" not in words(draw_curve(fit_curves(ladder()[:6]), tmp_path / "none")[1])
+def test_hold_outs_are_drawn_under_the_law(tmp_path: Path) -> None:
+    assert "held out" not in texts(save(plot_curve(fit_curves(ladder()[:6])), tmp_path / "none")[1])
     hit, off = ladder(), ladder()
     off[-2:] = [replace(run, loss=1.2 * run.loss) for run in off[-2:]]
     fits = fit_curves(hit), fit_curves(off)
     held = [run for hold_out in fits[0].selection.hold_outs for run in hold_out.predicted]
-    said = words(draw_curve(fits[0], tmp_path / "hit")[1])
+    labels = texts(save(plot_curve(fits[0]), tmp_path / "hit")[1])
     assert (
         f"held out: {sum(run.covered for run in held)} of {len(held)} inside the predicted interval"
-        in said
+        in labels
     )
-    assert "off the law (%)" in said
-    assert "predicted, missed" in words(draw_curve(fits[1], tmp_path / "missed")[1])
+    assert "off the law (%)" in labels
+    assert "predicted, missed" in texts(save(plot_curve(fits[1]), tmp_path / "missed")[1])
 
 
-def test_the_frontier_says_both_exponents_of_both_axes(tmp_path: Path) -> None:
+def test_the_frontier_has_the_exponents_of_params_and_tokens(tmp_path: Path) -> None:
     points = [*grid(), *ladder()]
     fit = fit_curves(points)
-    said = words(draw_frontier(fit, tmp_path / "fit", "mine")[1])
+    labels = texts(save(plot_frontier(fit), tmp_path / "fit")[1])
     assert fit.isoflop
     assert fit.isoflop.params_exponent
     assert fit.isoflop.tokens_exponent
-    assert f"minima: a = {fit.isoflop.params_exponent.text('.2f')}" in said
-    assert f"minima: b = {fit.isoflop.tokens_exponent.text('.2f')}" in said
-    assert "parameters N (matrices+head)" in said
-    assert "compute-optimal runs" in said
+    assert f"minima: a = {fit.isoflop.params_exponent.text('.2f')}" in labels
+    assert f"minima: b = {fit.isoflop.tokens_exponent.text('.2f')}" in labels
+    assert "parameters N (matrices+head)" in labels
+    assert "compute-optimal runs" in labels
 
 
-def test_a_run_far_from_the_law_is_shown_at_the_edge(tmp_path: Path) -> None:
+def test_a_residual_beyond_the_panel_is_drawn_at_its_edge(tmp_path: Path) -> None:
     flops = np.geomspace(1e12, 1e14, 24)
     losses = (1 + 3000 * flops**-0.3) * np.exp(0.001 * np.random.default_rng(0).standard_normal(24))
-    near = [
+    inliers = [
         Point(f"{k}", "pocket", k, 1e4, 1e6, c, y, 0, None, "a")
         for k, (c, y) in enumerate(zip(flops, losses), 2)
     ]
-    far = [replace(own, loss=1.2 * own.loss) if own.depth == 6 else own for own in near]
-    assert "beyond the panel" not in words(
-        draw_residuals(fit_curves(near), tmp_path / "near", "")[1]
+    outliers = [replace(run, loss=1.2 * run.loss) if run.depth == 6 else run for run in inliers]
+    assert "beyond the panel" not in texts(
+        save(plot_residuals(fit_curves(inliers)), tmp_path / "near")[1]
     )
-    assert "beyond the panel" in words(draw_residuals(fit_curves(far), tmp_path / "far", "")[1])
+    assert "beyond the panel" in texts(
+        save(plot_residuals(fit_curves(outliers)), tmp_path / "far")[1]
+    )
 
 
 def measured() -> list[Point]:
-    """The ladder with a CORE, at chance where the loss is high."""
-    return [replace(own, core=max(0.0, 0.5 - 0.17 * own.loss)) for own in ladder()]
+    """Return the ladder with a CORE, at chance where the loss is high."""
+    return [replace(run, core=max(0.0, 0.5 - 0.17 * run.loss)) for run in ladder()]
 
 
-def test_core_stands_beside_the_published_levels_that_are_near(
-    tmp_path: Path, reference: Path
-) -> None:
+def test_core_is_drawn_with_published_levels_in_its_range(tmp_path: Path, reference: Path) -> None:
     drawn = draw_fit(fit_curves(measured()), tmp_path / "fit")
     assert [path.stem for path in drawn[::2]] == ["fit", "fit-residuals", "fit-core"]
-    said = words(drawn[-1])
-    assert "GPT-2 124M  0.114" in said
-    assert "GPT-3 175B" not in said, "a level far above the runs"
-    assert "runs at chance" in said
+    labels = texts(drawn[-1])
+    assert "GPT-2 124M  0.114" in labels
+    assert "GPT-3 175B" not in labels, "a level far above the runs"
+    assert "runs at chance" in labels
     text = (reference / "data/nanochat/karpathy/gpt2_gpt3_core.csv").read_text()
     published = [(row["family"], row["core"]) for row in csv.DictReader(text.splitlines())]
     assert [(name[:5], f"{level:.3f}") for name, level in LEVELS.items()] == published
 
 
-def test_a_comparison_says_its_verdict_and_shows_every_depth(tmp_path: Path) -> None:
-    found = comparison()
-    png, svg = draw_comparison(found, tmp_path / "against")
-    said = words(svg)
-    assert " ".join(found.decision.sentence.split()[:6]) in said
+def test_a_comparison_has_its_decision_and_every_depth(tmp_path: Path) -> None:
+    result = comparison()
+    png, svg = draw_comparison(result, tmp_path / "against")
+    labels = texts(svg)
+    assert " ".join(result.decision.sentence.split()[:6]) in labels
     for text in (
         "old",
         "new",
@@ -252,23 +257,27 @@ def test_a_comparison_says_its_verdict_and_shows_every_depth(tmp_path: Path) -> 
         "compute multiplier",
         "no difference",
     ):
-        assert text in said
-    assert f"over all depths: {found.multiplier.text('.3g')}" in said
+        assert text in labels
+    assert f"over all depths: {result.multiplier.text('.3g')}" in labels
     assert draw_comparison(comparison(), tmp_path / "again")[0].read_bytes() == png.read_bytes()
 
 
 def test_an_open_end_is_an_arrow_and_an_unknown_multiplier_nothing(tmp_path: Path) -> None:
-    found = comparison()
+    result = comparison()
     closed, open_end, unknown = (
         draw_comparison(
             replace(
-                found, per_depth=(replace(found.per_depth[0], multiplier=own), *found.per_depth[1:])
+                result,
+                per_depth=(
+                    replace(result.per_depth[0], multiplier=interval),
+                    *result.per_depth[1:],
+                ),
             ),
             tmp_path / name,
         )[1]
         .read_text()
         .count("<path")
-        for name, own in (
+        for name, interval in (
             ("closed", Interval(1.2, 1.1, 1.3, True)),
             ("open", Interval(1.2, 1.1)),
             ("unknown", Interval(None)),
@@ -278,7 +287,7 @@ def test_an_open_end_is_an_arrow_and_an_unknown_multiplier_nothing(tmp_path: Pat
 
 
 @pytest.mark.parametrize("rising", [False, True])
-def test_labels_of_residuals_and_of_core_keep_apart(tmp_path: Path, rising: bool) -> None:
+def test_labels_of_residuals_and_core_do_not_overlap(tmp_path: Path, rising: bool) -> None:
     """Ten depths within a factor of two in compute."""
     points = [
         Point(
@@ -300,27 +309,40 @@ def test_labels_of_residuals_and_of_core_keep_apart(tmp_path: Path, rising: bool
     assert fit.law
     if rising:
         assert isinstance(fit.core, CoreFit)
-        svg = draw_core(fit.core, tmp_path / "close", "")[1]
+        svg = save(plot_core(fit.core), tmp_path / "close")[1]
     else:
-        svg = draw_residuals(fit, tmp_path / "close", "")[1]
-    placed = places(svg, r"d1\d")
-    assert len(placed) == 10
-    for k, (_, x, y) in enumerate(placed):
-        assert all(abs(x - other) > 12 or abs(y - own) > 8 for _, other, own in placed[:k])
+        svg = save(plot_residuals(fit), tmp_path / "close")[1]
+    centres = positions(svg, r"d1\d")
+    assert len(centres) == 10
+    for k, (_, x, y) in enumerate(centres):
+        assert all(abs(x - other) > 12 or abs(y - below) > 8 for _, other, below in centres[:k])
 
 
 def test_no_file_is_left_when_drawing_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first of the two files is written, the second is not."""
-    whole = Figure.savefig
+    """Writing the first file succeeds, writing the second fails."""
+    original = Figure.savefig
 
-    def savefig(figure: Figure, path: Path, **given: Any) -> None:
-        whole(figure, path, **given)
-        if given["format"] == "svg":
+    def savefig(figure: Figure, path: Path, **options: Any) -> None:
+        original(figure, path, **options)
+        if options["format"] == "svg":
             raise OSError("no space left")
 
     monkeypatch.setattr(Figure, "savefig", savefig)
     with pytest.raises(OSError, match="no space left"):
-        draw_curve(fit_curves(ladder()[:1]), tmp_path / "fit")
+        save(plot_curve(fit_curves(ladder()[:1])), tmp_path / "fit")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_figure_is_shown_as_png_and_an_unknown_one_is_named() -> None:
+    fit = fit_curves(ladder())
+    assert plot_fit(fit)._repr_png_().startswith(b"\x89PNG")  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="figure 'frontier': this fit has curve, residuals"):
+        plot_fit(fit, "frontier")
+
+
+def test_runs_are_plotted_without_a_law(tmp_path: Path) -> None:
+    labels = texts(save(plot_runs(ladder(), title="runs"), tmp_path / "runs")[1])
+    assert "compute-optimal runs (×n: seeds)" in labels
+    assert "beyond the runs" not in labels

@@ -1,4 +1,4 @@
-"""Runs that are not one axis are refused by what differs, or taken as one under a label; what rows lack is said."""
+"""Runs on several axes are refused with their differences, or combined with a warning."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from slm import selection
 from slm.experiment import Experiment
 from slm.figures import draw_comparison, draw_fit
 from slm.fits import Candidate, Goal, NotComparable, Point, Trial, fit_curves, next_runs, summary
-from slm.fits.checks.diagnostics import lack_of_fit
-from slm.fits.checks.sensitivity import law_residuals
+from slm.fits.checks.misfit import lack_of_fit
+from slm.fits.checks.residuals import law_residuals
 from slm.fits.compare.comparison import compare
 from slm.fits.ladder import columns_of
-from slm.fits.points import differences, parts_of
+from slm.fits.points import Axes, parts_of
 from slm.fits.power_law import seed_noise
 from slm.recipe import pocket
 from tests.cli.test_fit_curves import document, refusal, slm
 from tests.figures.test_figures import words
 from tests.homes import home_of, surface
 
-HERE = "data=python validation=1a2b3c4d5e6f7081 tokenizer=aa context=1024"
-THERE = "data=docs validation=3c4d5e6f70811a2b tokenizer=aa context=1024"
+PYTHON = "data=python validation=1a2b3c4d5e6f7081 tokenizer=aa context=1024"
+DOCS = "data=docs validation=3c4d5e6f70811a2b tokenizer=aa context=1024"
 IMPORT = "import=0123456789ab context=2048"
 FLOPS = np.geomspace(1e12, 1e15, 8).tolist()
 DEPTHS = (2, 3, 4, 5, 6)
 
 
-def ladder(key: str = HERE, name: str = "a", size: float = 1e5) -> list[Point]:
-    """Eight runs of one law, noise of the run's own; `size` NaN is of runs whose parameters nobody wrote down."""
+def ladder(key: str = PYTHON, name: str = "a", size: float = 1e5) -> list[Point]:
+    """Eight runs of one law; a `size` of NaN stands for unknown parameters."""
     return [
         Point(
             f"{name}{k}",
@@ -54,8 +54,8 @@ def ladder(key: str = HERE, name: str = "a", size: float = 1e5) -> list[Point]:
     ]
 
 
-def grid(key: str = HERE) -> list[Point]:
-    """Seven sizes at each of three budgets."""
+def grid(key: str = PYTHON) -> list[Point]:
+    """Return seven sizes at each of three budgets."""
     sizes = np.geomspace(1e5, 1e6, 7)
     return [
         Point(
@@ -82,84 +82,82 @@ def trials(key: str, name: str, factor: float = 1.0) -> list[Trial]:
     ]
 
 
-def test_what_differs_is_named_part_by_part_with_the_runs_of_each() -> None:
-    told = differences([parts_of(key) for key in (HERE, HERE, THERE)])
-    assert (
-        told
-        == "data: python (2 runs) against docs (1 run); validation: 1a2b3c4d… (2 runs) against 3c4d5e6f… (1 run)"
+def differences(*keys: str) -> str:
+    return Axes.of_keys(keys).differences
+
+
+def test_differences_are_named_part_by_part_with_the_number_of_runs() -> None:
+    assert differences(PYTHON, PYTHON, DOCS) == (
+        "data: python (2 runs) against docs (1 run); "
+        "validation: 1a2b3c4d… (2 runs) against 3c4d5e6f… (1 run)"
     )
 
 
-def test_an_import_against_runs_is_its_origin_and_what_both_say_differently() -> None:
-    """What the import does not know, its data and tokeniser, is not told to be different."""
-    told = differences([parts_of(key) for key in (HERE, IMPORT)])
-    assert (
-        told
-        == "context: 1024 (1 run) against 2048 (1 run); import: none (1 run) against 01234567… (1 run)"
+def test_an_import_differs_by_its_origin_and_by_parts_that_both_have() -> None:
+    """Data and tokeniser, unknown to the import, are not named as differences."""
+    assert differences(PYTHON, IMPORT) == (
+        "context: 1024 (1 run) against 2048 (1 run); import: none (1 run) against 01234567… (1 run)"
     )
 
 
-def test_fingerprints_that_begin_alike_are_told_in_full() -> None:
-    assert "0123456789ab (1 run) against 0123456789ac" in differences(
-        [{"a": "0123456789ab"}, {"a": "0123456789ac"}]
-    )
+def test_fingerprints_with_equal_first_digits_are_named_in_full() -> None:
+    named = differences("a=0123456789ab", "a=0123456789ac")
+    assert "0123456789ab (1 run) against 0123456789ac" in named
 
 
 def test_keys_that_differ_are_never_one_axis() -> None:
-    """Order of the parts apart: neither a blank, nor a name twice, nor a part without a name hides a difference."""
+    """Blanks, repeated names and parts without a name hide no difference; order makes none."""
     keys = ("a=1 b=2", "a=1", "a=1 b=3", "a=1 a=2", "a=2", "x", "x y", "y", "a=1=2", "key=x y=")
     for k, key in enumerate(keys):
-        assert [bool(differences([parts_of(key), parts_of(other)])) for other in keys] == [
-            j != k for j in range(10)
-        ]
-    assert not differences([parts_of("a=1 b=2"), parts_of("b=2 a=1")])
+        different = [bool(differences(key, other)) for other in keys]
+        assert different == [j != k for j in range(10)]
+    assert not differences("a=1 b=2", "b=2 a=1")
 
 
-def test_a_refusal_says_the_way_out() -> None:
+def test_a_refusal_names_experiments_and_the_option() -> None:
     with pytest.raises(
         NotComparable,
         match=r"data: python \(8 runs\) against docs .* one experiment .*--allow-mixed",
     ):
-        fit_curves([*ladder(), *ladder(THERE, "b")])
+        fit_curves([*ladder(), *ladder(DOCS, "b")])
 
 
-def test_a_mixed_fit_says_so_wherever_it_is_read(tmp_path: Path) -> None:
-    points = [
-        replace(own, core=max(0.0, 0.8 - 0.5 * own.loss)) for own in [*ladder(), *grid(THERE)]
-    ]
+def test_a_mixed_fit_is_labelled_in_document_summary_and_figures(tmp_path: Path) -> None:
+    runs = [*ladder(), *grid(DOCS)]
+    points = [replace(run, core=max(0.0, 0.8 - 0.5 * run.loss)) for run in runs]
     fit = fit_curves(points, allow_mixed=True)
     assert summary(fit).startswith("Mixed axes")
     first = fit.document()["warnings"][0]
     assert first["code"] == "mixed-axes"
     assert "data: python (8 runs) against docs (21 runs)" in first["message"]
-    assert [parts_of(own)["data"] for own in fit.document()["mixed"]] == ["docs", "python"]
+    assert [parts_of(key)["data"] for key in fit.document()["mixed"]] == ["docs", "python"]
     assert fit.document()["points"]["comparison_key"] is None
     drawn = draw_fit(fit, tmp_path / "fit")[1::2]
     assert [path.stem for path in drawn] == ["fit", "fit-frontier", "fit-residuals", "fit-core"]
     assert all("(mixed axes)" in words(path) for path in drawn)
 
 
-def test_a_fit_of_one_axis_says_nothing_of_mixing_though_it_was_allowed(tmp_path: Path) -> None:
+def test_allowing_mixed_axes_does_not_change_a_fit_of_one_axis(tmp_path: Path) -> None:
     fit = fit_curves(ladder(), allow_mixed=True)
     assert fit.document() == fit_curves(ladder()).document()
     assert fit.document()["mixed"] == []
     assert "mixed" not in words(draw_fit(fit, tmp_path / "fit")[1]).lower()
 
 
-def test_a_mixed_comparison_says_so_in_its_verdict_and_its_figure(tmp_path: Path) -> None:
-    sides = trials(HERE, "b"), trials(THERE, "c", 0.97)
+def test_a_mixed_comparison_is_labelled_in_its_verdict_and_figure(tmp_path: Path) -> None:
+    sides = trials(PYTHON, "b"), trials(DOCS, "c", 0.97)
     with pytest.raises(NotComparable, match=r"validation: 1a2b3c4d… .8 runs"):
         compare(*sides, ("old", "new"))
-    found = compare(*sides, ("old", "new"), allow_mixed=True)
-    assert found.document()["warnings"][0]["code"] == "mixed-axes"
-    assert found.document()["verdict"]["sentence"].startswith("Mixed axes: new")
-    assert found.document()["mixed"] == sorted(found.mixed) != []
-    assert "Mixed axes" in words(draw_comparison(found, tmp_path / "c")[1])
+    result = compare(*sides, ("old", "new"), allow_mixed=True)
+    assert result.document()["warnings"][0]["code"] == "mixed-axes"
+    assert result.document()["verdict"]["sentence"].startswith("Mixed axes: new")
+    assert result.document()["mixed"] == sorted(result.mixed) != []
+    assert "Mixed axes" in words(draw_comparison(result, tmp_path / "c")[1])
 
 
-def test_a_design_on_mixed_runs_says_so() -> None:
+def test_a_mixed_design_is_labelled() -> None:
     candidates = [Candidate(20, 1e8, 1e9, 1e15, "compute-optimal")]
-    points = [*ladder(), *grid(THERE)]
+    points = [*ladder(), *grid(DOCS)]
     with pytest.raises(NotComparable):
         next_runs(points, candidates, Goal("loss", candidates[0]), 1e15)
     design = next_runs(points, candidates, Goal("loss", candidates[0]), 1e15, allow_mixed=True)
@@ -167,27 +165,23 @@ def test_a_design_on_mixed_runs_says_so() -> None:
     assert design.document()["warnings"][0]["code"] == "mixed-axes"
 
 
-def test_the_law_of_compute_takes_neither_params_nor_tokens() -> None:
-    """As many values as the same runs with their sizes have, and the same."""
-    sized, unsized = (
-        fit_curves(ladder(), form="power"),
-        fit_curves(ladder(size=math.nan), form="power"),
-    )
+def test_the_law_of_compute_needs_neither_params_nor_tokens() -> None:
+    sized = fit_curves(ladder(), form="power")
+    unsized = fit_curves(ladder(size=math.nan), form="power")
     same = ("power_law", "rival", "selected", "validation")
     assert {name: sized.document()[name] for name in same} == {
         name: unsized.document()[name] for name in same
     }
     auto = fit_curves(ladder(size=math.nan))
     assert auto.document()["power_law"] == sized.document()["power_law"]
-    assert "no_params" in {own.code for own in auto.warnings}
+    assert "no_params" in {run.code for run in auto.warnings}
     assert json.loads(json.dumps(auto.document(), allow_nan=False)) == auto.document()
 
 
-def test_runs_of_unknown_size_are_replicates_where_depth_and_compute_agree() -> None:
-    """Not all of them together, though none has a size."""
+def test_runs_of_unknown_size_are_replicates_if_depth_and_compute_agree() -> None:
     runs = [
-        replace(own, run_id=f"{own.run_id}{seed}", seed=seed, loss=own.loss * (1 + 1e-3 * seed))
-        for own in ladder(size=math.nan)
+        replace(run, run_id=f"{run.run_id}{seed}", seed=seed, loss=run.loss * (1 + 1e-3 * seed))
+        for run in ladder(size=math.nan)
         for seed in (0, 1)
     ]
     noise = seed_noise(runs)
@@ -201,24 +195,25 @@ def test_runs_of_unknown_size_are_replicates_where_depth_and_compute_agree() -> 
     assert test.noise == pytest.approx(noise.sigma)
 
 
-def test_beside_valleys_runs_of_unknown_size_are_left_out_and_named() -> None:
-    unknown = [replace(own, tokens=math.nan) for own in ladder(name="u")]
+def test_isoflop_fits_exclude_runs_of_unknown_size_by_name() -> None:
+    unknown = [replace(run, tokens=math.nan) for run in ladder(name="u")]
     fit = fit_curves([*grid(), *unknown], other_counts={"total": [1.5e5] * 29})
     assert fit.document()["points"]["n"] == 21
-    excluded = [own for own in fit.document()["points"]["excluded"] if own["reason"] == "no params"]
-    assert [own["run_id"] for own in excluded] == [own.run_id for own in unknown]
+    excluded = fit.document()["points"]["excluded"]
+    unsized = [row["run_id"] for row in excluded if row["reason"] == "no params"]
+    assert unsized == [run.run_id for run in unknown]
     assert fit.document()["isoflop"] == fit_curves(grid()).document()["isoflop"]
-    assert "no_params" in {own.code for own in fit.warnings}
+    assert "no_params" in {run.code for run in fit.warnings}
     with pytest.raises(ValueError, match="21 runs at FLOPs budgets have no params"):
-        fit_curves([replace(own, params=math.nan) for own in grid()])
+        fit_curves([replace(run, params=math.nan) for run in grid()])
 
 
 # Rows of imports: the columns of the view `results` that fits read.
 
 
 def imported(**columns: Any) -> pandas.DataFrame:
-    """An import of eight runs that says depth, FLOPs and loss alone."""
-    losses = [own.loss for own in ladder()]
+    """Return an import of eight runs with depth, FLOPs and loss alone."""
+    losses = [run.loss for run in ladder()]
     rows = {
         "run_id": [f"x{k}" for k in range(8)],
         "recipe": "theirs",
@@ -240,13 +235,13 @@ def imported(**columns: Any) -> pandas.DataFrame:
     )
 
 
-def test_an_import_is_fitted_as_its_file_is(tmp_path: Path) -> None:
+def test_an_import_gives_the_same_fit_as_its_file(tmp_path: Path) -> None:
     usable, excluded = selection.usable_rows(imported(), ("flops", "val_bpb"))
-    rows, beside = selection.ladder_rows(usable)
-    assert excluded == beside == []
+    rows, off_ladder = selection.ladder_rows(usable)
+    assert excluded == off_ladder == []
     fit = fit_curves(selection.to_points(rows)).document()
     table = imported(
-        params=[own.params for own in ladder()], tokens=[own.tokens for own in ladder()]
+        params=[run.params for run in ladder()], tokens=[run.tokens for run in ladder()]
     )
     table.to_csv(tmp_path / "theirs.csv", index=False)
     command = (
@@ -260,7 +255,7 @@ def test_an_import_is_fitted_as_its_file_is(tmp_path: Path) -> None:
     assert (fit["power_law"], fit["validation"]) == (other["power_law"], other["validation"])
 
 
-def test_a_run_that_a_flag_forbids_is_left_out_with_the_flag() -> None:
+def test_a_run_with_a_serious_flag_is_excluded_with_the_flag() -> None:
     flags = [None, "zero_loss,failed,recomputed", "recomputed,unlabelled-seed", *["recomputed"] * 5]
     usable, excluded = selection.usable_rows(
         imported(flags=flags, usable=[True, False, *[True] * 6]), ("val_bpb",)
@@ -274,25 +269,25 @@ def test_a_run_that_a_flag_forbids_is_left_out_with_the_flag() -> None:
     assert selection.flag_warnings(imported()) == []
 
 
-def test_a_run_without_a_number_that_is_needed_is_left_out_by_its_name() -> None:
+def test_a_run_without_a_needed_number_is_excluded_with_its_name() -> None:
     losses = [math.nan, *[1.0] * 7]
     flops = [1e12, math.nan, *FLOPS[2:]]
     usable, excluded = selection.usable_rows(
         imported(val_bpb=losses, flops=flops), ("flops", "val_bpb")
     )
-    assert [(own["run_id"], own["reason"]) for own in excluded] == [
+    assert [(run["run_id"], run["reason"]) for run in excluded] == [
         ("x1", "no flops"),
         ("x0", "no val_bpb"),
     ]
     assert len(usable) == 6
 
 
-def test_horizons_of_an_import_are_budgets_where_they_say_so_else_one_ladder() -> None:
+def test_imported_horizons_in_flops_are_budgets_and_all_others_one_ladder() -> None:
     rows, excluded = selection.ladder_rows(
         imported(horizon=["flops=1e12", None, "compute-optimal", *[None] * 4, "steps=9"])
     )
-    assert [own.budget for own in selection.to_points(rows)] == [1e12, *[None] * 6]
-    assert [own["run_id"] for own in excluded] == ["x7"]
+    assert [run.budget for run in selection.to_points(rows)] == [1e12, *[None] * 6]
+    assert [run["run_id"] for run in excluded] == ["x7"]
 
 
 # The command line on a home of two validation sets.
@@ -319,24 +314,24 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("next", "here", "there", "--target", "loss@d8", "--budget", "1e13"),
     ],
 )
-def test_a_command_refuses_in_one_line_or_labels_its_record(
+def test_a_command_refuses_mixed_axes_or_labels_its_record(
     home: Path, command: tuple[str, ...]
 ) -> None:
     assert "validation: val (10 runs) against other (5 runs)" in refusal(home, *command)
-    found = document(home, *command, "--allow-mixed")
-    kept = json.loads((home / "fits" / f"{found['hash']}.json").read_text())
-    assert kept["warnings"][0]["code"] == "mixed-axes"
-    assert len(kept["mixed"]) == 2
-    _, said, _ = slm(home, *command, "--allow-mixed")
-    assert said.startswith("Mixed axes")
-    assert "mixed-axes: 2 axes are taken as one" in said
+    result = document(home, *command, "--allow-mixed")
+    record = json.loads((home / "fits" / f"{result['hash']}.json").read_text())
+    assert record["warnings"][0]["code"] == "mixed-axes"
+    assert len(record["mixed"]) == 2
+    _, output, _ = slm(home, *command, "--allow-mixed")
+    assert output.startswith("Mixed axes")
+    assert "mixed-axes: 2 axes are combined" in output
 
 
 def test_a_depth_of_mixed_families_is_refused(home: Path, tmp_path: Path) -> None:
     rows = ["params,tokens,flops,loss,recipe,depth"]
     rows += [
-        f"{own.params},{own.tokens},{own.flops},{own.loss},r{own.depth % 2},{own.depth}"
-        for own in ladder()
+        f"{run.params},{run.tokens},{run.flops},{run.loss},r{run.depth % 2},{run.depth}"
+        for run in ladder()
     ]
     (tmp_path / "two.csv").write_text("\n".join(rows))
     file = ("fit-curves", "--from", str(tmp_path / "two.csv"), "--figure", str(tmp_path / "x"))
@@ -347,15 +342,15 @@ def test_a_depth_of_mixed_families_is_refused(home: Path, tmp_path: Path) -> Non
     assert document(home, *file, "--allow-mixed")["mixed"]
 
 
-def test_a_column_of_a_file_is_its_key(home: Path, tmp_path: Path) -> None:
+def test_a_file_may_have_a_column_of_comparison_keys(home: Path, tmp_path: Path) -> None:
     rows = ["params,tokens,flops,loss,comparison_key,recipe,depth"]
     rows += [
-        f"{own.params},{own.tokens},{own.flops},{own.loss},{key},{own.depth % 2},{own.depth // 2}"
-        for own, key in zip(ladder(), (HERE, THERE) * 4)
+        f"{run.params},{run.tokens},{run.flops},{run.loss},{key},{run.depth % 2},{run.depth // 2}"
+        for run, key in zip(ladder(), (PYTHON, DOCS) * 4)
     ]
     (tmp_path / "two.csv").write_text("\n".join(rows))
     for command in ("fit-curves", "compare"):
-        said = refusal(
+        message = refusal(
             home, command, "--from", str(tmp_path / "two.csv"), "--figure", str(tmp_path / "x")
         )
-        assert re.search(r"data: python \(4 runs\) against docs \(4 runs\)", said)
+        assert re.search(r"data: python \(4 runs\) against docs \(4 runs\)", message)
