@@ -8,7 +8,8 @@ from slm.recipe import pocket
 
 experiment = Experiment(
     name="isoflop",
-    question="At a fixed compute budget, how should a pocket model share it between parameters and tokens?",
+    question="At a fixed compute budget, how should a pocket model share it between parameters and "
+    "tokens?",
     recipes=(pocket,),
     depths=(2, 3, 4, 5, 6),
     flops=(3e11, 1e12),

@@ -1,5 +1,4 @@
-"""Compute-optimal ladder of five depths, whose curve `make demo` draws.
-"""
+"""Compute-optimal ladder of five depths, whose curve `make demo` draws."""
 
 from slm.experiment import Experiment
 from slm.recipe import pocket

@@ -1,7 +1,8 @@
 """Learning rates and batch of the pocket recipe: one depth, one change at a time.
 
-The reference's constants hold at a batch of 2^19 tokens and depth 12; pocket re-bases them. Every rate is halved and doubled, so is the reference batch, and the
-reference's rates for x0 and smear are tried.
+The reference's constants hold at a batch of 2^19 tokens and depth 12; pocket re-bases them. Every
+rate is halved and doubled, so is the reference batch, and the reference's rates for x0 and smear
+are tried.
 """
 
 from dataclasses import replace

@@ -1,6 +1,7 @@
 """A recipe compared with itself: no gain should be found.
 
-The depths of seeds.py with three other seeds: `slm compare seeds repeat` compares a recipe with itself.
+The depths of seeds.py with three other seeds: `slm compare seeds repeat` compares a recipe with
+itself.
 """
 
 from slm.experiment import Experiment

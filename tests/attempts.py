@@ -1,4 +1,6 @@
-"""Attempts made as the launcher makes them, for worlds that it would not choose, and torchrun on them."""
+"""Attempts with any number of ranks and any settings, made as the launcher makes them, and torchrun
+on them.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +25,15 @@ from slm.sweep.micro_batch import MicroBatches
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
 
 
-def plan_of(given: Hyperparameters, prepared: PreparedDataset, seed: int = 0) -> Plan:
-    """The plan of one run."""
-    return Plan(
-        "test", f"steps={given.steps}", seed, given, prepared.identity(given), code_fingerprint()
-    )
+def plan_of(hp: Hyperparameters, prepared: PreparedDataset, seed: int = 0) -> Plan:
+    """Return the plan of a run."""
+    return Plan("test", f"steps={hp.steps}", seed, hp, prepared.identity(hp), code_fingerprint())
 
 
 def make_attempt(home: Path, plan: Plan, prepared: PreparedDataset, **changes: Any) -> Path:
-    """The folder of a run's first attempt, its attempt.json for one CPU rank but for the changes."""
+    """Make a run's first attempt, for one CPU rank but for the changes to attempt.json; return its
+    folder.
+    """
     slot = Slot("cpu", 1, 1)
     rows = MicroBatches().choose(plan.hyperparameters, slot)
     folder = add_attempt(plan, home, prepared.folder, slot, rows, checkpoint_seconds=1e9)
@@ -41,7 +43,7 @@ def make_attempt(home: Path, plan: Plan, prepared: PreparedDataset, **changes: A
 
 
 def torchrun(folder: Path, *options: str) -> list[str]:
-    """The command that trains an attempt."""
+    """Return the command that trains an attempt."""
     logs = f"--log-dir={folder / 'torchrun'}"
     return [
         sys.executable,
@@ -56,21 +58,23 @@ def torchrun(folder: Path, *options: str) -> list[str]:
 
 
 def train(folder: Path, ranks: int) -> subprocess.CompletedProcess[str]:
-    """Train an attempt on so many ranks of this machine."""
+    """Train an attempt on some ranks of this machine."""
     return subprocess.run(
-        _here(folder, ranks),
+        _local_torchrun(folder, ranks),
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
 
 
 def train_until(folder: Path, ranks: int, event: str) -> None:
-    """Train an attempt until it writes an event of a kind, then ask every rank to stop, and wait until it has."""
+    """Train an attempt until it writes an event of a kind, then stop every rank and wait for the
+    end.
+    """
     with subprocess.Popen(
-        _here(folder, ranks), env=ENVIRONMENT, stderr=subprocess.DEVNULL
+        _local_torchrun(folder, ranks), env=ENVIRONMENT, stderr=subprocess.DEVNULL
     ) as process:
         while process.poll() is None and not log(folder, event):
             time.sleep(0.01)
@@ -78,12 +82,12 @@ def train_until(folder: Path, ranks: int, event: str) -> None:
             worker.terminate()
 
 
-def _here(folder: Path, ranks: int) -> list[str]:
+def _local_torchrun(folder: Path, ranks: int) -> list[str]:
     return torchrun(folder, "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}")
 
 
 def log(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """The events of one kind that an attempt wrote."""
+    """Return the events of a kind that an attempt wrote."""
     return [
         event for event in events.Reader(folder / "events.jsonl").new() if event["event"] == kind
     ]

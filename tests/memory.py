@@ -1,5 +1,7 @@
-"""Peak memory of one training step and an evaluation, measured twice: what torch's allocator hands out, to the byte,
-and what the process takes. `python -m tests.memory` sets both beside the estimate (about ten minutes on two cores).
+"""Peak memory of one training step and an evaluation: of torch's allocator, to the byte, and of the
+process.
+
+`python -m tests.memory` prints both next to the estimate (about ten minutes on two cores).
 """
 
 from __future__ import annotations
@@ -17,18 +19,19 @@ from pathlib import Path
 import torch
 from torch.autograd.profiler import profile
 
-from slm.hardware.memory import EVALUATION_TOKENS, peak_memory
+from slm.hardware.block_sizes import EVALUATION_TOKENS
+from slm.hardware.memory import peak_memory
 from slm.model.gpt import GPT
 from slm.recipe import Hyperparameters, nanochat
 from slm.sweep.supervisor import ALLOCATOR
 from slm.train.optimizer import Optimizer
 
-GIVING = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
-"""glibc returns at once what torch does: a process is then its tensors."""
+RETURNING = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
+"""Environment in which glibc returns freed memory at once: a process is then its tensors."""
 
 
 def shape(depth: int, width: int, vocab: int, length: int, pattern: str) -> Hyperparameters:
-    """A nanochat of any width, a multiple of 64."""
+    """Return a nanochat of any width, a multiple of 64."""
     family = replace(
         nanochat,
         aspect_ratio=1,
@@ -57,72 +60,78 @@ SHAPES = [
     (shape(2, 1024, 4096, 256, "L"), 1),
     (shape(12, 256, 8192, 256, "SL"), 8),
 ]
-"""Models and rows a pass whose peaks lie above 500 MB, in the backward pass, the head or the evaluation."""
+"""Models and rows a pass with peaks above 500 MB, in the backward pass, the head or the
+evaluation."""
 
 
-def step(given: Hyperparameters, rows: int) -> None:
-    """Build model and optimiser, make a step of one pass, and evaluate once."""
+def step(hp: Hyperparameters, rows: int) -> None:
+    """Build model and optimiser, take a step of one pass, and evaluate once."""
     draw = torch.Generator().manual_seed(1)
-    model = GPT(given)
+    model = GPT(hp)
     model.initialise(1)
     optimizer = Optimizer(model)
     optimizer.zero_grad()
 
     def pair(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        ids = torch.randint(given.vocab_size, (rows, given.sequence_length + 1), generator=draw)
+        ids = torch.randint(hp.vocab_size, (rows, hp.sequence_length + 1), generator=draw)
         return ids[:, :-1], ids[:, 1:]
 
-    (model.loss(*pair(rows)) / given.batch_tokens).backward()
+    (model.loss(*pair(rows)) / hp.batch_tokens).backward()
     optimizer.step(1, measured=True)
     with torch.no_grad():
-        model.losses(*pair(max(1, EVALUATION_TOKENS // given.sequence_length)))
+        model.losses(*pair(max(1, EVALUATION_TOKENS // hp.sequence_length)))
 
 
 @contextmanager
 def allocations() -> Iterator[list[int]]:
-    """Bytes held from torch's CPU allocator after each of its gifts and returns within the block, in order."""
-    held: list[int] = []
-    with profile(profile_memory=True) as found:
-        yield held
-    given = [own for own in found.kineto_results.events() if own.name() == "[memory]"]
-    held.extend(accumulate(own.nbytes() for own in sorted(given, key=lambda own: own.start_ns())))
+    """Yield a list that holds, after the block, the bytes allocated by torch after each allocation,
+    in order.
+    """
+    totals: list[int] = []
+    with profile(profile_memory=True) as profiler:
+        yield totals
+    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    totals.extend(accumulate(event.nbytes() for event in events))
 
 
-def tensor_peak(given: Hyperparameters, rows: int) -> int:
-    """Bytes of tensors held at once, at most, by a step and an evaluation."""
-    with allocations() as held:
-        step(given, rows)
-    return max(held)
+def tensor_peak(hp: Hyperparameters, rows: int) -> int:
+    """Return the peak bytes of tensors in a step and an evaluation."""
+    with allocations() as totals:
+        step(hp, rows)
+    return max(totals)
 
 
-def process_peak(given: Hyperparameters, rows: int) -> int:
-    """Bytes of a process's memory over what it held before the model was built."""
+def process_peak(hp: Hyperparameters, rows: int) -> int:
+    """Return the peak bytes of the process, above those it held before the model was built."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    step(given, rows)
+    step(hp, rows)
     return (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - pages * resource.getpagesize()
     )
 
 
 def main() -> None:
-    """The table, one process for each number; or one number, asked for by kind and place."""
+    """Print the table, one process for each number; or one number, by kind and index."""
     if len(sys.argv) == 3:
         measure = {"tensors": tensor_peak, "process": process_peak}[sys.argv[1]]
         print(measure(*SHAPES[int(sys.argv[2])]))
         return
     print(
-        "depth width vocab context long rows  estimate   tensors    giving   keeping (MB; giving, keeping: process)"
+        "depth width vocab context long rows  estimate   tensors returning retaining (MB; the last "
+        "two: process)"
     )
-    for place, (given, rows) in enumerate(SHAPES):
-        long = given.windows.count(given.sequence_length)
-        sizes = [peak_memory(given, rows, "cpu"), _alone("tensors", place, {})]
-        sizes += [_alone("process", place, malloc) for malloc in (GIVING, ALLOCATOR)]
-        model = f"{given.depth:5} {given.width:5} {given.vocab_size:5} {given.sequence_length:7} {long:4} {rows:4}"
-        print(model, *(f"{size / 1e6:9.0f}" for size in sizes), flush=True)
+    for index, (hp, rows) in enumerate(SHAPES):
+        long = hp.windows.count(hp.sequence_length)
+        sizes = [peak_memory(hp, rows, "cpu"), _measure("tensors", index, {})]
+        sizes += [_measure("process", index, malloc) for malloc in (RETURNING, ALLOCATOR)]
+        model = f"{hp.depth:5} {hp.width:5} {hp.vocab_size:5} {hp.sequence_length:7}"
+        print(model, f"{long:4} {rows:4}", *(f"{size / 1e6:9.0f}" for size in sizes), flush=True)
 
 
-def _alone(kind: str, place: int, malloc: dict[str, str]) -> int:
-    command = [sys.executable, "-m", "tests.memory", kind, str(place)]
+def _measure(kind: str, index: int, malloc: dict[str, str]) -> int:
+    """Measure in a process of its own."""
+    command = [sys.executable, "-m", "tests.memory", kind, str(index)]
     result = subprocess.run(
         command, env=os.environ | malloc, capture_output=True, text=True, check=True
     )

@@ -1,7 +1,8 @@
-"""A plan's identity is its content: what shapes the weights, and nothing else."""
+"""A plan's identity is everything that shapes the weights, and nothing else."""
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 import subprocess
@@ -16,12 +17,13 @@ from slm.plan import TRAINER_SOURCES, DataIdentity, Plan, code_fingerprint
 from slm.recipe import pocket
 
 DATA = DataIdentity("python", "aa", "bb", "cc", 1024, 40_000, 0.5)
+PACKAGE = Path(slm.plan.__file__).parent
 PLAN = Plan("pocket", "steps=20", 0, pocket(2, steps=20), DATA, "code")
 
 
-def test_names_and_machines_are_not_identity() -> None:
+def test_names_are_not_part_of_the_identity() -> None:
     same = replace(
-        PLAN, recipe="mine", horizon="else", data=replace(DATA, corpus="x", rows=1, epochs=2.0)
+        PLAN, recipe="other", horizon="other", data=replace(DATA, corpus="x", rows=1, epochs=2.0)
     )
     assert same.run_id == PLAN.run_id
 
@@ -38,7 +40,7 @@ def test_names_and_machines_are_not_identity() -> None:
         {"data": replace(DATA, tokenizer="xx")},
     ],
 )
-def test_what_shapes_the_weights_is_identity(change) -> None:
+def test_everything_that_shapes_the_weights_is_part_of_the_identity(change) -> None:
     assert replace(PLAN, **change).run_id != PLAN.run_id
 
 
@@ -56,21 +58,39 @@ def test_an_edited_plan_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
-    package = Path(slm.plan.__file__).parent
+    """Copy the trainer's sources."""
     for name in TRAINER_SOURCES:
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(package / name, tmp_path / name)
+        shutil.copy(PACKAGE / name, tmp_path / name)
     return tmp_path
 
 
-def test_comments_and_docstrings_do_not_change_the_code_fingerprint(sources: Path) -> None:
-    layers = sources / "model" / "layers.py"
-    text = layers.read_text().replace(
-        '"""RMSNorm without parameters, over the last dimension."""',
-        '"""Another text."""  # a comment',
-    )
-    assert text != layers.read_text()
-    layers.write_text(text)
+def test_every_trainer_source_exists_once() -> None:
+    assert len(set(TRAINER_SOURCES)) == len(TRAINER_SOURCES)
+    assert [name for name in TRAINER_SOURCES if not (PACKAGE / name).is_file()] == []
+
+
+@pytest.mark.parametrize("name", TRAINER_SOURCES)
+def test_imports_comments_and_docstrings_do_not_change_the_code_fingerprint(
+    sources: Path, name: str
+) -> None:
+    tree = ast.parse((sources / name).read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value.value = "Other words."
+    text = ast.unparse(tree)  # which drops comments and layout
+    assert "Other words." in text
+    text = text.replace("from __future__ import annotations", "import another.module as other")
+    (sources / name).write_text(f"# a comment\n{text}")
+    assert code_fingerprint(sources) == code_fingerprint()
+
+
+def test_moving_a_trainer_source_does_not_change_the_code_fingerprint(
+    sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, *others = TRAINER_SOURCES
+    (sources / first).rename(sources / "moved.py")
+    monkeypatch.setattr("slm.plan.TRAINER_SOURCES", (*others, "moved.py"))
     assert code_fingerprint(sources) == code_fingerprint()
 
 

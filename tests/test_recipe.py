@@ -1,4 +1,4 @@
-"""The recipe gives the published numbers, and one clear error for what it cannot give."""
+"""The recipe gives the published numbers, and one clear error for each invalid depth or horizon."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("depth", PUBLISHED)
 def test_nanochat_has_the_published_counts(depth: int) -> None:
-    given = nanochat(depth)
-    counts = (given.width, given.heads, given.parameters.total, given.parameters.scaling)
+    hp = nanochat(depth)
+    counts = (hp.width, hp.heads, hp.parameters.total, hp.parameters.scaling)
     assert counts == PUBLISHED[depth][:4]
-    assert f"{given.flops_per_token:.4e}" == f"{PUBLISHED[depth][4]:.4e}"
+    assert f"{hp.flops_per_token:.4e}" == f"{PUBLISHED[depth][4]:.4e}"
 
 
 @pytest.mark.parametrize("recipe", [nanochat, pocket], ids=lambda recipe: recipe.name)
 @pytest.mark.parametrize("depth", range(1, 33))
 def test_closed_form_counts_equal_torch(recipe, depth: int) -> None:
-    given = recipe(depth)
+    hp = recipe(depth)
     with torch.device("meta"):
-        model = GPT(given)
+        model = GPT(hp)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    counts = given.parameters
+    counts = hp.parameters
     tables = {name: sizes.pop(name) for name in ("wte", "value_embeds", "lm_head")}
     assert tables == {name: getattr(counts, name) for name in tables}
     scalars = sum(sizes.pop(name) for name in ("resid", "x0", "smear_gate", "smear", "backout"))
@@ -50,50 +50,48 @@ def test_windows_are_short_short_short_long_and_the_last_is_long() -> None:
 
 
 def test_reference_depth_has_the_reference_batch_rates_and_decay() -> None:
-    given = nanochat(12)
-    assert given.batch_tokens == 2**19
-    assert given.tokens_asked == 12 * given.parameters.scaling
-    assert given.steps == given.tokens_asked // 2**19
-    assert (given.matrix_lr, given.matrix_decay) == (0.02, pytest.approx(0.28))
-    assert (given.lm_head.lr, given.wte.lr, given.value_embeds.lr) == (0.008, 0.3, 0.15)
+    hp = nanochat(12)
+    assert hp.batch_tokens == 2**19
+    assert hp.tokens_asked == 12 * hp.parameters.scaling
+    assert hp.steps == hp.tokens_asked // 2**19
+    assert (hp.matrix_lr, hp.matrix_decay) == (0.02, pytest.approx(0.28))
+    assert (hp.lm_head.lr, hp.wte.lr, hp.value_embeds.lr) == (0.008, 0.3, 0.15)
 
 
 def test_rates_and_decay_follow_batch_width_and_tokens() -> None:
-    given, reference = nanochat(24), nanochat(12)
-    scale = math.sqrt(given.batch_tokens / 2**19)
-    assert given.batch_tokens == 2**20
-    assert given.matrix_lr == pytest.approx(0.02 * scale)
-    assert given.wte.lr == pytest.approx(0.3 * scale * (given.width / 768) ** -0.5)
-    assert given.resid.lr == pytest.approx(0.005 * scale)
-    assert given.smear.lr == 0.2
-    assert given.matrix_decay == pytest.approx(
-        0.28 * scale * reference.tokens_asked / given.tokens_asked
-    )
+    hp, reference = nanochat(24), nanochat(12)
+    scale = math.sqrt(hp.batch_tokens / 2**19)
+    assert hp.batch_tokens == 2**20
+    assert hp.matrix_lr == pytest.approx(0.02 * scale)
+    assert hp.wte.lr == pytest.approx(0.3 * scale * (hp.width / 768) ** -0.5)
+    assert hp.resid.lr == pytest.approx(0.005 * scale)
+    assert hp.smear.lr == 0.2
+    assert hp.matrix_decay == pytest.approx(0.28 * scale * reference.tokens_asked / hp.tokens_asked)
 
 
-def test_a_flops_budget_settles_tokens_first() -> None:
-    given = nanochat(12, flops=1e18)
-    assert given.tokens_asked == 1e18 / given.flops_per_token
-    assert given.steps == round(given.tokens_asked / given.batch_tokens)
-    assert given.matrix_decay < nanochat(12, flops=5e17).matrix_decay
+def test_a_flops_budget_determines_tokens_first() -> None:
+    hp = nanochat(12, flops=1e18)
+    assert hp.tokens_asked == 1e18 / hp.flops_per_token
+    assert hp.steps == round(hp.tokens_asked / hp.batch_tokens)
+    assert hp.matrix_decay < nanochat(12, flops=5e17).matrix_decay
 
 
 @pytest.mark.parametrize("steps", [1, 20, 500, 100_000])
 def test_a_horizon_in_steps_keeps_the_batch_law(steps: int) -> None:
-    given = nanochat(12, steps=steps)
-    assert given.steps == steps
-    assert given.tokens_asked == given.tokens
-    law = 2**19 * (given.tokens / nanochat(12).tokens_asked) ** 0.383
-    assert given.batch_tokens == max(2 ** round(math.log2(law)), nanochat.sequence_length)
+    hp = nanochat(12, steps=steps)
+    assert hp.steps == steps
+    assert hp.tokens_asked == hp.tokens
+    law = 2**19 * (hp.tokens / nanochat(12).tokens_asked) ** 0.383
+    assert hp.batch_tokens == max(2 ** round(math.log2(law)), nanochat.sequence_length)
 
 
-def test_odd_and_huge_depths_have_whole_heads() -> None:
+def test_odd_and_huge_depths_have_an_integer_number_of_heads() -> None:
     assert (nanochat(13).width, nanochat(13).heads) == (896, 7)
     assert nanochat(2001).width % 128 == 0
 
 
 @pytest.mark.parametrize(
-    ("depth", "horizon", "named"),
+    ("depth", "horizon", "text"),
     [
         (0, {}, "depth 0"),
         (-3, {}, "depth -3"),
@@ -105,10 +103,10 @@ def test_odd_and_huge_depths_have_whole_heads() -> None:
         (4, {"flops": 1e18, "ratio": 8}, "flops and ratio"),
     ],
 )
-def test_what_has_no_value_is_one_error_that_names_it(
-    depth: int, horizon: dict[str, float], named: str
+def test_an_invalid_depth_or_horizon_is_named_in_the_error(
+    depth: int, horizon: dict[str, float], text: str
 ) -> None:
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=text):
         nanochat(depth, **horizon)
 
 

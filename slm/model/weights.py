@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from slm.data import Prepared, all_prepared, recipe_for, row_shape
+from slm.data import PreparedDataset, list_datasets, recipe_for, row_shape
 from slm.data.hub import NAMED
 from slm.model import checkpoints
 from slm.model.gpt import GPT, compute_dtype
@@ -129,12 +129,12 @@ def _of_run(
     return Weights(path, folder, plan, step, parameters or tensors)
 
 
-def prepared_of(plan: Plan, home: Path) -> Prepared:
+def find_dataset(plan: Plan, home: Path) -> PreparedDataset:
     """Return the dataset with a plan's tokeniser and validation rows.
 
     Raises ValueError with the command that prepares it when there is none.
     """
-    for prepared in all_prepared(home):
+    for prepared in list_datasets(home):
         manifest = prepared.manifest
         if (
             manifest["tokenizer"] == plan.data.tokenizer

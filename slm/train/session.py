@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from slm.data.dataset import Prepared
+from slm.data.dataset import PreparedDataset
 from slm.data.loader import Order, Rows
 from slm.data.tokenizer import Tokenizer
 from slm.evaluate.bpb import bytes_of
@@ -168,7 +168,7 @@ def _load_data(
     hp = plan.hyperparameters
     folder = Path(settings["data_folder"])
     try:
-        prepared = Prepared.read(folder)
+        prepared = PreparedDataset.read(folder)
         prepared.verify()
         if verify_content:
             prepared.verify_content(hp)
@@ -182,8 +182,8 @@ def _load_data(
     return RunData(
         tokenizer=tokenizer,
         token_bytes=token_bytes,
-        train=Rows.of(prepared, "train"),
-        validation=Rows.of(prepared, "validation"),
+        train=Rows.open(prepared, "train"),
+        validation=Rows.open(prepared, "validation"),
         order=Order(blocks, plan.seed),
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from slm.data import Prepared
+from slm.data import PreparedDataset
 from slm.evaluate import bundle, core
 from slm.evaluate import evaluator as later
 from slm.evaluate.bundle import Bundle
@@ -32,7 +32,7 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def plan(prepared: Prepared) -> Plan:
+def plan(prepared: PreparedDataset) -> Plan:
     return plan_of(replace(pocket(2, steps=STEPS), batch_tokens=4 * 128), prepared)
 
 
@@ -55,7 +55,7 @@ def done_of(folder: Path) -> dict[str, Any]:
 
 
 def test_core_is_what_slm_eval_finds_and_changes_no_weight(
-    tmp_path: Path, plan: Plan, prepared: Prepared
+    tmp_path: Path, plan: Plan, prepared: PreparedDataset
 ) -> None:
     alone = attempts.make_attempt(tmp_path / "alone", plan, prepared, ranks=2)
     assert attempts.train(alone, 2).returncode == 0
@@ -88,7 +88,7 @@ def test_core_is_what_slm_eval_finds_and_changes_no_weight(
 
 
 def test_a_stop_in_core_loses_nothing_and_the_next_attempt_goes_on(
-    tmp_path: Path, plan: Plan, prepared: Prepared
+    tmp_path: Path, plan: Plan, prepared: PreparedDataset
 ) -> None:
     own = bundle.install(bundles.write(tmp_path / "bundle", examples=1500), tmp_path)
     folder = attempts.make_attempt(tmp_path, plan, prepared, core=asked(own, max_per_task=1000))
@@ -114,7 +114,7 @@ def test_a_stop_in_core_loses_nothing_and_the_next_attempt_goes_on(
 
 
 def test_a_bundle_that_is_gone_costs_the_value_and_not_the_run(
-    tmp_path: Path, plan: Plan, prepared: Prepared
+    tmp_path: Path, plan: Plan, prepared: PreparedDataset
 ) -> None:
     folder = attempts.make_attempt(
         tmp_path, plan, prepared, ranks=2, core=asked("0123456789abcdef", every=4)
@@ -253,7 +253,7 @@ def test_runs_without_the_value_are_told_from_those_that_have_it(tmp_path: Path)
 
 
 def test_an_attempt_says_what_is_measured_and_the_plan_does_not(
-    tmp_path: Path, plan: Plan, prepared: Prepared
+    tmp_path: Path, plan: Plan, prepared: PreparedDataset
 ) -> None:
     own = bundle.install(bundles.write(tmp_path / "bundle"), tmp_path)
     asks = Wanted(own.id, 10, 20, ("fits",)).of(plan, tmp_path, lambda: prepared)

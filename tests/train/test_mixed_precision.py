@@ -1,4 +1,6 @@
-"""What GPUs run, as far as a CPU can run it: 16 bits, results read a step late, and any number of ranks' shares."""
+"""Code paths of GPUs on a CPU: 16 bits, deferred results, and the optimiser state of any number of
+ranks.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +11,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from slm.data import Prepared
+from slm.data import PreparedDataset
 from slm.model import layers
 from slm.model.gpt import GPT
+from slm.model.ranks import ALONE, Ranks
 from slm.recipe import pocket
+from slm.train.attempt import Attempt
 from slm.train.optimizer import Optimizer
-from slm.train.trainer import Trainer
+from slm.train.trainer import train
 from tests.attempts import log, make_attempt, plan_of
 
 IDS = torch.randint(512, (4, 129), generator=torch.Generator().manual_seed(0))
 
 
 def losses(dtype: torch.dtype, steps: int = 20) -> list[float]:
-    """Of a model that computes in a type, as the trainer scales its gradients."""
-    given = replace(pocket(3, steps=steps), warmup_steps=2)
-    model, found = GPT(given), []
+    """Return the losses of a model that computes in a dtype, with gradients scaled as in the
+    trainer.
+    """
+    hp = replace(pocket(3, steps=steps), warmup_steps=2)
+    model = GPT(hp)
+    result = []
     model.initialise(0)
     model.set_compute_dtype(dtype)
     optimizer = Optimizer(model)
@@ -33,8 +40,8 @@ def losses(dtype: torch.dtype, steps: int = 20) -> list[float]:
         narrow = dtype == torch.float16
         loss.backward(torch.full_like(loss, 1.0 if narrow else 1 / 512))
         optimizer.step(step, 1 / 512 if narrow else 1.0)
-        found.append(loss.item() / 512)
-    return found
+        result.append(loss.item() / 512)
+    return result
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -58,49 +65,45 @@ def test_gradients_of_large_vocabularies_stay_in_range(
         layers.cross_entropy(*leaves, targets).backward()
         return [leaf.grad.float() for leaf in leaves if leaf.grad is not None]
 
-    for found, expected in zip(gradients(dtype), gradients(torch.float32), strict=True):
-        assert (found - expected).norm() <= tolerance * expected.norm()
+    for result, expected in zip(gradients(dtype), gradients(torch.float32), strict=True):
+        assert (result - expected).norm() <= tolerance * expected.norm()
 
 
 @pytest.mark.parametrize("depth", [1, 2, 9, 10])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-def test_every_rank_takes_its_share_of_a_state(depth: int, ranks: int) -> None:
-    """Put together again, the shares are the state; the last ones may be beyond it."""
-    given = replace(pocket, aspect_ratio=32)(depth, steps=2)
-    model = GPT(given)
+def test_every_rank_loads_its_share_of_the_state(depth: int, ranks: int) -> None:
+    """Joined again, the shares are the state; the last ones may lie beyond it."""
+    hp = replace(pocket, aspect_ratio=32)(depth, steps=2)
+    model = GPT(hp)
     model.initialise(0)
     state = Optimizer(model).state()
     state = {name: torch.rand(tensor.shape) for name, tensor in state.items()}
-    parts = []
+    optimizers = []
     for rank in range(ranks):
         model.zero_grad()
-        parts.append(Optimizer(model, rank, ranks)._parts)
-        for part in parts[-1]:
-            for key, own in part.state.items():
-                part.buffer.take(own, [state[f"{name}.{key}"] for name in part.buffer.spans])
-    for shares in zip(*parts, strict=True):
+        optimizer = Optimizer(model, Ranks(rank, ranks))
+        optimizer.load(state)
+        optimizers.append(optimizer._updates)
+    for shares in zip(*optimizers, strict=True):
+        buffer = shares[0].buffer
         for key in shares[0].state:
-            held = [share.state[key].flatten() for share in shares]
-            whole = torch.cat(held if shares[0].buffer.shared else held[:1])
-            for name, tensor in shares[0].buffer.named(whole).items():
+            parts = [share.state[key].flatten() for share in shares]
+            full = torch.cat(parts if buffer.is_shared else parts[:1])
+            for name, tensor in buffer.split_by_name(full).items():
                 assert torch.equal(tensor, state[f"{name}.{key}"])
 
 
 @pytest.mark.parametrize("checkpoint_seconds", [0, 1e9])
-def test_steps_read_late_leave_what_steps_read_at_once_leave(
-    tmp_path: Path, prepared: Prepared, monkeypatch: pytest.MonkeyPatch, checkpoint_seconds: float
+def test_deferred_results_change_neither_weights_nor_events(
+    tmp_path: Path, prepared: PreparedDataset, checkpoint_seconds: float
 ) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
     done, logged, written = [], [], []
-    for lags in (False, True):
+    for deferred in (False, True):
         plan = plan_of(pocket(1, steps=7), prepared)
         folder = make_attempt(
-            tmp_path / str(lags), plan, prepared, checkpoint_seconds=checkpoint_seconds
+            tmp_path / str(deferred), plan, prepared, checkpoint_seconds=checkpoint_seconds
         )
-        trainer = Trainer(folder)
-        trainer.lags = lags
-        trainer.run()
+        train(Attempt(folder, ALONE), deferred)
         result = json.loads((folder.parent.parent / "done.json").read_text())
         done.append([result[key] for key in ("val_bpb", "train_loss", "weights_sha256", "step")])
         logged.append(

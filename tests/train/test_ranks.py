@@ -1,4 +1,6 @@
-"""A plan gives the same run on any number of ranks and with any micro-batch: the same rows, losses and weights."""
+"""A plan gives the same run on any number of ranks and with any micro-batch: the same rows, losses
+and weights.
+"""
 
 from __future__ import annotations
 
@@ -15,31 +17,35 @@ from hypothesis import given as for_any
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from slm.data import Prepared
-from slm.data.loader import Order, Rows, share
+from slm.data import PreparedDataset
+from slm.data.loader import Order, Rows
+from slm.hardware.block_sizes import SHARED_ELEMENTS
 from slm.model.gpt import GPT
+from slm.model.ranks import Ranks
 from slm.recipe import AdamW, Hyperparameters, pocket
-from slm.train.optimizer import SHARED, lr_multiplier
+from slm.train.optimizer import lr_multiplier
 from tests.attempts import log, make_attempt, plan_of, train, train_until
 
 UNEVEN = replace(pocket, aspect_ratio=6, head_dim=6, vocab_size=600)
-"""At depth 3: three matrices of 18 x 18 a stack, two value embeddings of 640 tokens, scalars by ones and threes."""
+"""At depth 3: three matrices of 18 x 18 a stack, two value embeddings of 640 tokens, scalars by
+ones and threes."""
 WIDE = replace(pocket, aspect_ratio=32)
 """At depth 4 large enough for ranks to share the optimiser's work."""
 OFF = AdamW(0.0, 0.8, 0.95, 0.0)
 SCALARS = ("resid", "x0", "smear_gate", "smear", "backout")
 WORLDS = [(2, 1), (3, 2)]
-"""Ranks and micro-batch. Of eight rows, three ranks take 3, 3 and 2, in micro-batches of 2, 1; 2, 1; and 2."""
+"""Ranks and micro-batch. Three ranks share eight rows as 3, 3 and 2, in micro-batches of 2, 1; 2,
+1; and 2."""
 
 Weights = Mapping[str, npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run leaves."""
+    """Results of a run."""
 
     losses: list[float]
-    """Nats a token, of each step."""
+    """Nats a token at each step."""
     evaluation: dict[str, Any]
     """The eval event."""
     weights: Weights
@@ -47,23 +53,26 @@ class Trained:
 
 
 def hyperparameters() -> Hyperparameters:
-    """Ten steps of eight rows."""
-    given = UNEVEN(3, steps=10)
-    return replace(given, batch_tokens=8 * given.sequence_length)
+    """Return ten steps of eight rows."""
+    hp = UNEVEN(3, steps=10)
+    return replace(hp, batch_tokens=8 * hp.sequence_length)
 
 
 def steady() -> Hyperparameters:
-    """Scalars that stay: before the first update no block adds to the stream, so that the norm after it undoes what
-    resid, x0 and backout do; their gradient is rounding error, which AdamW makes a full step either way.
+    """Return hyperparameters that leave the scalars alone.
+
+    Before the first update no block adds to the stream, so that the norm after it undoes what
+    resid, x0 and backout do; their gradient is rounding error, which AdamW makes a full step in
+    either direction.
     """
     return replace(hyperparameters(), resid=OFF, x0=OFF, smear=OFF)
 
 
 def trained(
-    home: Path, prepared: Prepared, given: Hyperparameters, ranks: int, micro_batch: int
+    home: Path, prepared: PreparedDataset, hp: Hyperparameters, ranks: int, micro_batch: int
 ) -> Trained:
     folder = make_attempt(
-        home, plan_of(given, prepared), prepared, ranks=ranks, micro_batch=micro_batch
+        home, plan_of(hp, prepared), prepared, ranks=ranks, micro_batch=micro_batch
     )
     result = train(folder, ranks)
     assert result.returncode == 0, result.stderr
@@ -74,8 +83,8 @@ def trained(
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, prepared: Prepared) -> Trained:
-    """One rank, the whole batch at once."""
+def alone(tmp_path_factory: pytest.TempPathFactory, prepared: PreparedDataset) -> Trained:
+    """Train on one rank, the full batch at once."""
     return trained(tmp_path_factory.mktemp("alone"), prepared, steady(), 1, 8)
 
 
@@ -83,18 +92,18 @@ def alone(tmp_path_factory: pytest.TempPathFactory, prepared: Prepared) -> Train
     scope="module", params=WORLDS, ids=lambda world: "{} ranks, micro-batch {}".format(*world)
 )
 def world(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, prepared: Prepared
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, prepared: PreparedDataset
 ) -> Trained:
-    """The same plan in another world."""
+    """Train the same plan on more ranks."""
     return trained(tmp_path_factory.mktemp("world"), prepared, steady(), *request.param)
 
 
-def apart(ours: Weights, theirs: Weights) -> dict[str, float]:
-    """Relative distance of the tensors of each name; the distance from zero itself."""
-    assert ours.keys() == theirs.keys()
+def distances(weights: Weights, expected: Weights) -> dict[str, float]:
+    """Return the relative distance of the tensors of each name."""
+    assert weights.keys() == expected.keys()
     return {
-        name: distance(ours[name], theirs[name]) / (distance(theirs[name]) or 1.0)
-        for name in theirs
+        name: distance(weights[name], expected[name]) / (distance(expected[name]) or 1.0)
+        for name in expected
     }
 
 
@@ -103,7 +112,7 @@ def distance(x: npt.ArrayLike, y: npt.ArrayLike = 0.0) -> float:
 
 
 def start() -> Weights:
-    """The parameters before the first step."""
+    """Return the parameters before the first step."""
     model = GPT(hyperparameters())
     model.initialise(seed=0)
     return {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
@@ -116,8 +125,8 @@ def test_every_step_has_the_same_loss(alone: Trained, world: Trained) -> None:
 
 
 def test_the_final_weights_are_the_same(alone: Trained, world: Trained) -> None:
-    far = apart(world.weights, alone.weights)
-    assert far == pytest.approx(dict.fromkeys(far, 0.0), abs=1e-5)
+    errors = distances(world.weights, alone.weights)
+    assert errors == pytest.approx(dict.fromkeys(errors, 0.0), abs=1e-5)
 
 
 def test_the_same_validation_rows_are_read(alone: Trained, world: Trained) -> None:
@@ -125,42 +134,45 @@ def test_the_same_validation_rows_are_read(alone: Trained, world: Trained) -> No
     assert world.evaluation["val_bpb"] == pytest.approx(alone.evaluation["val_bpb"], rel=1e-6)
 
 
-def test_tokens_that_never_occur_only_decay(world: Trained, prepared: Prepared) -> None:
-    """Their embeddings' gradient is zero: AdamW leaves the product of 1 - rate·decay of the initial values."""
-    given, begun = steady(), start()
-    rows = Rows.of(prepared, "train")
+def test_tokens_that_never_occur_only_decay(world: Trained, prepared: PreparedDataset) -> None:
+    """The embeddings' gradient is zero: AdamW leaves the product of 1 - rate·decay of the initial
+    values.
+    """
+    hp = steady()
+    initial = start()
+    rows = Rows.open(prepared, "train")
     order = Order([block.rows for block in prepared.blocks("train")], seed=0)
     ids, _ = rows.pair(
-        np.concatenate([order.step(step, given.batch_rows) for step in range(given.steps)])
+        np.concatenate([order.step(step, hp.batch_rows) for step in range(hp.steps)])
     )
-    unseen = np.setdiff1d(np.arange(given.vocab_size), ids)
+    unseen = np.setdiff1d(np.arange(hp.vocab_size), ids)
     assert set(range(512, 640)) <= set(unseen.tolist()) < set(range(640))
-    for name, group in (("wte", given.wte), ("value_embeds", given.value_embeds)):
-        kept = math.prod(
-            1 - group.lr * lr_multiplier(given, step) * group.decay for step in range(given.steps)
+    for name, group in (("wte", hp.wte), ("value_embeds", hp.value_embeds)):
+        remaining = math.prod(
+            1 - group.lr * lr_multiplier(hp, step) * group.decay for step in range(hp.steps)
         )
-        assert kept < 1 - 1e-4
+        assert remaining < 1 - 1e-4
         np.testing.assert_allclose(
-            world.weights[name][..., unseen, :], kept * begun[name][..., unseen, :], rtol=1e-6
+            world.weights[name][..., unseen, :],
+            remaining * initial[name][..., unseen, :],
+            rtol=1e-6,
         )
 
 
-def test_ranks_share_out_a_large_model_and_one_goes_on_with_it(
-    tmp_path: Path, prepared: Prepared
-) -> None:
-    """Three ranks begin, one goes on from their checkpoint; 16 and 8 matrices do not divide by three. Rounding grows:
-    after ten steps another micro-batch on one rank is as far off.
+def test_a_run_of_three_ranks_resumes_on_one(tmp_path: Path, prepared: PreparedDataset) -> None:
+    """16 and 8 matrices do not divide by three. Rounding errors grow: after ten steps another
+    micro-batch on one rank differs as much.
     """
-    given = replace(
+    hp = replace(
         WIDE(4, steps=15), batch_tokens=8 * WIDE.sequence_length, resid=OFF, x0=OFF, smear=OFF
     )
-    shared = [given.parameters.transformer_matrices // 3, 3 * given.parameters.wte]
-    assert min(shared) >= SHARED > given.depth * given.heads
-    alone = trained(tmp_path / "alone", prepared, given, 1, 8)
-    plan, home = plan_of(given, prepared), tmp_path / "others"
+    shared = [hp.parameters.transformer_matrices // 3, 3 * hp.parameters.wte]
+    assert min(shared) >= SHARED_ELEMENTS > hp.depth * hp.heads
+    alone = trained(tmp_path / "alone", prepared, hp, 1, 8)
+    plan, home = plan_of(hp, prepared), tmp_path / "ranks"
     first = make_attempt(home, plan, prepared, ranks=3, micro_batch=8, checkpoint_seconds=0)
     train_until(first, 3, "checkpoint")
-    second = trained(home, prepared, given, 1, 8)
+    second = trained(home, prepared, hp, 1, 8)
     stopped = len(log(first, "train"))
     assert log(first, "failed")[0]["reason"] == "interrupted"
     assert 1 <= stopped < 15
@@ -171,32 +183,32 @@ def test_ranks_share_out_a_large_model_and_one_goes_on_with_it(
 
 
 @pytest.mark.soak
-def test_scalars_train_alike_on_one_rank_and_on_four(tmp_path: Path, prepared: Prepared) -> None:
-    """Four ranks for tensors of one and three elements. The first step, 1/55 of the way in ten steps of the warm-up,
-    may go either way: see `steady`.
+def test_scalars_train_alike_on_one_rank_and_on_four(tmp_path: Path, prepared: PreparedDataset) -> None:
+    """Four ranks share tensors of one and three elements. The first step, 1/55 of the way in ten
+    steps of the warm-up, may go in either direction: see `steady`.
     """
     one = trained(tmp_path / "one", prepared, hyperparameters(), 1, 8)
     four = trained(tmp_path / "four", prepared, hyperparameters(), 4, 1)
-    begun = start()
+    initial = start()
     assert four.losses == pytest.approx(one.losses, rel=1e-5)
     for name in SCALARS:
         assert distance(four.weights[name], one.weights[name]) < 0.1 * distance(
-            one.weights[name], begun[name]
+            one.weights[name], initial[name]
         )
 
 
 @for_any(st.integers(1, 96), st.integers(1, 96), st.integers(0, 50), st.integers(1, 9))
-def test_ranks_and_micro_batches_part_a_step_s_rows(
+def test_ranks_and_micro_batches_partition_the_rows_of_a_step(
     batch_rows: int, ranks: int, step: int, micro_batch: int
 ) -> None:
     ranks = min(ranks, batch_rows)
     rows = Order([256, 256, 256, 232], 0).step(step, batch_rows)
-    shares = [share(rows, rank, ranks) for rank in range(ranks)]
-    pieces = [
-        own[at : at + micro_batch] for own in shares for at in range(0, len(own), micro_batch)
-    ]
+    shares = [Ranks(rank, ranks).share(rows) for rank in range(ranks)]
+    pieces = []
+    for share in shares:
+        pieces += [share[at : at + micro_batch] for at in range(0, len(share), micro_batch)]
     assert np.concatenate(pieces).tolist() == rows.tolist()
-    assert {len(own) for own in shares} <= {batch_rows // ranks, -(-batch_rows // ranks)}
+    assert {len(share) for share in shares} <= {batch_rows // ranks, -(-batch_rows // ranks)}
 
 
 def test_steps_of_any_size_read_one_stream_of_rows() -> None:

@@ -10,14 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from slm import events
-from slm.data import Prepared
+from slm.data import PreparedDataset
 from slm.plan import Plan
 from slm.recipe import pocket
 from slm.run import read_exit
 from tests.attempts import ENVIRONMENT, log, make_attempt, plan_of, train
 
 
-def plan(prepared: Prepared) -> Plan:
+def plan(prepared: PreparedDataset) -> Plan:
     """One step of two rows."""
     return plan_of(replace(pocket(1, steps=1), batch_tokens=256), prepared)
 
@@ -44,7 +44,7 @@ def only_failure(folder: Path) -> tuple[str, str]:
 
 
 def test_an_unknown_device_is_refused_with_those_there_are(
-    tmp_path: Path, prepared: Prepared
+    tmp_path: Path, prepared: PreparedDataset
 ) -> None:
     reason, message = refused(
         make_attempt(tmp_path, plan(prepared), prepared, ranks=2, device="tpu")
@@ -55,7 +55,7 @@ def test_an_unknown_device_is_refused_with_those_there_are(
 
 
 def test_more_ranks_than_rows_are_refused_with_both_numbers(
-    tmp_path: Path, prepared: Prepared
+    tmp_path: Path, prepared: PreparedDataset
 ) -> None:
     folder = make_attempt(tmp_path, plan(prepared), prepared, ranks=3)
     assert train(folder, ranks=3).returncode == 1
@@ -65,7 +65,7 @@ def test_more_ranks_than_rows_are_refused_with_both_numbers(
     assert "2 rows" in message
 
 
-def test_data_that_are_gone_are_named(tmp_path: Path, prepared: Prepared) -> None:
+def test_data_that_are_gone_are_named(tmp_path: Path, prepared: PreparedDataset) -> None:
     gone = tmp_path / "moved"
     reason, message = refused(
         make_attempt(tmp_path, plan(prepared), prepared, ranks=2, data_folder=str(gone))
@@ -75,7 +75,7 @@ def test_data_that_are_gone_are_named(tmp_path: Path, prepared: Prepared) -> Non
 
 
 def test_a_checkpoint_of_another_plan_is_refused_and_kept(
-    tmp_path: Path, prepared: Prepared
+    tmp_path: Path, prepared: PreparedDataset
 ) -> None:
     long = replace(pocket(1, steps=10**4), batch_tokens=128)
     own, other = (
@@ -107,7 +107,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_plan_that_cannot_be_read_is_refused(tmp_path: Path, prepared: Prepared) -> None:
+def test_a_plan_that_cannot_be_read_is_refused(tmp_path: Path, prepared: PreparedDataset) -> None:
     folder = make_attempt(tmp_path, plan(prepared), prepared)
     (folder.parent.parent / "plan.json").write_text("{}")
     reason, message = refused(folder)
