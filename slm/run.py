@@ -100,7 +100,7 @@ class ExitDocument(TypedDict):
     """Exit code of torchrun; 0 if a signal killed it."""
     signal: int | None
     reason: str | None
-    """One of events.REASONS; None for a finished run."""
+    """events.REASONS; None for a finished run."""
     message: str | None
 
 
@@ -128,19 +128,11 @@ class DoneDocument(TypedDict):
     weights_sha256: str
 
 
-class Provenance(TypedDict):
-    """Commit and uncommitted changes of the running code; None outside a checkout."""
-
-    commit: str | None
-    diff: str | None
-
-
 @dataclass(frozen=True)
 class RunState:
     """State of a run, and why it is not finished."""
 
     status: str
-    """One of STATES."""
     reason: str | None = None
     """Reason of the newest attempt's end, one of events.REASONS."""
     message: str | None = None
@@ -278,7 +270,7 @@ def add_attempt(run_folder: Path, document: Mapping[str, Any]) -> Path:
         raise
 
 
-def code_provenance() -> Provenance:
+def code_provenance() -> dict[str, str | None]:
     """Return commit and uncommitted changes of the running code; None where git tracks none."""
     package = Path(__file__).parent
 
@@ -399,7 +391,7 @@ def other_host(run_folder: Path) -> str | None:
     if attempt is None or read_exit(attempt) or is_done(run_folder):
         return None
     document = read_attempt(attempt)
-    if document["launcher"] != "local" or document["host"] == socket.gethostname():
+    if document["launcher"] != "local" or is_on_this_machine(run_folder):
         return None
     return document["host"] if run_holder(run_folder) else None
 

@@ -240,17 +240,9 @@ def _core(progress: RunProgress) -> str:
 
 def _describe(run: ActiveRun) -> str:
     """Describe an active run in one line."""
-    figures = run.figures
-    parts = [f"step {figures['step']} ({run.progress.share:.0%})"]
+    parts = [f"{name} {text}" for name, text in run.figures.items() if text]
     if run.progress.activity:
-        parts.insert(0, _activity(run))
-    elif figures["left"]:
-        parts.append(f"{figures['left']} left")
-    for name, text in (("loss", "loss {}"), ("tok/s", "{} tokens/s"), ("MFU", "MFU {}")):
-        if figures.get(name):
-            parts.append(text.format(figures[name]))
-    if figures["GB"]:
-        parts.append(f"{figures['GB']} GB")
+        parts.insert(0, run.progress.activity)
     return ", ".join(parts)
 
 

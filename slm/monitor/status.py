@@ -26,7 +26,6 @@ class StatusRow(TypedDict):
     steps: int
     flops_planned: float
     status: str
-    """One of run.STATES."""
     reason: str | None
     message: str | None
     val_bpb: float | None

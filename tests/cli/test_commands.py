@@ -1,4 +1,4 @@
-"""The command line, in processes of its own: the whole way of the data once, and one line for everything wrong."""
+"""The command line in separate processes: a sweep to its fit, and one line for every error."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LADDER = (
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory, prepared) -> tuple[Path, dict]:
-    """A home in which a ladder of short runs was swept, and what the sweep printed."""
+    """Sweep a ladder of short runs. Return the home and the document that the sweep printed."""
     home = tmp_path_factory.mktemp("swept")
     (home / "data").symlink_to(prepared.folder.parent)
     result = slm(*LADDER, home=home)
@@ -44,7 +44,7 @@ def rows(home: Path, sql: str) -> list[dict]:
     return json.loads(result.stdout)
 
 
-def test_a_sweep_typed_again_trains_nothing_and_says_so(swept) -> None:
+def test_a_repeated_sweep_trains_nothing_and_says_so(swept) -> None:
     home, first = swept
     assert len(first["trained"]) == 3
     again = slm(*LADDER, home=home)
@@ -53,17 +53,17 @@ def test_a_sweep_typed_again_trains_nothing_and_says_so(swept) -> None:
     assert document["trained"] == []
     assert document["already_done"] == first["trained"]
     assert document["runs"] == first["runs"]
-    in_words = slm(*LADDER[:-1], home=home)
-    assert "nothing to train: all 3 runs were done already" in in_words.stdout
+    result = slm(*LADDER[:-1], home=home)
+    assert "nothing to train: all 3 runs were already done" in result.stdout
 
 
 def test_results_hold_every_run_cheapest_first(swept) -> None:
     home, document = swept
-    found = rows(home, "select run_id, depth, flops, val_bpb, status from results order by flops")
-    assert [row["run_id"] for row in found] == document["trained"]
-    assert [row["depth"] for row in found] == [2, 3, 4]
-    assert [row["val_bpb"] for row in found] == [run["val_bpb"] for run in document["runs"]]
-    assert {row["status"] for row in found} == {"finished"}
+    results = rows(home, "select run_id, depth, flops, val_bpb, status from results order by flops")
+    assert [row["run_id"] for row in results] == document["trained"]
+    assert [row["depth"] for row in results] == [2, 3, 4]
+    assert [row["val_bpb"] for row in results] == [run["val_bpb"] for run in document["runs"]]
+    assert {row["status"] for row in results} == {"finished"}
 
 
 def test_a_deleted_database_comes_back_with_the_same_rows(swept) -> None:
@@ -79,14 +79,14 @@ def test_a_deleted_database_comes_back_with_the_same_rows(swept) -> None:
     } == before
 
 
-def test_status_and_show_tell_what_became_of_a_run(swept) -> None:
+def test_status_and_show_print_the_result_of_a_run(swept) -> None:
     home, document = swept
     status = slm("status", "ladder", "--json", home=home)
     assert [run["status"] for run in json.loads(status.stdout)["runs"]] == ["finished"] * 3
     run = document["runs"][0]
-    shown = slm("show", run["run_id"][:6], home=home)
-    assert shown.returncode == 0
-    assert f"val_bpb {run['val_bpb']:.4f}" in shown.stdout
+    result = slm("show", run["run_id"][:6], home=home)
+    assert result.returncode == 0
+    assert f"val_bpb {run['val_bpb']:.4f}" in result.stdout
 
 
 def test_fit_curves_draws_and_records_a_fit(swept) -> None:
@@ -94,10 +94,10 @@ def test_fit_curves_draws_and_records_a_fit(swept) -> None:
     result = slm("fit-curves", "ladder", "--json", home=home)
     assert result.returncode == 0, result.stderr
     document = json.loads(result.stdout)
-    png, svg, *others = (Path(path) for path in document["figures"])
+    png, svg, *residuals = (Path(path) for path in document["figures"])
     assert png.read_bytes().startswith(b"\x89PNG")
     assert svg.read_text().lstrip().startswith("<?xml")
-    assert [path.name for path in others] == ["ladder-residuals.png", "ladder-residuals.svg"]
+    assert [path.name for path in residuals] == ["ladder-residuals.png", "ladder-residuals.svg"]
     assert document["points"]["n"] == 3
     assert [row["hash"] for row in rows(home, "select hash from fits")] == [document["hash"]]
 
@@ -135,7 +135,8 @@ def test_a_csv_of_runs_is_fitted_without_a_store(tmp_path: Path, reference: Path
 
 def test_a_dry_run_needs_no_torch_and_trains_nothing(home: Path) -> None:
     program = (
-        "import sys; sys.argv = ['slm', 'sweep', '--recipe', 'pocket', '--depths', '2-4', '--dry-run', '--json']\n"
+        "import sys\n"
+        "sys.argv = 'slm sweep --recipe pocket --depths 2-4 --dry-run --json'.split()\n"
         "from slm.cli import main\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
         "assert 'torch' not in sys.modules"
@@ -158,7 +159,7 @@ def test_a_declared_experiment_is_planned_from_its_file(home: Path) -> None:
         assert json.loads(result.stdout)["experiment"] == path.stem
 
 
-def test_a_plan_for_gpus_that_are_elsewhere_has_times_costs_and_a_schedule(tmp_path: Path) -> None:
+def test_a_plan_for_absent_gpus_has_times_costs_and_a_schedule(tmp_path: Path) -> None:
     arguments = ("sweep", "--depths", "10-12", "--gpus", "8", "--price", "24/h", "--dry-run")
     document = json.loads(slm(*arguments, "--json", home=tmp_path).stdout)
     assert [run["device"] for run in document["runs"]] == ["H100"] * 3
@@ -167,8 +168,8 @@ def test_a_plan_for_gpus_that_are_elsewhere_has_times_costs_and_a_schedule(tmp_p
     assert max(run["start"] + run["seconds"] for run in document["runs"]) == pytest.approx(
         document["seconds"]
     )
-    drawn = slm(*arguments, home=tmp_path).stdout
-    assert all(f"\n{gpu} |" in drawn for gpu in range(8))
+    output = slm(*arguments, home=tmp_path).stdout
+    assert all(f"\n{gpu} |" in output for gpu in range(8))
 
 
 def test_size_has_the_published_counts_as_json() -> None:
@@ -238,7 +239,7 @@ def test_an_empty_corpus_is_one_line(home: Path, tmp_path: Path) -> None:
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
 
 
-def test_a_full_disk_is_one_line_and_nothing_half_made_is_left(tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_leaves_no_partial_files(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = subprocess.run(
@@ -255,7 +256,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_made_is_left(tmp_path: Path) -
         subprocess.run(["umount", disk], check=True)
 
 
-def test_an_unreadable_store_says_how_to_mend_it(swept, tmp_path: Path) -> None:
+def test_an_unreadable_store_names_the_command_that_rebuilds_it(swept, tmp_path: Path) -> None:
     home = tmp_path / "damaged"
     shutil.copytree(swept[0], home, symlinks=True)
     for path in home.glob("*.duckdb"):
@@ -268,7 +269,7 @@ def test_an_unreadable_store_says_how_to_mend_it(swept, tmp_path: Path) -> None:
     assert slm("query", "select 1", home=home).returncode == 0
 
 
-def test_a_second_sweep_of_a_home_names_the_first_and_goes_on_when_it_ends(home: Path) -> None:
+def test_a_second_sweep_of_a_home_names_the_first_and_starts_after_it(home: Path) -> None:
     holding = (
         "import sys; from pathlib import Path; from slm.sweep.orchestrator import sweep_lock\n"
         f"with sweep_lock(Path({str(home)!r})):\n    print('held', flush=True); sys.stdin.read()"
@@ -302,7 +303,7 @@ def test_a_second_sweep_of_a_home_names_the_first_and_goes_on_when_it_ends(home:
             assert any(f"being swept by process {first.pid}" in line for line in second.stderr)
             assert not list(home.glob("*/attempts"))
             first.communicate()
-            output, _ = second.communicate(timeout=120)
+            output, _ = second.communicate(timeout=300)
     assert second.returncode == 0
     assert len(json.loads(output)["trained"]) == 1
 

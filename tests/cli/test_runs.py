@@ -1,4 +1,4 @@
-"""`slm status`, `show`, `logs`, `stop`, `retry` and `rm`: on homes of files, and beside a real sweep."""
+"""`slm status`, `show`, `logs`, `stop`, `retry` and `rm`, on recorded homes and during a sweep."""
 
 from __future__ import annotations
 
@@ -30,18 +30,21 @@ from tests.conftest import slm
 from tests.homes import home_of
 
 PROGRAM = [sys.executable, "-c", "from slm.cli import main; main()"]
+LONG_SWEEP = ("sweep", "--recipe", "pocket", "--depths", "4", "--steps", "5000", "--seeds", "2")
+DEADLINE = 180.0
+"""Seconds after which a state that should come is given up."""
 
 
 @pytest.fixture
 def recorded(tmp_path: Path) -> tuple[Path, list[Path]]:
-    """A home of three finished runs, and their folders, cheapest first."""
+    """Write a home of three finished runs. Return it and their folders, cheapest first."""
     home = home_of(tmp_path / "runs", Experiment("e", (pocket,), (2, 3, 4)))
     runs = read_json(home / "experiments" / "e.json")["runs"]
     return home, [home / run_id for run_id in runs]
 
 
-def begun(folder: Path, reason: str | None = None, message: str | None = None) -> Path:
-    """Make a finished run one that is half done, ended for a reason or not; its attempt."""
+def unfinish(folder: Path, reason: str | None = None, message: str | None = None) -> Path:
+    """Make a finished run unfinished, with or without an exit.json. Return its attempt."""
     attempt = folder / "attempts" / "001"
     (folder / "done.json").unlink()
     if reason:
@@ -55,10 +58,10 @@ def status(home: Path, *arguments: str) -> list[dict[str, Any]]:
     return json.loads(result.stdout)["runs"]
 
 
-def test_status_tells_progress_time_left_and_reasons(recorded) -> None:
+def test_status_shows_progress_time_left_and_reasons(recorded) -> None:
     home, (done, running, failed) = recorded
-    begun(running)
-    begun(failed, "error", "RuntimeError: a word\nand " + "another " * 20)
+    unfinish(running)
+    unfinish(failed, "error", "RuntimeError: a word\nand " + "another " * 20)
     lock = hold_lock(running / "lock")
     assert lock is not None
     with lock:
@@ -75,12 +78,12 @@ def test_status_tells_progress_time_left_and_reasons(recorded) -> None:
     assert "3 runs: 1 finished, 1 running, 1 failed" in table
 
 
-def test_status_brings_the_database_up_to_date_without_loading_it(recorded) -> None:
+def test_status_updates_the_database_without_loading_it(recorded) -> None:
     home, _ = recorded
     program = (
         "import sys; sys.argv = ['slm', 'status', '--json']\nfrom slm.cli import main\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
-        "assert not {'torch', 'duckdb', 'pandas', 'sqlalchemy', 'numpy'} & set(sys.modules)"
+        "assert not {'torch', 'duckdb', 'pandas', 'sqlalchemy', 'numpy', 'rich'} & set(sys.modules)"
     )
     env = {**os.environ, "SLM_HOME": str(home)}
     result = subprocess.run(
@@ -91,7 +94,7 @@ def test_status_brings_the_database_up_to_date_without_loading_it(recorded) -> N
     assert len(store.results("e", home=home)) == 3
 
 
-def test_an_ingest_sees_what_changed_after_one_that_saw_all(recorded) -> None:
+def test_an_ingest_reads_changes_after_a_complete_ingest(recorded) -> None:
     home, (first, second, _) = recorded
     assert not store.is_current(home)
     store.ingest(home)
@@ -102,43 +105,43 @@ def test_an_ingest_sees_what_changed_after_one_that_saw_all(recorded) -> None:
     assert store.ingest(home).events == 1
     (first / "plan.json").write_text("{}")
     assert len(store.ingest(home).problems) == 1
-    assert len(store.ingest(home).problems) == 1  # what cannot be read is named again
+    assert len(store.ingest(home).problems) == 1  # an unreadable file is reported again
     (home / "results.duckdb").unlink()
     store.ingest(home)
     assert (home / "results.duckdb").exists()
 
 
 def test_a_damaged_plan_hides_no_other_run(recorded) -> None:
-    home, (damaged, *others) = recorded
+    home, (damaged, *intact) = recorded
     (damaged / "plan.json").write_text("{}")
     result = slm("status", "--json", home=home)
     assert [run["run_id"] for run in json.loads(result.stdout)["runs"]] == [
-        folder.name for folder in others
+        folder.name for folder in intact
     ]
     assert damaged.name in result.stderr
-    shown = slm("show", damaged.name, home=home)
-    assert (shown.returncode, len(shown.stderr.splitlines())) == (2, 1)
-    assert "'recipe'" in shown.stderr
+    result = slm("show", damaged.name, home=home)
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    assert "'recipe'" in result.stderr
 
 
-def test_show_tells_where_attempts_were_how_long_they_took_and_why_they_ended(recorded) -> None:
+def test_show_describes_attempts_with_devices_times_and_ends(recorded) -> None:
     home, (folder, *_) = recorded
-    attempt = begun(folder, "error", "ValueError: no such thing")
+    attempt = unfinish(folder, "error", "ValueError: no such thing")
     document = read_json(attempt / "attempt.json")
     changes = {"created": time.time() - 60, "ids": ["0", "3"], "estimated_seconds": 3700.0}
     write_json(attempt / "attempt.json", document | changes)
     (attempt / "log").write_text("".join(f"line {number}\n" for number in range(100)))
-    shown = slm("show", folder.name, home=home).stdout
-    assert "failed" in shown.splitlines()[0]
-    assert "attempt 1: error after 1 min" in shown
-    assert "estimated at 1 h 01 min" in shown
-    assert "2 x NVIDIA H100 80GB HBM3 (0, 3), 1 threads, 4 rows a pass, on h" in shown
-    assert "ValueError: no such thing" in shown
-    assert "line 99" in shown
-    assert "line 50" not in shown
+    output = slm("show", folder.name, home=home).stdout
+    assert "failed" in output.splitlines()[0]
+    assert "attempt 1: error after 1 min" in output
+    assert "estimated at 1 h 01 min" in output
+    assert "2 x NVIDIA H100 80GB HBM3 (0, 3), 1 threads, 4 rows a pass, on h" in output
+    assert "ValueError: no such thing" in output
+    assert "line 99" in output
+    assert "line 50" not in output
 
 
-def test_logs_are_events_in_words_and_then_the_raw_log(recorded) -> None:
+def test_logs_are_events_in_words_then_the_raw_log(recorded) -> None:
     home, (folder, *_) = recorded
     attempt = folder / "attempts" / "001"
     writer = events.Writer(attempt / "events.jsonl")
@@ -178,8 +181,8 @@ def test_logs_are_events_in_words_and_then_the_raw_log(recorded) -> None:
     )
 
 
-def test_rm_frees_a_run_and_the_database_forgets_it(recorded) -> None:
-    home, (kept, removed, _) = recorded
+def test_rm_removes_a_run_and_its_rows(recorded) -> None:
+    home, (remaining, removed, _) = recorded
     store.ingest(home)
     (removed / "model.safetensors").write_bytes(bytes(5_000_000))
     result = slm("rm", removed.name, "--json", home=home)
@@ -191,11 +194,11 @@ def test_rm_frees_a_run_and_the_database_forgets_it(recorded) -> None:
     assert freed["bytes"] > 5_000_000
     assert not removed.exists()
     assert removed.name not in store.results("e", home=home)["run_id"].tolist()
-    assert status(home, "e")[0]["run_id"] == kept.name
+    assert status(home, "e")[0]["run_id"] == remaining.name
     assert len(status(home, "e")) == 2
 
 
-def test_rm_of_checkpoints_keeps_what_was_measured(recorded) -> None:
+def test_rm_of_checkpoints_keeps_results(recorded) -> None:
     home, (folder, *_) = recorded
     (folder / "model.safetensors").write_bytes(bytes(1000))
     (folder / "checkpoints").mkdir()
@@ -207,9 +210,9 @@ def test_rm_of_checkpoints_keeps_what_was_measured(recorded) -> None:
     assert status(home)[0]["status"] == "finished"
 
 
-def test_what_is_at_work_is_not_removed(recorded) -> None:
+def test_active_runs_are_not_removed(recorded) -> None:
     home, (folder, *_) = recorded
-    begun(folder)
+    unfinish(folder)
     lock = hold_lock(folder / "lock")
     assert lock is not None
     with lock:
@@ -223,30 +226,29 @@ def test_what_is_at_work_is_not_removed(recorded) -> None:
     assert folder.exists()
 
 
-def test_a_run_at_work_on_another_machine_is_not_signalled_but_named(recorded) -> None:
+def test_stop_does_not_signal_a_run_of_another_machine_but_names_it(recorded) -> None:
     home, (folder, *_) = recorded
-    begun(folder)
+    unfinish(folder)
     lock = hold_lock(folder / "lock")
     assert lock is not None
     with lock:
         result = slm("stop", folder.name, home=home)
     assert result.returncode == 1
-    assert (
-        f"run {folder.name} is at work on h: type `slm stop {folder.name}` there" in result.stderr
-    )
+    assert f"run {folder.name} runs on h: type `slm stop {folder.name}` there" in result.stderr
 
 
-def test_retry_forgives_what_failed_and_says_what_to_type(recorded) -> None:
+def test_retry_clears_failures_and_names_the_next_command(recorded) -> None:
     home, (first, second, _) = recorded
-    begun(first, "error", "woe")
-    begun(second, "diverged", "loss is nan")
+    unfinish(first, "error", "woe")
+    unfinish(second, "diverged", "loss is nan")
     result = slm("retry", "--failed", home=home)
-    assert f"1 runs to be trained again: {first.name}" in result.stdout
+    assert f"1 run to retry: {first.name}" in result.stdout
     assert f"slm sweep --plan {first / 'plan.json'}" in result.stdout
     assert [row["status"] for row in status(home)] == ["interrupted", "diverged", "finished"]
+    assert "no sweep is running" in result.stdout
     with sweep_lock(home):
         result = slm("retry", second.name, home=home)
-    assert f"process {os.getpid()} conducts" in result.stdout
+    assert f"process {os.getpid()} runs a sweep" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -269,151 +271,150 @@ def test_bad_input_is_one_line_that_names_it(
     recorded, arguments: tuple[str, ...], named: str
 ) -> None:
     home, (folder, *_) = recorded
-    result = slm(*(folder.name if word == "RUN" else word for word in arguments), home=home)
+    result = slm(
+        *(folder.name if argument == "RUN" else argument for argument in arguments), home=home
+    )
     assert (result.returncode, len(result.stderr.strip().splitlines())) == (2, 1)
     assert named in result.stderr
 
 
-def test_watching_a_home_where_nothing_is_at_work_ends(recorded) -> None:
+def test_watching_a_home_without_active_runs_ends(recorded) -> None:
     home, _ = recorded
     result = slm("status", "--watch", home=home)
     assert (result.returncode, result.stdout) == (0, "")
-    assert "nothing is at work" in result.stderr
+    assert "no run is active" in result.stderr
 
 
-def test_a_watch_is_told_how_runs_ended_that_it_saw_last_or_never(
+def test_watching_shows_the_end_of_runs_that_it_saw_last_or_never(
     recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home, (seen, unseen, _) = recorded
     plans = [Plan.read(folder / "plan.json") for folder in (seen, unseen)]
     done = (seen / "done.json").read_text()
-    begun(seen)
+    unfinish(seen)
     lock = hold_lock(seen / "lock")
     assert lock is not None
-    shown = io.StringIO()
-    display = Display(plans, set(), shown)
+    file = io.StringIO()
+    display = Display(plans, set(), file)
 
     def until() -> bool:
-        if display.at_work:
+        if display.active:
             (seen / "done.json").write_text(done)
             lock.close()
         return lock.closed
 
     monkeypatch.setattr(follow, "WATCH_SECONDS", 0)
     follow.watch(plans, home, display, until)
-    assert display.at_work == 0
-    ends = [line for line in shown.getvalue().splitlines() if ": finished" in line]
+    assert display.active == 0
+    ends = [line for line in file.getvalue().splitlines() if ": finished" in line]
     assert [line.split()[0] for line in ends] == [unseen.name, seen.name]
 
 
-def test_a_plan_counts_what_was_stopped_as_such(tmp_path: Path) -> None:
+def test_a_plan_counts_cancelled_runs(tmp_path: Path) -> None:
     home = home_of(tmp_path, Experiment("e", (pocket,), (2, 3, 4)), code=code_fingerprint())
     folders = [home / run_id for run_id in read_json(home / "experiments" / "e.json")["runs"]]
     for folder in folders[1:]:
         shutil.rmtree(folder / "attempts")
         (folder / "done.json").unlink()
     cancel_run(folders[1])
-    again = [word for folder in folders for word in ("--plan", str(folder))]
+    again = [part for folder in folders for part in ("--plan", str(folder))]
     result = slm("sweep", *again, "--name", "e", "--dry-run", home=home)
     assert "3 runs on" in result.stdout
     assert ": 1 done, 1 cancelled, 1 to train, " in result.stdout
 
 
-def wait_for(something: Callable[[], Any]) -> Any:
-    """What something gives as soon as it is true."""
-    deadline = time.monotonic() + 60
-    while not (found := something()):
+def wait_for(condition: Callable[[], Any]) -> Any:
+    """Call a function until its result is true, and return the result."""
+    deadline = time.monotonic() + DEADLINE
+    while not (result := condition()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    return found
+    return result
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory: pytest.TempPathFactory, prepared) -> dict[str, Any]:
-    """A sweep of two long runs of which the first is stopped, then the whole; what everybody who looked on was told."""
-    home = tmp_path_factory.mktemp("watched")
-    (home / "data").symlink_to(prepared.folder.parent)
-    told: dict[str, Any] = {"home": home}
+def swept(tmp_path_factory: pytest.TempPathFactory, prepared) -> dict[str, Any]:
+    """Sweep two long runs, stop the first run, then the sweep. Return what all observers printed.
 
-    def started(*arguments: str) -> subprocess.Popen[str]:
+    Observers are `slm status --watch`, one that is interrupted, and `slm logs -f` of the first run.
+    """
+    home = tmp_path_factory.mktemp("swept")
+    (home / "data").symlink_to(prepared.folder.parent)
+    results: dict[str, Any] = {"home": home}
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
         pipe = subprocess.PIPE
         env = {**os.environ, "SLM_HOME": str(home)}
         return subprocess.Popen(
             [*PROGRAM, *arguments], stdout=pipe, stderr=pipe, text=True, env=env
         )
 
+    def output_of(process: subprocess.Popen[str]) -> tuple[str, str, int]:
+        return (*process.communicate(timeout=DEADLINE), process.returncode)
+
     def training() -> list[str]:
         return [row["run_id"] for row in status(home) if row["status"] == "running" and row["step"]]
 
-    long = (
-        "--recipe",
-        "pocket",
-        "--depths",
-        "4",
-        "--steps",
-        "5000",
-        "--seeds",
-        "2",
-        "--data",
-        "python",
-    )
-    sweep = started("sweep", *long, "--cores", "1")
+    sweep = start(*LONG_SWEEP, "--data", "python", "--cores", "1")
     wait_for(lambda: sweep.poll() is not None or list(home.glob("*/attempts/001/events.jsonl")))
-    [told["first"]] = wait_for(training)
-    watchers = {"watch": started("status", "--watch"), "logs": started("logs", told["first"], "-f")}
-    impatient = started("status", "--watch")
-    assert impatient.stderr is not None
-    impatient.stderr.readline()  # it watches
-    impatient.send_signal(signal.SIGINT)
-    told["impatient"] = (*impatient.communicate(timeout=60), impatient.returncode)
-    told["stop one"] = slm("stop", told["first"], "--json", home=home)
-    [told["second"]] = wait_for(training)
-    told["stop all"] = slm("stop", home=home)
-    for name, process in {"sweep": sweep, **watchers}.items():
-        told[name] = (*process.communicate(timeout=60), process.returncode)
-    return told
+    [first] = wait_for(training)
+    watcher = start("status", "--watch")
+    logs = start("logs", first, "-f")
+    interrupted = start("status", "--watch")
+    assert watcher.stderr is not None
+    assert interrupted.stderr is not None
+    first_line = watcher.stderr.readline()  # both watch from here on
+    interrupted.stderr.readline()
+    interrupted.send_signal(signal.SIGINT)
+    results["interrupted"] = output_of(interrupted)
+    results["stop one"] = slm("stop", first, "--json", home=home)
+    [second] = wait_for(training)
+    results["stop all"] = slm("stop", home=home)
+    results |= {"first": first, "second": second, "sweep": output_of(sweep)}
+    _, lines, code = output_of(watcher)
+    return results | {"watcher": (first_line + lines, code), "logs": output_of(logs)}
 
 
-def test_a_stopped_run_is_left_by_the_sweep_which_goes_on_with_the_others(watched) -> None:
-    document = json.loads(watched["stop one"].stdout)
+def test_a_cancelled_run_ends_and_the_sweep_trains_the_next(swept) -> None:
+    document = json.loads(swept["stop one"].stdout)
     [run] = document["runs"]
-    assert (run["run_id"], run["status"]) == (watched["first"], "cancelled")
+    assert (run["run_id"], run["status"]) == (swept["first"], "cancelled")
     assert 0 < run["step"] < run["steps"]
-    assert watched["second"] != watched["first"]
-    assert f"asked to checkpoint and stop: {watched['first']}" in watched["stop one"].stderr
+    assert swept["second"] != swept["first"]
+    assert f"asked to checkpoint and stop: {swept['first']}" in swept["stop one"].stderr
 
 
-def test_stop_without_a_run_has_the_conductor_checkpoint_and_end(watched) -> None:
-    assert watched["stop all"].returncode == 0
-    assert f"{watched['second']} at step" in watched["stop all"].stdout
-    assert "`slm sweep` typed again goes on" in watched["stop all"].stdout
-    assert watched["sweep"][2] == 130
-    assert list((watched["home"] / watched["second"] / "checkpoints").iterdir())
-    assert {row["run_id"]: row["status"] for row in status(watched["home"])} == {
-        watched["first"]: "cancelled",
-        watched["second"]: "interrupted",
+def test_stop_without_a_run_ends_the_sweep_after_a_checkpoint(swept) -> None:
+    assert swept["stop all"].returncode == 0
+    assert f"{swept['second']} at step" in swept["stop all"].stdout
+    assert "the same `slm sweep` resumes it" in swept["stop all"].stdout
+    assert swept["sweep"][2] == 130
+    assert list((swept["home"] / swept["second"] / "checkpoints").iterdir())
+    assert {row["run_id"]: row["status"] for row in status(swept["home"])} == {
+        swept["first"]: "cancelled",
+        swept["second"]: "interrupted",
     }
 
 
-def test_a_watcher_is_told_both_runs_and_ends_with_the_sweep(watched) -> None:
-    _, lines, code = watched["watch"]
+def test_a_watcher_sees_both_runs_and_ends_with_the_sweep(swept) -> None:
+    lines, code = swept["watcher"]
     assert code == 0
-    assert f"{watched['first']} pocket d4 steps=5000 seed" in lines
-    assert "at work already" in lines
+    assert f"{swept['first']} pocket d4 steps=5000 seed" in lines
+    assert "already running" in lines
     assert "cancelled after" in lines
-    assert f"{watched['second']} pocket d4" in lines
-    assert lines.splitlines()[-1] == "nothing is at work"
+    assert f"{swept['second']} pocket d4" in lines
+    assert lines.splitlines()[-1] == "no run is active"
 
 
-def test_an_interrupted_watcher_ends_alone_and_well(watched) -> None:
-    _, lines, code = watched["impatient"]
+def test_an_interrupted_watcher_ends_and_the_runs_continue(swept) -> None:
+    _, lines, code = swept["interrupted"]
     assert code == 0
-    assert lines.splitlines()[-1] == "watched no more; what is at work goes on"
+    assert lines.splitlines()[-1] == "stopped watching; the runs continue"
 
 
-def test_followed_logs_end_with_their_run(watched) -> None:
-    out, _, code = watched["logs"]
+def test_followed_logs_end_with_their_run(swept) -> None:
+    out, _, code = swept["logs"]
     assert code == 0
     assert "started on 1 x cpu" in out
     assert "tokens/s" in out
-    assert out.splitlines()[-1] == f"run {watched['first']}: cancelled"
+    assert out.splitlines()[-1] == f"run {swept['first']}: cancelled"

@@ -39,7 +39,7 @@ class Terminal:
         self.resize(columns, lines)
         os.set_blocking(self._master, False)
         self.output = ""
-        """Everything that was written to it."""
+        """All output so far."""
 
     def resize(self, columns: int, lines: int = 24) -> None:
         size = struct.pack("HHHH", lines, columns, 0, 0)
@@ -345,12 +345,9 @@ def test_without_a_terminal_runs_are_reported_in_turn_in_plain_lines(
     assert "attempt 1 on 2 x NVIDIA H100 80GB HBM3 (run 1 of 6)" in lines[0]
     steps = plans[0].hyperparameters.steps
     for part in (
-        f"step 20/{steps:,} (",
-        "loss 0.450",
-        "tokens/s",
-        "MFU",
-        "2.50 GB",
-        " left, ",
+        f"step 20/{steps:,}, loss 0.450, tok/s ",
+        ", MFU ",
+        ", GB 2.50, left ",
         "; sweep 1/6 runs done",
         "elapsed",
     ):
