@@ -388,11 +388,12 @@ def compare(
     """
     from slm import fits
     from slm.evaluate.paired import compare_core
+    from slm.exchange.point_files import read_trials
 
     path = None
     experiments: list[str] = []
     if file is not None:
-        read = fits.read_trials(file, columns or {})
+        read = read_trials(file, columns or {})
         sides = [Side(name, trials) for name, trials in read.items()]
         stem = Path(f"{file.stem}-compared")
     else:

@@ -146,11 +146,11 @@ def runs_of_experiments(
 
 
 def runs_of_file(file: Path, columns: dict[str, str], metric: str = "loss") -> Runs:
-    """Read the runs of a CSV; `columns` maps the names of a point's fields to the file's columns.
+    """Read the runs of a table; `columns` maps the names of a point's fields to the file's columns.
 
-    Raises ValueError as `fits.read_points` does.
+    Raises ValueError as `exchange.point_files.read_points` does.
     """
-    from slm.fits import read_points
+    from slm.exchange.point_files import read_points
 
     budgets = columns.get("budget") != NO_BUDGET
     if not budgets:

@@ -11,7 +11,6 @@ from slm.fits.compare.paired_core import paired_core
 from slm.fits.compare.result import Comparison, DepthEffect
 from slm.fits.compare.trials import Trial
 from slm.fits.core_fit import CoreFit, NoCoreFit
-from slm.fits.csv_points import read_points, read_trials
 from slm.fits.curve import CurveFit, fit_curves
 from slm.fits.design import Candidate, Design, Goal, next_runs
 from slm.fits.intervals import Interval
@@ -51,8 +50,6 @@ __all__ = [
     "fit_curves",
     "next_runs",
     "paired_core",
-    "read_points",
-    "read_trials",
     "summary",
     "tables",
 ]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
+from slm.exchange.point_files import read_trials
 from slm.fits.compare.comparison import compare
 from slm.fits.compare.decision import decide
 from slm.fits.compare.e_values import (
@@ -25,7 +26,6 @@ from slm.fits.compare.e_values import (
 from slm.fits.compare.paired_core import paired_core
 from slm.fits.compare.result import Comparison
 from slm.fits.compare.trials import Trial
-from slm.fits.csv_points import read_trials
 from slm.fits.points import NotComparable
 from slm.fits.types import to_json
 
