@@ -123,7 +123,7 @@ def lr_share(hp: Hyperparameters, step: int) -> float:
 
 
 def momentum(hp: Hyperparameters, step: int) -> float:
-    """Return the momentum: 0.85 -> 0.97 over the first steps, then 0.97 -> 0.90 over the warm-down."""
+    """Return the momentum: 0.85 -> 0.97 at first, then 0.97 -> 0.90 over the warm-down."""
     down = round(0.65 * hp.steps)
     if step < hp.momentum_warmup_steps:
         return 0.85 + 0.12 * step / hp.momentum_warmup_steps
@@ -136,7 +136,7 @@ def decay(hp: Hyperparameters, step: int) -> float:
 
 
 class Optimiser:
-    """Muon for the matrices of the layers, AdamW for the rest; `parameters` are updated in place."""
+    """Muon for the matrices of the layers, AdamW for the rest; updates parameters in place."""
 
     def __init__(self, hp: Hyperparameters, parameters: Parameters) -> None:
         self.hp = hp

@@ -1,1 +1,1 @@
-"""`make bench`: one file an area, each figure beside its ceiling or its peer in the same run; medians of several."""
+"""Benchmarks, `make bench`: each figure stands next to its ceiling or its peer from the same run."""

@@ -89,7 +89,7 @@ def row(name: str, own: Bundle, task: Task, tokenizer: Tokenizer, model: GPT) ->
     """Both ways on the same examples, each from its texts on."""
     examples, context = (
         tasks.ordered(task, own.examples(task), EXAMPLES),
-        model.given.sequence_length,
+        model.hp.sequence_length,
     )
     indices = range(len(examples))
     began = time.perf_counter()

@@ -1,4 +1,7 @@
-"""Data: preparation, packing, the loader and memory, each beside the plain way; see the README for the columns."""
+"""Data: preparation, packing, loader and memory, next to a plain way; the README has the columns.
+
+SLM_BENCH_SMALL=1 measures the smallest size.
+"""
 
 from __future__ import annotations
 
@@ -15,66 +18,86 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
 import torch
 
-from slm.data import Prepared, Tokenizer, prepare
-from slm.data import corpus as corpora
+from slm.data import PreparedDataset, Tokenizer, prepare
+from slm.data.corpus import file_states, texts_of
 from slm.data.loader import Order, Rows
 from slm.data.packing import BUFFER, Tokens, pack, shuffled, split
 from slm.data.tokenizer import train_tokenizer
 from slm.recipe import Recipe, nanochat, pocket
 
-HEADERS = ("what", "ours", "beside it", "times", "goal", "remark")
-Row = tuple[str, float, float | None, float | None, str, str]
+SMALL = bool(os.environ.get("SLM_BENCH_SMALL"))
+"""Whether to run at the smallest size, as a smoke test."""
 RECIPES = (pocket, replace(nanochat, vocab_size=8192, validation_tokens=2**17))
-"""Rows of 129 tokens, documents cut; rows of 2,049, documents cropped."""
+"""Rows of 129 tokens with split documents, and rows of 2,049 with cropped ones."""
 CHARACTERS = 3000
-"""Of a document: the library's files are cut, since there are too few of them for a buffer."""
-SIZES = (2**26, 2**28, 2**30)
+"""Characters of a document: library files are split, since a buffer needs more documents."""
+DOCUMENTS = 3000 if SMALL else None
+"""Maximum documents; None for all."""
+SIZES = (2**22, 2**23) if SMALL else (2**26, 2**28, 2**30)
 """Bytes of text whose preparation is watched."""
 LARGE = 10 * 2**30
+VALIDATION_TOKENS = 2**17 if SMALL else 2**20
+"""Validation tokens of the watched preparations."""
+STEPS = 20 if SMALL else 200
+"""Steps that the loader reads."""
+REPEATS = 1 if SMALL else 3
+"""Repetitions of which the fastest counts."""
 PREPARE = """
 import sys
-from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from slm.data import prepare
 from slm.recipe import nanochat
 
 if __name__ == "__main__":
-    given = replace(nanochat, vocab_size=8192, validation_tokens=2**20)(2, steps=1)
-    prepare(sys.argv[1], given, Path(sys.argv[2]), processes=2)
+    recipe = replace(nanochat, vocab_size=8192, validation_tokens=int(sys.argv[3]))
+    hp = recipe(2, steps=1)
+    prepare(sys.argv[1], hp, Path(sys.argv[2]), processes=2)
 """
 
 
+class Row(NamedTuple):
+    """A line of the table."""
+
+    work: str
+    slm: float
+    plain: float | None = None
+    ratio: float | None = None
+    goal: str = ""
+    remark: str = ""
+
+
+HEADERS = ("work", "slm", "plain way", "times", "goal", "remark")
+
+
 def rows() -> Iterator[Row]:
-    """Figures as HEADERS says; seconds are the processor's, of all threads."""
+    """Yield the rows of HEADERS; seconds are processor time over all threads."""
     with TemporaryDirectory() as name:
         folder = Path(name)
-        texts = list(_library())
+        texts = list(islice(_library(), DOCUMENTS))
         (folder / "texts").mkdir()
         _write(folder / "texts" / "all.jsonl", texts)
         for recipe in RECIPES:
             tokenizer = train_tokenizer(texts, recipe.vocab_size)
-            prepared, row = _preparation(folder, recipe, tokenizer)
+            dataset, row = _preparation(folder, recipe, tokenizer)
             yield row
             yield _packing(texts, tokenizer, recipe)
-            yield _loading(prepared, texts, tokenizer, recipe)
+            yield _loading(dataset, texts, tokenizer, recipe)
         yield from _memory(folder, texts)
 
 
 def _library() -> Iterator[str]:
-    """The texts of `python` in pieces."""
-    for path, *_ in corpora.states("python"):
-        for text in corpora.texts_of(Path(path), Counter()):
-            yield from (
-                text[start : start + CHARACTERS] for start in range(0, len(text), CHARACTERS)
-            )
+    """Yield the texts of the corpus `python` in pieces."""
+    for path, *_ in file_states("python"):
+        for text in texts_of(Path(path), Counter()):
+            for start in range(0, len(text), CHARACTERS):
+                yield text[start : start + CHARACTERS]
 
 
 def _write(path: Path, texts: Iterable[str]) -> None:
@@ -88,64 +111,60 @@ def _seconds(function: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - began, result
 
 
-def _preparation(folder: Path, recipe: Recipe, tokenizer: Tokenizer) -> tuple[Prepared, Row]:
-    """One process, from the files to the manifest, beside reading them and tiktoken's batch encoding."""
+def _preparation(folder: Path, recipe: Recipe, tokenizer: Tokenizer) -> tuple[PreparedDataset, Row]:
+    """Measure one process from files to manifest, and reading plus tiktoken's batch encoding."""
     path = folder / "texts" / "all.jsonl"
+    hp = recipe(2, steps=1)
+    prepare_in = partial(prepare, str(path.parent), hp, processes=1, tokenizer=tokenizer)
 
     def plain() -> int:
-        texts = list(corpora.texts_of(path, Counter()))
+        texts = list(texts_of(path, Counter()))
         return sum(map(len, tokenizer.encode_batch(texts, threads=1)))
 
-    best = float("inf"), float("inf")
-    ours = partial(prepare, str(path.parent), recipe(2, steps=1), processes=1, tokenizer=tokenizer)
-    for attempt in range(3):
-        own, prepared = _seconds(partial(ours, folder / f"{recipe.name}-{attempt}"))
-        beside, tokens = _seconds(plain)
-        best = min(best[0], own), min(best[1], beside)
-    what = f"preparation, rows of {recipe.sequence_length + 1:,}, tokens/s a core"
-    rates = tokens / best[0], tokens / best[1]
-    return prepared, (
-        what,
-        *rates,
-        rates[0] / rates[1],
-        "0.7",
-        "beside reading and tiktoken's batch encoding",
-    )
+    fastest = [float("inf"), float("inf")]
+    for number in range(REPEATS):
+        seconds, dataset = _seconds(partial(prepare_in, folder / f"{recipe.name}-{number}"))
+        plain_seconds, tokens = _seconds(plain)
+        fastest = [min(fastest[0], seconds), min(fastest[1], plain_seconds)]
+    rate, plain_rate = (tokens / seconds for seconds in fastest)
+    work = f"preparation, rows of {recipe.sequence_length + 1:,}, tokens/s a core"
+    remark = "plain: reading and tiktoken's batch encoding"
+    return dataset, Row(work, rate, plain_rate, rate / plain_rate, "0.7", remark)
 
 
 def _packing(texts: list[str], tokenizer: Tokenizer, recipe: Recipe) -> Row:
-    """Documents that are encoded already, beside a best fit that scans its buffer."""
-    length, counts = recipe.sequence_length + 1, Counter[str]()
+    """Measure packing of encoded documents, and a best fit that scans its buffer."""
+    length = recipe.sequence_length + 1
     ids = (tokenizer.encode_to_numpy(text) for text in texts)
     pieces = list(split(ids, tokenizer.bos, length, recipe.split_documents))
-    pieces = list(shuffled(pieces)) if recipe.split_documents else pieces
+    if recipe.split_documents:
+        pieces = list(shuffled(pieces))
     tokens = sum(map(len, pieces))
-    own, packed = _seconds(lambda: sum(1 for _ in pack(pieces, length, counts)))
-    beside, scanned = _seconds(lambda: sum(1 for _ in scanning(pieces, length)))
-    remark = f"lost {1 - packed * length / tokens:.3%} of the tokens, scanning {1 - scanned * length / tokens:.3%}"
-    return (
-        f"packing, rows of {length:,}, tokens/s",
-        tokens / own,
-        tokens / beside,
-        beside / own,
-        "10",
-        remark,
-    )
+    seconds, packed = _seconds(lambda: sum(1 for _ in pack(pieces, length, Counter())))
+    plain_seconds, scanned = _seconds(lambda: sum(1 for _ in scanning(pieces, length)))
+    loss, plain_loss = (1 - rows * length / tokens for rows in (packed, scanned))
+    remark = f"lost {loss:.3%} of the tokens, scanning {plain_loss:.3%}"
+    work = f"packing, rows of {length:,}, tokens/s"
+    ratio = plain_seconds / seconds
+    return Row(work, tokens / seconds, tokens / plain_seconds, ratio, "10", remark)
 
 
 def scanning(documents: Iterable[Tokens], length: int) -> Iterator[Tokens]:
-    """Best fit that looks at every document of its buffer for each that it places."""
+    """Yield rows by a best fit that looks at the whole buffer for each document."""
     source = iter(documents)
     buffer = list(islice(source, BUFFER))
     while buffer:
-        parts, space = [], length
+        parts: list[Tokens] = []
+        space = length
         while space and buffer:
-            best, longest = -1, 0
-            for place, document in enumerate(buffer):
+            best = -1
+            longest = 0
+            for index, document in enumerate(buffer):
                 if longest < len(document) <= space:
-                    best, longest = place, len(document)
+                    best = index
+                    longest = len(document)
             if best < 0:
-                best = min(range(len(buffer)), key=lambda place: len(buffer[place]))
+                best = min(range(len(buffer)), key=lambda index: len(buffer[index]))
             parts.append(buffer.pop(best)[:space])
             space -= len(parts[-1])
             buffer += islice(source, BUFFER - len(buffer))
@@ -153,81 +172,78 @@ def scanning(documents: Iterable[Tokens], length: int) -> Iterator[Tokens]:
             yield np.concatenate(parts)
 
 
-def _loading(prepared: Prepared, texts: list[str], tokenizer: Tokenizer, recipe: Recipe) -> Row:
-    """Rows of steps as tensors, beside tokenising and packing as they are asked for."""
-    length, batch = recipe.sequence_length + 1, max(1, 2**16 // recipe.sequence_length)
-    order, own_rows = (
-        Order([block.rows for block in prepared.blocks("train")], 0),
-        Rows.of(prepared, "train"),
-    )
-    steps = 200
-    own, _ = _seconds(
-        lambda: deque((own_rows.pair(order.step(step, batch)) for step in range(steps)), maxlen=0)
-    )
+def _loading(
+    dataset: PreparedDataset, texts: list[str], tokenizer: Tokenizer, recipe: Recipe
+) -> Row:
+    """Measure the rows of steps as tensors, and tokenising and packing on the fly."""
+    length = recipe.sequence_length + 1
+    batch = max(1, 2**16 // recipe.sequence_length)
+    order = Order([block.rows for block in dataset.blocks("train")], 0)
+    rows = Rows.open(dataset, "train")
+    pairs = (rows.pair(order.step(step, batch)) for step in range(STEPS))
+    seconds, _ = _seconds(lambda: deque(pairs, maxlen=0))
 
     def on_the_fly() -> int:
         ids = map(tokenizer.encode_to_numpy, texts)
         packed = pack(split(ids, tokenizer.bos, length, recipe.split_documents), length, Counter())
         read = 0
         while block := list(islice(packed, batch)):
-            both = torch.from_numpy(np.stack(block).astype(np.int64))
-            read += both[:, 1:].numel()
+            tensor = torch.from_numpy(np.stack(block).astype(np.int64))
+            read += tensor[:, 1:].numel()
         return read
 
-    beside, tokens = _seconds(on_the_fly)
-    rates = steps * batch * recipe.sequence_length / own, tokens / beside
-    what = f"loader, rows of {length:,}, tokens/s a core"
-    return what, *rates, rates[0] / rates[1], "1,000,000 tokens/s", "beside tokenising on the fly"
+    plain_seconds, tokens = _seconds(on_the_fly)
+    rate = STEPS * batch * recipe.sequence_length / seconds
+    plain_rate = tokens / plain_seconds
+    work = f"loader, rows of {length:,}, tokens/s a core"
+    remark = "plain: tokenising on the fly"
+    return Row(work, rate, plain_rate, rate / plain_rate, "1,000,000 tokens/s", remark)
 
 
 def _memory(folder: Path, texts: list[str]) -> Iterator[Row]:
-    """The most that a preparation by two processes holds, at several sizes of text."""
+    """Measure the peak memory of a preparation by two processes, at several sizes of text."""
     peaks: list[float] = []
     for size in SIZES:
         corpus = folder / f"synthetic-{size}"
         corpus.mkdir()
-        _synthetic(corpus, texts, size)
-        began, (peak, tokens) = time.perf_counter(), _watched(corpus, folder)
+        _write_synthetic(corpus, texts, size)
+        began = time.perf_counter()
+        peak, tokens = _watch(corpus, folder)
         peaks.append(peak)
         seconds = time.perf_counter() - began
-        grown = (peaks[-1] - peaks[0]) / max(1, size - SIZES[0])
-        remark = (
-            f"{tokens / seconds:,.0f} tokens/s; grew by {grown:.1%} of the text" if grown else ""
-        )
-        yield f"memory at {size // 2**20:,} MB of text, MB", peak / 2**20, None, None, "", remark
+        growth = (peaks[-1] - peaks[0]) / max(1, size - SIZES[0])
+        remark = ""
+        if growth:
+            remark = f"{tokens / seconds:,.0f} tokens/s; grew by {growth:.1%} of the text"
+        yield Row(f"memory at {size // 2**20:,} MB of text, MB", peak / 2**20, remark=remark)
     slope = max(0.0, (peaks[-1] - peaks[-2]) / (SIZES[-1] - SIZES[-2]))
     expected = peaks[-1] + slope * (LARGE - SIZES[-1])
-    yield (
-        "memory at 10 GB, by the growth, MB",
-        expected / 2**20,
-        None,
-        None,
-        "2,048",
-        f"slope {slope:.1%} of the text",
-    )
+    remark = f"slope {slope:.1%} of the text"
+    yield Row("memory at 10 GB, extrapolated, MB", expected / 2**20, goal="2,048", remark=remark)
 
 
-def _synthetic(folder: Path, texts: list[str], size: int) -> None:
-    """Documents of lines drawn from texts, in files of 32 MB, until they are so many bytes."""
-    lines = [
-        line for text in texts[:400] for line in text.splitlines(keepends=True) if len(line) > 20
-    ]
-    draw, number, written = np.random.default_rng(0), 0, 0
+def _write_synthetic(folder: Path, texts: list[str], size: int) -> None:
+    """Write documents of lines drawn from texts, in files of 32 MB, with so many bytes in all."""
+    lines: list[str] = []
+    for text in texts[:400]:
+        lines += [line for line in text.splitlines(keepends=True) if len(line) > 20]
+    draw = np.random.default_rng(0)
+    number = 0
+    written = 0
     while written < size:
         number += 1
         with (folder / f"{number:03d}.jsonl").open("w") as file:
             while file.tell() < 2**25 and written < size:
-                text = "".join(
-                    lines[place] for place in draw.integers(0, len(lines), draw.integers(10, 200))
-                )
+                indices = draw.integers(0, len(lines), draw.integers(10, 200))
+                text = "".join(lines[index] for index in indices)
                 file.write(json.dumps({"text": text}) + "\n")
                 written += len(text.encode())
 
 
-def _watched(corpus: Path, folder: Path) -> tuple[float, int]:
-    """The most resident bytes of a preparation and its processes, and its tokens."""
+def _watch(corpus: Path, folder: Path) -> tuple[float, int]:
+    """Return the peak resident bytes of a preparation with its processes, and its tokens."""
     home = folder / f"home-{corpus.name}"
-    command = [sys.executable, "-c", PREPARE, str(corpus), str(home)]
+    command = [sys.executable, "-c", PREPARE, str(corpus), str(home), str(VALIDATION_TOKENS)]
     peak = 0.0
     with subprocess.Popen(command, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"}) as process:
         watched = psutil.Process(process.pid)
@@ -240,9 +256,9 @@ def _watched(corpus: Path, folder: Path) -> tuple[float, int]:
 
 
 def _resident(process: psutil.Process) -> float:
-    """Bytes of a process and those below it; what they share counts for each."""
+    """Return the bytes of a process and its children; shared memory counts for each."""
     total = 0.0
     with suppress(psutil.NoSuchProcess):
-        for own in (process, *process.children(recursive=True)):
-            total += own.memory_info().rss
+        for member in (process, *process.children(recursive=True)):
+            total += member.memory_info().rss
     return total

@@ -1,8 +1,9 @@
-"""Fits: one core's time beside a plain multi-start L-BFGS of the same objective, on Epoch's 240 Chinchilla points.
+"""Fits: CPU time and objective, next to a plain multi-start L-BFGS of the same objective.
 
-Without SLM_REFERENCE the points are 240 of a known surface. Time is the CPU's, all threads together. Excess is how far
-above the least objective found a fit ends, in parts per million. Hoffmann's grid has 4,500 starts: 50 evenly chosen
-ones are run (and 50 resamples), and the whole is extrapolated.
+The points are Epoch's 240 of Chinchilla, or without SLM_REFERENCE 240 of a known surface. Times are
+CPU times of all threads. Excess is the distance of an objective from the least one seen, in parts
+per million. Of the 4,500 starts of Hoffmann et al. (and of the resamples) 50 are run, and the times
+of the whole extrapolated. SLM_BENCH_SMALL=1 takes few starts, resamples and points.
 """
 
 from __future__ import annotations
@@ -16,86 +17,96 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import optimize
 from scipy.special import logsumexp, softmax
 
-from slm.fits import PAPER, Point, Surface, bootstrap, fit_curves, fit_surface
+from slm.fits import Point, Surface, fit_curves
+from slm.fits.parametric import bootstrap
+from slm.fits.surface import PAPER, fit_surface
+from slm.fits.types import Array
 from tests.calibrate.truths import CENTURIES, EPOCH, LARGE, gauss, grid, noisy
 from tests.reproduce import chinchilla
 
 HEADERS = ("fit", "milliseconds", "target", "excess, ppm")
-TERMS, FLOORS, EXPONENTS = range(0, 30, 5), (-1, -0.5, 0, 0.5, 1), (0, 0.5, 1, 1.5, 2)
+TERMS = range(0, 30, 5)
+FLOORS = (-1, -0.5, 0, 0.5, 1)
+EXPONENTS = (0, 0.5, 1, 1.5, 2)
 STARTS = list(itertools.product(TERMS, TERMS, FLOORS, EXPONENTS, EXPONENTS))
 """(a, b, e, alpha, beta) of Hoffmann et al. 2022."""
-TRIED, RESAMPLES = 50, 4000
-
-Array = NDArray[np.float64]
+SMALL = bool(os.environ.get("SLM_BENCH_SMALL"))
+TRIED = 2 if SMALL else 50
+RESAMPLES = 10 if SMALL else 4000
+REPEATS = 1 if SMALL else 3
 
 
 def rows() -> Iterator[tuple[str, float, float | None, float | None]]:
-    """Fit, milliseconds, the most that is wanted, and the excess."""
+    """Yield fit, milliseconds, the most that is acceptable, and the excess."""
+    # 1) one fit, and L-BFGS from starts of the paper's grid
+    points, source = _points()
+    milliseconds, surface = _timed(lambda: fit_surface(points, delta=PAPER))
+    starts = STARTS[:: len(STARTS) // TRIED]
+    fits = [_minimised(points, start, np.ones(len(points))) for start in starts]
+    mean = float(np.mean([duration for duration, _ in fits]))
+    objectives = [objective for _, objective in fits]
+    least = min(surface.objective, *objectives)
+
+    def excess(objective: float) -> float:
+        return 1e6 * (objective / least - 1)
+
+    name = f"point fit, {len(points)} points ({source})"
+    yield name, milliseconds, 1e3, excess(surface.objective)
+    yield f"  L-BFGS, one start; median of {TRIED}", mean, None, excess(median(objectives))
+    name = f"  L-BFGS, {len(STARTS):,} starts, extrapolated; best of {TRIED}"
+    yield name, mean * len(STARTS), None, excess(min(objectives))
+    # 2) the bootstrap, and L-BFGS of resampled runs from the optimum
+    milliseconds, _ = _timed(lambda: bootstrap(points, surface, RESAMPLES))
+    yield f"{RESAMPLES:,} bootstraps", milliseconds, 1e4, None
+    shares = np.full(len(points), 1 / len(points))
+    draws = np.random.default_rng(0).multinomial(len(points), shares, TRIED)
+    start = _start_of(surface)
+    mean = float(np.mean([_minimised(points, start, weights)[0] for weights in draws]))
+    name = f"  L-BFGS, {RESAMPLES:,} from the optimum, extrapolated"
+    yield name, mean * RESAMPLES, None, None
+    # 3) all curves of a family
+    runs = _synthetic(CENTURIES[:3], 5)
+    yield f"fit_curves, {len(runs)} runs", _timed(lambda: fit_curves(runs))[0], 1.5e4, None
+
+
+def _points() -> tuple[list[Point], str]:
     folder = os.environ.get("SLM_REFERENCE")
-    points, source = (
-        (chinchilla(Path(folder)), "Chinchilla") if folder else (known(CENTURIES, 30), "synthetic")
-    )
-    took, found = timed(lambda: fit_surface(points, delta=PAPER))
-    plain = [
-        descended(points, start, np.ones(len(points))) for start in STARTS[:: len(STARTS) // TRIED]
-    ]
-    each, objectives = float(np.mean([own for own, _ in plain])), [value for _, value in plain]
-    least = min(found.objective, *objectives)
-    typical, lowest, ours = (
-        1e6 * (own / least - 1) for own in (median(objectives), min(objectives), found.objective)
-    )
-    yield f"point fit, 240 points ({source})", took, 1e3, ours
-    yield "  L-BFGS, one start; median of 50", each, None, typical
-    yield (
-        f"  L-BFGS, {len(STARTS):,} starts, extrapolated; best of 50",
-        each * len(STARTS),
-        None,
-        lowest,
-    )
-    yield (
-        f"{RESAMPLES:,} bootstraps",
-        timed(lambda: bootstrap(points, found, RESAMPLES))[0],
-        1e4,
-        None,
-    )
-    draws = np.random.default_rng(0).multinomial(
-        len(points), np.full(len(points), 1 / len(points)), TRIED
-    )
-    each = float(np.mean([descended(points, start_of(found), weights)[0] for weights in draws]))
-    yield f"  L-BFGS, {RESAMPLES:,} from the optimum, extrapolated", each * RESAMPLES, None, None
-    yield "fit_curves, 30 runs", timed(lambda: fit_curves(known(CENTURIES[:3], 5)))[0], 1.5e4, None
+    if SMALL:
+        return _synthetic(CENTURIES[:2], 5), "synthetic"
+    if folder:
+        return chinchilla(Path(folder)), "Chinchilla"
+    return _synthetic(CENTURIES, 30), "synthetic"
 
 
-def timed(work: Callable[[], Any], times: int = 3) -> tuple[float, Any]:
-    """Median CPU milliseconds, and the last result."""
-    taken = []
-    for _ in range(times):
-        began = time.process_time()
+def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Return the median CPU time in milliseconds, and the last result."""
+    durations = []
+    for _ in range(REPEATS):
+        start = time.process_time()
         result = work()
-        taken.append(1e3 * (time.process_time() - began))
-    return median(taken), result
+        durations.append(1e3 * (time.process_time() - start))
+    return median(durations), result
 
 
-def known(budgets: Sequence[float], sizes: int) -> list[Point]:
-    """Two seeds of a grid on Epoch's surface, with nanochat's noise."""
+def _synthetic(budgets: Sequence[float], sizes: int) -> list[Point]:
+    """Return two seeds of a grid on Epoch's surface, with nanochat's noise."""
     return noisy(grid(EPOCH, budgets, sizes, seeds=2), gauss(LARGE), np.random.default_rng(0))
 
 
-def start_of(surface: Surface) -> tuple[float, ...]:
-    """(a, b, e, alpha, beta) of a surface."""
+def _start_of(surface: Surface) -> tuple[float, ...]:
+    """Return (a, b, e, alpha, beta) of a surface."""
     E, A, B = (np.log(surface.intervals[name].estimate or 1.0) for name in "EAB")
     return float(A), float(B), float(E), *surface.exponents
 
 
-def descended(
+def _minimised(
     points: Sequence[Point], start: Sequence[float], weights: Array
 ) -> tuple[float, float]:
-    """CPU milliseconds and the sum of Huber losses that one L-BFGS ends at, its gradient given."""
-    logn, logd, logl = np.log([[own.params, own.tokens, own.loss] for own in points]).T
+    """Return CPU milliseconds and final objective of one L-BFGS with analytic gradient."""
+    logn, logd, logl = np.log([[point.params, point.tokens, point.loss] for point in points]).T
 
     def objective(theta: Array) -> tuple[float, Array]:
         a, b, e, alpha, beta = theta
@@ -106,9 +117,13 @@ def descended(
         slopes = [first.sum(), second.sum(), floor.sum(), -(first @ logn), -(second @ logd)]
         return float(weights @ (inner * (errors - inner / 2))), np.array(slopes)
 
-    began = time.process_time()
-    options = {"ftol": 1e-13, "gtol": 1e-6, "maxiter": 5000, "maxfun": 20000}
+    before = time.process_time()
     best = optimize.minimize(
-        objective, np.array(start, float), (), "L-BFGS-B", jac=True, options=options
+        objective,
+        np.array(start, float),
+        (),
+        "L-BFGS-B",
+        jac=True,
+        options={"ftol": 1e-13, "gtol": 1e-6, "maxiter": 5000, "maxfun": 20000},
     )
-    return 1e3 * (time.process_time() - began), float(best.fun) * PAPER**2
+    return 1e3 * (time.process_time() - before), float(best.fun) * PAPER**2

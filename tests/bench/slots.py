@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from slm.cli.options import depths_of
-from slm.data import Prepared, prepare
+from slm.data import PreparedDataset, prepare
 from slm.hardware import devices
 from slm.recipe import pocket
 from slm.sweep.supervisor import ALLOCATOR
@@ -46,7 +46,7 @@ def rows() -> Iterator[tuple[str, float, float]]:
             yield f"{name}, d{depths}", took, first / took
 
 
-def _loop(home: Path, depths: str, prepared: Prepared, cores: int) -> None:
+def _loop(home: Path, depths: str, prepared: PreparedDataset, cores: int) -> None:
     """As a shell script does it, in the environment that the launcher gives its trainers."""
     for depth in depths_of(depths):
         attempt = make_attempt(

@@ -1,6 +1,7 @@
-"""Trainer: whole optimiser steps, each row a process of its own, beside its matrix product ceiling and its peer.
+"""Trainer: optimiser steps, each row in its own process, next to a matrix product and its peer.
 
-NANOCHAT=FOLDER sets a nanochat checkout beside ours at the same shapes. README.md says what each column means.
+NANOCHAT=FOLDER adds nanochat from a checkout at the same shapes; SLM_BENCH_SMALL=1 measures the
+smallest shape for a few steps. README.md says what each column means.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from slm.hardware import devices
 from slm.recipe import Hyperparameters, nanochat, pocket
 from slm.sweep.supervisor import ALLOCATOR
 
+SMALL = bool(os.environ.get("SLM_BENCH_SMALL"))
 HEADERS = (
     "shape",
     "who",
@@ -31,10 +33,10 @@ HEADERS = (
     "first step, ms",
 )
 PEER_CHANNELS = 24
-"""The peer's smear gate reads so many channels: narrower models it cannot build."""
-SMALL = 64
-"""Models narrower than this the peer also trains uncompiled."""
-TWICE = ("16 a layer, d2", "64 a layer, d4, 512 SSSL", "nanochat d12")
+"""Channels that the peer's smear gate reads: it cannot build narrower models."""
+EAGER_WIDTH = 64
+"""Width below which the peer also trains without compilation."""
+WARM_SHAPES = ("16 a layer, d2", "64 a layer, d4, 512 SSSL", "nanochat d12")
 """Shapes at which the peer starts a second time, on the compile cache of the first."""
 
 Row = tuple[str, str, float, float, float, float, float, float | str | None, float, float]
@@ -42,84 +44,85 @@ Row = tuple[str, str, float, float, float, float, float, float | str | None, flo
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and what it trains on."""
+    """A model, the tokens of a step, and the threads of the process."""
 
-    given: Hyperparameters
-    """The model, and the tokens of a step."""
+    hp: Hyperparameters
     threads: int
-    """Threads of the process."""
 
 
 def shapes() -> dict[str, Shape]:
-    """What is measured here, by name."""
+    """Return the shapes that are measured on this machine, by name."""
+    if SMALL:
+        return {"pocket d2": Shape(pocket(2), 1)}
     if devices.gpu_count():
         return {f"nanochat d{depth}": Shape(nanochat(depth), 1) for depth in (12, 20)}
-    found = {f"pocket d{depth}": Shape(pocket(depth), 1) for depth in (2, 4, 6)}
+    shapes = {f"pocket d{depth}": Shape(pocket(depth), 1) for depth in (2, 4, 6)}
     narrow = replace(pocket, aspect_ratio=16, head_dim=16)
     for depth in (2, 3):
-        found[f"16 a layer, d{depth}"] = Shape(replace(narrow(depth), batch_tokens=4096), 1)
+        shapes[f"16 a layer, d{depth}"] = Shape(replace(narrow(depth), batch_tokens=4096), 1)
     for depth, context, windows in ((2, 256, "L"), (4, 256, "L"), (4, 512, "L"), (4, 512, "SSSL")):
         wide = replace(
             nanochat, head_dim=64, vocab_size=4096, sequence_length=context, window_pattern=windows
         )
         name = f"64 a layer, d{depth}, {context} {windows if 'S' in windows else 'full'}"
-        found[name] = Shape(replace(wide(depth), batch_tokens=8192), 2)
-    return found
+        shapes[name] = Shape(replace(wide(depth), batch_tokens=8192), 2)
+    return shapes
 
 
 def rows() -> Iterator[Row]:
-    """One row of HEADERS a shape and process."""
+    """Yield a row of HEADERS for each shape and process."""
     checkout = os.environ.get("NANOCHAT")
     if checkout and not Path(checkout, "nanochat", "gpt.py").is_file():
         sys.exit(
             f"NANOCHAT={checkout}: no nanochat/gpt.py in it; name the folder of a nanochat checkout"
         )
     for name, shape in shapes().items():
-        yield row(name, shape, "slm", ALLOCATOR)
-        if checkout and shape.given.width >= PEER_CHANNELS:
+        yield measure(name, shape, "slm", ALLOCATOR)
+        if checkout and shape.hp.width >= PEER_CHANNELS:
             yield from peer_rows(name, shape)
 
 
 def peer_rows(name: str, shape: Shape) -> Iterator[Row]:
-    """Compiled on a cold cache, some on the warm one too, and the small models eager."""
+    """Yield nanochat compiled on a cold cache, some on the warm one too, and small models eager."""
     with tempfile.TemporaryDirectory() as cache:
         environment = {"TORCHINDUCTOR_CACHE_DIR": cache}
-        yield row(name, shape, "nanochat", environment)
-        if name in TWICE:
-            yield row(name, shape, "nanochat, warm cache", environment)
-    if shape.given.width < SMALL:
-        yield row(name, shape, "nanochat, eager", {"TORCHDYNAMO_DISABLE": "1"})
+        yield measure(name, shape, "nanochat", environment)
+        if name in WARM_SHAPES:
+            yield measure(name, shape, "nanochat, warm cache", environment)
+    if shape.hp.width < EAGER_WIDTH:
+        yield measure(name, shape, "nanochat, eager", {"TORCHDYNAMO_DISABLE": "1"})
 
 
-def row(name: str, shape: Shape, who: str, environment: dict[str, str]) -> Row:
-    """Measured in a process that does nothing else."""
-    print(f"{name}: {who}", file=sys.stderr, flush=True)
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.bench.step", name, who.partition(",")[0]],
+def measure(name: str, shape: Shape, trainer: str, environment: dict[str, str]) -> Row:
+    """Measure a row in a process that does nothing else."""
+    print(f"{name}: {trainer}", file=sys.stderr, flush=True)
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.bench.step", name, trainer.partition(",")[0]],
         env={**os.environ, "OMP_NUM_THREADS": str(shape.threads), **environment},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
-    found = json.loads(result.stdout.splitlines()[-1])
-    median, best = (shape.given.batch_tokens / found[key] for key in ("median", "best_tenth"))
-    rate, top = median * shape.given.flops_per_token / 1e9, found["ceiling"] / 1e9
-    mfu = _mfu(1e9 * rate) if devices.gpu_count() else None
+    result = json.loads(process.stdout.splitlines()[-1])
+    tokens_per_second = shape.hp.batch_tokens / result["median"]
+    flops_per_second = tokens_per_second * shape.hp.flops_per_token
     return (
         name,
-        who,
-        median,
-        best,
-        rate,
-        top,
-        100 * rate / top,
-        mfu,
-        found["peak"] / 1e6,
-        1e3 * found["first_step"],
+        trainer,
+        tokens_per_second,
+        shape.hp.batch_tokens / result["best_tenth"],
+        flops_per_second / 1e9,
+        result["ceiling"] / 1e9,
+        100 * flops_per_second / result["ceiling"],
+        _mfu_percent(flops_per_second),
+        result["peak"] / 1e6,
+        1e3 * result["first_step"],
     )
 
 
-def _mfu(flops: float) -> float | str:
-    """Percent of the GPU's dense bfloat16 peak."""
-    peak = devices.peak_flops(devices.name("cuda"))
-    return 100 * flops / peak if peak else "unknown"
+def _mfu_percent(flops_per_second: float) -> float | str | None:
+    """Return MFU in percent, "unknown" without a peak for the GPU, None on a CPU."""
+    if not devices.gpu_count():
+        return None
+    mfu = devices.mfu(flops_per_second, devices.name("cuda"), 1)
+    return "unknown" if mfu is None else 100 * mfu

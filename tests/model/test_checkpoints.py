@@ -1,4 +1,4 @@
-"""Checkpoints: kept in twos, known by their hash, and never lost to a dead writer, a flipped byte or a full disk."""
+"""Checkpoints: the last two stay, and survive a killed writer, a flipped byte and a full disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import torch
 
 import store
 from slm import events
-from slm.data import Prepared
+from slm.data import PreparedDataset
 from slm.experiment import Experiment
 from slm.files import lock_holder
 from slm.model import checkpoints
@@ -30,7 +30,7 @@ from slm.recipe import pocket
 from slm.run import read_exit
 from tests.conftest import slm
 from tests.homes import home_of
-from tests.train.test_train import ONE, TWO, Watcher, of, train
+from tests.train.test_train import ONE, TWO, Watcher, events_of, train
 
 linux = pytest.mark.skipif(
     sys.platform != "linux", reason="limits of another process and tmpfs are Linux's"
@@ -43,7 +43,7 @@ def tensors(step: int, size: int = 1000) -> dict[str, torch.Tensor]:
 
 
 def written(folder: Path, *steps: int, size: int = 1000) -> list[Path]:
-    """Checkpoints of steps, one after another."""
+    """Write checkpoints of steps, one after another."""
     paths: list[Path] = []
     for step in steps:
         before = paths[-1] if paths else None
@@ -71,14 +71,14 @@ def make_unreadable(path: Path) -> None:
 
 
 def limit_files(pid: int, size: int) -> None:
-    """Let a process write no file beyond a size; -1 lets it again."""
-    _, most = psutil.Process(pid).rlimit(psutil.RLIMIT_FSIZE)
-    psutil.Process(pid).rlimit(psutil.RLIMIT_FSIZE, (size, most))
+    """Limit the size of files that a process may write; -1 lifts the limit."""
+    _, hard = psutil.Process(pid).rlimit(psutil.RLIMIT_FSIZE)
+    psutil.Process(pid).rlimit(psutil.RLIMIT_FSIZE, (size, hard))
 
 
 @contextmanager
 def limited(size: int) -> Iterator[None]:
-    """The same for this process, for a while."""
+    """Limit the size of files of this process within the block."""
     limit_files(os.getpid(), size)
     try:
         yield
@@ -86,7 +86,7 @@ def limited(size: int) -> Iterator[None]:
         limit_files(os.getpid(), -1)
 
 
-def test_the_last_two_are_kept_under_their_step_and_hash(tmp_path: Path) -> None:
+def test_the_last_two_checkpoints_are_kept_under_their_step_and_hash(tmp_path: Path) -> None:
     *_, last, newest = written(tmp_path, 10, 20, 30)
     assert {*tmp_path.iterdir()} == {last, newest}
     digest = hashlib.sha256(newest.read_bytes()).hexdigest()[:16]
@@ -94,58 +94,58 @@ def test_the_last_two_are_kept_under_their_step_and_hash(tmp_path: Path) -> None
     assert checkpoints.newest(tmp_path) == (newest, [])
 
 
-def test_what_is_read_is_to_the_bit_what_was_written(tmp_path: Path) -> None:
-    given = {
+def test_tensors_are_read_bit_by_bit_as_written(tmp_path: Path) -> None:
+    tensors = {
         "f": torch.tensor([float("nan"), -0.0, 1e-45]),
         "b": torch.randn(3, 4).bfloat16().mT,
         "i": torch.tensor(7, dtype=torch.int64),
     }
-    path = checkpoints.write(tmp_path / "new", 1, given, {"run_id": "r", "step": "1"})
-    found, metadata = checkpoints.read(path)
+    path = checkpoints.write(tmp_path / "new", 1, tensors, {"run_id": "r", "step": "1"})
+    result, metadata = checkpoints.read(path)
     assert metadata == {"run_id": "r", "step": "1"}
-    assert {name: (tensor.dtype, tensor.shape) for name, tensor in found.items()} == {
-        name: (tensor.dtype, tensor.shape) for name, tensor in given.items()
+    assert {name: (tensor.dtype, tensor.shape) for name, tensor in result.items()} == {
+        name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()
     }
     bits = torch.int32, torch.int16, torch.int64
     assert all(
-        torch.equal(found[name].view(kind), given[name].contiguous().view(kind))
+        torch.equal(result[name].view(kind), tensors[name].contiguous().view(kind))
         for name, kind in zip("fbi", bits, strict=True)
     )
 
 
-def test_a_saved_file_has_the_hash_that_is_told(tmp_path: Path) -> None:
+def test_save_returns_the_hash_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     assert checkpoints.save(path, tensors(1), {}) == hashlib.sha256(path.read_bytes()).hexdigest()
     assert [*tmp_path.iterdir()] == [path]
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "reason"),
     [(flip_a_byte, "hash"), (tear, "hash"), (make_unreadable, "Is a directory")],
 )
-def test_a_damaged_one_falls_back_to_the_one_before(
-    tmp_path: Path, damage: Callable[[Path], None], words: str
+def test_a_damaged_checkpoint_falls_back_to_the_previous_one(
+    tmp_path: Path, damage: Callable[[Path], None], reason: str
 ) -> None:
     before, newest = written(tmp_path, 10, 20)
     damage(newest)
-    found, [line] = checkpoints.newest(tmp_path)
-    assert found == before
+    good, [line] = checkpoints.newest(tmp_path)
+    assert good == before
     assert line.startswith(f"checkpoint {newest.name} is damaged (")
-    assert words in line
-    assert line.endswith(f": went on from {before.name}")
+    assert reason in line
+    assert line.endswith(f": resumed from {before.name}")
 
 
-def test_where_all_are_damaged_or_none_is_there_it_starts_from_step_0(tmp_path: Path) -> None:
+def test_without_a_good_checkpoint_training_starts_from_step_0(tmp_path: Path) -> None:
     assert checkpoints.newest(tmp_path / "none") == (None, [])
     for path in written(tmp_path, 10, 20):
         flip_a_byte(path)
-    found, lines = checkpoints.newest(tmp_path)
-    assert found is None
+    good, lines = checkpoints.newest(tmp_path)
+    assert good is None
     assert len(lines) == 2
     assert all(line.endswith(": started from step 0") for line in lines)
 
 
-def test_a_damaged_one_never_takes_the_place_of_a_good_one(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_never_replaces_a_good_one(tmp_path: Path) -> None:
     before, damaged = written(tmp_path, 10, 40)
     flip_a_byte(damaged)
     good, _ = checkpoints.newest(tmp_path)
@@ -153,9 +153,11 @@ def test_a_damaged_one_never_takes_the_place_of_a_good_one(tmp_path: Path) -> No
     assert {*tmp_path.iterdir()} == {before, path}
 
 
-def test_a_killed_writer_harms_nothing_and_its_leftovers_go(tmp_path: Path) -> None:
+def test_a_killed_writer_damages_nothing_and_its_unfinished_files_are_removed(
+    tmp_path: Path,
+) -> None:
     program = (
-        "import torch; from pathlib import Path; from slm import checkpoints; path = None\n"
+        "import torch; from pathlib import Path; from slm.model import checkpoints; path = None\n"
         f"for step in range(10**6): path = checkpoints.write(Path({str(tmp_path)!r}), step,\n"
         "    {'a': torch.zeros(10**6)}, {}, path)"
     )
@@ -174,7 +176,7 @@ def test_a_killed_writer_harms_nothing_and_its_leftovers_go(tmp_path: Path) -> N
 
 
 @linux
-def test_a_write_that_fails_leaves_the_good_ones_and_nothing_else(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_good_checkpoints_and_nothing_else(tmp_path: Path) -> None:
     *_, good = written(tmp_path, 10, 20, size=100_000)
     before = content(tmp_path)
     with limited(200_000), pytest.raises(OSError, match="File too large"):
@@ -183,7 +185,7 @@ def test_a_write_that_fails_leaves_the_good_ones_and_nothing_else(tmp_path: Path
 
 
 @linux
-def test_a_full_disk_leaves_the_good_ones_and_nothing_else(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_good_checkpoints_and_nothing_else(tmp_path: Path) -> None:
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(tmp_path)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("this user may not mount a tmpfs")
@@ -236,8 +238,10 @@ def test_a_warning_is_shown_and_is_no_metric(
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, prepared: Prepared) -> dict[str, Any]:
-    """The done.json of a run that two ranks trained without a disturbance."""
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, prepared: PreparedDataset
+) -> dict[str, Any]:
+    """Train a run on two ranks, undisturbed; return its results."""
     home = tmp_path_factory.mktemp("undisturbed")
     (home / "data").symlink_to(prepared.folder.parent)
     return result(train(home, TWO, Watcher())[0])
@@ -248,29 +252,33 @@ def result(folder: Path) -> dict[str, Any]:
     return {key: done[key] for key in SAME}
 
 
-def test_a_run_whose_newest_checkpoint_is_damaged_ends_as_an_undisturbed_one(
+def test_a_run_with_a_damaged_checkpoint_ends_with_the_results_of_an_undisturbed_one(
     home: Path, undisturbed: dict[str, Any]
 ) -> None:
-    kept: list[Path] = []
+    paths: list[Path] = []
 
     def kill_and_damage(attempt: Path, event: dict[str, Any]) -> None:
         run = attempt.parent.parent
-        if event["event"] == "checkpoint" and event["step"] >= 30 and not kept:
+        if event["event"] == "checkpoint" and event["step"] >= 30 and not paths:
             supervisor = psutil.Process(lock_holder(run / "lock") or 0)
             family = supervisor.children(recursive=True)
             for process in family:
                 process.kill()
-            psutil.wait_procs([supervisor, *family], timeout=30)
-            kept.extend(sorted((run / "checkpoints").glob("step-*")))
-            flip_a_byte(kept[-1])
+            psutil.wait_procs([supervisor, *family], timeout=120)
+            paths.extend(sorted((run / "checkpoints").glob("step-*")))
+            flip_a_byte(paths[-1])
 
     watcher = Watcher(kill_and_damage)
     folder, outcome = train(home, TWO, watcher, checkpoint_seconds=0)
-    *_, before, damaged = kept  # three where the kill came before the oldest was dropped
-    [warning] = of(watcher, "warning")
+    *_, before, damaged = paths  # three if the kill came before the oldest was removed
+    [warning] = events_of(watcher, "warning")
     assert warning["message"].startswith(f"checkpoint {damaged.name} is damaged")
-    assert warning["message"].endswith(f"went on from {before.name}")
-    assert of(watcher, "started")[1]["resumed_from"] == warning["step"] == int(before.name[5:14])
+    assert warning["message"].endswith(f"resumed from {before.name}")
+    assert (
+        events_of(watcher, "started")[1]["resumed_from"]
+        == warning["step"]
+        == int(before.name[5:14])
+    )
     assert outcome.trained == [folder.name]
     assert result(folder) == undisturbed
 
@@ -292,8 +300,8 @@ def test_a_checkpoint_of_another_run_is_refused(home: Path) -> None:
 
 
 @linux
-def test_a_run_goes_on_while_checkpoints_cannot_be_written(home: Path) -> None:
-    seen: list[dict[str, bytes]] = []
+def test_training_continues_while_checkpoints_cannot_be_written(home: Path) -> None:
+    snapshots: list[dict[str, bytes]] = []
 
     def limit_for_a_while(attempt: Path, event: dict[str, Any]) -> None:
         run = attempt.parent.parent
@@ -301,18 +309,18 @@ def test_a_run_goes_on_while_checkpoints_cannot_be_written(home: Path) -> None:
         if event["event"] == "checkpoint" and event["step"] == 10:
             assert trainer is not None
             limit_files(trainer, 200_000)
-        if event["event"] == "warning" and len(seen) < 3:
-            seen.append(content(run / "checkpoints"))
-            if len(seen) == 3:
+        if event["event"] == "warning" and len(snapshots) < 3:
+            snapshots.append(content(run / "checkpoints"))
+            if len(snapshots) == 3:
                 assert trainer is not None
                 limit_files(trainer, -1)
 
     watcher = Watcher(limit_for_a_while)
     folder, outcome = train(home, ONE, watcher, steps=250, checkpoint_seconds=0)
-    warnings = of(watcher, "warning")
-    last_good = max(seen[0])
-    assert len(seen[0]) == 2
-    assert seen == [seen[0]] * 3
+    warnings = events_of(watcher, "warning")
+    last_good = max(snapshots[0])
+    assert len(snapshots[0]) == 2
+    assert snapshots == [snapshots[0]] * 3
     expected = (
         f"could not be written (File too large): the last good one is {last_good}; free some space"
     )
@@ -320,13 +328,13 @@ def test_a_run_goes_on_while_checkpoints_cannot_be_written(home: Path) -> None:
         warning["message"] == f"checkpoint at step {warning['step']} {expected}"
         for warning in warnings
     )
-    assert of(watcher, "checkpoint")[-1]["step"] > warnings[-1]["step"]
+    assert events_of(watcher, "checkpoint")[-1]["step"] > warnings[-1]["step"]
     assert outcome.trained == [folder.name]
-    assert len(of(watcher, "started")) == 1
+    assert len(events_of(watcher, "started")) == 1
 
 
 @linux
-def test_a_result_that_cannot_be_written_is_one_line_and_nothing_is_lost(
+def test_a_result_that_cannot_be_written_is_one_error_and_nothing_is_lost(
     home: Path, undisturbed: dict[str, Any]
 ) -> None:
     def limit(attempt: Path, event: dict[str, Any]) -> None:
@@ -342,8 +350,8 @@ def test_a_result_that_cannot_be_written_is_one_line_and_nothing_is_lost(
         f"{folder / 'model.safetensors'} could not be written (File too large): free some space"
         in ended["message"]
     )
-    last_good = of(watcher, "warning")[-1]["message"]
-    _, second = of(watcher, "started")
+    last_good = events_of(watcher, "warning")[-1]["message"]
+    _, second = events_of(watcher, "started")
     assert f"step-{second['resumed_from']:09d}" in last_good
     assert second["resumed_from"] >= 10
     assert outcome.trained == [folder.name]

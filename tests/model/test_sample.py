@@ -1,4 +1,6 @@
-"""TextStream with a key-value cache: the tokens of the plain forward pass, drawn as asked, shown as they come."""
+"""Samples with a key-value cache equal those of the plain forward pass, are drawn as requested, and
+shown as they come.
+"""
 
 from __future__ import annotations
 
@@ -30,15 +32,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def greedy(model: GPT, prompt: list[int], tokens: int) -> list[int]:
-    """Likeliest tokens, by cache; no token ends them."""
+    """Return the likeliest tokens, by the cache; no token ends them."""
     steps = generate(model, prompt, model.hp.vocab_size, [0], temperature=0, top_k=None)
     return [token for (token,) in islice(steps, tokens) if token is not None]
 
 
-def plain_greedy(model: GPT, read: list[int], made: list[int]) -> list[int]:
-    """What the plain forward pass would have chosen in the place of each token that was made."""
+def plain_greedy(model: GPT, read: list[int], generated: list[int]) -> list[int]:
+    """Return the plain forward pass's choice at the position of each generated token."""
     with torch.no_grad():
-        return model(torch.tensor([read + made]))[0, len(read) - 1 : -1].argmax(-1).tolist()
+        return model(torch.tensor([read + generated]))[0, len(read) - 1 : -1].argmax(-1).tolist()
 
 
 @pytest.mark.parametrize(
@@ -48,12 +50,12 @@ def plain_greedy(model: GPT, read: list[int], made: list[int]) -> list[int]:
 def test_logits_are_those_of_the_plain_forward_pass(
     depth: int, pattern: str, cuts: tuple[int, ...]
 ) -> None:
-    """Up to the context's last place, whatever is read at once."""
-    given = hyperparameters(depth, pattern)
-    model, (ids, _) = random_model(given), rows(given, 512)
-    context = KVCache(model, 2)
-    read = [context.read(part) for part in ids.tensor_split(cuts, dim=1)]
-    assert context.length == 512
+    """Up to the context's last position, however many tokens are read at once."""
+    hp = hyperparameters(depth, pattern)
+    model, (ids, _) = random_model(hp), rows(hp, 512)
+    cache = KVCache(model, 2)
+    read = [cache.read(part) for part in ids.tensor_split(cuts, dim=1)]
+    assert cache.length == 512
     with torch.no_grad():
         logits = layers.softcapped(torch.cat(read, dim=1), model.lm_head)
         torch.testing.assert_close(logits, model(ids), rtol=0, atol=1e-10)
@@ -61,21 +63,23 @@ def test_logits_are_those_of_the_plain_forward_pass(
 
 @pytest.mark.parametrize(("depth", "pattern"), CASES)
 def test_greedy_tokens_are_those_of_the_plain_forward_pass(depth: int, pattern: str) -> None:
-    given = hyperparameters(depth, pattern)
-    model, prompt = random_model(given), rows(given, 140)[0][0].tolist()
-    made = greedy(model, prompt, 200)
-    assert len(made) == 200
-    assert made == plain_greedy(model, prompt, made)
+    hp = hyperparameters(depth, pattern)
+    model, prompt = random_model(hp), rows(hp, 140)[0][0].tolist()
+    generated = greedy(model, prompt, 200)
+    assert len(generated) == 200
+    assert generated == plain_greedy(model, prompt, generated)
 
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[GPT, Tensor]:
-    """A model of pocket's in float32 that has learned a little of this file, and the bytes that it begins with."""
-    given = pocket(3, steps=60)
-    tokens = 60 * 8 * (given.sequence_length + 1)
+    """Train a pocket model in float32 on this file for a little; return it, and the bytes of its
+    first row.
+    """
+    hp = pocket(3, steps=60)
+    tokens = 60 * 8 * (hp.sequence_length + 1)
     text = torch.tensor([BYTES.bos, *Path(__file__).read_bytes()])
     ids = text.repeat(-(-tokens // len(text)))[:tokens].view(60, 8, -1)
-    model = GPT(given)
+    model = GPT(hp)
     model.initialise(seed=1)
     optimizer = Optimizer(model)
     for step, batch in enumerate(ids):
@@ -85,24 +89,23 @@ def trained() -> tuple[GPT, Tensor]:
     return model, ids[0, 0]
 
 
-def test_a_trained_model_in_float32_makes_the_same_greedy_tokens(
+def test_a_trained_model_in_float32_generates_the_same_greedy_tokens(
     trained: tuple[GPT, Tensor],
 ) -> None:
     model, ids = trained
     for length in (1, 20, 100):
         prompt = ids[:length].tolist()
-        made = greedy(model, prompt, 128)
-        assert len(made) == 128 - length
-        assert made == plain_greedy(model, prompt, made)
+        generated = greedy(model, prompt, 128)
+        assert len(generated) == 128 - length
+        assert generated == plain_greedy(model, prompt, generated)
 
 
 def test_a_sample_ends_with_its_document_or_with_the_context() -> None:
-    given = hyperparameters(2, "SSSL")
-    model = random_model(given)
+    hp = hyperparameters(2, "SSSL")
+    model = random_model(hp)
     with torch.no_grad():
-        model.lm_head *= (
-            0.05  # every id about as likely: one sample in three fills 100 places and never ends
-        )
+        # all ids are about equally likely: one sample in three reaches 100 tokens without an end
+        model.lm_head *= 0.05
     steps = list(generate(model, [END] * (512 - 100), END, range(20), 1.0, None))
     samples = [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
     assert len(steps) == 100
@@ -113,7 +116,7 @@ def test_a_sample_ends_with_its_document_or_with_the_context() -> None:
         assert len(row) == 100 or row[-1] == END
 
 
-def test_a_seed_gives_the_same_sample_alone_and_among_others() -> None:
+def test_a_seed_gives_the_same_sample_alone_and_with_other_seeds() -> None:
     model = random_model(hyperparameters(3, "SL"))
 
     def samples(*seeds: int) -> list[tuple[int | None, ...]]:
@@ -124,7 +127,7 @@ def test_a_seed_gives_the_same_sample_alone_and_among_others() -> None:
     assert len({one, two, three}) == 3
 
 
-def test_shares_are_the_softmax_of_the_likeliest_logits_over_the_temperature() -> None:
+def test_probabilities_are_the_softmax_of_the_likeliest_logits_over_the_temperature() -> None:
     logits = torch.tensor([2.0, -1.0, 0.5, 1.0, 1.5])
     chances = torch.linspace(0, 1, 100_001)[:-1]
     drawn = draw(logits.expand(len(chances), -1), chances, temperature=0.7, top_k=3)
@@ -146,7 +149,7 @@ def test_without_temperature_or_choice_the_likeliest_is_drawn(
         assert draw(logits, chances, temperature, top_k).tolist() == logits.argmax(-1).tolist()
 
 
-def test_no_chance_draws_what_has_no_share() -> None:
+def test_an_id_of_probability_zero_is_never_drawn() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]])
     for chance in (0.0, 0.5, 1 - 2**-24):
         assert draw(logits, torch.tensor([chance]), 1.0, None).item() in (1, 2)
@@ -159,7 +162,7 @@ def test_a_character_appears_with_the_token_that_completes_it() -> None:
     assert text.close() == ""
 
 
-def test_pieces_together_are_the_text_of_all_tokens_even_where_it_is_no_utf8() -> None:
+def test_pieces_join_to_the_text_of_all_tokens_even_where_it_is_not_utf8() -> None:
     tokens = [*b"a\xe2\x86b\xffc", BYTES.bos + 1, *b"\xc3"]
     text = TextStream(BYTES)
     pieces = [text.add(token) for token in [*tokens, BYTES.bos, None]]
@@ -186,14 +189,16 @@ def test_the_command_writes_the_likeliest_text_of_the_newest_checkpoint_and_says
     assert "unfinished weights, after step 40 of 70" in result.stderr
     tokenizer = run.prepared.tokenizer
     read = [tokenizer.bos, *tokenizer.encode_batch([prompt], 1)[0]]
-    made = [
+    generated = [
         token
         for (token,) in generate(run.model, read, tokenizer.bos, [0], 0, None)
         if token is not None
     ]
     assert (
         result.stdout
-        == prompt + tokenizer.decode([token for token in made if token != tokenizer.bos]) + "\n"
+        == prompt
+        + tokenizer.decode([token for token in generated if token != tokenizer.bos])
+        + "\n"
     )
 
 
@@ -208,9 +213,9 @@ def test_samples_are_printed_one_after_another_and_alike_as_json(
         return capsys.readouterr().out
 
     document = json.loads(printed(as_json=True))
-    assert [own["seed"] for own in document["samples"]] == [5, 6]
-    assert all(own["ended"] == "tokens" and len(own["tokens"]) == 12 for own in document["samples"])
-    written = "".join(f"--- seed {own['seed']}\né{own['text']}\n" for own in document["samples"])
+    assert [row["seed"] for row in document["samples"]] == [5, 6]
+    assert all(row["ended"] == "tokens" and len(row["tokens"]) == 12 for row in document["samples"])
+    written = "".join(f"--- seed {row['seed']}\né{row['text']}\n" for row in document["samples"])
     assert printed(as_json=False) == written
 
 
@@ -225,7 +230,7 @@ def test_a_prompt_that_fills_the_context_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("option", "complaint"),
+    ("option", "message"),
     [
         (
             ("--temperature", "-1"),
@@ -240,8 +245,8 @@ def test_a_prompt_that_fills_the_context_is_refused(
         (("--prompt", "\udcff"), "--prompt: it is not UTF-8"),
     ],
 )
-def test_a_bad_value_gets_one_line(run: Run, option: tuple[str, str], complaint: str) -> None:
+def test_an_invalid_value_is_one_line(run: Run, option: tuple[str, str], message: str) -> None:
     result = slm("sample", run.plan.run_id, *option, home=run.home)
     assert result.returncode == 2
     assert result.stdout == ""
-    assert re.fullmatch(f"slm: {complaint}", result.stderr.splitlines()[-1])
+    assert re.fullmatch(f"slm: {message}", result.stderr.splitlines()[-1])

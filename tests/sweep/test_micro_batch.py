@@ -36,7 +36,7 @@ GIVING = {
     for name in ("MALLOC_TOP_PAD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
 }
 GIVING |= {"MALLOC_MMAP_MAX_": "65536", "OPENBLAS_NUM_THREADS": "1"}
-"""Settings that make glibc return freed memory at once: the data of a process are then its tensors."""
+"""Settings that make glibc return freed memory at once, so that a process holds only its tensors."""
 DATA = """
 from pathlib import Path
 import slm.train
@@ -45,12 +45,12 @@ print(Path("/proc/self/status").read_text().split("VmData:")[1])
 DEEP = (
     'replace(pocket, name="deep", aspect_ratio=4, reference_batch=24_000, validation_tokens=2**13)'
 )
-"""Recipe whose d16 needs 460 MiB beyond torch's own data with micro-batches of 64 rows, 260 with 32."""
+"""Recipe whose d16 needs 460 MiB beyond torch's data at 64 rows per micro-batch, 260 at 32."""
 WIDE = (
     'replace(pocket, name="wide", aspect_ratio=512, head_dim=64, reference_batch=1024, '
     "validation_tokens=2**13)"
 )
-"""Recipe whose d1 needs 130 MiB to train one row, and 370 to evaluate 2^13 tokens, 240 for half of them."""
+"""Recipe whose d1 needs 130 MiB to train one row, 370 to evaluate 2^13 tokens, 240 for 2^12."""
 SWEEP = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv.pop(1)), -1))
@@ -261,7 +261,7 @@ TRIED: list[tuple[list[Attempt], int | None, int | None]] = [
     ([(64, 2**13, 0, "oom"), (32, 2**13, 4, "oom"), (32, 2**12, 4, None)], 32, 2**12),
     ([(1, 2**13, 0, "oom")], 0, None),
 ]
-"""Micro-batch, evaluation tokens, steps and reason of attempts of four steps, and the limits they give."""
+"""Attempts of four steps (micro-batch, evaluation tokens, steps, reason), and their limits."""
 
 
 def test_the_store_derives_the_largest_micro_batch_that_may_fit(tmp_path: Path) -> None:

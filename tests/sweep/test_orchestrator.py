@@ -28,7 +28,7 @@ from tests import chaos
 from tests.attempts import log, make_attempt, plan_of
 from tests.chaos import TWO, Question
 from tests.train.test_train import ONE, Watcher
-from tests.train.test_train import conduct as train
+from tests.train.test_train import orchestrate as train
 
 TWINS = Question(depths=(1,), seeds=2, steps=600)
 LONG = Question(depths=(1,), seeds=2, steps=5000)
@@ -158,7 +158,9 @@ def of_kind(watcher: Watcher, kind: str) -> list[dict]:
     return [event for event in watcher.events if event["event"] == kind]
 
 
-def test_a_stop_before_the_supervisor_starts_is_obeyed(home: Path, prepared: PreparedDataset) -> None:
+def test_a_stop_before_the_supervisor_starts_is_obeyed(
+    home: Path, prepared: PreparedDataset
+) -> None:
     plan = plan_of(pocket(1, steps=5000), prepared)
     attempt = make_attempt(home, plan, prepared)
     cancel_run(home / plan.run_id)

@@ -1,4 +1,4 @@
-"""The trainer, launched as users launch it: through supervisor and torchrun, on real rows."""
+"""The trainer, launched through supervisor and torchrun as users launch it, on real rows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Listener = Callable[[Path, dict[str, Any]], None]
 
 
 class Watcher:
-    """A sweep's view that remembers events and lets a test act on them."""
+    """A view of a sweep that records events and lets a test act on them."""
 
     def __init__(self, act: Listener = lambda folder, event: None) -> None:
         self.events: list[dict[str, Any]] = []
@@ -65,32 +65,34 @@ class Watcher:
 
 def train(
     home: Path,
-    where: Machine,
+    machine: Machine,
     watcher: Watcher,
     recipe: Recipe = pocket,
     depth: int = 2,
     steps: int = 70,
     checkpoint_seconds: float = 1e9,
 ) -> tuple[Path, Outcome]:
-    """Train one run in a home; its folder and what became of it."""
+    """Train one run in a home; return its folder and the sweep's outcome."""
     experiment = Experiment("test", (recipe,), (depth,), steps=steps)
     planner = Planner(experiment, home)
     plans = plans_of(planner.prepare())
     record(experiment, plans, home)
-    return home / plans[0].run_id, conduct(plans, planner, home, where, watcher, checkpoint_seconds)
+    return home / plans[0].run_id, orchestrate(
+        plans, planner, home, machine, watcher, checkpoint_seconds
+    )
 
 
-def conduct(
+def orchestrate(
     plans: list[Plan],
     planner: Planner,
     home: Path,
-    where: Machine,
+    machine: Machine,
     watcher: Watcher,
     checkpoint_seconds: float = 1e9,
     size: int | None = None,
 ) -> Outcome:
-    """Train plans on a machine, each on all of it or on so many of its cores."""
-    launcher = Local(where, (size or len(where.ids),), RuntimeModel(home), MicroBatches())
+    """Train plans on a machine, each on `size` of its cores, or on all of them."""
+    launcher = Local(machine, (size or len(machine.ids),), RuntimeModel(home), MicroBatches())
     sweep = Sweep(
         plans,
         home,
@@ -101,20 +103,20 @@ def conduct(
     return Orchestrator(sweep, launcher, watcher, ingest=lambda home: []).run()
 
 
-def of(watcher: Watcher, kind: str) -> list[dict[str, Any]]:
+def events_of(watcher: Watcher, kind: str) -> list[dict[str, Any]]:
     return [event for event in watcher.events if event["event"] == kind]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, prepared: PreparedDataset) -> Path:
-    """The folder of a run that two ranks trained without a disturbance."""
+    """Train a run on two ranks, undisturbed; return its folder."""
     home = tmp_path_factory.mktemp("undisturbed")
     (home / "data").symlink_to(prepared.folder.parent)
     folder, _ = train(home, TWO, Watcher(), checkpoint_seconds=0)
     return folder
 
 
-def test_two_ranks_train_as_one(home: Path, undisturbed: Path) -> None:
+def test_two_ranks_train_like_one(home: Path, undisturbed: Path) -> None:
     watcher = Watcher()
     train(home, ONE, watcher)
     both = list(events.Reader(undisturbed / "attempts" / "001" / "events.jsonl").new())
@@ -134,7 +136,7 @@ def test_two_ranks_train_as_one(home: Path, undisturbed: Path) -> None:
     )  # the noise of seeds
 
 
-def test_a_finished_run_keeps_final_weights_and_no_checkpoint(undisturbed: Path) -> None:
+def test_a_finished_run_has_final_weights_and_no_checkpoint(undisturbed: Path) -> None:
     with safe_open(undisturbed / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"run_id": undisturbed.name}
         sizes = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
@@ -142,7 +144,9 @@ def test_a_finished_run_keeps_final_weights_and_no_checkpoint(undisturbed: Path)
     assert not list((undisturbed / "checkpoints").iterdir())
 
 
-def test_a_run_killed_half_way_ends_as_an_undisturbed_one(home: Path, undisturbed: Path) -> None:
+def test_a_run_killed_half_way_ends_with_the_results_of_an_undisturbed_one(
+    home: Path, undisturbed: Path
+) -> None:
     killed: list[int] = []
 
     def kill_trainers(attempt: Path, event: dict[str, Any]) -> None:
@@ -159,7 +163,7 @@ def test_a_run_killed_half_way_ends_as_an_undisturbed_one(home: Path, undisturbe
     watcher = Watcher(kill_trainers)
     folder, outcome = train(home, TWO, watcher, checkpoint_seconds=0)
     done, quiet = (json.loads((path / "done.json").read_text()) for path in (folder, undisturbed))
-    first, second = of(watcher, "started")
+    first, second = events_of(watcher, "started")
     assert len(killed) >= 3
     assert first["resumed_from"] is None
     assert second["resumed_from"] >= 30
@@ -169,28 +173,28 @@ def test_a_run_killed_half_way_ends_as_an_undisturbed_one(home: Path, undisturbe
 
 
 def test_a_killed_torchrun_leaves_no_worker_and_frees_the_run(home: Path) -> None:
-    left: list[psutil.Process] = []
+    workers: list[psutil.Process] = []
 
     def kill_torchrun(attempt: Path, event: dict[str, Any]) -> None:
-        if event["event"] == "train" and not left:
+        if event["event"] == "train" and not workers:
             supervisor = lock_holder(attempt.parent.parent / "lock")
             assert supervisor is not None
             [torchrun] = psutil.Process(supervisor).children()
-            left.extend(torchrun.children(recursive=True))
+            workers.extend(torchrun.children(recursive=True))
             torchrun.kill()
-            psutil.wait_procs(left, timeout=30)
-            assert not any(worker.is_running() for worker in left)
+            psutil.wait_procs(workers, timeout=120)
+            assert not any(worker.is_running() for worker in workers)
 
     watcher = Watcher(kill_torchrun)
     folder, outcome = train(home, TWO, watcher, steps=300)
-    assert len(left) == 2
+    assert len(workers) == 2
     ended = read_exit(folder / "attempts" / "001")
     assert ended is not None
     assert "SIGKILL" in ended["message"]
     assert outcome.trained == [folder.name]
 
 
-def test_a_stop_checkpoints_and_the_next_sweep_goes_on(home: Path) -> None:
+def test_a_stop_writes_a_checkpoint_and_the_next_sweep_resumes(home: Path) -> None:
     def interrupt(attempt: Path, event: dict[str, Any]) -> None:
         if event["event"] == "train" and event["step"] == 5:
             signal.raise_signal(signal.SIGINT)
@@ -205,13 +209,13 @@ def test_a_stop_checkpoints_and_the_next_sweep_goes_on(home: Path) -> None:
     assert ended["reason"] == "interrupted"
     assert run_holder(folder) is None
     [checkpoint] = (folder / "checkpoints").iterdir()
-    second = Watcher(interrupt_at(of(first, "train")[-1]["step"]))
+    second = Watcher(interrupt_at(events_of(first, "train")[-1]["step"]))
     with pytest.raises(KeyboardInterrupt):
         train(home, ONE, second, steps=500)
-    assert f"{of(second, 'started')[0]['resumed_from']:09d}" in checkpoint.name
+    assert f"{events_of(second, 'started')[0]['resumed_from']:09d}" in checkpoint.name
 
 
-def test_a_stop_before_the_first_step_is_heard(home: Path) -> None:
+def test_a_stop_before_the_first_step_ends_the_run(home: Path) -> None:
     class Impatient(Watcher):
         def run_started(self, plan, attempt: Path, adopted: bool) -> None:
             signal.raise_signal(signal.SIGINT)
@@ -231,7 +235,7 @@ def interrupt_at(step: int) -> Listener:
     return interrupt
 
 
-def test_a_diverged_run_is_a_result_and_is_not_tried_again(home: Path) -> None:
+def test_a_diverged_run_is_a_result_and_is_not_retried(home: Path) -> None:
     wild = replace(pocket, name="wild", matrix_lr=1e30)
     watcher = Watcher()
     folder, outcome = train(home, ONE, watcher, recipe=wild, steps=10)
@@ -251,7 +255,7 @@ def test_data_that_changed_after_planning_are_refused(tmp_path: Path, home: Path
     other = replace(plan, data=replace(plan.data, validation="0123456789abcdef"))
     record(experiment, [other], home)
     watcher = Watcher()
-    outcome = conduct([other], planner, home, ONE, watcher)
+    outcome = orchestrate([other], planner, home, ONE, watcher)
     assert "holds other rows than the plan was made for" in outcome.not_finished[other.run_id]
 
 
@@ -269,25 +273,27 @@ def test_a_plan_of_another_trainer_is_refused(tmp_path: Path, home: Path) -> Non
     [plan] = plans_of(planner.prepare())
     other = replace(plan, code="0123456789abcdef")
     record(experiment, [other], home)
-    outcome = conduct([other], planner, home, ONE, Watcher())
+    outcome = orchestrate([other], planner, home, ONE, Watcher())
     assert "sources changed" in outcome.not_finished[other.run_id]
 
 
-def test_a_run_that_is_held_is_not_started_twice(home: Path) -> None:
-    seen: list[int] = []
+def test_a_running_run_is_not_started_twice(home: Path) -> None:
+    exit_codes: list[int] = []
 
     def start_again(attempt: Path, event: dict[str, Any]) -> None:
-        if event["event"] == "started" and not seen:
+        if event["event"] == "started" and not exit_codes:
             plan = make_plan(home)
             second = make_attempt(plan, home, data_folder(home), ONE.slot([0]), MicroBatch(1))
             command = [sys.executable, "-m", "slm.sweep.supervisor", str(second)]
-            found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-            seen.append(found.returncode)
-            assert "is held by process" in found.stderr
+            result = subprocess.run(
+                command, capture_output=True, text=True, timeout=600, check=False
+            )
+            exit_codes.append(result.returncode)
+            assert "is held by process" in result.stderr
 
     watcher = Watcher(start_again)
     folder, outcome = train(home, ONE, watcher, steps=60)
-    assert seen == [1]
+    assert exit_codes == [1]
     assert outcome.trained == [folder.name]
 
 
@@ -300,7 +306,7 @@ def data_folder(home: Path) -> Path:
     return next((home / "data").glob("*/manifest.json")).parent
 
 
-def test_events_of_a_torn_last_line_come_when_it_is_whole(tmp_path: Path) -> None:
+def test_a_torn_last_line_is_read_once_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     reader = events.Reader(path)
     assert list(reader.new()) == []

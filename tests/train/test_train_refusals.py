@@ -1,4 +1,4 @@
-"""What the trainer cannot do it says once: one `failed` event and, through the supervisor, one line in exit.json."""
+"""Runs that the trainer refuses: one `failed` event, and one line in exit.json."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from tests.attempts import ENVIRONMENT, log, make_attempt, plan_of, train
 
 
 def plan(prepared: PreparedDataset) -> Plan:
-    """One step of two rows."""
+    """Return a plan of one step of two rows."""
     return plan_of(replace(pocket(1, steps=1), batch_tokens=256), prepared)
 
 
 def refused(folder: Path) -> tuple[str, str]:
-    """Reason and message of an attempt that its supervisor saw end before the first step."""
+    """Return reason and message of an attempt that ends, under its supervisor, before the first
+    step.
+    """
     command = [sys.executable, "-m", "slm.sweep.supervisor", str(folder)]
     result = subprocess.run(
-        command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
+        command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False
     )
     ended = read_exit(folder)
     assert (result.returncode, result.stderr) == (1, "")
@@ -36,14 +38,14 @@ def refused(folder: Path) -> tuple[str, str]:
 
 
 def only_failure(folder: Path) -> tuple[str, str]:
-    """Reason and message of the one event of an attempt."""
+    """Return reason and message of the only event of an attempt."""
     [event] = events.Reader(folder / "events.jsonl").new()
     assert event["event"] == "failed"
     assert "\n" not in event["message"]
     return event["reason"], event["message"]
 
 
-def test_an_unknown_device_is_refused_with_those_there_are(
+def test_an_unknown_device_is_refused_with_the_available_ones(
     tmp_path: Path, prepared: PreparedDataset
 ) -> None:
     reason, message = refused(
@@ -65,41 +67,41 @@ def test_more_ranks_than_rows_are_refused_with_both_numbers(
     assert "2 rows" in message
 
 
-def test_data_that_are_gone_are_named(tmp_path: Path, prepared: PreparedDataset) -> None:
-    gone = tmp_path / "moved"
+def test_missing_data_are_named(tmp_path: Path, prepared: PreparedDataset) -> None:
+    missing = tmp_path / "moved"
     reason, message = refused(
-        make_attempt(tmp_path, plan(prepared), prepared, ranks=2, data_folder=str(gone))
+        make_attempt(tmp_path, plan(prepared), prepared, ranks=2, data_folder=str(missing))
     )
     assert reason == "data"
-    assert str(gone) in message
+    assert str(missing) in message
 
 
 def test_a_checkpoint_of_another_plan_is_refused_and_kept(
     tmp_path: Path, prepared: PreparedDataset
 ) -> None:
     long = replace(pocket(1, steps=10**4), batch_tokens=128)
-    own, other = (
+    attempt, other = (
         make_attempt(tmp_path, plan_of(long, prepared, seed), prepared, checkpoint_seconds=0)
         for seed in (0, 1)
     )
-    theirs = stopped_at_a_checkpoint(other)
-    checkpoints = Path(shutil.copytree(theirs, own.parent.parent / "checkpoints"))
-    reason, message = refused(own)
+    foreign = stopped_at_a_checkpoint(other)
+    checkpoints = Path(shutil.copytree(foreign, attempt.parent.parent / "checkpoints"))
+    reason, message = refused(attempt)
     assert reason == "data"
     assert other.parent.parent.name in message
-    assert contents(checkpoints) == contents(theirs) != {}
+    assert contents(checkpoints) == contents(foreign) != {}
 
 
 def stopped_at_a_checkpoint(folder: Path) -> Path:
-    """The checkpoints of an attempt that was told to stop after its first one."""
+    """Stop an attempt after its first checkpoint; return the folder of its checkpoints."""
     process = subprocess.Popen(
         [sys.executable, "-m", "slm.sweep.supervisor", str(folder)], env=ENVIRONMENT
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not log(folder, "checkpoint") and time.monotonic() < deadline:
         time.sleep(0.05)
     process.terminate()
-    assert process.wait(60) == 1
+    assert process.wait(600) == 1
     return folder.parent.parent / "checkpoints"
 
 
