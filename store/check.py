@@ -188,11 +188,9 @@ def _row_differences(
 
 def _grouped(database: str, table: str, columns: list[str]) -> str:
     """Return the query of the number and content of a table's rows about each subject."""
-    keys = [name for name in ("file", "run_id", "experiment", "hash", "name") if name in columns][
-        :1
-    ]
-    if "attempt" in columns:
-        keys.append("attempt")
+    subjects = ("file", "run_id", "experiment", "hash", "name")
+    keys: list[str] = [name for name in subjects if name in columns][:1]
+    keys += [name for name in columns if name == "attempt"]
     subject = " || ' ' || ".join(f'CAST("{key}" AS VARCHAR)' for key in keys) or "''"
     content = "sum(CAST(hash(t) AS HUGEINT))"
     return (

@@ -195,8 +195,8 @@ def _read_done(file: File, document: Row) -> Rows:
 def _read_evaluation(file: File, document: Row) -> Rows:
     """Return the rows of an evaluation and its tasks; the writer reads the examples itself."""
     _check_name(document["run_id"], file)
-    key = {"run_id": file.owner, "evaluation": file.path.stem}
-    row = (
+    key: Row = {"run_id": file.owner, "evaluation": file.path.stem}
+    row: Row = (
         key
         | _required(document, "metric step")
         | _optional(

@@ -182,7 +182,7 @@ class Metric(Base):
         CheckConstraint("step >= 0", name="no_negative_step"),
         Index("metrics_of_a_run", "home", "run_id").ddl_if(dialect="postgresql"),
     )
-    __mapper_args__: ClassVar = {
+    __mapper_args__ = {  # noqa: RUF012
         "primary_key": ["home", "run_id", "attempt", "time", "event", "name"]
     }
     home: Mapped[str]
@@ -304,7 +304,7 @@ class EvaluationExample(Base):
     __table_args__ = (
         Index("examples_of_an_evaluation", "home", "run_id").ddl_if(dialect="postgresql"),
     )
-    __mapper_args__: ClassVar = {"primary_key": ["home", "run_id", "evaluation", "task", "example"]}
+    __mapper_args__ = {"primary_key": ["home", "run_id", "evaluation", "task", "example"]}  # noqa: RUF012
     home: Mapped[str]
     run_id: Mapped[str]
     evaluation: Mapped[str]

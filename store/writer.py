@@ -444,13 +444,12 @@ def _write_events(
     lines: dict[File, int] = {}
     read: Cursors = {}
     try:
-        with staging.open("wb") as file:
+        with staging.open("wb") as output:
             for change in changes:
-                chunk = _complete_lines(change)
-                if chunk:
+                if chunk := _complete_lines(change):
                     lines[change.file] = chunk.count(b"\n")
                     read[change.file.name] = (change.start + len(chunk), "")
-                    file.write(_labelled(chunk, change.file))
+                    output.write(_labelled(chunk, change.file))
         if not lines:
             return {}, Counter(), []
         target.staging.exec_driver_sql(STAGE, (target.home, str(staging)))

@@ -145,12 +145,12 @@ def _lines(document: dict[str, Any]) -> list[str]:
 def _depth_lines(document: dict[str, Any]) -> list[str]:
     lines = []
     if reach := document["reach"]:
-        one, most = (
+        one_epoch, at_most = (
             f"depth {reach[key]}" if reach[key] else "no depth" for key in ("one_epoch", "at_most")
         )
         lines.append(
-            f"  recipe {reach['recipe']}, compute-optimal: up to {one} in one epoch, "
-            f"up to {most} in {reach['most_epochs']}, the maximum"
+            f"  recipe {reach['recipe']}, compute-optimal: up to {one_epoch} in one epoch, "
+            f"up to {at_most} in {reach['most_epochs']}, the maximum"
         )
     for row in document["depths"]:
         lines.append(

@@ -29,8 +29,9 @@ def export(
     from store import home
 
     with ProgressBars() as bars:
-        reports = (bars.add("files"), bars.add("tables"))
-        document = exchange.export(home(), folder, experiments or (), weights, reports)
+        document = exchange.export(
+            home(), folder, experiments or (), weights, bars.add("files"), bars.add("tables")
+        )
     report_problems(document["problems"])
     if as_json:
         print_json({"folder": str(folder), **document})

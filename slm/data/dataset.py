@@ -55,7 +55,10 @@ class PreparedDataset:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Its tokeniser. Raises ValueError if the file is not the one that the manifest names."""
+        """Tokeniser of the rows.
+
+        Raises ValueError if the file is not the one that the manifest names.
+        """
         tokenizer = Tokenizer.read(self.folder / "tokenizer.json")
         if tokenizer.fingerprint != self.manifest["tokenizer"]:
             raise ValueError(

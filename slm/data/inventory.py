@@ -29,7 +29,7 @@ class Entry:
 
     folder: Path
     dataset: PreparedDataset | None
-    """Its dataset; None if it is unfinished, or of another version."""
+    """None if the folder is unfinished, or of another version."""
     state: str
     """prepared, unfinished, at work, or of another version."""
     size: int

@@ -175,11 +175,11 @@ def _first(builder: DatasetBuilder, buckets: Sequence[Bucket]) -> tuple[dict[str
         texts_of_validation = _first_texts(buckets, learned, sizes)
         validation = builder.write_validation(texts_of_validation, Counter())
         remaining = validation["documents"]
-        taken = [0] * len(buckets)
+        used = [0] * len(buckets)
         for number, size in enumerate(sizes):
-            taken[number] = min(remaining, size)
-            remaining -= taken[number]
-        write_json(entry, {"validation": validation, "taken": taken})
+            used[number] = min(remaining, size)
+            remaining -= used[number]
+        write_json(entry, {"validation": validation, "taken": used})
     document = read_json(entry)
     return document["validation"], document["taken"]
 

@@ -1,4 +1,4 @@
-"""One shard of a corpus: documents -> tokens -> rows in a file, with a fingerprint per block.
+"""A shard of a corpus: documents -> tokens -> rows in a file, with a fingerprint per block.
 
 A shard's rows follow from its documents, the tokeniser and the shape alone, not from the number of
 processes that pack shards.
