@@ -144,7 +144,7 @@ class RankMemory:
 
     @cached_property
     def stream(self) -> int:
-        """One tensor (B, T, d)."""
+        """A tensor (B, T, d)."""
         return self.rows * self.hp.sequence_length * self.hp.width * self.element
 
     @cached_property
@@ -226,7 +226,7 @@ class RankMemory:
         return copies + max(copies, stack)
 
     def evaluation(self) -> int:
-        """One forward pass of an evaluation, whose rows are its own."""
+        """A forward pass of an evaluation, with rows of its own."""
         rows = max(1, EVALUATION_TOKENS // self.hp.sequence_length)
         batch = RankMemory(self.hp, rows, self.device)
         weights = max(batch.attention_weights(window) for window in self.hp.windows)

@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the processes that share a model's work; alone by default."""
+    """Rank and world size of this process; alone by default."""
 
     rank: int = 0
     world_size: int = 1

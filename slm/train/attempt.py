@@ -1,4 +1,4 @@
-"""Attempt: one rank of one attempt, its events, and its ways to end before the run does."""
+"""Attempt: a rank of an attempt, its events, and its ways to end before the run does."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class AttemptEnded(Exception):
 
 
 class Attempt:
-    """One rank of one attempt.
+    """A rank of an attempt.
 
     SIGTERM sets `stop_requested`; the ranks then agree on a step to stop at.
     """

@@ -1,4 +1,4 @@
-"""CORE during training. Never touches the weights; a failure is logged as a warning and the run continues."""
+"""CORE during training. Never touches the weights; a failure is a warning and the run continues."""
 
 from __future__ import annotations
 

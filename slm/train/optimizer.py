@@ -196,7 +196,7 @@ class _Buffer:
         size = -(-total // (self._parts * unit)) * unit
         start = ranks.rank * size if self.is_shared else 0
         self.part = slice(start, start + size)
-        """This rank's part, of whole matrices; the last parts may hold zeros that belong to no
+        """Slice of this rank, in units of matrices; the last parts may hold zeros that belong to no
         parameter."""
         self.values = first.new_zeros(self._parts * size)
         self.gradients = torch.zeros_like(self.values)

@@ -46,7 +46,7 @@ class RunData:
 
 @dataclass(frozen=True)
 class Session:
-    """Everything that one rank of an attempt trains with."""
+    """State of one rank of an attempt that does not change while it trains."""
 
     attempt: Attempt
     settings: AttemptDocument

@@ -36,10 +36,10 @@ GIVING = {
     for name in ("MALLOC_TOP_PAD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
 }
 GIVING |= {"MALLOC_MMAP_MAX_": "65536", "OPENBLAS_NUM_THREADS": "1"}
-"""Settings that make glibc return freed memory at once, so that a process holds only its tensors."""
+"""Settings that make glibc return freed memory at once: a process holds only its tensors."""
 DATA = """
 from pathlib import Path
-import slm.train
+import slm.train.trainer
 print(Path("/proc/self/status").read_text().split("VmData:")[1])
 """
 DEEP = (

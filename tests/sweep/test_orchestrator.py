@@ -97,7 +97,8 @@ def test_trainers_outlive_their_orchestrator_and_obey_the_next_one(home: Path) -
     assert [attempt.name for attempt in attempts(home)] == ["001", "001"]
     stopped = {attempt.parent: log(attempt, "checkpoint")[-1]["step"] for attempt in attempts(home)}
     assert all(
-        count_in_log(home, f"stopped at step {step} of 5000, as asked") for step in stopped.values()
+        count_in_log(home, f"stopped on request at step {step} of 5000")
+        for step in stopped.values()
     )
 
     third = chaos.start(home, LONG)
