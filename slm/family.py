@@ -135,8 +135,8 @@ def sweeps(design: Design, runs: Runs, recipe: Recipe) -> list[str]:
     depths: dict[tuple[str, int], list[int]] = defaultdict(list)
     for run, count in sorted(picks.items(), key=lambda item: item[0].depth):
         size = (run.params, run.tokens)
-        taken = {point.seed for point in runs.points if (point.params, point.tokens) == size}
-        free = [seed for seed in range(len(taken) + count) if seed not in taken]
+        used = {point.seed for point in runs.points if (point.params, point.tokens) == size}
+        free = [seed for seed in range(len(used) + count) if seed not in used]
         depths[run.horizon, free[count - 1] + 1].append(run.depth)
     sweeps = []
     for (horizon, seeds), layers in depths.items():

@@ -66,7 +66,7 @@ Table = tuple[list[str], list[list[str]]]
 """Headers and rows."""
 NO_CORE = "no run has a CORE; `slm eval RUN --core` measures it"
 TIMES = {"wall_clock": "training time", "cost": "device time"}
-"""What a comparison multiplies besides compute, in words."""
+"""Quantities that a comparison multiplies besides compute, and their names."""
 SCATTER = 1.1
 """Ratio of training times of one depth and recipe from which a warning is given."""
 

@@ -53,7 +53,7 @@ class Runs:
 
     points: list[Point]
     convention: str
-    """What N counts."""
+    """Convention of N, one of COUNTS; of a file, a description."""
     stem: Path
     """Path of the figures, without ending."""
     home: Path | None = None
@@ -324,7 +324,7 @@ def to_trials(rows: pandas.DataFrame, unknown_seed: int) -> list[Trial]:
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison: an experiment, a recipe, or runs of one version of the trainer's
+    """A side of a comparison: an experiment, a recipe, or runs of one version of the trainer's
     code."""
 
     name: str

@@ -1,4 +1,4 @@
-"""A headless Chromium, by its own protocol over two pipes: what a page shows, asks for and complains about."""
+"""A headless Chromium driven by the DevTools protocol over two pipes."""
 
 from __future__ import annotations
 
@@ -23,31 +23,32 @@ ARGUMENTS = (
 
 @dataclass
 class Browser:
-    """One page of it."""
+    """One page of a running browser."""
 
     commands: int
-    """Descriptor that it reads."""
+    """File descriptor of the browser's input."""
     answers: int
-    """Descriptor that it writes."""
+    """File descriptor of the browser's output."""
     session: str = ""
-    """Of the page."""
-    seen: list[dict[str, Any]] = field(default_factory=list)
-    """Events so far."""
+    """Session of the page; empty before one is attached."""
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """Events since the last `open`."""
     buffer: bytes = b""
-    """Read, but no whole message yet."""
+    """Bytes of an incomplete message."""
     count: int = 0
     """Commands sent."""
 
-    def __call__(self, method: str, **given: Any) -> dict[str, Any]:
+    def __call__(self, method: str, **params: Any) -> dict[str, Any]:
         """Send a command and wait for its answer."""
         self.count += 1
-        message = {"id": self.count, "method": method, "params": given}
-        message |= {"sessionId": self.session} if self.session else {}
-        os.write(self.commands, json.dumps(message).encode() + b"\0")
-        while (found := self._next()).get("id") != self.count:
-            self.seen.append(found)
-        assert "error" not in found, found
-        return found["result"]
+        command: dict[str, Any] = {"id": self.count, "method": method, "params": params}
+        if self.session:
+            command["sessionId"] = self.session
+        os.write(self.commands, json.dumps(command).encode() + b"\0")
+        while (message := self._next()).get("id") != self.count:
+            self.events.append(message)
+        assert "error" not in message, message
+        return message["result"]
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self.buffer:
@@ -58,7 +59,7 @@ class Browser:
         return json.loads(line)
 
     def open(self, path: Path, width: int = 1200, theme: str = "light") -> None:
-        """Load a file at a width in CSS pixels, a phone's below 600, in a theme."""
+        """Load a file at a width in CSS pixels (a phone below 600) in the theme light or dark."""
         phone = width < 600
         self(
             "Emulation.setDeviceMetricsOverride",
@@ -71,56 +72,58 @@ class Browser:
             "Emulation.setEmulatedMedia",
             features=[{"name": "prefers-color-scheme", "value": theme}],
         )
-        self.seen.clear()
+        self.events.clear()
         self("Page.navigate", url=path.as_uri())
-        while not any(own.get("method") == "Page.loadEventFired" for own in self.seen):
-            self.seen.append(self._next())
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            self.events.append(self._next())
 
-    def ask(self, script: str) -> Any:
-        """The value of an expression in the page."""
-        found = self("Runtime.evaluate", expression=script, returnByValue=True)
-        assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
+    def evaluate(self, script: str) -> Any:
+        """Return the value of a JavaScript expression in the page."""
+        answer = self("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
 
-    def complaints(self) -> list[str]:
-        """What stood in the console, errors of the page and of its policy included."""
+    def console(self) -> list[str]:
+        """Return console messages, errors of the page and violations of its policy."""
         names = (
             "Log.entryAdded",
             "Runtime.exceptionThrown",
             "Runtime.consoleAPICalled",
             "Audits.issueAdded",
         )
-        return [json.dumps(own["params"]) for own in self.seen if own.get("method") in names]
+        return [
+            json.dumps(event["params"]) for event in self.events if event.get("method") in names
+        ]
 
     def requests(self) -> list[str]:
-        """What the page asked for, itself included."""
-        asked = [
-            own["params"] for own in self.seen if own.get("method") == "Network.requestWillBeSent"
+        """Return the addresses that the page requested, its own included."""
+        sent = [
+            event for event in self.events if event.get("method") == "Network.requestWillBeSent"
         ]
-        return [own["request"]["url"] for own in asked]
+        return [event["params"]["request"]["url"] for event in sent]
 
     def screenshot(self, path: Path) -> None:
-        """The whole page as a PNG."""
-        found = self("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(found["data"]))
+        """Write the whole page as PNG."""
+        answer = self("Page.captureScreenshot", captureBeyondViewport=True)
+        path.write_bytes(base64.b64decode(answer["data"]))
 
     def print(self, path: Path) -> None:
-        """The page as a PDF."""
-        found = self(
+        """Write the page as PDF."""
+        answer = self(
             "Page.printToPDF",
             printBackground=False,
             preferCSSPageSize=True,
             paperWidth=8.27,
             paperHeight=11.69,
         )
-        path.write_bytes(base64.b64decode(found["data"]))
+        path.write_bytes(base64.b64decode(answer["data"]))
 
 
 @contextmanager
 def browser(folder: Path) -> Iterator[Browser]:
-    """A browser whose own files go to a folder; the test that asks for it is skipped where there is none.
+    """Start a browser whose profile is in a folder; skip the test where no browser is installed.
 
-    The page's scripts are off: what it shows needs none.
+    Scripts of the page are disabled: a report needs none.
     """
     program = next(filter(None, map(shutil.which, PROGRAMS)), None)
     if program is None:
@@ -135,13 +138,13 @@ def browser(folder: Path) -> Iterator[Browser]:
     os.close(reads)
     os.close(writes)
     try:
-        own = Browser(commands, answers)
-        target = own("Target.createTarget", url="about:blank")["targetId"]
-        own.session = own("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        page = Browser(commands, answers)
+        target = page("Target.createTarget", url="about:blank")["targetId"]
+        page.session = page("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log", "Audits"):
-            own(f"{domain}.enable")
-        own("Emulation.setScriptExecutionDisabled", value=True)
-        yield own
+            page(f"{domain}.enable")
+        page("Emulation.setScriptExecutionDisabled", value=True)
+        yield page
     finally:
         os.close(commands)
         os.close(answers)

@@ -1,4 +1,4 @@
-"""Homes of finished runs whose losses are known: the files as trainer and launcher leave them, without the training."""
+"""Homes of finished runs with known losses: the files of trainer and launcher, without training."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from slm.plan import DataIdentity, Plan
 from slm.recipe import Hyperparameters
 
 Loss = Callable[[Hyperparameters], float]
-"""val_bpb, or CORE, of a run without noise."""
+"""Function that returns val_bpb, or CORE, of a run without noise."""
 
 
-def surface(given: Hyperparameters) -> float:
-    """A surface at pocket's scale, E = 0.8 and exponents that make N and D grow alike."""
-    return 0.8 + 30 * given.parameters.scaling**-0.35 + 55 * given.tokens**-0.35
+def surface(hp: Hyperparameters) -> float:
+    """Return val_bpb by a surface at pocket's scale with E = 0.8 and equal exponents of N and D."""
+    return 0.8 + 30 * hp.parameters.scaling**-0.35 + 55 * hp.tokens**-0.35
 
 
 def home_of(
@@ -31,17 +31,17 @@ def home_of(
     core: Loss | None = None,
     validation: str = "val",
 ) -> Path:
-    """Finish every run of an experiment in a home; ln loss has Gauss noise of the run's own, `core` has none."""
+    """Write every run of an experiment as finished; ln loss gets Gaussian noise, `core` none."""
     runs = []
-    for asked in experiment.requested_runs():
+    for run in experiment.requested_runs():
         data = DataIdentity("python", "tok", "rows", validation, 1024, 10_000, 0.5)
-        plan = Plan(asked.recipe, asked.horizon, asked.seed, asked.hyperparameters, data, code)
+        plan = Plan(run.recipe, run.horizon, run.seed, run.hyperparameters, data, code)
         luck = np.random.default_rng(int(plan.run_id, 16)).standard_normal()
-        measured = core(asked.hyperparameters) if core else None
+        measured = core(run.hyperparameters) if core else None
         _finish(
             home / plan.run_id,
             plan,
-            loss(asked.hyperparameters) * float(np.exp(noise * luck)),
+            loss(run.hyperparameters) * float(np.exp(noise * luck)),
             measured,
         )
         runs.append(plan.run_id)
@@ -56,8 +56,8 @@ def home_of(
 
 
 def _finish(folder: Path, plan: Plan, loss: float, core: float | None) -> None:
-    given = plan.hyperparameters
-    seconds = given.flops / 1e10
+    hp = plan.hyperparameters
+    seconds = hp.flops / 1e10
     attempt = {
         "attempt": 1,
         "created": 1.0,
@@ -74,10 +74,10 @@ def _finish(folder: Path, plan: Plan, loss: float, core: float | None) -> None:
         "device_name": "NVIDIA H100 80GB HBM3",
     }
     attempt |= {"ranks": 2, "threads": 1, "micro_batch": 4}
-    done: dict[str, Any] = {"run_id": plan.run_id, "attempt": 1, "time": 20.0, "step": given.steps}
+    done: dict[str, Any] = {"run_id": plan.run_id, "attempt": 1, "time": 20.0, "step": hp.steps}
     done |= {
-        "tokens": given.tokens,
-        "flops": given.flops,
+        "tokens": hp.tokens,
+        "flops": hp.flops,
         "val_bpb": loss,
         "val_loss": 1.7 * loss,
         "train_loss": 2.0,
@@ -89,21 +89,21 @@ def _finish(folder: Path, plan: Plan, loss: float, core: float | None) -> None:
         "weights_sha256": "w",
     }
     done |= {
-        "tokens_per_second": given.tokens / seconds,
+        "tokens_per_second": hp.tokens / seconds,
         "flops_per_second": 1e10,
         "peak_memory_bytes": 7,
     }
     _write(folder / "plan.json", plan.document())
     _write(folder / "attempts" / "001" / "attempt.json", attempt)
-    (folder / "attempts" / "001" / "events.jsonl").write_text(_events(given, loss))
+    (folder / "attempts" / "001" / "events.jsonl").write_text(_events(hp, loss))
     _write(folder / "done.json", done)
 
 
-def _events(given: Hyperparameters, loss: float) -> str:
-    steps: Sequence[int] = [max(1, given.steps * k // 8) for k in range(1, 9)]
+def _events(hp: Hyperparameters, loss: float) -> str:
+    steps: Sequence[int] = [max(1, hp.steps * k // 8) for k in range(1, 9)]
     lines = []
     for step in steps:
-        tokens = step * given.batch_tokens
+        tokens = step * hp.batch_tokens
         event: dict[str, Any] = {
             "event": "train",
             "time": 10.0 + step,
@@ -112,8 +112,8 @@ def _events(given: Hyperparameters, loss: float) -> str:
             "lr": 1.0,
         }
         event |= {
-            "flops": tokens * given.flops_per_token,
-            "loss": 1.7 * loss * (given.steps / step) ** 0.1,
+            "flops": tokens * hp.flops_per_token,
+            "loss": 1.7 * loss * (hp.steps / step) ** 0.1,
         }
         lines.append(json.dumps(event | {"tokens_per_second": 5.0, "train_seconds": 0.5 * step}))
     return "\n".join(lines) + "\n"

@@ -27,21 +27,21 @@ def plot_comparison(comparison: Comparison) -> Figure:
     95 % interval, an open end as an arrow, over that of all depths.
     """
     with style.page(style.PAGE_WIDTH, 3.6, comparison.decision.sentence) as figure:
-        left, right = figure.subplots(1, 2)
-        trials = _draw_losses(left, comparison)
+        losses, multipliers = figure.subplots(1, 2)
+        trials = _draw_losses(losses, comparison)
         if comparison.per_depth:
-            _draw_multipliers(right, comparison.per_depth, comparison.multiplier)
+            _draw_multipliers(multipliers, comparison.per_depth, comparison.multiplier)
             name = "compute" if comparison.axis == "flops" else "time"
-            right.set_ylabel(f"{name} multiplier")
-            right.set_title(f"over all depths: {comparison.multiplier.text('.3g')}")
+            multipliers.set_ylabel(f"{name} multiplier")
+            multipliers.set_title(f"over all depths: {comparison.multiplier.text('.3g')}")
         else:
-            right.remove()
+            multipliers.remove()
         style.legend(figure)
         style.freeze_layout(figure)
         by_loss = sorted(trials, key=lambda drawn: -drawn[1].loss)
         lowest = {trial.depth: (x, trial.loss) for x, trial in by_loss}
         labels = [(f"d{depth}", *lowest[depth]) for depth in sorted(lowest)]
-        style.place_labels(left, labels, [(x, trial.loss) for x, trial in trials])
+        style.place_labels(losses, labels, [(x, trial.loss) for x, trial in trials])
         return figure
 
 

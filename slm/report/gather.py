@@ -38,7 +38,7 @@ class Family:
 
 @dataclass(frozen=True)
 class ExperimentData:
-    """What the store holds of an experiment."""
+    """Data of an experiment in the store."""
 
     name: str
     question: str
@@ -50,7 +50,7 @@ class ExperimentData:
     attempts: Sequence[Row]
     """Rows of the table `attempts`."""
     families: Sequence[Family] = ()
-    """One per recipe with a finished run."""
+    """Families of recipes with a finished run."""
 
     @property
     def finished(self) -> list[Row]:

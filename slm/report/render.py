@@ -121,7 +121,7 @@ class KeyNumber:
     value: str
     name: str
     detail: str
-    """Its interval, or the run that has it."""
+    """Interval of the number, or the run that has it."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The commands about curves, on a home of finished runs whose losses are known."""
+"""`slm fit-curves`, `compare` and `next` on a home of finished runs with known losses."""
 
 from __future__ import annotations
 
@@ -25,25 +25,23 @@ FAST = replace(pocket, name="fast", matrix_lr=5 * pocket.matrix_lr)
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ladder with two seeds, a grid, the ladder of a worse recipe, and the first ladder under another code."""
+    """Make a home: a ladder with two seeds, a grid, a worse recipe, the ladder by other code."""
     home = tmp_path_factory.mktemp("swept")
     home_of(home, Experiment("ladder", (pocket,), DEPTHS, seeds=(0, 1)))
     home_of(home, Experiment("again", (pocket,), DEPTHS, seeds=(2, 3)))
     home_of(home, Experiment("grid", (pocket,), DEPTHS, flops=(3e11, 1e12), seeds=(0, 1)))
-    home_of(
-        home, Experiment("fast", (FAST,), DEPTHS, seeds=(0, 1)), lambda given: 1.03 * surface(given)
-    )
+    home_of(home, Experiment("fast", (FAST,), DEPTHS, seeds=(0, 1)), lambda hp: 1.03 * surface(hp))
     home_of(
         home,
         Experiment("newer", (pocket,), DEPTHS, seeds=(0, 1)),
-        lambda given: 0.97 * surface(given),
+        lambda hp: 0.97 * surface(hp),
         code="beef2",
     )
     return home
 
 
 def slm(home: Path, *arguments: str) -> tuple[int, str, str]:
-    """Run the command line in this process: exit code, standard output, standard error."""
+    """Run the command line in this process; return exit code, standard output and error."""
     out, err = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setenv("SLM_HOME", str(home))
@@ -69,62 +67,62 @@ def refusal(home: Path, *arguments: str) -> str:
 
 
 def test_a_depth_is_predicted_by_the_recipe_and_the_law(swept: Path) -> None:
-    found = document(swept, "fit-curves", "ladder", "--depth", "7,20", "--at", "2e13")
-    near, far, optimum = sorted(
-        found["predictions"], key=lambda own: (own["depth"] is None, own["depth"])
+    result = document(swept, "fit-curves", "ladder", "--depth", "7,20", "--at", "2e13")
+    close, distant, optimum = sorted(
+        result["predictions"], key=lambda row: (row["depth"] is None, row["depth"])
     )
-    assert (near["flops"], near["tokens"]) == (pocket(7).flops, pocket(7).tokens)
-    assert near["loss"]["low"] < surface(pocket(7)) < near["loss"]["high"]
-    assert far["beyond_validated"]
+    assert (close["flops"], close["tokens"]) == (pocket(7).flops, pocket(7).tokens)
+    assert close["loss"]["low"] < surface(pocket(7)) < close["loss"]["high"]
+    assert distant["beyond_validated"]
     assert optimum["flops"] == 2e13
 
 
-def test_experiments_are_fitted_together(swept: Path) -> None:
-    found = document(swept, "fit-curves", "ladder", "grid", "--form", "additive")
-    assert found["points"]["n"] == 30
-    assert found["experiments"] == ["ladder", "grid"]
-    assert found["parametric"]["form"] == found["selected"]["surface"] == "additive"
-    assert [own["form"] for own in found["parametric"]["alternatives"]] == ["additive", "coupled"]
+def test_several_experiments_are_one_fit(swept: Path) -> None:
+    result = document(swept, "fit-curves", "ladder", "grid", "--form", "additive")
+    assert result["points"]["n"] == 30
+    assert result["experiments"] == ["ladder", "grid"]
+    assert result["parametric"]["form"] == result["selected"]["surface"] == "additive"
+    assert [row["form"] for row in result["parametric"]["alternatives"]] == ["additive", "coupled"]
     assert (
-        found["parametric"]["params_exponent"]["low"]
+        result["parametric"]["params_exponent"]["low"]
         < 0.5
-        < found["parametric"]["params_exponent"]["high"]
+        < result["parametric"]["params_exponent"]["high"]
     )
 
 
-def test_what_n_counts_and_what_the_loss_is_are_chosen_and_said(swept: Path) -> None:
+def test_params_and_metric_are_chosen_and_recorded(swept: Path) -> None:
     plain = document(swept, "fit-curves", "grid")
-    other = document(
+    changed = document(
         swept, "fit-curves", "grid", "--params", "total", "--metric", "loss", "--paper"
     )
-    assert (plain["points"]["convention"], other["points"]["convention"]) == (
+    assert (plain["points"]["convention"], changed["points"]["convention"]) == (
         "matrices+head",
         "total",
     )
-    assert (plain["points"]["metric"], other["points"]["metric"]) == ("val_bpb", "loss")
-    assert (other["parametric"]["delta"], other["parametric"]["form"]) == (1e-3, "additive")
-    first, second = (own["isoflop"]["optima"][0] for own in (plain, other))
+    assert (plain["points"]["metric"], changed["points"]["metric"]) == ("val_bpb", "loss")
+    assert (changed["parametric"]["delta"], changed["parametric"]["form"]) == (1e-3, "additive")
+    first, second = (row["isoflop"]["optima"][0] for row in (plain, changed))
     assert second["params"] > first["params"]
     assert second["loss"] == pytest.approx(1.7 * first["loss"], rel=0.01)
 
 
-def test_a_depth_of_a_ladder_at_a_ratio_has_that_ratio(tmp_path: Path) -> None:
+def test_a_predicted_depth_has_the_ratio_of_its_ladder(tmp_path: Path) -> None:
     home_of(tmp_path, Experiment("short", (pocket,), DEPTHS, ratios=(4,)))
-    (said,) = document(tmp_path, "fit-curves", "short", "--depth", "7")["predictions"]
-    assert said["tokens"] == pocket(7, ratio=4).tokens
+    (prediction,) = document(tmp_path, "fit-curves", "short", "--depth", "7")["predictions"]
+    assert prediction["tokens"] == pocket(7, ratio=4).tokens
     home_of(tmp_path, Experiment("short", (pocket,), DEPTHS, ratios=(4, 8)))
     assert "ratio=4, ratio=8" in refusal(tmp_path, "fit-curves", "short")
 
 
-def test_a_budget_beyond_all_measure_is_spent_on_few_runs(swept: Path) -> None:
-    found = document(
+def test_a_design_has_a_bounded_number_of_runs(swept: Path) -> None:
+    result = document(
         swept, "next", "ladder", "--target", "loss@d8", "--budget", "1e30", "--depths", "2,3"
     )
-    assert 0 < len(found["picks"]) <= 24
+    assert 0 < len(result["picks"]) <= 24
 
 
-def test_depths_that_took_other_times_are_compared_in_compute(tmp_path: Path) -> None:
-    """One depth holds no slope of time: the answer in FLOPs stays, and a warning says why there is none in time."""
+def test_times_that_cannot_be_compared_are_a_warning(tmp_path: Path) -> None:
+    """One depth gives no slope in time: FLOPs are compared, and a warning gives the reason."""
     lines = ["recipe,depth,flops,loss,seed,seconds"]
     lines += [
         f"{name},4,1e12,{loss},{seed},{seconds}"
@@ -132,36 +130,36 @@ def test_depths_that_took_other_times_are_compared_in_compute(tmp_path: Path) ->
         for seed, loss in enumerate((2.0, 2.01))
     ]
     (tmp_path / "runs.csv").write_text("\n".join(lines))
-    found = document(
+    result = document(
         tmp_path, "compare", "--from", str(tmp_path / "runs.csv"), "--figure", str(tmp_path / "x")
     )
-    assert found["wall_clock"] is None
-    assert "times_not_compared" in {own["code"] for own in found["warnings"]}
+    assert result["wall_clock"] is None
+    assert "times_not_compared" in {row["code"] for row in result["warnings"]}
 
 
-def test_two_ladders_of_one_recipe_are_not_told_apart(swept: Path) -> None:
-    found = document(swept, "compare", "ladder", "again")
-    assert found["verdict"]["code"] in ("cannot_tell", "equal")
-    assert found["compute_multiplier"]["low"] < 1 < found["compute_multiplier"]["high"]
+def test_two_ladders_of_one_recipe_do_not_differ(swept: Path) -> None:
+    result = document(swept, "compare", "ladder", "again")
+    assert result["verdict"]["code"] in ("cannot_tell", "equal")
+    assert result["compute_multiplier"]["low"] < 1 < result["compute_multiplier"]["high"]
 
 
 def test_a_worse_recipe_is_worse_at_every_depth(swept: Path) -> None:
-    found = document(swept, "compare", "pocket/c0de1", "fast")
-    assert found["verdict"]["code"] == "worse_every_depth"
-    assert [own["depth"] for own in found["per_depth"]] == list(DEPTHS)
-    assert found["compute_multiplier"]["high"] < 1
-    assert found["wall_clock"]["compute_multiplier"]["high"] < 1
-    assert found["experiments"] == ["again", "fast", "ladder"]
+    result = document(swept, "compare", "pocket/c0de1", "fast")
+    assert result["verdict"]["code"] == "worse_every_depth"
+    assert [row["depth"] for row in result["per_depth"]] == list(DEPTHS)
+    assert result["compute_multiplier"]["high"] < 1
+    assert result["wall_clock"]["compute_multiplier"]["high"] < 1
+    assert result["experiments"] == ["again", "fast", "ladder"]
 
 
 def test_two_versions_of_the_code_are_compared_like_recipes(swept: Path) -> None:
-    found = document(swept, "compare", "ladder/c0de1", "newer")
-    assert found["verdict"]["code"] == "better_every_depth"
-    assert found["compute_multiplier"]["low"] > 1
+    result = document(swept, "compare", "ladder/c0de1", "newer")
+    assert result["verdict"]["code"] == "better_every_depth"
+    assert result["compute_multiplier"]["low"] > 1
     assert "2 versions of the trainer's code" in refusal(swept, "compare", "pocket", "fast")
 
 
-def test_a_comparison_is_the_table_of_a_pull_request(swept: Path) -> None:
+def test_markdown_has_two_rows_per_depth_mfu_and_commit(swept: Path) -> None:
     _, text, _ = slm(swept, "compare", "ladder", "fast", "--markdown")
     assert text.startswith("**fast is worse than ladder at every depth")
     assert len(re.findall(r"^\| d\d ", text, re.MULTILINE)) == 2 * len(DEPTHS)
@@ -169,7 +167,7 @@ def test_a_comparison_is_the_table_of_a_pull_request(swept: Path) -> None:
     assert "commit abc" in text
 
 
-def test_recipes_of_a_file_are_compared_base_first_and_leave_no_record(tmp_path: Path) -> None:
+def test_recipes_of_a_file_are_compared_in_order_and_not_recorded(tmp_path: Path) -> None:
     lines = ["recipe,depth,flops,bpb,seed"]
     for recipe, factor in (("old", 1.0), ("new", 0.98)):
         for depth in DEPTHS:
@@ -185,35 +183,35 @@ def test_recipes_of_a_file_are_compared_base_first_and_leave_no_record(tmp_path:
         "--figure",
         str(tmp_path / "drawn"),
     )
-    found = document(tmp_path / "none", "compare", *file)
-    assert (found["base"]["name"], found["candidate"]["name"]) == ("old", "new")
-    assert found["verdict"]["code"] == "better_every_depth"
-    assert found["wall_clock"] is None
+    result = document(tmp_path / "none", "compare", *file)
+    assert (result["base"]["name"], result["candidate"]["name"]) == ("old", "new")
+    assert result["verdict"]["code"] == "better_every_depth"
+    assert result["wall_clock"] is None
     assert (tmp_path / "drawn.svg").exists()
     assert not (tmp_path / "none").exists()
 
 
-def test_when_a_core_is_reached_is_told_in_flops_depth_hours_and_price(tmp_path: Path) -> None:
+def test_reach_gives_flops_depth_hours_and_price(tmp_path: Path) -> None:
     home_of(
         tmp_path,
         Experiment("cored", (pocket,), DEPTHS),
-        core=lambda given: 0.6 - 0.22 * surface(given),
+        core=lambda hp: 0.6 - 0.22 * surface(hp),
     )
-    found = document(
+    result = document(
         tmp_path, "fit-curves", "cored", "--metric", "core", "--reach", "0.35", "--price", "24"
     )
-    (reached,) = found["reach"]
+    (reached,) = result["reach"]
     assert reached["low"] < reached["estimate"] < reached["high"]
     assert reached["hours"]["estimate"] == pytest.approx(reached["estimate"] / 1e10 / 3600)
     assert reached["price"]["low"] == pytest.approx(24 * reached["hours"]["low"])
-    near = min(
+    nearest = min(
         range(1, 40), key=lambda depth: abs(math.log(pocket(depth).flops / reached["estimate"]))
     )
-    assert reached["depth"]["estimate"] == near
-    assert [Path(path).stem for path in found["figures"]][-1] == "cored-core"
+    assert reached["depth"]["estimate"] == nearest
+    assert [Path(path).stem for path in result["figures"]][-1] == "cored-core"
 
 
-def test_fits_comparisons_and_designs_are_records_of_the_store(swept: Path) -> None:
+def test_fits_comparisons_and_designs_are_in_the_store(swept: Path) -> None:
     hashes = {
         kind: document(swept, *arguments)["hash"]
         for kind, arguments in {
@@ -227,13 +225,13 @@ def test_fits_comparisons_and_designs_are_records_of_the_store(swept: Path) -> N
     assert set(hashes.items()) <= {(row["kind"], row["hash"]) for row in rows}
 
 
-def test_the_next_runs_are_sweeps_that_fit_the_budget(swept: Path) -> None:
-    found = document(swept, "next", "ladder", "--target", "loss@d8", "--budget", "1e13")
-    assert found["flops"] <= 1e13
-    assert found["sd"]["after"] < found["sd"]["evenly_spaced"] < found["sd"]["before"]
-    picked = {(pick["depth"], pick["horizon"]) for pick in found["picks"]}
-    assert len(found["sweeps"]) <= len(picked)
-    planned = [document(swept, *line.split()[1:], "--dry-run") for line in found["sweeps"]]
+def test_the_sweeps_of_a_design_plan_its_picks_within_the_budget(swept: Path) -> None:
+    result = document(swept, "next", "ladder", "--target", "loss@d8", "--budget", "1e13")
+    assert result["flops"] <= 1e13
+    assert result["sd"]["after"] < result["sd"]["evenly_spaced"] < result["sd"]["before"]
+    picked = {(pick["depth"], pick["horizon"]) for pick in result["picks"]}
+    assert len(result["sweeps"]) <= len(picked)
+    planned = [document(swept, *line.split()[1:], "--dry-run") for line in result["sweeps"]]
     assert {(run["depth"], run["horizon"]) for plan in planned for run in plan["runs"]} == picked
 
 
@@ -271,7 +269,7 @@ def test_the_next_runs_are_sweeps_that_fit_the_budget(swept: Path) -> None:
         (("next", "fast", "--target", "loss@d8", "--budget", "1e13"), "fast"),
     ],
 )
-def test_what_cannot_be_answered_is_one_line_that_names_it(
+def test_a_refusal_is_one_line_that_names_the_value(
     swept: Path, arguments: tuple[str, ...], named: str
 ) -> None:
     assert named in refusal(swept, *arguments)
