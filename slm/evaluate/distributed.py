@@ -1,4 +1,5 @@
-"""CORE on several ranks of this machine: `torchrun -m slm.evaluate.distributed REQUEST`, and its launch.
+"""CORE on several ranks of this machine: `torchrun -m slm.evaluate.distributed REQUEST`, and its
+launch.
 
 REQUEST is a JSON document. The result is the evaluation file; rank 0 writes progress and errors to
 stdout, one JSON list per line, and whatever else torchrun prints goes to a log.
@@ -41,8 +42,8 @@ def evaluate_core_on_ranks(
 ) -> Path:
     """Run `evaluator.evaluate_core` on several ranks, which share the CPU's cores.
 
-    Raises ValueError and RuntimeError as `evaluate_core` does, and RuntimeError with the last line of
-    the log if a rank died.
+    Raises ValueError and RuntimeError as `evaluate_core` does, and RuntimeError with the last line
+    of the log if a rank died.
     """
     from slm.evaluate.evaluator import locate_core
 
@@ -116,11 +117,11 @@ def main() -> None:
     from slm.evaluate.core import OutOfMemory
     from slm.evaluate.evaluator import evaluate_core
     from slm.model import weights
-    from slm.model.ranks import Ranks
+    from slm.model.ranks import Ranks, local_device
 
     arguments = json.loads(sys.argv[1])
     ranks = Ranks.from_environment()
-    device = _device(arguments["device"])
+    device = local_device(arguments["device"])
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         home = Path(arguments["home"])
@@ -136,16 +137,6 @@ def main() -> None:
         if ranks.is_first:
             _send(REFUSED if isinstance(error, ValueError) else FAILED, str(error))
     dist.destroy_process_group()
-
-
-def _device(kind: str) -> torch.device:
-    import torch
-
-    if kind != "cuda":
-        return torch.device(kind)
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    return device
 
 
 def _reporter() -> Report:

@@ -80,3 +80,12 @@ class Ranks:
 
 ALONE = Ranks()
 """The only process."""
+
+
+def local_device(kind: str) -> torch.device:
+    """Return this rank's "cpu", "cuda" or "mps" device, and make it the current one."""
+    if kind != "cuda":
+        return torch.device(kind)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device

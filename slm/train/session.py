@@ -21,6 +21,7 @@ from slm.data.tokenizer import Tokenizer
 from slm.evaluate.bpb import bytes_of
 from slm.model import attention
 from slm.model.gpt import GPT, compute_dtype
+from slm.model.ranks import local_device
 from slm.plan import Plan, code_fingerprint
 from slm.recipe import Hyperparameters
 from slm.run import AttemptDocument, read_attempt
@@ -154,11 +155,7 @@ def _select_device(settings: AttemptDocument) -> torch.device:
         )
     if name == "cpu":
         torch.set_num_threads(settings["threads"])
-    if name != "cuda":
-        return torch.device(name)
-    local_rank = int(os.environ["LOCAL_RANK"])
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    return local_device(name)
 
 
 def _load_data(
