@@ -144,8 +144,9 @@ class WandbLogger:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
-        timeouts = {"init_timeout": self._timeout, "finish_timeout": self._timeout}
-        wandb.setup(wandb.Settings(**SETTINGS, **timeouts))
+        seconds = self._timeout
+        settings = wandb.Settings(**SETTINGS, init_timeout=seconds, finish_timeout=seconds)
+        wandb.setup(settings)
         config = plan.document()
         config |= config.pop("hyperparameters")
         self._runs[plan] = wandb.init(
