@@ -327,11 +327,6 @@ class ComparisonRecord:
     figures: list[Path] = field(default_factory=list)
     """Files that `save` has written."""
 
-    @property
-    def excluded(self) -> list[Note]:
-        """Runs left out, each with its reason."""
-        return [note for side in self.sides for note in side.excluded]
-
     def tables(self) -> list[Table]:
         """Return all tables as headers and rows of text: loss, and CORE where both sides were
         evaluated."""

@@ -72,7 +72,7 @@ def _print(record: results.ComparisonRecord) -> None:
     for headers, rows in core_tables:
         print(f"\n{headers[0]} on the same examples, ± standard error over them; seeds add to it:")
         print_table(rows, headers)
-    print_notes(record.document["warnings"], record.excluded)
+    print_notes(record.document["warnings"], record.document["excluded"])
     print(f"\nfigure: {', '.join(map(str, record.figures))}")
 
 
@@ -101,7 +101,7 @@ def _markdown(record: results.ComparisonRecord) -> str:
         lines.append(f"The same in {results.TIMES[name]}: {timed.multiplier.text()}.")
     lines += _core_lines(record)
     lines += [f"- {note['code']}: {note['message']}" for note in record.document["warnings"]]
-    lines += [f"- left out: {line}" for line in describe_excluded(record.excluded)]
+    lines += [f"- left out: {line}" for line in describe_excluded(record.document["excluded"])]
     return "\n".join([*lines, "", *_provenance(record)])
 
 

@@ -6,12 +6,11 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from math import log
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slm.recipe import RECIPES, Hyperparameters, Recipe
+from slm.recipe import RECIPES, Recipe
 
 if TYPE_CHECKING:
     import pandas
@@ -43,7 +42,7 @@ Mixed = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 DEEPEST = 100
-"""Largest depth of `depth_at`."""
+"""Depth of the deepest model considered."""
 DEPTH_LIMIT = 10_000
 """Largest depth that `depths_of` accepts."""
 DEPTH_RANGE = re.compile(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*")
@@ -98,13 +97,6 @@ def recipe_of(name: str | None, needs_gpu: bool = False, option: str = "--recipe
     if name not in RECIPES:
         raise ValueError(f"{option} {name}: unknown; there are {', '.join(RECIPES)}")
     return RECIPES[name]
-
-
-def depth_at(recipe: Recipe, flops: float) -> Hyperparameters | None:
-    """Return the compute-optimal model whose training FLOPs are nearest; None beyond DEEPEST."""
-    models = [recipe(depth) for depth in range(1, DEEPEST + 1)]
-    nearest = min(models, key=lambda hp: abs(log(hp.flops / flops)))
-    return nearest if flops <= models[-1].flops else None
 
 
 def print_json(document: Any) -> None:
