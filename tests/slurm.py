@@ -1,4 +1,4 @@
-"""A real Slurm on this machine: its daemons as children of the test, on 127.0.0.1 and ports that were free, as root."""
+"""A real Slurm on this machine: daemons as children of the test, on free local ports, as root."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+WAIT_SECONDS = 300
 DAEMONS = ("munged", "munge", "slurmctld", "slurmd", "sbatch")
 CONFIGURATION = """\
 ClusterName=test
@@ -43,13 +44,18 @@ KillWait=10
 ReturnToService=2
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
-"""Facts that differ from a cluster's: a job that is requeued waits as long as credentials last, five seconds instead of
-two minutes; the scheduler looks every second; no control groups, which a container may not have."""
-NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=1000 State=UNKNOWN\n"
+"""Differences from a real cluster: a requeued job waits as long as credentials last, five seconds
+instead of two minutes; the scheduler runs every second; no control groups, which a container may
+lack.
+"""
+NODE = (
+    "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} "
+    "RealMemory=1000 State=UNKNOWN\n"
+)
 
 
 def why_not() -> str | None:
-    """What keeps Slurm from running here; None where nothing does."""
+    """Return the reason why Slurm cannot run on this machine, None if it can."""
     missing = [name for name in DAEMONS if shutil.which(name, path=_path()) is None]
     if missing:
         return f"no {' '.join(missing)} here: apt-get install slurm-wlm munge"
@@ -62,7 +68,7 @@ def _path() -> str:
 
 @contextmanager
 def cluster(folder: Path, nodes: int = 2, cpus: int = 1) -> Iterator[None]:
-    """Nodes n1, n2, ... while the context lasts; clients find them by SLURM_CONF, which is set here."""
+    """Run nodes n1, n2, ... in this block, with SLURM_CONF set for clients."""
     _configure(folder, nodes, cpus)
     before = os.environ.get("SLURM_CONF")
     os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
@@ -99,13 +105,13 @@ def _configure(folder: Path, nodes: int, cpus: int) -> None:
     host = socket.gethostname().partition(".")[0]
     port, *ports = _free_ports(1 + nodes)
     text = CONFIGURATION.format(folder=folder, host=host, port=port)
-    for number, own in enumerate(ports, start=1):
-        text += NODE.format(name=f"n{number}", host=host, port=own, cpus=cpus)
+    for number, node_port in enumerate(ports, start=1):
+        text += NODE.format(name=f"n{number}", host=host, port=node_port, cpus=cpus)
     (folder / "slurm.conf").write_text(text)
     version = subprocess.run(
         ["slurmd", "-V"], capture_output=True, text=True, check=True, env=_environment()
     ).stdout
-    old = version.split()[1] < "23.11"  # before, some plugin had to be loaded
+    old = version.split()[1] < "23.11"  # older versions need a plugin
     (folder / "cgroup.conf").write_text(f"CgroupPlugin={'cgroup/v1' if old else 'disabled'}\n")
 
 
@@ -114,7 +120,7 @@ def _free_ports(count: int) -> list[int]:
         sockets = [
             stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)
         ]
-        return [one.getsockname()[1] for one in sockets]
+        return [server.getsockname()[1] for server in sockets]
 
 
 def _environment() -> dict[str, str]:
@@ -134,22 +140,22 @@ def _daemon(*command: str) -> Iterator[None]:
 
 
 def _wait(*command: str) -> None:
-    """Until a command succeeds."""
-    deadline = time.monotonic() + 30
+    """Wait until a command succeeds."""
+    deadline = time.monotonic() + WAIT_SECONDS
     while subprocess.run(command, capture_output=True, check=False, env=_environment()).returncode:
         assert time.monotonic() < deadline, (
-            f"{' '.join(command)}: not in 30 s; see the logs beside $SLURM_CONF"
+            f"{' '.join(command)}: failed for {WAIT_SECONDS} s; see the logs next to $SLURM_CONF"
         )
         time.sleep(0.1)
 
 
 def _empty() -> None:
-    """End what is left of jobs, and wait until no process of theirs is."""
+    """Cancel all jobs, and wait until their processes have ended."""
     steps = [
         process for process in psutil.process_iter(["name"]) if process.info["name"] == "slurmstepd"
     ]
     subprocess.run(["scancel", "--me"], check=False)
-    psutil.wait_procs(steps, timeout=20)
+    psutil.wait_procs(steps, timeout=120)
 
 
 def _restore(before: str | None) -> None:

@@ -1,4 +1,4 @@
-"""The long proofs: `make soak`."""
+"""Long tests: `make soak`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import sysconfig
 from dataclasses import replace
 from pathlib import Path
@@ -30,31 +31,30 @@ DEPTHS = "2-4"
 KILLS = 12
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
-def test_compiled_gradients_are_those_of_the_plain_ones() -> None:
-    """With the code generator, as a long run is trained."""
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in torch's own compiler
+def test_compiled_gradients_equal_eager_ones() -> None:
+    """Compare them with the code generator that long runs use."""
     if not any(map(shutil.which, ("g++", "clang++"))):
         pytest.skip("no C++ compiler")
-    given = replace(pocket, sequence_length=512)(4, steps=10)
-    model = GPT(given)
+    hp = replace(pocket, sequence_length=512)(4, steps=10)
+    model = GPT(hp)
     model.initialise(0)
     optimizer = Optimizer(model)
-    ids = torch.randint(given.vocab_size, (4, 513), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(hp.vocab_size, (4, 513), generator=torch.Generator().manual_seed(0))
     model.loss(ids[:, :-1], ids[:, 1:]).backward()
-    optimizer.step(
-        0
-    )  # before it blocks add nothing, and the gradient of some scalars is rounding error
-    found = []
+    # Before the first step blocks add nothing, and the gradient of some scalars is rounding error.
+    optimizer.step(0)
+    gradients = []
     for loss in (model.loss, torch.compile(model.loss, fullgraph=True, dynamic=False)):
         optimizer.zero_grad()
         loss(ids[:, :-1], ids[:, 1:]).backward()
-        found.append([part.buffer.gradients.clone() for part in optimizer._parts])
-    for plain, compiled in zip(*found, strict=True):
+        gradients.append([part.buffer.gradients.clone() for part in optimizer._parts])
+    for plain, compiled in zip(*gradients, strict=True):
         assert (compiled - plain).norm() <= 1e-5 * plain.norm()
 
 
 def homes(tmp_path: Path, home: Path, *names: str) -> list[Path]:
-    """Several homes with the prepared corpus of one."""
+    """Create homes that share the prepared corpus of another."""
     folders = [tmp_path / name for name in names]
     for folder in folders:
         folder.mkdir()
@@ -62,7 +62,7 @@ def homes(tmp_path: Path, home: Path, *names: str) -> list[Path]:
     return folders
 
 
-def test_a_run_killed_a_dozen_times_ends_as_an_undisturbed_one(tmp_path: Path, home: Path) -> None:
+def test_a_run_killed_a_dozen_times_ends_with_the_same_result(tmp_path: Path, home: Path) -> None:
     quiet, disturbed = homes(tmp_path, home, "quiet", "disturbed")
     folder, _ = train(quiet, TWO, Watcher(), depth=3, steps=400)
     undisturbed = json.loads((folder / "done.json").read_text())
@@ -70,20 +70,19 @@ def test_a_run_killed_a_dozen_times_ends_as_an_undisturbed_one(tmp_path: Path, h
     at_steps = sorted(draw.sample(range(20, 390), KILLS))
     killed: list[str] = []
 
-    def kill_somebody(attempt: Path, event: dict[str, Any]) -> None:
+    def kill_a_process(attempt: Path, event: dict[str, Any]) -> None:
         if event["event"] == "checkpoint" and at_steps and event["step"] >= at_steps[0]:
             run = attempt.parent.parent
             holder = run_holder(run)
             assert holder is not None
-            eldest = psutil.Process(holder)
-            family = [eldest, *eldest.children(recursive=True)]
-            victim = draw.choice(family)
+            supervisor = psutil.Process(holder)
+            victim = draw.choice([supervisor, *supervisor.children(recursive=True)])
             killed.append(victim.name())
             at_steps.pop(0)
             os.kill(victim.pid, signal.SIGKILL)
 
     folder, outcome = train(
-        disturbed, TWO, Watcher(kill_somebody), depth=3, steps=400, checkpoint_seconds=0
+        disturbed, TWO, Watcher(kill_a_process), depth=3, steps=400, checkpoint_seconds=0
     )
     done = json.loads((folder / "done.json").read_text())
     assert len(killed) == KILLS
@@ -92,57 +91,43 @@ def test_a_run_killed_a_dozen_times_ends_as_an_undisturbed_one(tmp_path: Path, h
     assert {key: done[key] for key in same} == {key: undisturbed[key] for key in same}
 
 
-def test_a_sweep_killed_fifty_times_on_a_disk_that_fills_up_ends_as_a_quiet_one(
+def test_a_sweep_killed_fifty_times_on_a_full_disk_ends_with_the_same_results(
     tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    question, draw = chaos.Question(), random.Random(0)
-    assert len(chaos.conduct_sweep(home, question).trained) == 6
+    question = chaos.Question()
+    draw = random.Random(0)
+    assert len(chaos.run_sweep(home, question).trained) == 6
     kinds = draw.choices(list(chaos.KINDS), list(chaos.KINDS.values()), k=50)
     with chaos.small_disk(tmp_path / "disk", "48m") as disk:
         (disturbed,) = homes(disk or tmp_path, home, "disturbed")
         tally = chaos.disturb(disturbed, question, kinds, draw, disk)
-        chaos.check_nobody_left(disturbed)
+        chaos.check_no_process_left(disturbed)
         assert tally.kills.total() == 50
         assert chaos.results(disturbed) == chaos.results(home)
-        lines, attempts = chaos.check_events(disturbed), chaos.check_attempts(disturbed)
+        lines = chaos.check_events(disturbed)
+        attempts = chaos.check_attempts(disturbed)
         assert store.rebuild(disturbed).events == lines == chaos.check_events(disturbed)
         assert chaos.results(disturbed) == chaos.results(home)
     with capsys.disabled():
-        print(f"\n{tally}, {attempts} attempts, {lines} lines of events")
+        sys.stdout.write(f"\n{tally}, {attempts} attempts, {lines} lines of events\n")
 
 
-def test_prose_is_swept_and_fitted_beside_the_library_and_never_pooled_with_it(
-    tmp_path: Path, home: Path
-) -> None:
-    """The Markdown, reStructuredText and plain text of the packages that are installed, without a manual step."""
+def test_prose_and_code_are_swept_and_fitted_but_never_pooled(tmp_path: Path, home: Path) -> None:
+    """Use the Markdown, reStructuredText and plain text of the installed packages as prose."""
     packages, notes = Path(sysconfig.get_path("purelib")), tmp_path / "notes"
-    found = [
-        path
-        for path in packages.rglob("*")
-        if path.suffix in (".md", ".rst", ".txt") and path.is_file()
-    ]
-    for path in found:
+    for path in packages.rglob("*"):
+        if path.suffix not in (".md", ".rst", ".txt") or not path.is_file():
+            continue
         copy = notes / path.relative_to(packages)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
     for name, data in (("prose", str(notes)), ("code", "python")):
-        swept = slm(
-            "sweep",
-            "--depths",
-            DEPTHS,
-            "--recipe",
-            "pocket",
-            "--name",
-            name,
-            "--data",
-            data,
-            home=home,
-        )
+        options = ("--depths", DEPTHS, "--recipe", "pocket", "--name", name, "--data", data)
+        swept = slm("sweep", *options, home=home)
         assert swept.returncode == 0, swept.stderr
         fitted = slm("fit-curves", name, "--json", home=home)
-        assert fitted.returncode in (0, 2), (
-            fitted.stderr
-        )  # three depths may hold no law, and it says so
+        # Three depths may determine no law, which is a refusal.
+        assert fitted.returncode in (0, 2), fitted.stderr
         assert json.loads(fitted.stdout)["points"]["n"] == 3
     for refused in (
         slm("compare", "code", "prose", home=home),

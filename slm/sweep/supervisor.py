@@ -246,11 +246,11 @@ def _wait(torchrun: subprocess.Popen[bytes], requests: _StopRequests, watch: _Wa
     """
     forwarded = False
     while (code := torchrun.poll()) is None:
-        if requests.stop and not forwarded:
-            forwarded = True
-            _terminate_workers(torchrun.pid)
         if requests.at_once or watch.is_hung():
             _kill_descendants()
+        elif requests.stop and not forwarded:
+            forwarded = True
+            _terminate_workers(torchrun.pid)
         requests.wait(POLL_SECONDS)
     return code
 

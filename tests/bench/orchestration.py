@@ -1,6 +1,6 @@
-"""Orchestration: processor time of a pocket sweep, of the command, of the supervisors, and of what they start.
+"""Orchestration: processor time of a pocket sweep, of the command, its supervisors, and trainers.
 
-DEPTHS=2-6 sweeps other depths: those of the demo take minutes.
+DEPTHS=2-6 sweeps other depths: those of the demo take minutes. SLM_BENCH_SMALL=1 sweeps depth 1.
 """
 
 from __future__ import annotations
@@ -19,40 +19,46 @@ import psutil
 from slm.data import prepare
 from slm.recipe import pocket
 
-HEADERS = ("who", "processor seconds", "share %")
-LOOK_SECONDS = 0.25
+HEADERS = ("process", "processor seconds", "share %")
+POLL_SECONDS = 0.25
 COMMAND = """
-import atexit, os, resource, sys
-def spent():
+import atexit, os, resource
+def write_times():
     kinds = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
-    print(*(sum(resource.getrusage(kind)[:2]) for kind in kinds), file=open(os.environ["SPENT"], "w"))
-atexit.register(spent)
+    times = (sum(resource.getrusage(kind)[:2]) for kind in kinds)
+    print(*times, file=open(os.environ["TIMES"], "w"))
+atexit.register(write_times)
 from slm.cli import main
 main()
 """
-"""`slm` as it is typed; its last act is to write what it and its children spent."""
+"""`slm`, which writes its own processor time and that of its children when it exits."""
+
+
+def swept_depths() -> str:
+    """Return the depths to sweep, from the environment."""
+    return os.environ.get("DEPTHS", "1" if os.environ.get("SLM_BENCH_SMALL") else "2-4")
 
 
 def rows() -> Iterator[tuple[str, float, float]]:
-    """Who, processor seconds, and share of the sweep's."""
-    depths = os.environ.get("DEPTHS", "2-4")
+    """Yield processes, their processor seconds, and their share of the sweep's."""
+    depths = swept_depths()
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         prepare("python", pocket(2), home)
-        own, below, supervisors = _sweep(home, depths)
-    spent = {
-        "slm sweep": own,
+        command, children, supervisors = _sweep(home, depths)
+    times = {
+        "slm sweep": command,
         "supervisors": supervisors,
-        "torchrun and trainers": below - supervisors,
+        "torchrun and trainers": children - supervisors,
     }
-    for who, seconds in spent.items():
-        yield f"{who}, d{depths}", seconds, 100 * seconds / sum(spent.values())
+    for process, seconds in times.items():
+        yield f"{process}, d{depths}", seconds, 100 * seconds / sum(times.values())
 
 
 def _sweep(home: Path, depths: str) -> tuple[float, float, float]:
-    """Processor seconds of a sweep: of the command, of all below it, and of the supervisors among these."""
+    """Return processor seconds of the command, of its descendants, and of the supervisors."""
     arguments = ("sweep", "--recipe", "pocket", "--depths", depths, "--cores-per-run", "1", "--yes")
-    environment = os.environ | {"SLM_HOME": str(home), "SPENT": str(home / "spent")}
+    environment = os.environ | {"SLM_HOME": str(home), "TIMES": str(home / "times")}
     supervisors: dict[int, float] = {}
     with subprocess.Popen(
         [sys.executable, "-c", COMMAND, *arguments], env=environment, stderr=subprocess.DEVNULL
@@ -62,7 +68,7 @@ def _sweep(home: Path, depths: str) -> tuple[float, float, float]:
                 with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
                     if "slm.sweep.supervisor" in child.cmdline():
                         supervisors[child.pid] = sum(child.cpu_times()[:2])
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
     assert slm.returncode == 0
-    own, below = map(float, (home / "spent").read_text().split())
-    return own, below, sum(supervisors.values())
+    command, children = map(float, (home / "times").read_text().split())
+    return command, children, sum(supervisors.values())

@@ -27,10 +27,10 @@ def job(name: str, seconds: float, power: float = 0.9, sizes: Sequence[int] = SI
 def lower_bound(jobs: Sequence[Job], devices: int) -> float:
     """Return a lower bound on the makespan on free devices, whatever the blocks.
 
-    In a schedule of T seconds each run has a number of devices with which it ends within T. So T is
-    at least the longest of the runs at their fastest, and at least the least work possible within T,
-    in device-seconds, over the devices: the smallest T for which both hold (Turek, Wolf & Yu 1992;
-    Ludwig & Tiwari 1994).
+    In a schedule of T seconds each run has a number of devices with which it ends within T. So T
+    is at least the longest of the runs at their fastest, and at least the least work possible
+    within T, in device-seconds, over the devices: the smallest T for which both hold (Turek, Wolf &
+    Yu 1992; Ludwig & Tiwari 1994).
     """
     choices = [
         {size: seconds for size, seconds in job.seconds.items() if size <= devices} for job in jobs

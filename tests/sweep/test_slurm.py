@@ -105,7 +105,7 @@ def sweep(
     steps: int = 20,
     pause: float = 0,
 ) -> tuple[list[Path], Outcome]:
-    """Train runs of depth 2 that differ in seed on a cluster; return their folders and the outcome."""
+    """Train runs of depth 2 on a cluster, one per seed; return their folders and the outcome."""
     experiment = Experiment("test", (pocket,), (2,), steps=steps, seeds=tuple(seeds))
     planner = Planner(experiment, home)
     plans = plans_of(planner.prepare())
@@ -284,7 +284,11 @@ def test_a_job_without_a_recorded_number_is_found_by_its_folder(
 
 
 def test_runs_count_as_alive_while_slurm_does_not_answer(
-    home: Path, prepared: PreparedDataset, nodes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path,
+    prepared: PreparedDataset,
+    nodes: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     drain("n[1-2]")
     attempt = make_attempt(home, plan_of(pocket(2, steps=5), prepared), prepared)

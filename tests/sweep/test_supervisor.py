@@ -1,4 +1,4 @@
-"""An attempt's supervisor: hung trainers end, busy ones go on, signals are heard at any moment, causes are named."""
+"""Supervisor: hung trainers are killed, busy ones are not, and the cause of every end is named."""
 
 from __future__ import annotations
 
@@ -22,49 +22,59 @@ from slm.hardware import devices
 from slm.recipe import pocket
 from slm.run import add_attempt, checkpoint_step, is_done, read_attempt, read_exit, run_holder
 from slm.sweep import supervisor
-from slm.sweep.supervisor import _Asked, _Watch, _why, last_error
+from slm.sweep.supervisor import _cause, _StopRequests, _Watch, last_error
 from tests.attempts import ENVIRONMENT, log, make_attempt, plan_of
 
-PATIENCE = 30.0
+PATIENCE = 300.0
 """Seconds after which a test gives up."""
-SUPERVISE = "import sys; from pathlib import Path; from slm.run import supervisor as s; {}; \
-sys.exit(s.supervise(Path(sys.argv[1]), None))"
+SUPERVISE = """
+import sys
+from pathlib import Path
+from slm.sweep import supervisor as s
+{}
+sys.exit(s.supervise(Path(sys.argv[1]), None))
+"""
 LONG = replace(pocket(1, steps=10**4), batch_tokens=256)
-TALKATIVE = "import sys, slm.train as t; t.TALK_SECONDS = 0.0; sys.exit(t.main())"
+TALKATIVE = """
+import sys
+from slm.train import attempt
+from slm.train.trainer import main
+attempt.HEARTBEAT_SECONDS = 0.0
+sys.exit(main())
+"""
 
 
 def supervised(folder: Path, changes: str = "pass", **environment: str) -> subprocess.Popen[bytes]:
-    """The supervisor of an attempt, with changes made to its module first."""
+    """Start the supervisor of an attempt, after changes to its module (`s`)."""
     command = [sys.executable, "-c", SUPERVISE.format(changes), str(folder)]
     return subprocess.Popen(command, env=ENVIRONMENT | environment)
 
 
-def until(true: Callable[[], Any]) -> Any:
-    """What is found as soon as there is something."""
+def until(condition: Callable[[], Any]) -> Any:
+    """Wait until a condition holds, and return its value."""
     deadline = time.monotonic() + PATIENCE
-    while not (found := true()):
+    while not (value := condition()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    return found
+    return value
 
 
 def ended(process: subprocess.Popen[bytes], folder: Path) -> tuple[int, str | None, str | None]:
-    """Exit code of a supervisor, reason and message of its attempt; nobody is left behind."""
-    code, found = process.wait(PATIENCE), read_exit(folder)
-    assert found is not None
+    """Return the exit code of a supervisor, and reason and message of its attempt."""
+    code = process.wait(PATIENCE)
+    document = read_exit(folder)
+    assert document is not None
     assert run_holder(folder.parent.parent) is None
-    return code, found["reason"], found["message"]
+    return code, document["reason"], document["message"]
 
 
 def again(folder: Path, **changes: Any) -> Path:
-    """The next attempt of a run, made as this one was but for the changes."""
-    document = read_attempt(folder)
-    del document["attempt"]
-    return add_attempt(folder.parent.parent, document | changes)
+    """Add the next attempt of a run, a copy of this one with changes."""
+    return add_attempt(folder.parent.parent, {**read_attempt(folder), **changes})
 
 
 def workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """Processes of torchrun's, once it has some."""
+    """Return the workers of torchrun, if it has started them."""
     return [
         worker
         for torchrun in psutil.Process(process.pid).children()
@@ -72,13 +82,13 @@ def workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     ]
 
 
-def test_a_hung_trainer_is_ended_and_stops_and_an_evaluation_are_waited_for(
+def test_a_hung_trainer_is_killed_and_stops_and_evaluations_may_take_their_time(
     tmp_path: Path, prepared: PreparedDataset
 ) -> None:
-    """One run in three attempts: stopped by a signal, asked to stop twice, asked when only evaluation is left."""
-    given = pocket(1, steps=600)
-    first = make_attempt(tmp_path, plan_of(given, prepared), prepared, checkpoint_seconds=0)
-    limits = "s.SILENT_SECONDS = s.LOOK_SECONDS = 1.0; s.WORKING_SECONDS['checkpoint'] = 1.0"
+    """Train in three attempts: suspended, stopped twice, and stopped during the evaluation."""
+    hp = pocket(1, steps=600)
+    first = make_attempt(tmp_path, plan_of(hp, prepared), prepared, checkpoint_seconds=0)
+    limits = "s.MIN_HANG_SECONDS = s.POLL_SECONDS = 1.0; s.PHASE_SECONDS['checkpoint'] = 1.0"
     process = supervised(first, limits)
     until(lambda: len(log(first, "checkpoint")) > 5)
     [trainer] = workers(process)
@@ -97,29 +107,33 @@ def test_a_hung_trainer_is_ended_and_stops_and_an_evaluation_are_waited_for(
     process.terminate()
     code, reason, message = ended(process, second)
     assert (code, reason) == (1, "interrupted")
-    [word] = log(second, "failed")
-    assert word["message"] == message
-    kept = checkpoint_step(first.parent.parent)
-    assert f"stopped at step {kept} of" in word["message"]
+    [failed] = log(second, "failed")
+    assert failed["message"] == message
+    step = checkpoint_step(first.parent.parent)
+    assert f"at step {step} of" in failed["message"]
 
-    third = again(first, evaluation_tokens=given.sequence_length, checkpoint_seconds=1e9)
+    third = again(first, evaluation_tokens=hp.sequence_length, checkpoint_seconds=1e9)
     script = tmp_path / "talkative.py"
     script.write_text(TALKATIVE)
     process = supervised(
         third,
-        f"c = s._command; s._command = lambda *own: [*c(*own)[:-3], {str(script)!r}, str(own[0])]",
+        "command = s._command\n"
+        f"s._command = lambda folder, attempt: "
+        f"[*command(folder, attempt)[:-3], {str(script)!r}, str(folder)]",
     )
     until(lambda: [event for event in log(third, "working") if event["what"] == "evaluation"])
     process.terminate()
     assert ended(process, third) == (0, None, None)
-    assert log(third, "started")[0]["resumed_from"] == kept
-    words = [event for event in log(third, "working") if event["what"] == "evaluation"]
-    assert len(words) == 1 + given.validation_rows
+    assert log(third, "started")[0]["resumed_from"] == step
+    events_of_evaluation = [
+        event for event in log(third, "working") if event["what"] == "evaluation"
+    ]
+    assert len(events_of_evaluation) == 1 + hp.validation_rows
     assert is_done(third.parent.parent)
 
 
 @pytest.mark.parametrize("early", [True, False])
-def test_a_stop_at_once_and_a_stop_before_the_trainer_is_there_are_heard(
+def test_a_stop_at_once_and_a_stop_before_the_first_step_are_obeyed(
     tmp_path: Path, prepared: PreparedDataset, early: bool
 ) -> None:
     folder = make_attempt(tmp_path, plan_of(LONG, prepared), prepared, ranks=1 if early else 2)
@@ -134,13 +148,13 @@ def test_a_stop_at_once_and_a_stop_before_the_trainer_is_there_are_heard(
     code, reason, message = ended(process, folder)
     assert (code, reason) == (1, "interrupted")
     assert message == (
-        "stopped before the first step, as asked" if early else "ended at once, as asked"
+        "stopped on request before the first step" if early else "stopped at once on request"
     )
     assert not any(worker.is_running() for worker in family)
     assert not list(folder.parent.parent.glob("checkpoints/step-*"))
 
 
-def test_a_kill_while_memory_is_short_is_out_of_memory_and_any_other_an_error(
+def test_a_kill_while_memory_is_short_counts_as_oom_and_any_other_as_an_error(
     tmp_path: Path, prepared: PreparedDataset
 ) -> None:
     group = tmp_path / "root/sys/fs/cgroup/job"
@@ -149,28 +163,29 @@ def test_a_kill_while_memory_is_short_is_out_of_memory_and_any_other_an_error(
     (tmp_path / "root/proc/self/cgroup").write_text("0::/job\n")
     (group / "memory.events").write_text("oom 0\noom_kill 2\noom_group_kill 0\n")
     folder = make_attempt(tmp_path, plan_of(LONG, prepared), prepared, ranks=2)
-    root = f"from functools import partial; k = s.devices.memory_kills; \
-s.devices.memory_kills = partial(k, Path({str(tmp_path / 'root')!r}))"
+    root = f"""
+from functools import partial
+s.devices.memory_kills = partial(s.devices.memory_kills, Path({str(tmp_path / "root")!r}))
+"""
     process = supervised(folder, root)
     until(lambda: log(folder, "train"))
     (group / "memory.events").write_text("oom 1\noom_kill 3\noom_group_kill 0\n")
     workers(process)[1].kill()
     assert ended(process, folder)[:2] == (1, "oom")
-    nobody = cast(_Asked, SimpleNamespace(stop=False, at_once=False))
-    assert (
-        _why(folder, 1, nobody, _Watch(folder))[0] == "error"
-    )  # no process was killed since it began to watch
+    no_requests = cast(_StopRequests, SimpleNamespace(stop=False, at_once=False))
+    watch = _Watch(folder)  # no process was killed since it began
+    assert _cause(folder, 1, no_requests, watch)[0] == "error"
 
 
 @pytest.fixture
 def watched(tmp_path: Path) -> Callable[..., _Watch]:
-    """A watch of an attempt that wrote these events, each given with its time."""
+    """Return a function that watches an attempt with these events and their times."""
 
     def watch(*written: tuple[float, dict[str, Any]]) -> _Watch:
         lines = [json.dumps({"time": time, **event}) for time, event in written]
         (tmp_path / "events.jsonl").write_text("".join(line + "\n" for line in lines))
         watch = _Watch(tmp_path)
-        assert not watch.hung()
+        assert not watch.is_hung()
         return watch
 
     return watch
@@ -183,7 +198,7 @@ def working(what: str) -> dict[str, str]:
     return {"event": "working", "what": what}
 
 
-def test_silence_is_a_hang_after_ten_median_pauses_and_two_minutes_at_least(
+def test_a_hang_is_ten_median_pauses_and_at_least_two_minutes_without_an_event(
     watched: Callable[..., _Watch],
 ) -> None:
     slow = [(when, STEP) for when in (0.0, 20.0, 40.0, 3640.0, 3660.0)]  # one pause of an hour
@@ -191,7 +206,7 @@ def test_silence_is_a_hang_after_ten_median_pauses_and_two_minutes_at_least(
     assert watched(*[(float(when), STEP) for when in range(5)]).allowed == 120
 
 
-def test_a_start_a_compilation_a_checkpoint_and_an_evaluation_may_take_longer(
+def test_start_compilation_checkpoint_and_evaluation_may_take_longer(
     watched: Callable[..., _Watch],
 ) -> None:
     steps = [(0.0, STEP), (1.0, STEP)]
@@ -207,40 +222,51 @@ def test_a_start_a_compilation_a_checkpoint_and_an_evaluation_may_take_longer(
     assert watched(*steps, (2.0, working("evaluation"))).allowed == 600
     assert (
         watched(*steps, (2.0, working("evaluation")), (3.0, measured)).allowed == 600
-    )  # the weights are written
-    assert set(supervisor.WORKING_SECONDS) == {"start", *events.WORKS}
+    )  # the final weights follow
+    assert set(supervisor.PHASE_SECONDS) == {"start", *events.WORKS}
 
 
-def test_an_evaluation_longer_than_its_silence_limit_is_no_hang_while_it_speaks(
+class Clock:
+    """Monotonic clock that a test moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(supervisor.time, "monotonic", lambda: self.now)
+
+    def is_hung_after(self, watch: _Watch, seconds: float) -> bool:
+        """Poll a watch every POLL_SECONDS for a while, and return whether it found a hang."""
+        for _ in range(round(seconds / supervisor.POLL_SECONDS)):
+            self.now += supervisor.POLL_SECONDS
+            watch.is_hung()
+        return watch.is_hung()
+
+
+def test_an_evaluation_that_writes_events_may_exceed_its_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(supervisor.WORKING_SECONDS, "evaluation", 0.6)
     path = tmp_path / "events.jsonl"
+    clock = Clock(monkeypatch)
     watch = _Watch(tmp_path)
-    began = time.monotonic()
-    while time.monotonic() - began < 1.5:
+    for _ in range(4):
         with path.open("a") as file:
             file.write(json.dumps({"time": 0.0, **working("evaluation")}) + "\n")
-        assert not watch.hung()
-        time.sleep(0.1)
-    until(watch.hung)
+        assert not clock.is_hung_after(watch, 590)
+    assert clock.is_hung_after(watch, 20)
     assert watch.silence is not None
-    assert watch.silence > 0.6
+    assert 600 < watch.silence < 620
 
 
-def test_time_in_which_the_supervisor_was_stopped_too_is_no_silence(
+def test_time_in_which_the_supervisor_was_suspended_does_not_count(
     watched: Callable[..., _Watch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor, "LOOK_SECONDS", 0.1)
-    monkeypatch.setitem(supervisor.WORKING_SECONDS, "evaluation", 0.5)
+    clock = Clock(monkeypatch)
     watch = watched((0.0, working("evaluation")))
-    time.sleep(1)
-    assert not watch.hung()
+    clock.now += 3600
+    assert not watch.is_hung()
+    assert clock.is_hung_after(watch, 605)
 
 
-def test_a_damaged_line_of_events_ends_no_attempt_and_hides_no_other(
-    watched: Callable[..., _Watch], tmp_path
-) -> None:
+def test_a_damaged_line_of_events_is_skipped(watched: Callable[..., _Watch], tmp_path) -> None:
     watch = watched((0.0, STEP))
     with (tmp_path / "events.jsonl").open("a") as file:
         file.write(
@@ -248,12 +274,13 @@ def test_a_damaged_line_of_events_ends_no_attempt_and_hides_no_other(
             + json.dumps({"time": 0.0, **working("evaluation")})
             + "\n"
         )
-    assert not watch.hung()
+    assert not watch.is_hung()
     assert watch.allowed == 600
 
 
 OOM = [
-    "RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried",
+    "RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: "
+    "can't allocate memory: you tried",
     "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
     "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
     "OSError: [Errno 12] Cannot allocate memory",
@@ -263,27 +290,30 @@ OOM = [
 
 
 @pytest.mark.parametrize("line", OOM)
-def test_a_full_memory_is_named_before_what_it_did_to_the_other_ranks(line: str) -> None:
-    gloo = "RuntimeError: [../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:7777"
-    end = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n=====\n  exitcode  : -6 (pid: 7)\n====="
-    found = last_error(
+def test_an_out_of_memory_error_is_named_before_its_consequences(line: str) -> None:
+    gloo = "RuntimeError: [../gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:7777"
+    end = (
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n"
+        "=====\n  exitcode  : -6 (pid: 7)\n====="
+    )
+    error = last_error(
         f"Traceback (most recent call last):\n{line}\nValueError: later\n{gloo}\n{end}\n"
     )
-    assert found == line.strip()
-    assert supervisor.OUT_OF_MEMORY.search(found)
+    assert error == line.strip()
+    assert supervisor.OUT_OF_MEMORY.search(error)
     assert not supervisor.OUT_OF_MEMORY.search(last_error(f"KeyError: 'x'\n{gloo}\n{end}\n"))
 
 
-def test_kills_of_the_kernel_are_those_of_the_own_group_else_of_the_machine(tmp_path: Path) -> None:
-    own = tmp_path / "sys/fs/cgroup/user/session"
-    for folder in (own, tmp_path / "proc/self"):
+def test_memory_kills_are_those_of_the_control_group_else_of_the_machine(tmp_path: Path) -> None:
+    group = tmp_path / "sys/fs/cgroup/user/session"
+    for folder in (group, tmp_path / "proc/self"):
         folder.mkdir(parents=True)
     assert devices.memory_kills(tmp_path) == 0
     (tmp_path / "proc/vmstat").write_text("pgfault 5\noom_kill 7\n")
     (tmp_path / "proc/self/cgroup").write_text("0::/user/session\n")
     assert devices.memory_kills(tmp_path) == 7
-    (own.parent / "memory.events").write_text("max 9\noom 1\noom_kill 3\noom_group_kill 1\n")
+    (group.parent / "memory.events").write_text("max 9\noom 1\noom_kill 3\noom_group_kill 1\n")
     assert devices.memory_kills(tmp_path) == 3
-    (own / "memory.events").write_text("oom_kill 2\n")
+    (group / "memory.events").write_text("oom_kill 2\n")
     assert devices.memory_kills(tmp_path) == 2
     assert devices.memory_kills() >= 0
