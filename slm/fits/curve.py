@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slm.fits.checks.diagnostics import cautions
-from slm.fits.checks.sensitivity import Row, sensitivity
+from slm.fits.checks.diagnostics import fit_warnings
+from slm.fits.checks.sensitivity import SensitivityRow, sensitivity
 from slm.fits.core_fit import CoreFit, NoCoreFit, fit_core
 from slm.fits.isoflop import IsoFlopFit, fit_isoflop
 from slm.fits.ladder import Selection, law_runs, select_law
@@ -51,7 +51,7 @@ class CurveFit:
     """Surface L(N, D) of all runs."""
     core: CoreFit | NoCoreFit | None
     """CORE over the loss, or why there is no curve; None if no run has a CORE."""
-    sensitivity: tuple[Row, ...]
+    sensitivity: tuple[SensitivityRow, ...]
     """Headline numbers under other objectives, without the worst runs, under other counts of N."""
     warnings: tuple[FitWarning, ...]
 
@@ -200,7 +200,9 @@ def fit_curves(
     if unsized:
         used = [k for k, point in enumerate(points) if point not in unsized]
         points = [points[k] for k in used]
-        other_counts = {name: [counts[k] for k in used] for name, counts in (other_counts or {}).items()}
+        other_counts = {
+            name: [counts[k] for k in used] for name, counts in (other_counts or {}).items()
+        }
     # 3) fit L(C) and CORE
     runs = law_runs(points, isoflop.curves if isoflop else ())
     ladder = [run for run in runs if isinstance(run, Point)]
@@ -221,7 +223,7 @@ def fit_curves(
             "a surface or an isoFLOP curve needs both"
         )
         warnings.append(FitWarning("no_params", message))
-    warnings += cautions(points, selection, isoflop, parametric, rows)
+    warnings += fit_warnings(points, selection, isoflop, parametric, rows)
     warnings += core.warnings if core else []
     return CurveFit(
         points=tuple(points),

@@ -17,7 +17,7 @@ the distance to the target is part of it only as far as gamma and the prior allo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,7 +70,7 @@ class Goal:
     """The target whose uncertainty a design lowers."""
 
     kind: str
-    """One of KINDS."""
+    """Member of KINDS."""
     at: Candidate | None = None
     """The run whose loss is the target; None for a parameter."""
 
@@ -389,13 +389,11 @@ def _gradient(target: Goal, theta: Array, centre: tuple[float, float]) -> Array:
 def _values(target: Goal, thetas: Array, centre: tuple[float, float]) -> Array:
     """Return the target at each theta, (m, 6) -> (m,)."""
     if target.at is None:
-        values = quantities(rows_of(thetas), centre)[target.kind]
-        return np.exp(values) if target.kind == "E" else values
+        return quantities(rows_of(thetas), centre)[target.kind]
     return np.exp(log_losses(thetas, np.log([_cell(target.at)]) - centre)[0][:, 0])
 
 
-def _warnings(points: Sequence[Point], design: Design) -> list[FitWarning]:
-    warnings = []
+def _warnings(points: Sequence[Point], design: Design) -> Iterator[FitWarning]:
     chosen = [run.candidate for run in design.runs]
     problem = obstacle(points)
     if problem:
@@ -405,13 +403,13 @@ def _warnings(points: Sequence[Point], design: Design) -> list[FitWarning]:
         else:
             remedy = "which these runs would change"
         code, reason = problem
-        warnings.append(FitWarning(code, f"{reason}: the rest is from the prior, {remedy}"))
+        yield FitWarning(code, f"{reason}: the rest is from the prior, {remedy}")
     if design.before > design.prior / 2:
         message = (
             f"the runs leave {design.before / design.prior:.0%} of the prior's standard deviation: "
             "the choice follows mostly from the prior"
         )
-        warnings.append(FitWarning("prior_rules", message))
+        yield FitWarning("prior_rules", message)
     largest = max([point.flops for point in points] + [run.flops for run in chosen])
     at = design.target.at
     if at and at.flops > REACH * largest:
@@ -419,11 +417,10 @@ def _warnings(points: Sequence[Point], design: Design) -> list[FitWarning]:
             f"the target has {at.flops / largest:.3g} times the compute of the largest of these "
             "runs, an untested extrapolation"
         )
-        warnings.append(FitWarning("extrapolation", message))
+        yield FitWarning("extrapolation", message)
     if design.flops < 0.9 * design.budget:
         message = (
             f"{design.budget - design.flops:.3g} FLOPs are unspent: a design has at most "
             f"{MAX_RUNS} runs, and none that remove less than {TRIMMED_SHARE:.0%} of the variance"
         )
-        warnings.append(FitWarning("budget_left", message))
-    return warnings
+        yield FitWarning("budget_left", message)

@@ -183,53 +183,39 @@ class IsoFlopFit:
         return minima_of(self.curves)
 
     def interval(self, curve: IsoFlopCurve) -> Interval:
-        """Return N of the minimum, from the profile of the joint sum of squares of all curves."""
-        best = curve.minimum
-        if best is None or self.noise is None:
-            return Interval(None)
-        low, high = (
-            None if end is None or abs(end) > 600 else float(np.exp(end))
-            for end in self._vertex_ends(curve)
-        )
-        return Interval.of_ends(best.params, low, high)
+        """Return N of the minimum."""
+        return self.intervals(curve)["params"]
 
     def intervals(self, curve: IsoFlopCurve) -> dict[str, Interval]:
         """Return params, tokens, ratio and loss of the minimum.
 
-        Tokens and ratio are read off the runs at the ends of N, so they are open beyond the sizes.
-        The loss has the standard error of the parabola at its vertex; that of the vertex adds none.
+        N has the profile of the joint sum of squares of all curves. Tokens and ratio are read off
+        the runs at the ends of N, so they are open beyond the sizes. The loss has the standard
+        error of the parabola at its vertex; that of the vertex adds none.
         """
         best, parabola = curve.minimum, curve.parabola
         if best is None or parabola is None or self.noise is None:
             return {name: Interval(None) for name in ("params", "tokens", "ratio", "loss")}
-        lower, upper = (
-            end if end is not None and parabola.lowest <= end <= parabola.highest else None
-            for end in self._vertex_ends(curve)
-        )
+        rise = self.free * (allowance(self.free) - 1)  # in units of the noise's variance
+        ends = parabola.vertex_ends(self.noise**2 * rise)
 
         def read(value: float, quantity: Callable[[Point], float]) -> Interval:
-            # Both quantities fall with N, so the ends swap.
-            low = None if upper is None else curve.read(quantity, upper)
-            high = None if lower is None else curve.read(quantity, lower)
+            high, low = (  # both quantities fall with N
+                curve.read(quantity, end)
+                if end is not None and parabola.lowest <= end <= parabola.highest
+                else None
+                for end in ends
+            )
             return Interval.of_ends(value, low, high)
 
-        half = self.noise * parabola.error_at(parabola.vertex) * float(np.sqrt(self._rise))
+        sizes = (None if end is None or abs(end) > 600 else float(np.exp(end)) for end in ends)
+        half = self.noise * parabola.error_at(parabola.vertex) * float(np.sqrt(rise))
         return {
-            "params": self.interval(curve),
+            "params": Interval.of_ends(best.params, *sizes),
             "tokens": read(best.tokens, _tokens),
             "ratio": read(best.ratio, _ratio),
             "loss": Interval(best.loss, best.loss - half, best.loss + half, True),
         }
-
-    @property
-    def _rise(self) -> float:
-        """Allowed rise of the sum of squares, in units of the noise's variance."""
-        return self.free * (allowance(self.free) - 1)
-
-    def _vertex_ends(self, curve: IsoFlopCurve) -> tuple[float | None, float | None]:
-        assert curve.parabola is not None
-        assert self.noise is not None
-        return curve.parabola.vertex_ends(self.noise**2 * self._rise)
 
     def document(self) -> dict[str, Any]:
         """Return the JSON document."""

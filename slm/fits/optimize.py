@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy import optimize
 from scipy.special import entr
 
-from slm.fits.power_law import ROUNDING
+from slm.fits.power_law import ROUNDING, huber
 from slm.fits.types import Array
 
 LOG_FLOOR = -14.0
@@ -87,9 +87,7 @@ class LossData:
 
     def objective(self, residuals: Array, weights: Array) -> Array:
         """Return the weighted sum of Huber losses over the last axis."""
-        size = np.abs(residuals)
-        inner = np.minimum(size, self.delta)
-        return np.asarray((weights * inner * (size - inner / 2)).sum(-1))
+        return huber(residuals, self.delta, weights)
 
     def curvature(self, residuals: Array, weights: Array, factor: Array) -> Array:
         """Return the weights (R, m) of a Gauss-Newton step.

@@ -232,9 +232,8 @@ def bootstrap(
     """Refit the surface to resampled runs, all draws in one batch that starts from the surface."""
     # 1) draw run counts, within the budgets if all runs have one
     budgets = [point.budget or 0.0 for point in points]
-    strata = np.zeros(len(points))
-    if all(budgets):
-        strata = np.unique(budgets, return_inverse=True)[1]
+    groups = budgets if all(budgets) else [0.0] * len(points)
+    strata = np.unique(groups, return_inverse=True)[1]
     draw = np.random.default_rng(seed)
     counts = np.zeros((resamples, len(points)))
     for stratum in np.unique(strata):
@@ -248,12 +247,12 @@ def bootstrap(
         counts * weights_of(points),
         range(FORMS[surface.form]),
     )
-    # 3) spread of the quantities; E, A and B from their logarithms, which may overflow
+    # 3) spread of the quantities; A and B from their logarithms, which may overflow
     errors: dict[str, float | None] = {}
     ends: dict[str, tuple[float | None, float | None]] = {}
     with np.errstate(over="ignore", invalid="ignore"):
         for name, values in quantities(rows, surface.centre).items():
-            if name in "EAB":
+            if name in "AB":
                 values = np.exp(values)
             low, high = np.quantile(values, (0.025, 0.975))
             errors[name] = to_json(values.std())

@@ -37,7 +37,7 @@ ROUNDING = 1e-10
 
 @dataclass(frozen=True)
 class Noise:
-    """Spread of runs around a law."""
+    """Noise of runs around a law."""
 
     sigma: float
     """Standard deviation of ln loss."""
@@ -235,7 +235,7 @@ def noise_of(points: Sequence[Point], flops: Array, losses: Array, form: str) ->
     noise = seed_noise(points)
     if noise:
         return noise
-    return spread(np.log(losses / predict(form, flops, losses, LEAST_SQUARES, flops)))
+    return mad_noise(np.log(losses / predict(form, flops, losses, LEAST_SQUARES, flops)))
 
 
 def seed_noise(points: Sequence[Point]) -> Noise | None:
@@ -248,13 +248,13 @@ def seed_noise(points: Sequence[Point]) -> Noise | None:
     return Noise(float(np.sqrt(squares / free)), "replicate seeds") if free >= 2 else None
 
 
-def spread(residuals: Array) -> Noise:
+def mad_noise(residuals: Array) -> Noise:
     """Return the noise of log residuals, robust to a few outliers."""
     return Noise(float(1.4826 * np.median(np.abs(residuals))), "1.4826*MAD")
 
 
 def aicc(objective: float, runs: int, parameters: int) -> float | None:
-    """Return the corrected Akaike criterion, the spread being one more parameter.
+    """Return the corrected Akaike criterion, the noise being one more parameter.
 
     None if the runs are too few for the correction.
     """
@@ -265,11 +265,11 @@ def aicc(objective: float, runs: int, parameters: int) -> float | None:
     return float(fit + 2 * count + 2 * count * (count + 1) / (runs - count - 1))
 
 
-def huber(residuals: Array, delta: float) -> Array:
-    """Return the sum of Huber losses over the last axis."""
+def huber(residuals: Array, delta: float, weights: Array | float = 1.0) -> Array:
+    """Return the weighted sum of Huber losses over the last axis."""
     size = np.abs(residuals)
     inner = np.minimum(size, delta)
-    return np.asarray((inner * (size - inner / 2)).sum(-1))
+    return np.asarray((weights * inner * (size - inner / 2)).sum(-1))
 
 
 def _losses(rows: Array, logc: Array) -> Array:

@@ -22,7 +22,7 @@ from slm.fits.intervals import LEVEL, Interval, allowance, crossing
 from slm.fits.isoflop import Minimum
 from slm.fits.optimize import EXPONENT, GAMMA, LossData, levenberg_marquardt, polish
 from slm.fits.points import Point
-from slm.fits.power_law import LEAST_SQUARES, ROUNDING, Noise, seed_noise, spread
+from slm.fits.power_law import LEAST_SQUARES, ROUNDING, Noise, mad_noise, seed_noise
 from slm.fits.types import Array, to_json
 
 FORMS = {"additive": 5, "coupled": 6}
@@ -271,7 +271,7 @@ def noise_around(points: Sequence[Point]) -> Noise:
     for _ in range(2):
         data = loss_data(points, noise.delta)
         row, *_ = fit_row(data, weights_of(points), form)
-        noise = spread(data.residuals(row[None])[0][0])
+        noise = mad_noise(data.residuals(row[None])[0][0])
     return noise
 
 
@@ -333,7 +333,7 @@ def _intervals(
     """Return the profile-likelihood intervals of QUANTITIES, all ends searched in one batch."""
     names = [name for name in QUANTITIES if name != "gamma" or form == "coupled"]
     profile = _Profile(data, weights, form, row, objective)
-    best = _searched_quantities(row[None], data.centre)
+    best = quantities(row[None], data.centre)
     intervals = {"gamma": Interval(1.0, 1.0, 1.0, True)}
     for name, (low, high) in zip(names, profile.ends(names)):
         outward = np.exp if name in ("A", "B") else float
@@ -404,10 +404,10 @@ def _tied(
 
 
 def quantities(rows: Array, centre: tuple[float, float]) -> dict[str, Array]:
-    """Return QUANTITIES of rows (R, 6), (R,) each; E, A and B as logarithms."""
+    """Return QUANTITIES of rows (R, 6), (R,) each; A and B as logarithms."""
     e, a, b, p, q, gamma = rows.T
     return {
-        "E": e,
+        "E": np.exp(e),
         "A": (a + p * centre[0]) / gamma,
         "B": (b + q * centre[1]) / gamma,
         "alpha": p / gamma,
@@ -415,12 +415,6 @@ def quantities(rows: Array, centre: tuple[float, float]) -> dict[str, Array]:
         "gamma": gamma,
         "params_exponent": q / (p + q),
     }
-
-
-def _searched_quantities(rows: Array, centre: tuple[float, float]) -> dict[str, Array]:
-    """Return QUANTITIES with E itself: the root of its excess is nearly straight in E, not ln E."""
-    values = quantities(rows, centre)
-    return values | {"E": np.exp(values["E"])}
 
 
 def _condition(name: str, value: float, centre: tuple[float, float]) -> tuple[Array, float]:
@@ -464,11 +458,12 @@ class _Profile:
     def ends(self, names: Sequence[str]) -> list[list[float | None]]:
         """Return [low, high] of each quantity, where its profile crosses the limit; None if open.
 
-        The root of the excess is nearly straight in the quantity, so secants find the crossing.
+        The root of the excess is nearly straight in the quantity, also in E but not in ln E, so
+        secants find the crossing.
         """
         # 1) one task per quantity and side, from the best value outwards
         tasks = [(name, side) for name in names for side in (-1.0, 1.0)]
-        values = _searched_quantities(self.row[None], self.data.centre)
+        values = quantities(self.row[None], self.data.centre)
         best = np.array([values[name][0] for name, _ in tasks])
         first = np.array([side * self._quadratic_reach(name) for name, side in tasks])
         low, high = np.array([self._bounds(name) for name, _ in tasks]).T
@@ -526,7 +521,7 @@ class _Profile:
     def _quadratic_reach(self, name: str) -> float:
         """Return the half-width of the interval if the objective were a parabola."""
         centre = self.data.centre
-        value = float(_searched_quantities(self.row[None], centre)[name][0])
+        value = float(quantities(self.row[None], centre)[name][0])
         normal, _ = _condition(name, value, centre)
         half = value / 1000 if name == "E" else 0.5
         above, above_constant = _condition(name, value + half, centre)

@@ -1,7 +1,8 @@
-"""Known truths, and the designs of runs that are drawn from them.
+"""Known truths, and designs of runs drawn from them.
 
-Loss L(N, D) = E + (A·N^-alpha + B·D^-beta)^gamma with C = 6·N·D. On its optimum L(C) = E + K·C^-p exactly, with
-p = gamma·alpha·beta/(alpha + beta): a ladder of compute-optimal runs is a law, a grid around it a surface.
+The loss is L(N, D) = E + (A·N^-alpha + B·D^-beta)^gamma with C = 6·N·D. On its optimum
+L(C) = E + K·C^-p exactly, with p = gamma·alpha·beta/(alpha + beta): a ladder of compute-optimal
+runs is a law, a grid around it a surface.
 """
 
 from __future__ import annotations
@@ -16,35 +17,35 @@ from slm.fits import Point
 
 Array = NDArray[np.float64]
 Noise = Callable[[np.random.Generator, Array], Array]
-"""FLOPs of the runs -> what is added to ln loss."""
+"""FLOPs of the runs -> noise of ln loss."""
 
 WIDTH = 10.0
-"""Largest over smallest size at a budget, as in nanochat's grid."""
+"""Ratio of the largest to the smallest size at a budget, as in nanochat's grid."""
 RUNG = 2.8
-"""Compute from one depth to the next."""
+"""Factor in compute from one depth to the next."""
 
 
 @dataclass(frozen=True)
 class Truth:
-    """One surface."""
+    """A surface of known parameters."""
 
     E: float
     """Irreducible loss."""
     A: float
-    """Of the parameters' term."""
+    """Coefficient of the term in N."""
     B: float
-    """Of the tokens' term."""
+    """Coefficient of the term in D."""
     alpha: float
     """Exponent of parameters."""
     beta: float
     """Exponent of tokens."""
     gamma: float = 1.0
-    """1 is additive."""
+    """1 for the additive form."""
     bend: float = np.inf
-    """FLOPs from which on the law of a ladder falls half as steeply."""
+    """FLOPs beyond which the law of a ladder falls half as steeply."""
 
     def loss(self, params: Array | float, tokens: Array | float) -> Array:
-        """L(N, D)."""
+        """Return L(N, D)."""
         reducible = (
             self.A * np.asarray(params) ** -self.alpha + self.B * np.asarray(tokens) ** -self.beta
         )
@@ -56,7 +57,7 @@ class Truth:
         return self.beta / (self.alpha + self.beta)
 
     def optimum(self, flops: Array | float) -> Array:
-        """N*(C)."""
+        """Return N*(C)."""
         ratio = self.alpha * self.A / (self.beta * self.B)
         return np.asarray(
             ratio ** (1 / (self.alpha + self.beta))
@@ -64,7 +65,7 @@ class Truth:
         )
 
     def best(self, flops: Array | float) -> Array:
-        """L*(C), bent where the law has a bend."""
+        """Return L*(C), beyond the bend the flatter law."""
         smooth = np.minimum(flops, self.bend)
         params = self.optimum(smooth)
         reducible = self.loss(params, smooth / 6 / params) - self.E
@@ -78,44 +79,42 @@ class Truth:
 
     @property
     def p(self) -> float:
-        """Exponent of the law at large compute."""
+        """Exponent p of the law at large compute."""
         return self._smooth_p / (1 if np.isinf(self.bend) else 2)
 
     def scale(self, flops: float) -> float:
-        """K of the law that holds at C."""
+        """Return K of the law at C."""
         return float((self.best(flops) - self.E) * flops**self.p)
 
     def gain(self, flops: float) -> float:
-        """Share of the loss that doubling compute takes away, by the slope at C."""
+        """Return the share of the loss that doubling compute saves, by the slope at C."""
         return float(1 - 2 ** (-self.p * (1 - self.E / self.best(flops))))
 
 
 @dataclass(frozen=True)
 class Design:
-    """Runs without noise, the noise, and what an honest fit says of them."""
+    """Runs without noise, their noise, and the warnings that a fit of them should give."""
 
     name: str
-    """In words."""
     truth: Truth
-    """Where the losses come from."""
     points: tuple[Point, ...]
-    """Runs, their losses without noise."""
+    """Runs with losses free of noise."""
     noise: Noise
-    """Drawn anew at each repetition."""
+    """Noise, drawn anew at each repetition."""
     sound: frozenset[str]
-    """Groups of intervals whose assumptions hold here: these must cover."""
+    """Groups of intervals whose assumptions hold, so that they must cover."""
     must: frozenset[str]
-    """Codes of the warnings that should be there."""
+    """Codes of warnings that should fire."""
     may: frozenset[str]
-    """Codes that may be there or not, as the noise falls."""
+    """Codes of warnings that may fire, depending on the noise."""
 
     def draw(self, generator: np.random.Generator) -> list[Point]:
-        """The runs of one repetition."""
+        """Return the runs of one repetition."""
         return noisy(self.points, self.noise, generator)
 
 
 def noisy(points: Sequence[Point], noise: Noise, generator: np.random.Generator) -> list[Point]:
-    """The runs with noise on their losses."""
+    """Return the runs with noise on their losses."""
     factors = np.exp(noise(generator, np.array([point.flops for point in points])))
     return [
         replace(point, loss=point.loss * factor) for point, factor in zip(points, factors.tolist())
@@ -130,11 +129,11 @@ def grid(
     width: float = WIDTH,
     off: float = 1.0,
 ) -> list[Point]:
-    """An isoFLOP grid: sizes `width` apart, centred `off` times the optimum."""
-    found = []
+    """Return an isoFLOP grid: sizes `width` apart, centred `off` times the optimum."""
+    points = []
     for budget in budgets:
         params = off * truth.optimum(budget) * np.geomspace(width**-0.5, width**0.5, sizes)
-        found += [
+        points += [
             _point(
                 depth,
                 size,
@@ -146,11 +145,11 @@ def grid(
             for depth, size in enumerate(params.tolist())
             for seed in range(seeds)
         ]
-    return found
+    return points
 
 
 def ladder(truth: Truth, smallest: float, depths: int, seeds: int = 1) -> list[Point]:
-    """Compute-optimal runs from `smallest` FLOPs on."""
+    """Return compute-optimal runs from `smallest` FLOPs on."""
     flops = smallest * RUNG ** np.arange(depths)
     sizes = zip(flops.tolist(), truth.optimum(flops).tolist(), truth.best(flops).tolist())
     return [
@@ -170,17 +169,17 @@ def _point(
 
 
 def gauss(sigma: float) -> Noise:
-    """Independent of everything."""
+    """Return Gaussian noise, independent of compute."""
     return lambda generator, flops: sigma * generator.standard_normal(flops.size)
 
 
 def heavy(sigma: float) -> Noise:
-    """Student's t of three degrees of freedom with the middle of a Gauss of sigma."""
+    """Return noise of Student's t with three degrees of freedom."""
     return lambda generator, flops: sigma * generator.standard_t(3, flops.size)
 
 
 def shrinking(first: float, last: float) -> Noise:
-    """From `first` at the least compute to `last` at the largest, a power of compute."""
+    """Return Gaussian noise that falls as a power of compute from `first` to `last`."""
 
     def draw(generator: np.random.Generator, flops: Array) -> Array:
         share = np.log(flops / flops.min()) / np.log(flops.max() / flops.min())
@@ -197,17 +196,17 @@ EPOCH = Truth(1.8172, 477.8, 2143.4, 0.3473, 0.3672)
 NANOCHAT = Truth(0.5534, 3551.0, 25950.0, 0.604, 0.6298, 0.4592)
 """The coupled surface of nanochat's 28 runs."""
 EVEN = replace(EPOCH, alpha=0.357, beta=0.357)
-"""Valleys that are alike on both sides."""
+"""Surface whose isoFLOP curves are symmetric."""
 POCKET = Truth(0.95, 28.0, 89.0, 0.347, 0.367)
-"""Near the losses of pocket's depths 2 to 6."""
+"""Losses near those of pocket's depths 2 to 6."""
 CENTURIES = (1e18, 1e19, 1e20, 1e21)
 DOUBLINGS = (1e18, 2.15e18, 4.64e18, 1e19)
 TINY = (3e11, 1e12, 3e12, 1e13)
-"""Budgets; those of nanochat in the middle."""
+"""Budgets in FLOPs: Chinchilla's range, nanochat's, pocket's."""
 LAW = ("law with a floor", "law chosen", "predictions")
 SLOPES = ("exponents of the minima",)
 MINIMA = ("minima", *SLOPES)
-"""A parabola's vertex is the minimum only where both exponents are alike; elsewhere the slopes alone must cover."""
+"""A parabola's vertex is the minimum only for equal exponents; otherwise the slopes alone cover."""
 FORM = ("additive surface", "coupled surface", "surface chosen", "bootstrap", "predictions")
 
 
@@ -221,13 +220,17 @@ def _ladder(
     must: str = "",
     may: str = "",
 ) -> Design:
-    """Depths at pocket's scale: one dial. How far beyond its runs the law was right follows from the noise."""
+    """Return a ladder at pocket's scale. Its validated factor depends on the noise."""
     points = ladder(truth, 3e10, depths, seeds)
-    codes, perhaps = (
-        frozenset({"one_dial_no_exponents", *must.split()}),
-        frozenset({"extrapolation", *may.split()}),
+    return Design(
+        f"ladder: {name}",
+        truth,
+        tuple(points),
+        noise,
+        frozenset(sound),
+        must=frozenset({"one_dial_no_exponents", *must.split()}),
+        may=frozenset({"extrapolation", *may.split()}),
     )
-    return Design(f"ladder: {name}", truth, tuple(points), noise, frozenset(sound), codes, perhaps)
 
 
 def _grid(
@@ -239,7 +242,7 @@ def _grid(
     must: str = "",
     may: str = "",
 ) -> Design:
-    """Several sizes at each budget. An additive surface is a wrong form of a coupled truth."""
+    """Return an isoFLOP grid. The additive form is wrong for a coupled truth."""
     wrong = {"additive surface"} if truth.gamma != 1 else set()
     return Design(
         f"grid: {name}",
@@ -255,17 +258,17 @@ def _grid(
 NO_FLOOR, BARE = replace(POCKET, E=0.0), replace(EPOCH, E=0.0)
 BENT = replace(POCKET, bend=3e10 * RUNG**5)
 FEW = "too_few_runs"
-"""Two minima are no law."""
+"""Two minima are too few for a law."""
 THREE = "E_unidentified extrapolation"
-"""Three minima are a law without a floor."""
+"""Three minima give a law without a floor."""
 FOUR = "E_unidentified extrapolation law_loose"
-"""Four minima hardly hold a floor, and the last is REACH beyond the third but for rounding."""
-LOOSE, WILD, BIASED = (
-    "law_loose",
-    "influential_run estimator_matters",
-    "centring_drift approaches_disagree",
-)
-"""Of a law through few minima, of heavy tails, and of parabolas that are not the valleys' form: as the noise falls."""
+"""Four minima hardly hold a floor, and the last is REACH times the third but for rounding."""
+LOOSE = "law_loose"
+"""A law of few minima may be loose."""
+WILD = "influential_run estimator_matters"
+"""Heavy tails may give influential runs."""
+BIASED = "centring_drift approaches_disagree"
+"""Asymmetric isoFLOP curves may bias the parabolas."""
 DRIFTING = f"{LOOSE} {BIASED}"
 TWO_BUDGETS, THREE_BUDGETS = grid(EPOCH, CENTURIES[1:3], 6), grid(EPOCH, CENTURIES[:3], 7)
 OFF, FAR_OFF = grid(EPOCH, CENTURIES[:3], 7, off=2), grid(EPOCH, CENTURIES[1:3], 7, off=5)

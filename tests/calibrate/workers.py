@@ -1,4 +1,4 @@
-"""One simulation on every core, with its progress on standard error."""
+"""Parallel map over simulations, with progress on standard error."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
-def spread(
-    work: Callable[[Task], Result], tasks: Sequence[Task], label: str, at_once: int = 8
+def parallel_map(
+    work: Callable[[Task], Result], tasks: Sequence[Task], label: str, chunk: int = 8
 ) -> list[Result]:
-    """`work` of every task, in their order; `work` is a function of a module."""
+    """Return `work` of every task, in their order, from one process per core.
+
+    `work` must be a function of a module, and workers get `chunk` tasks at a time.
+    """
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
-    found, began = [], time.monotonic()
+    results = []
+    start = time.monotonic()
     with multiprocessing.get_context("spawn").Pool() as pool:
-        for done, result in enumerate(pool.imap(work, tasks, chunksize=at_once), 1):
-            found.append(result)
-            left = (time.monotonic() - began) / done * (len(tasks) - done)
-            if done % (20 if at_once > 1 else 1) == 0 or done == len(tasks):
-                print(
-                    f"\r{label}: {done} of {len(tasks)}, {left / 60:.1f} min left ",
-                    end="",
-                    file=sys.stderr,
-                )
+        for done, result in enumerate(pool.imap(work, tasks, chunksize=chunk), 1):
+            results.append(result)
+            seconds_left = (time.monotonic() - start) / done * (len(tasks) - done)
+            if done % (20 if chunk > 1 else 1) == 0 or done == len(tasks):
+                progress = f"{label}: {done} of {len(tasks)}, {seconds_left / 60:.1f} min left"
+                print(f"\r{progress} ", end="", file=sys.stderr)
     print(file=sys.stderr)
-    return found
+    return results

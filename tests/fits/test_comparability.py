@@ -25,7 +25,7 @@ from slm.fits.points import Axes, parts_of
 from slm.fits.power_law import seed_noise
 from slm.recipe import pocket
 from tests.cli.test_fit_curves import document, refusal, slm
-from tests.figures.test_figures import words
+from tests.figures.test_figures import texts
 from tests.homes import home_of, surface
 
 PYTHON = "data=python validation=1a2b3c4d5e6f7081 tokenizer=aa context=1024"
@@ -134,14 +134,14 @@ def test_a_mixed_fit_is_labelled_in_document_summary_and_figures(tmp_path: Path)
     assert fit.document()["points"]["comparison_key"] is None
     drawn = draw_fit(fit, tmp_path / "fit")[1::2]
     assert [path.stem for path in drawn] == ["fit", "fit-frontier", "fit-residuals", "fit-core"]
-    assert all("(mixed axes)" in words(path) for path in drawn)
+    assert all("(mixed axes)" in texts(path) for path in drawn)
 
 
 def test_allowing_mixed_axes_does_not_change_a_fit_of_one_axis(tmp_path: Path) -> None:
     fit = fit_curves(ladder(), allow_mixed=True)
     assert fit.document() == fit_curves(ladder()).document()
     assert fit.document()["mixed"] == []
-    assert "mixed" not in words(draw_fit(fit, tmp_path / "fit")[1]).lower()
+    assert "mixed" not in texts(draw_fit(fit, tmp_path / "fit")[1]).lower()
 
 
 def test_a_mixed_comparison_is_labelled_in_its_verdict_and_figure(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_mixed_comparison_is_labelled_in_its_verdict_and_figure(tmp_path: Path
     assert result.document()["warnings"][0]["code"] == "mixed-axes"
     assert result.document()["verdict"]["sentence"].startswith("Mixed axes: new")
     assert result.document()["mixed"] == sorted(result.mixed) != []
-    assert "Mixed axes" in words(draw_comparison(result, tmp_path / "c")[1])
+    assert "Mixed axes" in texts(draw_comparison(result, tmp_path / "c")[1])
 
 
 def test_a_mixed_design_is_labelled() -> None:
