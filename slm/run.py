@@ -222,6 +222,7 @@ def make_attempt(
     data_folder: Path,
     slot: Slot,
     micro_batch: MicroBatch,
+    *,
     launcher: str = "local",
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     estimated_seconds: float | None = None,

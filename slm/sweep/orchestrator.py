@@ -319,10 +319,10 @@ class Orchestrator:
             self._sweep.dataset(run.plan).folder,
             slot,
             self._launcher.micro_batches.choose(hp, slot),
-            self._launcher.name,
-            self._sweep.checkpoint_seconds,
-            self._launcher.runtime(hp, slot),
-            core.document() if core else None,
+            launcher=self._launcher.name,
+            checkpoint_seconds=self._sweep.checkpoint_seconds,
+            estimated_seconds=self._launcher.runtime(hp, slot),
+            core=core.document() if core else None,
         )
         self._launcher.start(attempt)
         run.running = True
