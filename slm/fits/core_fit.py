@@ -58,9 +58,9 @@ MIN_RUNS = 3
 QUANTILES = (TAIL, 0.5, 1 - TAIL)
 """Quantiles of the draws: low, median, high."""
 BELOW = 1e3
-"""How far below the smallest run a CORE is looked for."""
+"""Factor below the smallest run down to which a CORE is looked for."""
 BEYOND = 1e6
-"""How far beyond the largest run a CORE is looked for."""
+"""Factor beyond the largest run up to which a CORE is looked for."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,6 @@ class NoCoreFit:
     code: str
     """Stable name."""
     why: str
-    """One sentence."""
     name: str = "CORE"
     """Name of the metric: CORE, or the mean of another bundle."""
 
@@ -179,7 +178,7 @@ class CoreFit:
         largest = min(self._largest, self.law.largest)
         return Reach(
             core=core,
-            flops=Interval(middle, low, high, None not in ends),
+            flops=Interval.of_ends(middle, low, high),
             probability_never=self.draws.share_below(core),
             extrapolated=high is None or high > largest,
         )
@@ -279,8 +278,8 @@ class CoreFit:
 
 
 def _interval(values: Array) -> Interval:
-    low, middle, high = np.quantile(values, QUANTILES)
-    return Interval(float(middle), float(low), float(high), True)
+    low, middle, high = map(float, np.quantile(values, QUANTILES))
+    return Interval.of_ends(middle, low, high)
 
 
 def fit_core(

@@ -174,13 +174,13 @@ def fit_curves(
 ) -> CurveFit:
     """Fit L(C), the isoFLOP minima, the surface L(N, D) and CORE of one family's finished runs.
 
-    `convention` names what `params` counts, `metric` what `loss` is; `other_counts` gives N of every run
-    by other conventions, to show what would change. L(C) is fitted to the runs without a budget, if
-    they are one curve of compute; without any, to the resolved minima. `form` is the form of the
-    surface: `auto` selects the better predictor, `power` fits none; `paper` takes the delta and,
-    for `auto`, the additive form of Hoffmann et al. 2022. If the runs hold a surface or isoFLOP
-    curves, those of unknown params or tokens are left out; L(C) alone takes all. `allow_mixed` fits
-    several comparison keys and recipes as one curve, with a warning.
+    `convention` names what `params` counts, `metric` what `loss` is; `other_counts` gives N of
+    every run by other conventions, to show what would change. L(C) is fitted to the runs without a
+    budget, if they are one curve of compute; without any, to the resolved minima. `form` is the
+    form of the surface: `auto` selects the better predictor, `power` fits none; `paper` takes the
+    delta and, for `auto`, the additive form of Hoffmann et al. 2022. If the runs hold a surface or
+    isoFLOP curves, those of unknown params or tokens are left out; L(C) alone takes all.
+    `allow_mixed` fits several comparison keys and recipes as one curve, with a warning.
 
     Raises NotComparable (a ValueError) for several comparison keys or recipes otherwise, ValueError
     for no run, a run given twice, an unknown form, and runs that cannot hold the requested form.

@@ -54,8 +54,8 @@ LOOKS = 10
 def report(repetitions: int, seed: int = 0) -> tuple[Sequence[str], list[list[str]]]:
     """Return headers and one row per design; coverage and claims are percentages.
 
-    Half-widths are for m = 1. Claims are decisions of better or worse for equal recipes; the last three columns are a t test
-    of a single look.
+    Half-widths are for m = 1. Claims are decisions of better or worse for equal recipes; the last
+    three columns are a t test of a single look.
     """
     designs = [(count, seeds) for count in (3, 5, 8) for seeds in (1, 2, 3, 5)]
     tasks = [(*design, ladder, repetitions, seed) for ladder in LADDERS for design in designs]

@@ -176,7 +176,8 @@ def sweep(draw: np.random.Generator, kind: str, off_dial: bool) -> Sweep:
 
 def report(repetitions: int, seed: int = 0) -> tuple[list[str], list[list[str]]]:
     """Return how often the design leaves less variance and, every fifth time, less error."""
-    tables = parallel_map(_scenario, [(name, repetitions, seed) for name in SCENARIOS], "designs", 1)
+    tasks = [(name, repetitions, seed) for name in SCENARIOS]
+    tables = parallel_map(_scenario, tasks, "designs", 1)
     headers = ["target", "evenly over", "less variance", "ratio", "less error", "ratio"]
     return headers, [row for rows in tables for row in rows]
 

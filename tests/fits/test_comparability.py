@@ -151,7 +151,7 @@ def test_a_mixed_comparison_is_labelled_in_its_verdict_and_figure(tmp_path: Path
     result = compare(*sides, ("old", "new"), allow_mixed=True)
     assert result.document()["warnings"][0]["code"] == "mixed-axes"
     assert result.document()["verdict"]["sentence"].startswith("Mixed axes: new")
-    assert result.document()["mixed"] == sorted(result.mixed) != []
+    assert result.document()["mixed"] == sorted(result.axes.mixed) != []
     assert "Mixed axes" in texts(draw_comparison(result, tmp_path / "c")[1])
 
 

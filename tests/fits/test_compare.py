@@ -82,7 +82,7 @@ def compared(
 
 
 def codes(fit: Comparison) -> set[str]:
-    return {caution.code for caution in fit.warnings}
+    return {warning.code for warning in fit.warnings}
 
 
 @pytest.mark.parametrize("m", [0.5, 0.9, 1.0, 1.25, 2.0])

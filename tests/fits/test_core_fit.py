@@ -177,7 +177,7 @@ def test_the_reach_is_the_band_read_sideways() -> None:
 
 
 def test_a_floor_of_the_loss_may_put_a_core_out_of_reach() -> None:
-    """At E = .49 the true CORE is .53: .2 is certain, .45 likely, .75 out of reach."""
+    """The floor E = .49 is a CORE of .53: .2 is certain, .45 likely, .75 out of reach."""
     points, law = ladder(np.geomspace(1e17, 1e20, 24), noise=0.2, loss_noise=1e-4)
     fit = fitted(points, law)
     low, middle, high = (fit.reach(core) for core in (0.2, 0.45, 0.75))

@@ -34,7 +34,7 @@ from slm.fits.compare.trials import (
     check_trials,
     group_by_depth,
     require_equal_compute,
-    shared_depths,
+    require_shared_depth,
     trial_axes,
 )
 from slm.fits.intervals import Interval
@@ -61,7 +61,7 @@ def compare(
     check_trials(base, candidate, names, axis)
     trial_axes((*base, *candidate)).require_one(allow_mixed)
     ladders = group_by_depth(base, names[0], axis), group_by_depth(candidate, names[1], axis)
-    depths = shared_depths(ladders, names)
+    require_shared_depth(ladders, names)
 
     # 2) measure the differences at equal compute
     curve, differences = measure(*ladders)
@@ -82,7 +82,7 @@ def compare(
         candidate_trials=tuple(candidate),
         multiplier=exponential(best.nominal_interval()) if known else Interval(None),
         difference=mean_difference(curve, differences),
-        per_depth=depth_effects(depths, curve, differences, evidence.combined, e_values),
+        per_depth=depth_effects(curve, differences, evidence.combined, e_values),
         heterogeneity=measure_heterogeneity(differences, between) if known else None,
         trend=None if h is None else measure_trend(curve, differences, h),
         evidence=evidence,

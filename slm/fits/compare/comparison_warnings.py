@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from slm.fits.compare.e_values import CLAIM_THRESHOLD
 from slm.fits.compare.result import Comparison
@@ -16,7 +17,7 @@ MIN_FREE = 4
 SIGNIFICANT = 0.05
 """p-value below which chance is an unlikely explanation."""
 MAX_EXTRAPOLATION = 2.0
-"""How many times outside the base's compute a multiplier may lead without a warning."""
+"""Largest factor outside the base's compute that a multiplier may lead to without a warning."""
 
 
 def comparison_warnings(comparison: Comparison) -> list[FitWarning]:
@@ -33,47 +34,42 @@ def comparison_warnings(comparison: Comparison) -> list[FitWarning]:
     ]
 
 
-def _missing_depths(comparison: Comparison) -> list[FitWarning]:
+def _missing_depths(comparison: Comparison) -> Iterator[FitWarning]:
     names = {"base": comparison.base, "candidate": comparison.candidate}
-    warnings = []
     for side, depths in comparison.missing.items():
         if depths:
             message = f"{names[side]} has no run at {format_depths(depths)}: not compared there"
-            warnings.append(FitWarning("missing_depths", message))
-    return warnings
+            yield FitWarning("missing_depths", message)
 
 
-def _noise(comparison: Comparison) -> list[FitWarning]:
-    warnings = []
+def _noise(comparison: Comparison) -> Iterator[FitWarning]:
     if not comparison.differences.free:
         message = (
             "no seed is repeated: noise is estimated from the scatter of the depths, and no depth "
             "can be judged alone"
         )
-        warnings.append(FitWarning("no_replicates", message))
+        yield FitWarning("no_replicates", message)
     if comparison.pooled.free < MIN_FREE:
         message = (
             f"the noise has {comparison.pooled.free} degrees of freedom: further seeds would "
             "narrow every interval"
         )
-        warnings.append(FitWarning("noise_uncertain", message))
-    return warnings
+        yield FitWarning("noise_uncertain", message)
 
 
-def _base_curve(comparison: Comparison) -> list[FitWarning]:
+def _base_curve(comparison: Comparison) -> Iterator[FitWarning]:
     if not comparison.curve.falls:
         message = (
             f"the loss of {comparison.base} is not known to fall with {AXES[comparison.axis]}: "
             "only losses are compared"
         )
-        return [FitWarning("no_slope", message)]
-    if comparison.multiplier.estimate is None:
+        yield FitWarning("no_slope", message)
+    elif comparison.multiplier.estimate is None:
         message = f"the curve of {comparison.base} never reaches the candidate's losses"
-        return [FitWarning("out_of_reach", message)]
-    return []
+        yield FitWarning("out_of_reach", message)
 
 
-def _compute_differs(comparison: Comparison) -> list[FitWarning]:
+def _compute_differs(comparison: Comparison) -> Iterator[FitWarning]:
     base = flops_by_depth(comparison.base_trials)
     depths = [
         effect.depth
@@ -81,57 +77,55 @@ def _compute_differs(comparison: Comparison) -> list[FitWarning]:
         if abs(math.log(effect.flops / base[effect.depth])) > math.log1p(MAX_COMPUTE_DIFFERENCE)
     ]
     if not depths:
-        return []
+        return
     message = (
         f"the recipes' FLOPs differ by more than {MAX_COMPUTE_DIFFERENCE:.0%} at "
         f"{format_depths(depths)}; the base's slope accounts for it"
     )
-    return [FitWarning("compute_differs", message)]
+    yield FitWarning("compute_differs", message)
 
 
-def _extrapolated(comparison: Comparison) -> list[FitWarning]:
+def _extrapolated(comparison: Comparison) -> Iterator[FitWarning]:
     flops = [trial.flops for trial in comparison.base_trials]
     reached = []
     for effect in comparison.per_depth:
         if effect.multiplier.estimate:
             reached.append(effect.flops * effect.multiplier.estimate)
     if comparison.axis != "flops" or not reached:
-        return []
+        return
     above = max(reached) > MAX_EXTRAPOLATION * max(flops)
     below = MAX_EXTRAPOLATION * min(reached) < min(flops)
     if not (above or below):
-        return []
+        return
     message = (
         f"multipliers lead more than {MAX_EXTRAPOLATION:g} times outside the compute of "
         f"{comparison.base}: extrapolated"
     )
-    return [FitWarning("multiplier_extrapolated", message)]
+    yield FitWarning("multiplier_extrapolated", message)
 
 
-def _depths_differ(comparison: Comparison) -> list[FitWarning]:
+def _depths_differ(comparison: Comparison) -> Iterator[FitWarning]:
     """Heterogeneity (F test) and trend (e-value) of the multiplier."""
-    warnings = []
     heterogeneity, trend = comparison.heterogeneity, comparison.trend
     if heterogeneity and heterogeneity.p < SIGNIFICANT:
         message = (
             f"one multiplier does not fit all depths (F test, p = {heterogeneity.p:.2g}): "
             "it is their mean"
         )
-        warnings.append(FitWarning("depths_differ", message))
+        yield FitWarning("depths_differ", message)
     if trend and trend.evidence >= CLAIM_THRESHOLD:
         message = "the multiplier changes with compute: it is unknown beyond the depths compared"
-        warnings.append(FitWarning("trend", message))
-    return warnings
+        yield FitWarning("trend", message)
 
 
-def _single_look(comparison: Comparison) -> list[FitWarning]:
+def _single_look(comparison: Comparison) -> Iterator[FitWarning]:
     """Significance by p-value alone."""
     evidence = comparison.evidence
     if evidence.p is None or evidence.p >= SIGNIFICANT or evidence.combined >= CLAIM_THRESHOLD:
-        return []
+        return
     message = (
         f"the difference is significant in a single planned look (p = {evidence.p:.2g}), but "
         "adding seeds until p is small makes any difference significant: a claim takes an e-value "
         f"of {CLAIM_THRESHOLD:g}, this is {evidence.combined:.2g}"
     )
-    return [FitWarning("one_look_only", message)]
+    yield FitWarning("one_look_only", message)

@@ -66,8 +66,8 @@ def _one_direction(
         extent = f" over all depths, significantly {single} alone"
     else:
         code = f"{direction}_some_depths"
-        others = "not significantly at the others" if several else "the only depth compared"
-        extent = f" at {format_depths(depths)} only, {others}"
+        elsewhere = "not significantly at the others" if several else "the only depth compared"
+        extent = f" at {format_depths(depths)} only, {elsewhere}"
     lead = f"{comparison.candidate} is {direction} than {comparison.base}"
     return Decision(code, f"{lead}{extent}: {_effect(comparison)}")
 

@@ -30,7 +30,7 @@ def exponential(logs: Interval) -> Interval:
     ends = []
     for end in (logs.estimate, logs.low, logs.high):
         ends.append(None if end is None or abs(end) > 600 else math.exp(end))
-    return Interval(ends[0], ends[1], ends[2], None not in ends)
+    return Interval.of_ends(*ends)
 
 
 def measure_evidence(
@@ -54,7 +54,6 @@ def measure_evidence(
 
 
 def depth_effects(
-    depths: list[int],
     curve: BaseCurve,
     differences: LossDifferences,
     combined: float,
@@ -72,7 +71,7 @@ def depth_effects(
         direction = "better" if difference.estimate < 0 else "worse"
         results.append(
             DepthEffect(
-                depth=depths[k],
+                depth=candidate.depth,
                 flops=candidate.flops,
                 base_runs=len(base.seeds),
                 candidate_runs=len(candidate.seeds),

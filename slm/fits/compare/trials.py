@@ -53,6 +53,7 @@ class Trial:
 class DepthRuns:
     """Runs of one recipe at one depth."""
 
+    depth: int
     compute: float
     """Mean ln FLOPs, or ln seconds."""
     flops: float
@@ -95,6 +96,7 @@ def _depth_runs(trials: Sequence[Trial], name: str, axis: str) -> DepthRuns:
             f"d{trials[0].depth}: compare one ladder"
         )
     return DepthRuns(
+        depth=trials[0].depth,
         compute=fmean(math.log(getattr(trial, axis)) for trial in trials),
         flops=fmean(flops),
         losses=np.log([trial.loss for trial in trials]),
@@ -122,15 +124,13 @@ def trial_axes(trials: Iterable[Trial]) -> Axes:
     return Axes.of_keys(trial.comparison_key for trial in trials)
 
 
-def shared_depths(ladders: tuple[Ladder, Ladder], names: tuple[str, str]) -> list[int]:
-    """Return the depths of both ladders, ascending. Raises NotComparable if there are none."""
-    shared = sorted(ladders[0].keys() & ladders[1].keys())
-    if not shared:
+def require_shared_depth(ladders: tuple[Ladder, Ladder], names: tuple[str, str]) -> None:
+    """Raise NotComparable for ladders without a common depth."""
+    if not ladders[0].keys() & ladders[1].keys():
         depths = [
             f"{name} has {format_depths(list(ladder))}" for name, ladder in zip(names, ladders)
         ]
         raise NotComparable(f"{' and '.join(depths)}: the recipes share no depth to compare")
-    return shared
 
 
 def require_equal_compute(ladders: tuple[Ladder, Ladder], axis: str) -> None:
