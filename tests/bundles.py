@@ -1,4 +1,4 @@
-"""Made-up bundles: counting, in the three types of task, and a model that has learned to count."""
+"""Synthetic bundles of counting tasks of all three types, and a model that has learned to count."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ CONTEXT = 256
 
 
 def counted(start: int, words: int) -> str:
-    """Words in their order, round and round."""
-    return " ".join(WORDS[(start + place) % len(WORDS)] for place in range(words))
+    """Return number words in order, cyclically."""
+    return " ".join(WORDS[(start + index) % len(WORDS)] for index in range(words))
 
 
 def example(kind: str, draw: random.Random) -> dict[str, Any]:
-    """One example of a type."""
+    """Return a random example of a type of task."""
     start, words = draw.randrange(len(WORDS)), draw.randrange(3, 12)
     right = counted(start + words, draw.randrange(1, 4))
     if kind == "language_modeling":
@@ -65,7 +65,7 @@ def example(kind: str, draw: random.Random) -> dict[str, Any]:
 
 
 def write(folder: Path, examples: int = 40, seed: int = 0) -> Path:
-    """A bundle in a folder."""
+    """Write a bundle to a folder, and return the folder."""
     draw = random.Random(seed)
     for label, (kind, _, _) in TASKS.items():
         path = folder / "eval_data" / "counting" / f"{label}.jsonl"
@@ -81,24 +81,24 @@ def write(folder: Path, examples: int = 40, seed: int = 0) -> Path:
         }
         for label, (kind, shots, delimiter) in TASKS.items()
     ]
-    (folder / "core.yaml").write_text(json.dumps({"icl_tasks": entries}))  # which is YAML
+    (folder / "core.yaml").write_text(json.dumps({"icl_tasks": entries}))  # JSON is YAML
     rows = "".join(f'{label},"a, b",{baseline}\n' for label, baseline in BASELINES.items())
     (folder / "eval_meta_data.csv").write_text(f"Eval Task,Task Category,Random baseline\n{rows}")
     return folder
 
 
 def tokenizer() -> Tokenizer:
-    """A tokeniser for counting."""
+    """Return a tokeniser trained on counting."""
     return train_tokenizer([counted(start, 200) for start in range(50)], 280)
 
 
 def learned(tokenizer: Tokenizer, steps: int = 60) -> GPT:
-    """A GPT of three layers, two of them with short windows, that has counted for some steps."""
+    """Return a GPT of three layers, two with short windows, trained on counting for some steps."""
     family = replace(
         pocket, sequence_length=CONTEXT, vocab_size=tokenizer.vocab_size, window_pattern="SSL"
     )
-    given = replace(family(3, steps=steps), batch_tokens=8 * CONTEXT)
-    model = GPT(given)
+    hp = replace(family(3, steps=steps), batch_tokens=8 * CONTEXT)
+    model = GPT(hp)
     model.initialise(0)
     optimizer, draw = Optimizer(model), random.Random(0)
     for step in range(steps):
@@ -107,9 +107,9 @@ def learned(tokenizer: Tokenizer, steps: int = 60) -> GPT:
             for _ in range(8)
         ]
         ids = torch.tensor(
-            [[tokenizer.bos, *own[:CONTEXT]] for own in tokenizer.encode_batch(texts, threads=1)]
+            [[tokenizer.bos, *row[:CONTEXT]] for row in tokenizer.encode_batch(texts, threads=1)]
         )
         optimizer.zero_grad()
-        (model.loss(ids[:, :-1], ids[:, 1:]) / given.batch_tokens).backward()
+        (model.loss(ids[:, :-1], ids[:, 1:]) / hp.batch_tokens).backward()
         optimizer.step(step)
     return model

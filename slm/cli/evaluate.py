@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 RunOrFile = Annotated[
     str, typer.Argument(help="A run_id or its first digits, or a file of weights.")
 ]
-COLUMNS = {
-    "examples": "examples",
-    "accuracy": "accuracy",
-    "standard_error": "+-",
-    "centred": "centred",
-    "bits_per_byte": "bits/byte",
-    "cropped": "cropped",
-    "skipped": "skipped",
-    "ties": "ties",
-}
-"""Headers of the printed values of a task."""
+COLUMNS = (
+    "examples",
+    "accuracy",
+    "standard_error",
+    "centred",
+    "bits_per_byte",
+    "cropped",
+    "skipped",
+    "ties",
+)
+"""Printed values of a task."""
 
 
 def evaluate(
@@ -185,7 +185,7 @@ def _print_core(document: dict[str, Any]) -> None:
 
     tasks = document["tasks"].items()
     rows = [[label, *(task.get(name) for name in COLUMNS)] for label, task in tasks]
-    print(tabulate(rows, headers=("task", *COLUMNS.values()), floatfmt=".4f"))
+    print(tabulate(rows, headers=("task", *COLUMNS), floatfmt=".4f"))
     for label, task in tasks:
         if "error" in task:
             print(f"  {label} could not be evaluated: {task['error']}")
@@ -210,9 +210,9 @@ def weights_of(run: str, home: Path) -> Weights:
     from slm.model import weights
 
     if Path(run).is_file():
-        matches = weights.load_file(Path(run), home)
+        stored = weights.load_file(Path(run), home)
     else:
-        matches = weights.load_run(find_run(home, run))
-    for line in matches.remarks():
+        stored = weights.load_run(find_run(home, run))
+    for line in stored.remarks():
         report_line(line)
-    return matches
+    return stored

@@ -1,12 +1,13 @@
-"""Packing of a tokenized task into batches that read every shared prefix once. numpy only, no model.
+"""Packing of a tokenized task into batches that read every shared prefix once. numpy only, no
+model.
 
-A packed sequence holds the prefix that several rows of an example share, then the suffix of each row
-without its last token, after which no logits are needed. A suffix attends to the prefix and itself
-only, and every token keeps its position in its row, so the model returns what it returns for each
-row alone.
+A packed sequence holds the prefix that several rows of an example share, then the suffix of each
+row without its last token, after which no logits are needed. A suffix attends to the prefix and
+itself only, and every token keeps its position in its row, so the model returns what it returns for
+each row alone.
 
-A row longer than the context keeps its last tokens. If the rows of an example have different lengths,
-they then begin at different tokens, and only rows that begin alike share a sequence.
+A row longer than the context keeps its last tokens. If the rows of an example have different
+lengths, they then begin at different tokens, and only rows that begin alike share a sequence.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Batch:
     prefixes: Ints
     """Token indices of each sequence's prefix (B, P), padded with PAD."""
     suffixes: Ints
-    """Token indices of each sequence's suffixes (B, S), one suffix after another, padded with PAD."""
+    """Token indices of each sequence's suffixes, one after another (B, S), padded with PAD."""
     suffix_numbers: Ints
     """Number within its sequence of the suffix of each of those tokens (B, S), padded with PAD."""
     rows: Ints
@@ -110,7 +111,8 @@ def _sequence(tokenized: TokenizedTask, prefix: int, rows: list[int], crop: int)
         return PackedSequence((rows[0],), crop, prefix + suffixes[0] - 1, (0,))
     if not any(suffixes):
         prefix -= 1
-    return PackedSequence(tuple(rows), crop, prefix, tuple(max(0, n - 1) for n in suffixes))
+    read = tuple(max(0, suffix - 1) for suffix in suffixes)
+    return PackedSequence(tuple(rows), crop, prefix, read)
 
 
 def group_sequences(sequences: list[PackedSequence], tokens: int) -> list[list[PackedSequence]]:
@@ -176,7 +178,8 @@ class BatchBuilder:
         token = np.arange(len(piece))
         sequence = sequence_of[piece]
         in_prefix = is_prefix[piece]
-        first_previous = np.where(in_prefix, token, (prefix_begins + prefix - 1)[sequence])
+        last_of_prefix = prefix_begins + prefix - 1
+        first_previous = np.where(in_prefix, token, last_of_prefix[sequence])
         previous = np.where(positions > 0, token - 1, first_previous)
         positions = positions + np.where(in_prefix, 0, prefix[sequence])
         # 3) one entry per scored token: the row's span, shifted by one, in the prefix or the suffix
@@ -187,17 +190,26 @@ class BatchBuilder:
         to = sequence_of[scoring]
         target = self._task.starts[scored_rows] + offset
         source = target - crop[to] - 1
-        base = np.where(source < prefix[to], prefix_begins[to], begins[scoring] - prefix[to])
+        base = np.where(
+            source < prefix[to],
+            prefix_begins[to],
+            begins[scoring] - prefix[to],
+        )
         _, query = _enumerate_groups(np.bincount(to, minlength=count))
         # 4) index tables per sequence
         in_suffix = ~in_prefix
         owner = sequence[in_suffix]
-        column = token[in_suffix] - (prefix_begins + prefix)[owner]
+        column = token[in_suffix] - last_of_prefix[owner] - 1
         return Batch(
             ids=self._tokens(rows[piece], positions + crop[sequence]),
             positions=positions,
             previous=previous,
-            prefixes=_table(sequence[in_prefix], positions[in_prefix], token[in_prefix], count),
+            prefixes=_table(
+                sequence[in_prefix],
+                positions[in_prefix],
+                token[in_prefix],
+                count,
+            ),
             suffixes=_table(owner, column, token[in_suffix], count),
             suffix_numbers=_table(owner, column, number[piece][in_suffix] - 1, count),
             rows=scored_rows,
@@ -221,7 +233,8 @@ class BatchBuilder:
 def _enumerate_groups(sizes: Sequence[int] | Ints) -> tuple[Ints, Ints]:
     """Return, for every member of groups of these sizes, its group and its number in the group."""
     groups = np.repeat(np.arange(len(sizes)), sizes)
-    return groups, np.arange(len(groups)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    starts = np.cumsum(sizes) - sizes
+    return groups, np.arange(len(groups)) - np.repeat(starts, sizes)
 
 
 def _table(rows: Ints, columns: Ints, values: Ints, count: int) -> Ints:

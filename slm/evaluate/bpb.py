@@ -1,4 +1,4 @@
-"""Validation loss in bits per byte, which is comparable across tokenisers because bytes are what all of them encode."""
+"""Validation loss in bits per byte, a unit that does not depend on the tokeniser."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def validation_loss(
     """Return val_bpb and the loss in nats per token over all rows, on every rank.
 
     Bits per byte are the summed nats over the summed bytes of the targets, special tokens excluded,
-    over ln 2. `token_bytes` (V,) holds the bytes of each token, 0 for special ones. Sums are float64
-    over all ranks. A forward pass reads at most `tokens` tokens, but at least one row; `report` is
-    called with the number of rows that this rank has read.
+    over ln 2. `token_bytes` (V,) holds the bytes of each token, 0 for special ones. Sums are
+    float64 over all ranks. A forward pass reads at most `tokens` tokens, but at least one row;
+    `report` is called with the number of rows that this rank has read.
     """
     sequence_length = model.hp.sequence_length
     batch_rows = max(1, tokens // sequence_length)
@@ -42,14 +42,16 @@ def validation_loss(
         ids, targets = (tensor.to(device) for tensor in pair)
         loss = model.losses(ids, targets).to(wide)
         sizes = token_bytes[targets]
-        sums += torch.stack([(loss * (sizes > 0)).sum(), sizes.sum().to(wide), loss.sum()])
+        text_loss = loss * (sizes > 0)
+        sums += torch.stack([text_loss.sum(), sizes.sum().to(wide), loss.sum()])
         report(start + len(ids))
     ranks.sum(sums)
     nats, size, total = sums.tolist()
-    return nats / size / math.log(2), total / (len(rows) * sequence_length)
+    bpb = nats / size / math.log(2)
+    return bpb, total / (len(rows) * sequence_length)
 
 
 def bytes_of(tokenizer: Tokenizer, vocab_size: int, device: torch.device) -> torch.Tensor:
-    """Return the bytes of each token (V,), 0 for special tokens and for the vocabulary's padding."""
+    """Return the bytes of each token (V,), 0 for special tokens and for the padded vocabulary."""
     sizes = tokenizer.token_bytes
     return torch.tensor(sizes + [0] * (vocab_size - len(sizes)), device=device)

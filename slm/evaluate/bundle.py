@@ -85,7 +85,10 @@ class Bundle:
     """Name from core.yaml, under which its mean over tasks is recorded."""
 
     def examples(self, task: Task) -> list[Example]:
-        """Return a task's examples in file order. Raises ValueError naming file and line of a bad one."""
+        """Return a task's examples in file order.
+
+        Raises ValueError with file and line of a bad example.
+        """
         path = self.folder / task.file
         return _examples(task, path.read_bytes(), str(path))
 

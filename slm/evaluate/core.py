@@ -7,7 +7,7 @@ batches of a task and sum their results.
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +34,18 @@ from slm.files import read_json, write_json
 from slm.hardware.block_sizes import logit_tokens
 from slm.model.attention import attend, kernel
 from slm.model.gpt import GPT, Attended
-from slm.model.ranks import Ranks
+from slm.model.ranks import ALONE, Ranks
 
 PREFIX = -2
 """Suffix number of the tokens of a prefix."""
 ALIGNMENT = 16
 """Lengths of index tables are multiples of it: attention kernels are slow at odd lengths."""
 COMPLETE, OUT_OF_MEMORY, INTERRUPTED = range(3)
-"""How a rank's share of a task ended; the greatest over all ranks counts."""
+"""Outcomes of a rank's share of a task; the greatest over all ranks counts."""
 
 
 class OutOfMemory(RuntimeError):
-    """One packed sequence alone does not fit into memory."""
+    """Raised if a single packed sequence does not fit into memory."""
 
 
 class Interrupted(Exception):
@@ -62,7 +62,7 @@ class Scorer:
 
     model: GPT
     tokenizer: Tokenizer
-    ranks: Ranks = field(default_factory=Ranks)
+    ranks: Ranks = ALONE
     batch_tokens: int | None = None
     """Maximum tokens of one forward pass, padding included; None for the default of the device."""
     report: Report = ignore
@@ -78,7 +78,7 @@ class Scorer:
         return self.model.hp.sequence_length
 
     def score(self, batch: Batch) -> Tensor:
-        """Return nats, greediness and ties (3, A) of a batch's scored tokens; see `score_logits`."""
+        """Return nats, greediness and ties (3, A) of the scored tokens (see `score_logits`)."""
         model = self.model
         stream = _stream(model, batch)
         targets = torch.from_numpy(batch.targets).to(self.device)
@@ -95,8 +95,8 @@ def default_batch_tokens(device: torch.device) -> int:
 def score_logits(logits: Tensor, targets: Tensor) -> Tensor:
     """Return (3, A) of logits (A, V) and targets (A,): nats, whether greedy, whether tied.
 
-    Among equal logits the first is the greedy one. A target is tied if its logit and the greatest other
-    one may swap with the order of summation.
+    Among equal logits the first is the greedy one. A target is tied if its logit and the greatest
+    other one may swap with the order of summation.
     """
     logits = logits.float()
     targets = targets[:, None]
@@ -109,8 +109,10 @@ def score_logits(logits: Tensor, targets: Tensor) -> Tensor:
     if logits.device.type != "cpu" or (gold == other).any():
         greedy = logits.argmax(1, keepdim=True) == targets
     greatest = torch.maximum(gold, other)
-    total = rest.sub_(greatest).exp_().sum(1, keepdim=True).add_((gold - greatest).exp())
-    return torch.stack([total.log() + (greatest - gold), greedy, ties]).squeeze(2)
+    total = rest.sub_(greatest).exp_().sum(1, keepdim=True)
+    total.add_((gold - greatest).exp())
+    nats = total.log() + (greatest - gold)
+    return torch.stack([nats, greedy, ties]).squeeze(2)
 
 
 def _stream(model: GPT, batch: Batch) -> Tensor:
@@ -140,16 +142,25 @@ def _attention(model: GPT, batch: Batch, positions: Tensor) -> Attended:
     # 1) index tables as tensors, aligned
     scored = np.where(batch.queries == PAD, PAD, batch.scored[batch.queries])
     suffix_of = np.full(len(batch.ids), PREFIX)
-    suffix_of[batch.suffixes[batch.suffixes != PAD]] = batch.suffix_numbers[batch.suffixes != PAD]
-    tables = (batch.prefixes, batch.suffixes, scored, batch.suffix_numbers, suffix_of[scored])
+    in_suffix = batch.suffixes != PAD
+    suffix_of[batch.suffixes[in_suffix]] = batch.suffix_numbers[in_suffix]
+    tables = (
+        batch.prefixes,
+        batch.suffixes,
+        scored,
+        batch.suffix_numbers,
+        suffix_of[scored],
+    )
     prefixes, suffixes, queries, numbers, query_numbers = (
         torch.from_numpy(_aligned(table)).to(device) for table in tables
     )
     # 2) the way back from the tables to the row of tokens
     length = prefixes.size(1)
     table = torch.cat([prefixes, suffixes], dim=1)
-    cells = (table != PAD).flatten().nonzero()[:, 0]
-    cell_of_token = torch.empty_like(positions).scatter_(0, table[table != PAD], cells)
+    is_token = table != PAD
+    cells = is_token.flatten().nonzero()[:, 0]
+    cell_of_token = torch.empty_like(positions)
+    cell_of_token.scatter_(0, table[is_token], cells)
     query_cells = (queries != PAD).flatten().nonzero()[:, 0]
     # 3) one mask per window
     keys = _Keys(prefixes, suffixes, numbers, positions)
@@ -170,10 +181,18 @@ def _attention(model: GPT, batch: Batch, positions: Tensor) -> Attended:
             return _rows(mixed, query_cells)
         query = query_key[0, table, :heads].transpose(1, 2)
         window = windows[layer]
-        mixed = _causal(query[:, :, :length], key[:, :, :length], value[:, :, :length], window)
+        mixed = _causal(
+            query[:, :, :length],
+            key[:, :, :length],
+            value[:, :, :length],
+            window,
+        )
         if suffixes.size(1):
             of_suffixes = F.scaled_dot_product_attention(
-                query[:, :, length:], key, value, attn_mask=masks[window]
+                query[:, :, length:],
+                key,
+                value,
+                attn_mask=masks[window],
             )
             mixed = torch.cat([mixed, of_suffixes], dim=2)
         return _rows(mixed, cell_of_token)
@@ -199,7 +218,8 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
     # FlexAttention would be compiled anew for every length.
     position = torch.arange(length, device=query.device)
     age = position[:, None] - position
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=(age >= 0) & (age <= window))
+    sees = (age >= 0) & (age <= window)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=sees)
 
 
 @dataclass(frozen=True)
@@ -221,24 +241,29 @@ class _Keys:
         of_queries = self.positions[queries].int()
         device = of_queries.device
         in_prefix = torch.arange(self.prefixes.size(1), dtype=torch.int32, device=device)
-        of_keys = torch.cat(
-            [in_prefix.expand(self.prefixes.shape), self.positions[self.suffixes].int()], dim=1
-        )
+        in_suffixes = self.positions[self.suffixes].int()
+        of_keys = torch.cat([in_prefix.expand(self.prefixes.shape), in_suffixes], dim=1)
         age = of_queries[:, :, None] - of_keys[:, None]
         is_prefix = (self.prefixes != PAD)[:, None].expand(-1, queries.size(1), -1)
         is_own_suffix = self.numbers[:, None] == numbers[:, :, None]
-        sees = torch.cat([is_prefix, is_own_suffix], dim=2) & (age >= 0) & (age <= window)
-        return torch.zeros(sees.shape, device=device).masked_fill_(~sees, -torch.inf)[:, None]
+        sees = torch.cat([is_prefix, is_own_suffix], dim=2)
+        sees &= (age >= 0) & (age <= window)
+        mask = torch.zeros(sees.shape, device=device)
+        return mask.masked_fill_(~sees, -torch.inf)[:, None]
 
 
 def evaluate_bundle(
-    scorer: Scorer, bundle: Bundle, request: CoreRequest, folder: Path
+    scorer: Scorer,
+    bundle: Bundle,
+    request: CoreRequest,
+    folder: Path,
 ) -> dict[str, Any]:
     """Return the results of every requested task, and their means; equal on every rank.
 
-    Rank 0 writes finished tasks to `folder`, and they are not evaluated again. A task that cannot be
-    evaluated has an `error` instead of results, and then there are no means. Raises ValueError as
-    `load_or_tokenize` does, OutOfMemory and Interrupted as `evaluate_task` does: each on every rank.
+    Rank 0 writes finished tasks to `folder`, and they are not evaluated again. A task that cannot
+    be evaluated has an `error` instead of results, and then there are no means. Raises ValueError
+    as `load_or_tokenize` does, OutOfMemory and Interrupted as `evaluate_task` does: each on every
+    rank.
     """
     ranks = scorer.ranks
     tasks = request.tasks_of(bundle)
@@ -287,12 +312,15 @@ def _with_offset(report: Report, offset: int, total: int) -> Report:
 
 
 def evaluate_task(
-    scorer: Scorer, task: Task, tokenized: TokenizedTask, packed: PackedTask
+    scorer: Scorer,
+    task: Task,
+    tokenized: TokenizedTask,
+    packed: PackedTask,
 ) -> dict[str, Any]:
     """Return the results of a packed task, in total and per example; equal on every rank.
 
-    Forward passes are halved, down to one sequence, if memory does not suffice. Raises TaskError if no
-    example fits into the context or a loss is not finite; and, if one rank does, all ranks raise
+    Forward passes are halved, down to one sequence, if memory does not suffice. Raises TaskError if
+    no example fits into the context or a loss is not finite; and, if one rank does, all ranks raise
     OutOfMemory when a single sequence does not fit into memory, or Interrupted.
     """
     if not packed.sequences:
@@ -302,10 +330,8 @@ def evaluate_task(
     batch_tokens = scorer.batch_tokens or default_batch_tokens(scorer.device)
     while True:
         batches = group_sequences(packed.sequences, batch_tokens)
-        sums, outcome = _sum_over_ranks(scorer, tokenized, batches)
-        if outcome == INTERRUPTED:
-            raise Interrupted
-        if outcome == COMPLETE:
+        sums = _sum_over_ranks(scorer, tokenized, batches)
+        if sums is not None:
             decisions = decide(task, tokenized, sums.cpu().double().numpy(), packed)
             return task_document(task, decisions, packed)
         if max(map(len, batches)) == 1:
@@ -314,11 +340,16 @@ def evaluate_task(
 
 
 def _sum_over_ranks(
-    scorer: Scorer, tokenized: TokenizedTask, batches: list[list[PackedSequence]]
-) -> tuple[Tensor, int]:
-    """Return `sum_scores` over all ranks, each with its share of the batches, and how they ended."""
+    scorer: Scorer,
+    tokenized: TokenizedTask,
+    batches: list[list[PackedSequence]],
+) -> Tensor | None:
+    """Return `sum_scores` over the batches of all ranks; None if a rank ran out of memory.
+
+    Raises Interrupted on every rank if it is raised on one.
+    """
     ranks = scorer.ranks
-    sums = _zeros(scorer, tokenized)
+    sums = None
     outcome = COMPLETE
     try:
         sums = sum_scores(scorer, tokenized, batches[ranks.rank :: ranks.world_size])
@@ -329,10 +360,14 @@ def _sum_over_ranks(
             raise
         outcome = OUT_OF_MEMORY
     outcome = ranks.maximum(outcome, scorer.device)
-    ranks.sum(sums)
-    if outcome == OUT_OF_MEMORY and scorer.device.type == "cuda":
+    if outcome == INTERRUPTED:
+        raise Interrupted
+    if outcome == COMPLETE and sums is not None:
+        ranks.sum(sums)
+        return sums
+    if scorer.device.type == "cuda":
         torch.cuda.empty_cache()
-    return sums, outcome
+    return None
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -342,25 +377,23 @@ def out_of_memory(error: Exception) -> bool:
     return "can't allocate memory" in str(error)
 
 
-def _zeros(scorer: Scorer, tokenized: TokenizedTask) -> Tensor:
-    device = scorer.device
-    wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-    return torch.zeros(3, len(tokenized.suffixes), dtype=wide, device=device)
-
-
 @torch.no_grad()
 def sum_scores(
-    scorer: Scorer, tokenized: TokenizedTask, batches: list[list[PackedSequence]]
+    scorer: Scorer,
+    tokenized: TokenizedTask,
+    batches: list[list[PackedSequence]],
 ) -> Tensor:
     """Return each row's sums (3, R) of `Scorer.score` over its span, 0 for rows in no batch."""
-    sums = _zeros(scorer, tokenized)
+    device = scorer.device
+    wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    sums = torch.zeros(3, len(tokenized.suffixes), dtype=wide, device=device)
     builder = BatchBuilder(tokenized)
     total = sum(sequence.length for sequences in batches for sequence in sequences)
     done = 0
     for sequences in batches:
         batch = builder.batch(sequences)
-        rows = torch.from_numpy(batch.rows).to(scorer.device)
-        sums.index_add_(1, rows, scorer.score(batch).to(sums.dtype))
+        rows = torch.from_numpy(batch.rows).to(device)
+        sums.index_add_(1, rows, scorer.score(batch).to(wide))
         done += len(batch.ids)
         scorer.report(TOKENS, done, total)
     return sums

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 
     from slm.model.weights import Weights
 
-REPORT_SECONDS = 0.5
-"""Pause between two lines of progress."""
 REFUSED = "refused"
 FAILED = "failed"
 
@@ -131,7 +128,7 @@ def main() -> None:
             CoreRequest.from_document(arguments["request"]),
             device,
             ranks,
-            _reporter() if ranks.is_first else ignore,
+            _send if ranks.is_first else ignore,
         )
     except (ValueError, OutOfMemory) as error:  # raised on every rank
         if ranks.is_first:
@@ -139,20 +136,8 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def _reporter() -> Report:
-    """Return a report that writes a line now and then, and at the end."""
-    last = 0.0
-
-    def report(unit: str, done: int, total: int) -> None:
-        nonlocal last
-        if done == total or time.monotonic() - last > REPORT_SECONDS:
-            last = time.monotonic()
-            _send(unit, done, total)
-
-    return report
-
-
 def _send(*values: Any) -> None:
+    """Write a line of progress, or an error, for the process that started torchrun."""
     sys.stdout.write(json.dumps(values) + "\n")
     sys.stdout.flush()
 

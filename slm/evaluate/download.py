@@ -1,7 +1,7 @@
 """Download of one file that resumes where an interrupted attempt stopped.
 
-urllib.request and torch.hub.download_url_to_file start over after an interruption; a bundle on a slow
-line needs to resume.
+urllib.request and torch.hub.download_url_to_file start over after an interruption; a bundle on a
+slow line needs to resume.
 """
 
 from __future__ import annotations

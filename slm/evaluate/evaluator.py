@@ -23,7 +23,7 @@ from slm.evaluate.bundle import Bundle, installed
 from slm.evaluate.core import ERRORS, Scorer, evaluate_bundle
 from slm.evaluate.request import ROWS, CoreRequest, Report, ignore
 from slm.files import read_json, sha256_of, write_json
-from slm.model.ranks import Ranks
+from slm.model.ranks import ALONE, Ranks
 from slm.model.weights import Weights, find_dataset
 from slm.plan import canonical, code_fingerprint
 
@@ -82,35 +82,26 @@ def evaluate_val_bpb(
     On the ranks and threads of the training it equals the trainer's value to the bit. Raises
     ValueError if weights or rows are missing or changed, RuntimeError if the loss is not finite.
     """
-    settings = {"validation": weights.plan.data.validation}
+    plan = weights.plan
+    hp = plan.hyperparameters
+    settings = {"validation": plan.data.validation}
     file = EvaluationFile.locate(weights, "val_bpb", device, settings)
-    if not file.exists:
-        file.write(_measure_val_bpb(weights, home, device, report))
-    return file.path
-
-
-def _measure_val_bpb(
-    weights: Weights, home: Path, device: torch.device, report: Report
-) -> dict[str, Any]:
-    hp = weights.plan.hyperparameters
-    prepared = find_dataset(weights.plan, home)
+    if file.exists:
+        return file.path
+    prepared = find_dataset(plan, home)
     prepared.verify_content(hp, ["validation"])
     rows = Rows.open(prepared, "validation")
     token_bytes = bytes_of(prepared.tokenizer, hp.vocab_size, device)
     model = weights.model(device)
     start = time.perf_counter()
     bpb, loss = validation_loss(
-        model, rows, token_bytes, Ranks(), report=lambda read: report(ROWS, read, len(rows))
+        model, rows, token_bytes, ALONE, report=lambda read: report(ROWS, read, len(rows))
     )
     if not math.isfinite(bpb):
-        run_id = weights.plan.run_id
-        raise RuntimeError(f"run {run_id} diverged: val_bpb is {bpb} at step {weights.step}")
-    return {
-        "val_bpb": bpb,
-        "val_loss": loss,
-        "rows": len(rows),
-        "seconds": time.perf_counter() - start,
-    }
+        raise RuntimeError(f"run {plan.run_id} diverged: val_bpb is {bpb} at step {weights.step}")
+    seconds = time.perf_counter() - start
+    file.write({"val_bpb": bpb, "val_loss": loss, "rows": len(rows), "seconds": seconds})
+    return file.path
 
 
 def evaluate_core(
@@ -118,7 +109,7 @@ def evaluate_core(
     home: Path,
     request: CoreRequest,
     device: torch.device,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
     report: Report = ignore,
 ) -> Path:
     """Return the file with the results of some weights on the requested tasks, on every rank.
@@ -127,7 +118,6 @@ def evaluate_core(
     tokeniser or a task's file are missing or changed, or if examples are too few for the shots,
     OutOfMemory if a single example does not fit into memory.
     """
-    ranks = ranks or Ranks()
 
     def load() -> Scorer:
         tokenizer = find_dataset(weights.plan, home).tokenizer
@@ -146,8 +136,8 @@ def evaluate_core_with(
 ) -> Path:
     """Evaluate like `evaluate_core`, with a scorer that is loaded only if there is no file yet.
 
-    Only rank 0 reads and writes files, and only its `weights` count. `seconds` in the file are those
-    since the last interruption.
+    Only rank 0 reads and writes files, and only its `weights` count. `seconds` in the file are
+    those since the last interruption.
     """
     bundle, file = ranks.broadcast_from_rank0(
         lambda: locate_core(weights, home, request, device), device, ERRORS
@@ -164,7 +154,10 @@ def evaluate_core_with(
 def locate_core(
     weights: Weights, home: Path, request: CoreRequest, device: torch.device
 ) -> tuple[Bundle, EvaluationFile]:
-    """Return the requested bundle, and the file of its evaluation. Raises ValueError as `installed`."""
+    """Return the requested bundle, and the file of its evaluation.
+
+    Raises ValueError as `installed` and `EvaluationFile.locate` do.
+    """
     bundle = installed(home, request.bundle)
     settings = request.settings(bundle)
     return bundle, EvaluationFile.locate(weights, bundle.name, device, settings)

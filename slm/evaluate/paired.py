@@ -1,4 +1,4 @@
-"""CORE, or the mean of another bundle, of two sides of a comparison on the same examples, by depth."""
+"""CORE, or the mean of another bundle, of two sides of a comparison on the same examples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from slm.fits import Interval
 
     Answers = dict[str, NDArray[Any]]
-    """By task, how often each example was answered correctly; NaN for skipped examples."""
+    """Share of correct answers per task and example; NaN for skipped examples."""
 
 CODE = "core_not_compared"
 
@@ -47,7 +47,7 @@ class PairedCore:
     per_depth: tuple[PairedDepth, ...]
     """Shared depths in ascending order."""
     difference: Interval
-    """Mean over those depths, candidate minus base, with the interval over the examples they share."""
+    """Mean difference over those depths, with the interval over their shared examples."""
 
     def document(self) -> dict[str, Any]:
         """Return the comparison as JSON."""
@@ -87,7 +87,8 @@ class PairedCore:
 def compare_core(
     home: Path, names: tuple[str, str], frames: Sequence[pandas.DataFrame]
 ) -> tuple[PairedCore | None, list[dict[str, str]]]:
-    """Return the comparison of base and candidate on the examples of their evaluations, and warnings.
+    """Return the comparison of base and candidate on the examples of their evaluations, and
+    warnings.
 
     `names` and `frames` are those of base and candidate; frames have columns run_id and depth. The
     comparison is None if neither side was evaluated, and, with a warning that says why, if only one

@@ -1,22 +1,22 @@
 """pocket-core: a small bundle with CORE's three types of task, made from held-out text, for models
 that are at chance on CORE.
 
-Validation rows are cut into windows of 128 tokens. Each window gives one question of every type, from
-tokens that no other question scores, so that the tasks are drawn independently:
+Validation rows are cut into windows of 128 tokens. Each window gives one question of every type,
+from tokens that no other question scores, so that the tasks are drawn independently:
 
-    next_tokens         language_modeling   after 32 tokens: the next word, 2 to 4 tokens, all greedy
-    which_continuation  multiple_choice     after 48 tokens: which of 4 texts of 8 to 16 tokens follows
-    which_context       schema              before a text of 4 to 8 tokens: which of 4 texts of 16 tokens
+    next_tokens         language_modeling   the next word of 2 to 4 tokens, after 32 tokens
+    which_continuation  multiple_choice     the next text of 8 to 16 tokens, one of 4, after 48
+    which_context       schema              the text of 16 tokens, one of 4, before 4 to 8 tokens
 
-Texts begin after a single space between two words and end where a word does: there they are tokens of
-their own, in prose as in code. A passage ends at the first such cut after its minimum number of
+Texts begin after a single space between two words and end where a word does: there they are tokens
+of their own, in prose as in code. A passage ends at the first such cut after its minimum number of
 tokens. Every question fits into a context of 128 tokens.
 
-Wrong choices are the correct ones of three other windows, each a quarter of the held-out part further
-on, and so rarely of the same document. Four such windows share their choices, each correct once at
-every index: a model that does not read the question is right in exactly one of four, whichever
-choices it prefers. A word of several tokens is hardly guessed. No shots are shown: text that simply
-continues has no format for them to teach.
+Wrong choices are the correct ones of three other windows, each a quarter of the held-out part
+further on, and so rarely of the same document. Four such windows share their choices, each correct
+once at every index: a model that does not read the question is right in exactly one of four,
+whichever choices it prefers. A word of several tokens is hardly guessed. No shots are shown: text
+that simply continues has no format for them to teach.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ SPACES = b" \t\r\n\f\v"
 
 @dataclass(frozen=True)
 class Form:
-    """How the questions of a task are made."""
+    """Rules for the questions of a task."""
 
     label: str
     kind: str
@@ -68,7 +68,7 @@ class Form:
     baseline: int
     """Accuracy of guessing in percent."""
     starts_after_previous: bool = False
-    """Whether the passage begins after the previous form's answer, not at the window's first word."""
+    """Whether the passage begins after the previous form's answer, not with the window."""
 
 
 FORMS = (
@@ -88,7 +88,8 @@ class Question:
 
 
 def bundle_of(prepared: PreparedDataset, home: Path) -> Bundle:
-    """Make and install the pocket-core of a dataset; equal rows and tokeniser give the equal bundle.
+    """Make and install the pocket-core of a dataset; equal rows and tokeniser give the equal
+    bundle.
 
     It holds text of validation rows only. Raises ValueError if they are missing or changed, or give
     fewer than MIN_EXAMPLES examples of a task.
@@ -112,7 +113,8 @@ def bundle_of(prepared: PreparedDataset, home: Path) -> Bundle:
 def bundle_for(
     plan: Plan, home: Path, name: str | None, prepared: Callable[[], PreparedDataset]
 ) -> Bundle:
-    """Return the bundle of a name or an id, or the default of the run's recipe: pocket-core or CORE.
+    """Return the bundle of a name or an id, or the default of the run's recipe: pocket-core or
+    CORE.
 
     pocket-core is that of the run's own dataset, made if it is not installed. Raises ValueError as
     `bundle.installed` and `bundle_of` do.
@@ -152,10 +154,10 @@ def _questions(ids: list[int], tokenizer: Tokenizer) -> list[Question | None]:
     words = _word_starts(text, offsets)
     ends = _text_ends(text, offsets)
     questions: list[Question | None] = []
-    taken = 0
+    used = 0
     for form in FORMS:
         questions.append(None)
-        cuts = _cuts(form, words, ends, taken)
+        cuts = _cuts(form, words, ends, used)
         if cuts is None:
             continue
         first, middle, end = cuts
@@ -163,7 +165,7 @@ def _questions(ids: list[int], tokenizer: Tokenizer) -> list[Question | None]:
         answer = text[offsets[middle] + 1 : offsets[end]].decode()
         if tokenizer.encode(f" {passage}") + tokenizer.encode(f" {answer}") == ids[first:end]:
             questions[-1] = Question(passage, answer)
-            taken = end
+            used = end
     return questions
 
 
@@ -195,15 +197,15 @@ def _in_word(byte: int) -> bool:
     return byte > 127 or chr(byte).isalnum() or byte == ord("_")
 
 
-def _cuts(form: Form, words: list[int], ends: list[int], taken: int) -> tuple[int, int, int] | None:
+def _cuts(form: Form, words: list[int], ends: list[int], used: int) -> tuple[int, int, int] | None:
     """Return the tokens at which the passage begins, the answer begins and the answer ends."""
-    start = taken if form.starts_after_previous else 0
-    first = next((word for word in words if word >= start), None)
+    start = used if form.starts_after_previous else 0
+    first = next((token for token in words if token >= start), None)
     if first is None:
         return None
     shortest, longest = form.answer
     for middle in words:
-        if max(first + form.passage, taken) <= middle <= first + MAX_PASSAGE:
+        if max(first + form.passage, used) <= middle <= first + MAX_PASSAGE:
             end = next((end for end in ends if end >= middle + shortest), None)
             if end is not None and end <= middle + longest:
                 return first, middle, end
@@ -211,7 +213,7 @@ def _cuts(form: Form, words: list[int], ends: list[int], taken: int) -> tuple[in
 
 
 def _examples(form: Form, questions: list[Question]) -> list[Example]:
-    """Return the examples that a form makes of its questions; groups with equal choices are dropped."""
+    """Return the examples of a form's questions, without groups that have equal choices."""
     if form.kind == "language_modeling":
         return [{"context": q.passage, "continuation": q.answer} for q in questions]
     examples: list[Example] = []

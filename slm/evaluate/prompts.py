@@ -1,14 +1,17 @@
-"""CORE prompts: examples of a task rendered as rows of tokens, with the span of each row that is scored.
+"""CORE prompts: examples of a task rendered as rows of tokens, with the span of each row that is
+scored.
 
-An example becomes one row per choice (language modelling: one row). A row is `<|bos|>`, the shots, each followed by a
-blank line, and the example itself. Its span runs from a start to the end of the row:
+An example becomes one row per choice (language modelling: one row). A row is `<|bos|>`, the shots,
+each followed by a blank line, and the example itself. Its span runs from a start to the end of the
+row:
 
     multiple_choice     choices differ: the span follows the tokens that all rows begin with
     schema              contexts differ: the span is the tokens that all rows end with
-    language_modeling   the span is the continuation, after the tokens of the stripped row without it
+    language_modeling   the span is the continuation, after the tokens of the stripped context
 
-Examples are shuffled by Random(1337), then cut to the maximum; the shots of example i are drawn by Random(1234 + i)
-from the remaining ones. The semantics are those of DCLM (arXiv 2406.11794) as nanochat implements them.
+Examples are shuffled by Random(1337), then cut to the maximum; the shots of example i are drawn by
+Random(1234 + i) from the remaining ones. The semantics are those of DCLM (arXiv 2406.11794) as
+nanochat implements them.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ Row = TypeVar("Row", str, list[int])
 
 @dataclass(frozen=True)
 class TokenizedTask:
-    """Examples of a task as tokens: the prefix that the rows of an example share, then the suffix of each row."""
+    """Examples of a task as tokens: their shared prefix, then the suffix of every row."""
 
     tokens: NDArray[np.unsignedinteger[Any]]
     """Prefix and suffixes, one example after another."""
@@ -103,7 +106,7 @@ def select_examples(
 
 
 def draw_shots(task: Task, index: int, count: int) -> list[int]:
-    """Return the indices, among `count` examples, of the shots of example `index`, in their order."""
+    """Return the indices among `count` examples of the shots of example `index`, in order."""
     drawn = random.Random(1234 + index).sample(range(count - 1), task.shots)
     return [shot + (shot >= index) for shot in drawn]  # drawn from the other examples
 
@@ -155,12 +158,15 @@ def _common_prefix(rows: list[Row]) -> int:
 
 
 def tokenize(
-    task: Task, examples: Sequence[Example], indices: Sequence[int], tokenizer: Tokenizer
+    task: Task,
+    examples: Sequence[Example],
+    indices: Sequence[int],
+    tokenizer: Tokenizer,
 ) -> TokenizedTask:
     """Return rows and spans of the examples at `indices` of a task's selected examples.
 
-    Raises ValueError if a continuation has no tokens of its own after the row without it, or if the tokenizer has no
-    `bos`.
+    Raises ValueError if a continuation has no tokens of its own after the row without it, or if the
+    tokenizer has no `bos`.
     """
     if getattr(tokenizer, "bos", None) is None:
         raise ValueError("this tokeniser has no <|bos|>, the token that begins every row of CORE")
@@ -188,9 +194,12 @@ def tokenize(
 
 
 def _encode(
-    task: Task, examples: Sequence[Example], indices: Sequence[int], tokenizer: Tokenizer
+    task: Task,
+    examples: Sequence[Example],
+    indices: Sequence[int],
+    tokenizer: Tokenizer,
 ) -> Iterator[tuple[list[list[int]], list[int]]]:
-    """Yield the rows of each example as tokens, and their span starts; chunks are encoded on all cores."""
+    """Yield the tokens of each example's rows, and their span starts; encode on all cores."""
     with ThreadPoolExecutor(cores()) as pool:
         for start in range(0, len(indices), CHUNK):
             chunk = indices[start : start + CHUNK]
@@ -211,7 +220,7 @@ def _encode(
 
 
 def _gold_bytes(task: Task, example: Example) -> int:
-    """Return the UTF-8 bytes of the correct row's span, found in characters as the span is in tokens."""
+    """Return the UTF-8 bytes of the correct row's span, which is found in characters."""
     rows, context = _render_example(task, example)
     gold = example.get("gold", 0)
     start = _span_starts(task, rows, context)[gold]
@@ -219,9 +228,13 @@ def _gold_bytes(task: Task, example: Example) -> int:
 
 
 def load_or_tokenize(
-    bundle: Bundle, task: Task, tokenizer: Tokenizer, maximum: int | None = None
+    bundle: Bundle,
+    task: Task,
+    tokenizer: Tokenizer,
+    maximum: int | None = None,
 ) -> TokenizedTask:
-    """Return all of a task's examples, or `maximum` of them, as tokens; cached in the bundle's folder.
+    """Return all of a task's examples, or `maximum` of them, as tokens; cached in the bundle's
+    folder.
 
     Raises ValueError as `select_examples` and `tokenize` do.
     """

@@ -1,4 +1,4 @@
-"""Evaluation records: what a run's weights reached on bundles, and when two records compare. No torch."""
+"""Evaluation records: results of a run's weights on bundles, and the keys that compare them."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class EvaluationRecord:
 def read_records(run_folder: Path) -> list[EvaluationRecord]:
     """Return the evaluations of a run's final weights that have a mean, in order of preference.
 
-    CORE comes before other bundles, all examples before some, more per task before fewer, newer before
-    older. Records of versions that wrote no mode are left out.
+    CORE comes before other bundles, all examples before some, more per task before fewer, newer
+    before older. Records of versions that wrote no mode are left out.
     """
     hp = read_json(run_folder / "plan.json")["hyperparameters"]
     documents = [
@@ -51,7 +51,7 @@ def read_records(run_folder: Path) -> list[EvaluationRecord]:
 def runs_without_record(
     run_folders: Iterable[Path], requests: Mapping[str, CoreRequest]
 ) -> list[str]:
-    """Return the run_ids of finished runs with no evaluation of their final weights as requested."""
+    """Return the run_ids without an evaluation of the final weights as requested."""
     return [
         folder.name
         for folder in run_folders

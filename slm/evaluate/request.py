@@ -57,7 +57,12 @@ class CoreRequest:
             "without": list(self.without),
         }
 
-    def for_run(self, plan: Plan, home: Path, prepared: Callable[[], PreparedDataset]) -> CoreRequest:
+    def for_run(
+        self,
+        plan: Plan,
+        home: Path,
+        prepared: Callable[[], PreparedDataset],
+    ) -> CoreRequest:
         """Return the request with the id of the run's bundle, which is made if need be.
 
         Raises ValueError if the bundle is not in the home, lacks a task, or has too few examples.
@@ -105,7 +110,7 @@ class CoreRequest:
         return [task for task in bundle.tasks if task.label in selected]
 
     def mode(self, bundle: Bundle) -> str:
-        """Return how much of the bundle is evaluated; values of different modes are not comparable."""
+        """Return the share of the bundle as text; values of different modes are not comparable."""
         tasks = self.tasks_of(bundle)
         excluded = [task.label for task in bundle.tasks if task not in tasks]
         parts = [f"{self.max_per_task} per task"] if self.max_per_task else []
@@ -116,7 +121,7 @@ class CoreRequest:
         return ", ".join(parts) or "full"
 
     def settings(self, bundle: Bundle) -> dict[str, Any]:
-        """Return the part of an evaluation record that decides, with the tokeniser, what compares."""
+        """Return the settings that an evaluation record shares with comparable ones."""
         return {
             "bundle": bundle.id,
             "name": bundle.name,

@@ -1,12 +1,13 @@
-"""CORE scores: losses of rows -> decisions -> accuracies -> CORE, the mean of the centred accuracies of all tasks.
+"""CORE scores: losses of rows -> decisions -> accuracies -> CORE, the mean of the centred
+accuracies of all tasks.
 
 The chosen row is the one with the lowest mean loss per token, the first of equals; a row without
 tokens has no mean and is chosen only if it comes first. A continuation is correct if every token of
 it is the greedy one.
 
-Centred accuracy is (accuracy - baseline) / (1 - baseline); its standard error is the binomial one over
-(1 - baseline). Tasks count as independent: the standard error of CORE is the root of the summed
-squares over the number of tasks.
+Centred accuracy is (accuracy - baseline) / (1 - baseline); its standard error is the binomial one
+over (1 - baseline). Tasks count as independent: the standard error of CORE is the root of the
+summed squares over the number of tasks.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ MEANS = (
     "centred_corrected_error",
     "bits_per_byte",
     "greedy_share",
+    "core",
+    "core_corrected",
 )
-"""Means over tasks: centred accuracy with its standard error, by the bundle's baselines and by those
-that DCLM corrected; bits per byte and greedy share of the correct rows."""
+"""Means over tasks: centred accuracy with its standard error, by the bundle's baselines and by
+those that DCLM corrected; bits per byte and greedy share of the correct rows."""
 COUNTS = ("examples", "cropped", "skipped", "ties")
 """Counts summed over tasks."""
 Floats = NDArray[np.float64]
@@ -71,8 +74,8 @@ class Decision:
     gold_bytes: int
     """UTF-8 bytes of that span."""
     gold_probability: float | None
-    """Share of the correct row in the sum of exp(-mean loss) over rows; None for a single row, or if
-    a row has no tokens."""
+    """Share of the correct row in the sum of exp(-mean loss) over rows; None for a single row, or
+    if a row has no tokens."""
 
 
 def accuracy(correct: int, examples: int) -> Score:
@@ -98,8 +101,8 @@ def decide(
 ) -> list[Decision | None]:
     """Return the decision on every example, None for skipped ones.
 
-    `sums` (3, R) are each row's summed nats, greedy tokens and ties among logits. Raises TaskError if
-    a loss is not finite.
+    `sums` (3, R) are each row's summed nats, greedy tokens and ties among logits. Raises TaskError
+    if a loss is not finite.
     """
     return [
         None if skipped else _decide_example(task, tokenized, example, sums)
@@ -130,35 +133,35 @@ def _decide_example(task: Task, tokenized: TokenizedTask, example: int, sums: Fl
 def task_document(
     task: Task, decisions: list[Decision | None], packed: PackedTask
 ) -> dict[str, Any]:
-    """Return a task's part of an evaluation record: counts, accuracies, smooth metrics, each example."""
-    decided = [decision for decision in decisions if decision]
-    score = accuracy(sum(decision.correct for decision in decided), len(decided))
-    nats = sum(decision.gold_nats for decision in decided)
-    size = sum(decision.gold_bytes for decision in decided)
-    tokens = sum(decision.gold_tokens for decision in decided)
-    greedy = sum(decision.gold_greedy for decision in decided)
-    probabilities = [
-        decision.gold_probability for decision in decided if decision.gold_probability is not None
-    ]
+    """Return a task's part of an evaluation record: totals, and the decision on each example."""
+    columns: dict[str, list[Any]] = {
+        name: [decision and getattr(decision, name) for decision in decisions]
+        for name in Decision.__annotations__
+    }
+    values = {
+        name: [value for value in column if value is not None] for name, column in columns.items()
+    }
+    totals = {name: sum(column) for name, column in values.items()}
+    examples = len(values["correct"])
+    score = accuracy(totals["correct"], examples)
+    size = totals["gold_bytes"]
+    tokens = totals["gold_tokens"]
     return {
         "kind": task.kind,
         "shots": task.shots,
         "baseline": task.baseline,
-        "examples": len(decided),
+        "examples": examples,
         "cropped": int(packed.cropped.sum()),
         "skipped": int(packed.skipped.sum()),
-        "ties": sum(decision.tie for decision in decided),
+        "ties": totals["tie"],
         "accuracy": score.value,
         "standard_error": score.error,
         "centred": centred(score, task.baseline).value,
         "centred_corrected": centred(score, task.corrected).value,
-        "bits_per_byte": nats / log(2) / size if size else None,
-        "greedy_share": greedy / tokens if tokens else None,
-        "gold_probability": _mean(probabilities),
-        "each": {
-            name: [decision and getattr(decision, name) for decision in decisions]
-            for name in Decision.__annotations__
-        },
+        "bits_per_byte": totals["gold_nats"] / log(2) / size if size else None,
+        "greedy_share": totals["gold_greedy"] / tokens if tokens else None,
+        "gold_probability": _mean(values["gold_probability"]),
+        "each": columns,
     }
 
 
@@ -173,7 +176,7 @@ def summary(
     records = [documents[task.label] for task in evaluated]
     counts = {name: sum(record[name] for record in records) for name in COUNTS}
     if len(evaluated) < len(tasks):
-        return dict.fromkeys((*MEANS, "core", "core_corrected")) | counts
+        return dict.fromkeys(MEANS) | counts
     scores = [Score(record["accuracy"], record["standard_error"]) for record in records]
     pairs = list(zip(evaluated, scores))
     published = mean_score(centred(score, task.baseline) for task, score in pairs)
@@ -185,15 +188,10 @@ def summary(
         corrected.error,
         _mean([record["bits_per_byte"] for record in records]),
         _mean([record["greedy_share"] for record in records]),
+        published.value if complete else None,
+        corrected.value if complete else None,
     )
-    return (
-        dict(zip(MEANS, means, strict=True))
-        | {
-            "core": published.value if complete else None,
-            "core_corrected": corrected.value if complete else None,
-        }
-        | counts
-    )
+    return dict(zip(MEANS, means, strict=True)) | counts
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -47,7 +47,7 @@ def noise(seed: int) -> np.ndarray:
 
 
 def induction(row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return, for each token, what followed the latest of the longest equal pasts, and its length."""
+    """Return what followed the latest of the longest equal pasts of each token, and its length."""
     length = len(row)
     equal = (row[:, None] == row) & np.tri(length, k=-1, dtype=bool)  # [t, s], s < t
     longest, reach = np.zeros((length, length), np.int8), equal

@@ -1,4 +1,4 @@
-"""pocket-core: made from held-out text, at chance for models that do not read, never called CORE."""
+"""pocket-core: made from held-out text, at chance for blind models, never called CORE."""
 
 from __future__ import annotations
 
