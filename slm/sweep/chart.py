@@ -30,9 +30,7 @@ def draw(
 
 
 def _bar(label: str, columns: int) -> str:
-    """Return `|d20 ------|`, without a label that does not fit. Its last column is the first of the
-    next bar.
-    """
+    """Return `|d20 ------|`, the last column of which is the first of the next bar."""
     text = f"{label} "[: columns - 1] if len(label) < columns else ""
     return f"|{text:-<{columns - 1}}|" if columns else "|"
 

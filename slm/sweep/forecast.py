@@ -34,7 +34,7 @@ class Forecast:
     """Time, memory and cost of the runs that a sweep has to train."""
 
     runs: dict[str, RunForecast]
-    """By name of the run."""
+    """Forecasts by name of the run."""
     seconds: float
     """Time until the last run ends; in a queue the duration of the longest run."""
     cost: float | None

@@ -55,15 +55,15 @@ class Signals:
 
     @contextmanager
     def handled(self) -> Iterator[InterruptibleSleep]:
-        """Handle signals in this block; yield a sleep that any of them ends, the end of a child
-        included.
-        """
+        """Handle signals in this block; yield a sleep that any of them ends, SIGCHLD included."""
         terminals = [output for output in (1, 2) if os.isatty(output)]  # false once it is closed
 
         def handle(number: int, frame: FrameType | None) -> None:
             self.stops += number in (signal.SIGINT, signal.SIGTERM)
             if number == signal.SIGHUP and terminals:
-                self._redirect(terminals)
+                with self._log.open("ab") as log:
+                    for output in terminals:
+                        os.dup2(log.fileno(), output)
 
         with InterruptibleSleep() as sleep:
             previous = {number: signal.signal(number, handle) for number in HANDLED}
@@ -72,8 +72,3 @@ class Signals:
             finally:
                 for number, handler in previous.items():
                     signal.signal(number, handler)
-
-    def _redirect(self, outputs: list[int]) -> None:
-        with self._log.open("ab") as log:
-            for output in outputs:
-                os.dup2(log.fileno(), output)

@@ -66,6 +66,6 @@ class RunningRun:
     """A run that occupies devices."""
 
     ids: tuple[str, ...]
-    """Its devices, as in `Slot.ids`."""
+    """Devices that it occupies, as in `Slot.ids`."""
     seconds_left: float
     """Estimated time until it ends."""

@@ -1,6 +1,4 @@
-"""Local launcher: the devices of this machine, shared by several runs at once, with one supervisor
-per attempt.
-"""
+"""Local launcher: several runs share the devices of this machine, each with a supervisor."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ class Machine:
     """"cpu", "cuda" or "mps"."""
     device_name: str
     ids: tuple[str, ...]
-    """One entry per GPU, as in CUDA_VISIBLE_DEVICES, or per core."""
+    """GPUs as CUDA_VISIBLE_DEVICES names them, or cores."""
     memory: int | None
     """Bytes of one GPU, or of the whole machine for CPU cores; None if unknown."""
 
@@ -62,8 +60,9 @@ class Machine:
 
 
 def planned_machine(gpus: int, name: str) -> Machine:
-    """Return a machine with GPUs that need not exist, for a dry run. Raises ValueError for an
-    unknown name.
+    """Return a machine with GPUs that need not exist, for a dry run.
+
+    Raises ValueError for an unknown name.
     """
     return Machine("cuda", name, tuple(map(str, range(gpus))), planned_gpu_memory(name))
 
@@ -109,9 +108,7 @@ class Local:
         runtime: RuntimeModel,
         micro_batches: MicroBatches,
     ) -> None:
-        """Share a machine between runs of these numbers of devices, powers of two if there are
-        several.
-        """
+        """Share a machine between runs. `sizes`: devices of a run, powers of two if several."""
         self.machine = machine
         self.runtime = runtime
         self.micro_batches = micro_batches
@@ -180,8 +177,7 @@ class Local:
         return Job(run.name, seconds)
 
     def start(self, attempt: Path) -> None:
-        """Start the supervisor of an attempt in a session of its own, unless another process holds
-        the run.
+        """Start the supervisor of an attempt in its own session, unless the run is held.
 
         The supervisor inherits the run's lock, which is therefore held from the first moment.
         """

@@ -1,10 +1,8 @@
-"""Micro-batch per rank: the closed-form estimate, lowered where an earlier attempt ran out of
-memory.
-"""
+"""Micro-batch per rank: the closed-form estimate, lowered where an attempt ran out of memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from slm.recipe import Hyperparameters
 
 CPU_TOKENS = 2**13
 """Tokens of a forward pass on a CPU, about: larger passes are no faster and take memory."""
-Key = tuple[str, int, int, int, int, int]
 KEY = ("device_name", "ranks", "depth", "width", "sequence_length", "vocab_size")
 """Columns that decide whether a micro-batch fits."""
 QUERY = """
@@ -28,16 +25,10 @@ FROM micro_batches
 class MicroBatches:
     """Largest micro-batches that may fit, by device and model shape."""
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, rows: Sequence[Mapping[str, Any]] = ()) -> None:
         """Take rows of the store's view `micro_batches`: limits learnt from earlier attempts."""
-        self._training: dict[Key, int] = {}
-        self._evaluation: dict[Key, int] = {}
-        for row in rows:
-            key: Any = tuple(row[name] for name in KEY)
-            if row["training"]:
-                self._training[key] = row["training"]
-            if row["evaluation_tokens"]:
-                self._evaluation[key] = row["evaluation_tokens"]
+        self._training = _limits(rows, "training")
+        self._evaluation = _limits(rows, "evaluation_tokens")
 
     @classmethod
     def from_store(cls, home: Path) -> MicroBatches:
@@ -61,9 +52,7 @@ class MicroBatches:
     def halve(
         self, hp: Hyperparameters, slot: Slot, failed: MicroBatch, evaluating: bool
     ) -> MicroBatch | None:
-        """Remember that a micro-batch ran out of memory, and return the next to try; None if there
-        is none.
-        """
+        """Record a micro-batch that ran out of memory; return the next to try, if any."""
         key = _key(hp, slot)
         known = self.choose(hp, slot)
         if evaluating and failed.evaluation_tokens > hp.sequence_length:
@@ -75,7 +64,11 @@ class MicroBatches:
         return self.choose(hp, slot)
 
 
-def _key(hp: Hyperparameters, slot: Slot) -> Key:
+def _limits(rows: Sequence[Mapping[str, Any]], column: str) -> dict[tuple[Any, ...], int]:
+    return {tuple(row[name] for name in KEY): row[column] for row in rows if row[column]}
+
+
+def _key(hp: Hyperparameters, slot: Slot) -> tuple[Any, ...]:
     ranks = slot.ranks_of(hp)
     return (slot.device_name, ranks, hp.depth, hp.width, hp.sequence_length, hp.vocab_size)
 

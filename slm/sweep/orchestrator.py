@@ -1,6 +1,4 @@
-"""Orchestrator: train the runs of a sweep, several at once, until each is done or has a reason not
-to be.
-"""
+"""Orchestrator: train the runs of a sweep, several at once, until each is finished or given up."""
 
 from __future__ import annotations
 
@@ -93,9 +91,7 @@ class Outcome:
 
 
 def train(sweep: Sweep, launcher: Launcher, view: View) -> Outcome:
-    """Train a sweep. While another one runs in its home, show that one's runs, and start when it
-    ends.
-    """
+    """Train a sweep. While another one runs in its home, show its runs and wait for its end."""
     home = sweep.home
     while True:
         with sweep_lock(home) as acquired:
@@ -153,8 +149,9 @@ def sweep_process(home: Path) -> int | None:
 
 
 def ingest(home: Path) -> list[str]:
-    """Update the home's database and return its problems. Training does not depend on it: files
-    hold everything.
+    """Update the home's database and return its problems.
+
+    Training does not depend on it: files hold everything.
     """
     import store
 
@@ -235,9 +232,7 @@ class Orchestrator:
         return self._outcome()
 
     def submit(self) -> list[str]:
-        """Start the runs that the launcher takes now, without following them; return the run_ids of
-        the others.
-        """
+        """Start what the launcher takes now, without following it; return the other run_ids."""
         self._adopt_existing()
         self._start_runs()
         self._poll()
@@ -411,9 +406,7 @@ class Orchestrator:
         self._stop_if_all_fail_alike()
 
     def _stop_if_all_fail_alike(self) -> None:
-        """Start no more runs if the first ones all failed with the same message and none made
-        progress.
-        """
+        """Start no more runs if the first ones failed with one message and none made progress."""
         ends = [run.end for run in self._runs.values() if run.end and run.end[0] not in NO_FAILURES]
         messages = {VARIABLE.sub("#", f"{reason}: {message}") for reason, message in ends}
         has_progress = any(

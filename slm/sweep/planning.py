@@ -233,9 +233,7 @@ def _experiment_document(
 
 
 def _is_comparable(run_folder: Path, plan: Plan, edited: set[str]) -> bool:
-    """Whether a recorded run has the same trainer, tokeniser and validation rows, and a recipe that
-    was not edited.
-    """
+    """Whether a recorded run has the same trainer, data and recipe, the latter not edited since."""
     recorded = _recorded(run_folder)
     if recorded is None or recorded.recipe in edited:
         return False

@@ -1,6 +1,4 @@
-"""Preview of a sweep: one row per run, totals, the basis of the estimates, and the schedule as a
-chart.
-"""
+"""Preview of a sweep: one row per run, totals, the basis of the estimates, and a chart."""
 
 from __future__ import annotations
 
@@ -36,9 +34,9 @@ class Row:
 
     run: PlannedRun
     name: str
-    """Its run_id, or its position in the sweep while it has no plan."""
+    """run_id, or the position in the sweep while it has no plan."""
     state: str
-    """One of run.STATES, or NOT_PREPARED."""
+    """State: one of run.STATES, or NOT_PREPARED."""
     waiting: WaitingRun | None
     """The run as a launcher gets it; None if there is nothing to train."""
 

@@ -8,14 +8,14 @@ import socket
 import psutil
 
 PORTS = range(10_000, 30_000)
-"""Rendezvous ports: below the system's ephemeral ports, and a different one for neighbouring job
-numbers.
+"""Rendezvous ports, below the system's ephemeral ones; neighbouring job numbers get different ones.
 """
 
 
 def rendezvous_args(nodes: int) -> tuple[str, ...]:
-    """Return torchrun's options on one of several nodes. The first node, whose script called srun,
-    is the master.
+    """Return torchrun's options on one of several nodes.
+
+    The master is the first node, whose script called srun.
     """
     port = PORTS[int(os.environ["SLURM_JOB_ID"]) % len(PORTS)]
     return (

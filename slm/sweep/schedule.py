@@ -1,5 +1,4 @@
-"""Schedule of a sweep: which run trains on which devices of a machine, and when, so that the sweep
-ends soonest.
+"""Schedule of a sweep: devices and start of each run, so that the sweep ends soonest.
 
 A run takes 1, 2, 4, 8 … devices for its whole duration: a moldable job. Its devices are an aligned
 block (0-1, 2-3, 0-3 …), as fast links between GPUs are. Two such blocks are nested or disjoint. If
@@ -76,8 +75,7 @@ class _Partial(NamedTuple):
 
 
 def schedule(jobs: Sequence[Job], devices: int, busy: Mapping[int, float] = {}) -> list[Assignment]:
-    """Schedule runs on a machine, in order of start; `busy` gives the seconds until a device is
-    free.
+    """Schedule runs on a machine, in order of start; `busy`: seconds until a device is free.
 
     Minimises the end of the last run, those that keep devices busy included; no run could use fewer
     devices without delaying it. Of runs that can start at once the widest comes first, then the
@@ -120,9 +118,7 @@ def _blocks(size: int, devices: int) -> Iterator[range]:
 
 
 def _beam(runs: list[Choices], idle: Loads, width: int, limit: float) -> list[_Partial]:
-    """Return schedules of all runs that end before a limit, shortest first; empty if the beam found
-    none.
-    """
+    """Return schedules of all runs that end before a limit, shortest first; [] if there is none."""
     beam = [_Partial(0.0, idle, ())]
     work = sum(map(_least_work, runs))
     for choices in runs:
@@ -138,9 +134,7 @@ def _beam(runs: list[Choices], idle: Loads, width: int, limit: float) -> list[_P
 def _extensions(
     partial: _Partial, choices: Choices, work: float, limit: float
 ) -> Iterator[_Partial]:
-    """Add one run on each block whose bound stays below the limit; `work` is that of the runs after
-    it.
-    """
+    """Add one run on each block with a bound below the limit; `work`: that of later runs."""
     loads = partial.loads
     for size, seconds in choices.items():
         mean = (sum(loads) + size * seconds + work) / len(loads)
@@ -182,10 +176,10 @@ def _canonical(loads: Loads) -> Loads:
 
 
 def _narrowed(runs: list[Choices], best: _Partial) -> list[range]:
-    """Return the blocks, each run moved to fewer devices, or to as many that are free sooner, at
-    the same makespan.
+    """Return the blocks after moves to fewer devices, or to as many that are free sooner.
 
-    Terminates: of the loads that a move to equally many devices changes, the largest falls.
+    The makespan stays the same. Terminates: of the loads that a move to equally many devices
+    changes, the largest falls.
     """
     loads = best.loads
     blocks = list(best.blocks)

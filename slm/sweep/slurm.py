@@ -1,5 +1,4 @@
-"""Slurm launcher: one job per run by a plain `sbatch` script; one `squeue` tells the state of all
-jobs.
+"""Slurm launcher: one job per run by a plain `sbatch` script, all states from one `squeue`.
 
 A job's script calls `begin` to learn its attempt, starts a supervisor on each node, and calls `end`
 to decide whether the job is requeued. A job that Slurm runs again (time limit, lost or preempted
@@ -65,9 +64,7 @@ RESERVED = {
 } | dict.fromkeys(
     ("array", "chdir", "job-name", "ntasks", "ntasks-per-node", "output", "signal", "wrap")
 )
-"""Options of sbatch that `--sbatch` may not set, each with the option of `slm sweep` to use
-instead, if any.
-"""
+"""Options of sbatch that `--sbatch` may not set, each with the option to use instead, if any."""
 SHORT = {
     "N": "nodes",
     "c": "cpus-per-task",
@@ -107,7 +104,7 @@ class Cluster:
 
     nodes: int = 1
     gpus_per_node: int = 0
-    """One rank runs on each; 0 to train on cores."""
+    """GPUs of a node, one rank on each; 0 to train on cores."""
     cores_per_node: int | None = None
     """None for CORES_PER_GPU per GPU, or one core without GPUs."""
     device_name: str = ""
@@ -143,9 +140,7 @@ class Cluster:
         return CORES_PER_GPU * self.gpus_per_node or 1
 
     def slot(self, hp: Hyperparameters) -> Slot:
-        """Return the slot of a run: at most one rank per row of its batch, equally many on each
-        node.
-        """
+        """Return the slot of a run: at most one rank per row of a batch, as many on every node."""
         nodes = min(self.nodes, hp.batch_rows)
         ranks = min(self.gpus_per_node or min(self.cores, MAX_CPU_RANKS), hp.batch_rows // nodes)
         return Slot(
@@ -159,12 +154,12 @@ class Cluster:
 
     def lines(self) -> list[str]:
         """Return the options of sbatch that are the same for all runs."""
-        words = [
+        flags = [
             f"--{name}={value}"
             for name in ("partition", "account", "qos", "time")
             if (value := getattr(self, name))
         ]
-        options = (word.partition("=") for word in (*words, *self.options))
+        options = (option.partition("=") for option in (*flags, *self.options))
         return [name + equals + (value and shlex.quote(value)) for name, equals, value in options]
 
 
@@ -251,8 +246,9 @@ class Slurm:
         note: Callable[[str], None],
         max_jobs: int | None = None,
     ) -> None:
-        """`max_jobs` caps the jobs in the queue. `note` is called when Slurm stops responding and
-        when it recovers.
+        """`max_jobs` caps the jobs in the queue.
+
+        `note` is called when Slurm stops responding and when it recovers.
         """
         self.cluster = cluster
         self.runtime = runtime
@@ -273,9 +269,7 @@ class Slurm:
         return f"Slurm, {plural(cluster.nodes, 'node')} of {each} a run"
 
     def check(self) -> None:
-        """Raise ValueError if there is no Slurm on this machine, RuntimeError if it does not
-        answer.
-        """
+        """Raise ValueError without Slurm on this machine, RuntimeError if it does not answer."""
         if shutil.which("sbatch") is None:
             raise ValueError(
                 "--launcher slurm: no sbatch on this machine; run the sweep on a login node"
@@ -314,8 +308,9 @@ class Slurm:
         self._next_query = time.monotonic() + pause
 
     def start(self, attempt: Path) -> None:
-        """Submit a job for an attempt, unless its run has one. If sbatch refuses, exit.json holds
-        its message.
+        """Submit a job for an attempt, unless its run has one.
+
+        If sbatch refuses, exit.json holds its message.
         """
         if self._job(attempt):
             return
@@ -376,8 +371,9 @@ def _is_held(attempt: Path) -> bool:
 
 
 def stop_job(job: SlurmJob, attempt: Path, at_once: bool = False) -> None:
-    """Remove a job from the queue for good; a running one checkpoints and stops, or is killed at
-    once.
+    """Remove a job from the queue for good.
+
+    A running one checkpoints and stops, or is killed at once.
     """
     _stop_marker(attempt).touch()
     commands = [[]] if at_once else [["--state=PENDING"], ["--state=RUNNING", "--signal=USR2"]]
@@ -387,8 +383,9 @@ def stop_job(job: SlurmJob, attempt: Path, at_once: bool = False) -> None:
 
 
 def job_script(attempt: Path, cluster: Cluster) -> str:
-    """Return the sbatch script of an attempt. It is submitted from the run folder, which identifies
-    the job.
+    """Return the sbatch script of an attempt.
+
+    It is submitted from the run folder, which identifies the job.
     """
     document = read_attempt(attempt)
     nodes = document["nodes"]
@@ -428,8 +425,7 @@ def _quoted(path: Path) -> str:
 
 
 def begin(folder: Path) -> int:
-    """Print the attempt of a job: the one that it was submitted for, or a new one if that has
-    started before.
+    """Print the attempt of a job: its own, or a new one if that has started before.
 
     Fails if the run is finished, cancelled or held by a process: Slurm may start a job twice.
     """
@@ -487,8 +483,9 @@ def _record_job(attempt: Path, number: str) -> None:
 
 
 def _job_id(attempt: Path, job: SlurmJob) -> str | None:
-    """Return the number of an attempt's job, by its name if the submitting process was killed
-    before job.json.
+    """Return the number of an attempt's job.
+
+    Without job.json (the submitting process was killed) the job's name decides.
     """
     path = attempt / "job.json"
     if path.exists():
@@ -497,10 +494,10 @@ def _job_id(attempt: Path, job: SlurmJob) -> str | None:
 
 
 def _run(*command: str, folder: Path | None = None) -> str:
-    """Return the output of a Slurm command. Raises RuntimeError with the first line of its error
-    message.
+    """Return the output of a Slurm command.
 
-    The variables of a surrounding job are removed: srun would take them for the new job's.
+    Raises RuntimeError with the first line of its error message. The variables of a surrounding job
+    are removed: srun would take them for the new job's.
     """
     environment = {
         name: value

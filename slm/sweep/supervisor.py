@@ -1,11 +1,10 @@
-"""One supervisor per attempt: `python -m slm.sweep.supervisor ATTEMPT_FOLDER [LOCK]`, in a session
-of its own.
+"""Supervisor of one attempt: `python -m slm.sweep.supervisor ATTEMPT_FOLDER [LOCK]`.
 
-It holds the run's `lock` (LOCK is the number of an inherited open file; without it the supervisor
-takes the lock itself), starts torchrun, forwards SIGTERM as a request to checkpoint and stop, kills
-everything on SIGINT or when the trainer hangs, leaves no process behind, and writes `exit.json`.
-Training continues if the process that started it dies. Under Slurm one supervisor runs on every
-node; only the first node's holds the lock and writes.
+It runs in a session of its own and holds the run's `lock` (LOCK is the number of an inherited open
+file; without it the supervisor takes the lock itself). It starts torchrun, forwards SIGTERM as a
+request to checkpoint and stop, kills everything on SIGINT or when the trainer hangs, leaves no
+process behind, and writes `exit.json`. Training continues if the process that started it dies.
+Under Slurm one supervisor runs on every node; only the first node's holds the lock and writes.
 """
 
 from __future__ import annotations
@@ -52,9 +51,7 @@ PHASE_SECONDS = {
 The start ends with the second logged step; evaluations log events on the way.
 """
 PARTING_SECONDS = 10.0
-"""Time for the first node to record the end before Slurm kills everything for another node's
-failure.
-"""
+"""Time for the first node to record the end before Slurm kills everything."""
 LOW_MEMORY = 0.05
 """Share of free memory below which a SIGKILL is attributed to the kernel's out-of-memory killer."""
 ALLOCATOR = {
@@ -62,8 +59,9 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": str(2**36),
     "MALLOC_TOP_PAD_": str(2**28),
 }
-"""Settings that make glibc keep freed memory in the trainer: returned pages are mapped anew at
-every step, which takes as long as the step itself.
+"""Settings that make glibc keep freed memory in the trainer.
+
+Returned pages are mapped anew at every step, which takes as long as the step itself.
 """
 OUT_OF_MEMORY = re.compile(
     r"OutOfMemoryError|out of memory|(can't|[Cc]annot) allocate memory|MemoryError|bad_alloc"
@@ -71,8 +69,7 @@ OUT_OF_MEMORY = re.compile(
 )
 """Errors of torch, Python, C++, the C library and cuBLAS for exhausted memory."""
 KILLED = re.compile(r"failed \(exitcode: -9\)")
-"""torchrun's line about the first worker that failed; it kills the others itself, with the same
-signal.
+"""Line of torchrun about the first failed worker; it kills the others itself, by the same signal.
 """
 CONSEQUENCES = ("ChildFailedError", "reset by peer", "closed by peer")
 """Parts of errors that another rank's failure causes."""
@@ -207,8 +204,9 @@ class _Watch:
 
 
 def _environment(attempt: AttemptDocument) -> dict[str, str]:
-    """Return the trainer's environment. PYTHONSAFEPATH keeps the user's modules from shadowing
-    those of torch.
+    """Return the trainer's environment.
+
+    PYTHONSAFEPATH keeps the user's modules from shadowing those of torch.
     """
     environment = {name: value for name, value in ALLOCATOR.items() if name not in os.environ}
     environment["OMP_NUM_THREADS"] = str(attempt["threads"])
@@ -222,8 +220,9 @@ def _environment(attempt: AttemptDocument) -> dict[str, str]:
 
 
 def _command(folder: Path, attempt: AttemptDocument) -> list[str]:
-    """Return the command of torchrun: one process per rank, on a port that the system picks on a
-    single node.
+    """Return the command of torchrun: one process per rank.
+
+    On a single node the system picks the port.
     """
     nodes = attempt["nodes"]
     standalone = ("--standalone", "--local-addr=127.0.0.1")
@@ -241,8 +240,9 @@ def _command(folder: Path, attempt: AttemptDocument) -> list[str]:
 
 
 def _wait(torchrun: subprocess.Popen[bytes], requests: _StopRequests, watch: _Watch) -> int:
-    """Return the exit code of torchrun. A stop request goes to its workers, which checkpoint in
-    their own time.
+    """Return the exit code of torchrun.
+
+    A stop request goes to its workers, which checkpoint in their own time.
     """
     forwarded = False
     while (code := torchrun.poll()) is None:

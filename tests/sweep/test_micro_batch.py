@@ -126,9 +126,9 @@ def test_a_forced_out_of_memory_ends_in_a_finished_run_and_a_remembered_micro_ba
     limited, free = tmp_path / "limited", tmp_path / "free"
     limit = torch_data + 360 * 2**20
     sweeps = sweep(limited, corpus, DEEP, 16, limit), sweep(free, corpus, DEEP, 16, UNLIMITED)
-    [[halved], [whole]] = (finished(process)["trained"] for process in sweeps)
-    assert halved == whole
-    assert attempts(free, whole) == [(64, 2**13, None)]
+    [[halved], [unlimited]] = (finished(process)["trained"] for process in sweeps)
+    assert halved == unlimited
+    assert attempts(free, unlimited) == [(64, 2**13, None)]
     assert attempts(limited, halved) == [(64, 2**13, "oom"), (32, 2**13, None)]
     query = (
         "select step, loss from curves where loss is not null "
