@@ -242,7 +242,7 @@ def test_a_prompt_that_fills_the_context_is_refused(
         ),
         (("--tokens", "0"), "Invalid value for '--tokens': .*"),
         (("--top-k", "0"), "Invalid value for '--top-k': .*"),
-        (("--prompt", "\udcff"), "--prompt: it is not UTF-8"),
+        (("--prompt", "\udcff"), "--prompt: not UTF-8"),
     ],
 )
 def test_an_invalid_value_is_one_line(run: Run, option: tuple[str, str], message: str) -> None:

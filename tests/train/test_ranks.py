@@ -92,7 +92,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory, prepared: PreparedDataset) -
     scope="module", params=WORLDS, ids=lambda world: "{} ranks, micro-batch {}".format(*world)
 )
 def world(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, prepared: PreparedDataset
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    prepared: PreparedDataset,
 ) -> Trained:
     """Train the same plan on more ranks."""
     return trained(tmp_path_factory.mktemp("world"), prepared, steady(), *request.param)
@@ -183,7 +185,9 @@ def test_a_run_of_three_ranks_resumes_on_one(tmp_path: Path, prepared: PreparedD
 
 
 @pytest.mark.soak
-def test_scalars_train_alike_on_one_rank_and_on_four(tmp_path: Path, prepared: PreparedDataset) -> None:
+def test_scalars_train_alike_on_one_rank_and_on_four(
+    tmp_path: Path, prepared: PreparedDataset
+) -> None:
     """Four ranks share tensors of one and three elements. The first step, 1/55 of the way in ten
     steps of the warm-up, may go in either direction: see `steady`.
     """
