@@ -19,7 +19,7 @@ import typer
 from pyarrow import parquet
 
 from slm.cli import app, main
-from slm.data import Prepared
+from slm.data import PreparedDataset
 from tests.hub import Hub, environment, serving
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +57,7 @@ LINES = [(name, line) for name in sorted(PAGES) for line in lines_of(PAGES[name]
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory, prepared: Prepared) -> tuple[Path, str]:
+def workplace(tmp_path_factory: pytest.TempPathFactory, prepared: PreparedDataset) -> tuple[Path, str]:
     """Return a folder with what the pages name, and the id of a run that has weights."""
     folder = tmp_path_factory.mktemp("docs")
     home = folder / "runs"

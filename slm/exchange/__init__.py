@@ -4,6 +4,7 @@ An export holds the tables of a home and the files they are made from, laid out 
 """
 
 from slm.exchange.export import export
-from slm.exchange.merge import MergeResult, merge
+from slm.exchange.incoming import MergeResult
+from slm.exchange.merge import merge
 
 __all__ = ["MergeResult", "export", "merge"]

@@ -19,7 +19,7 @@ def merge_experiments(export: Export, result: MergeResult) -> dict[str, str]:
     for name in export.names["experiments"]:
         path = export.home / name
         incoming = read_json(export.folder / name)
-        local = read_json(path) if path.exists() else None
+        local: Json | None = read_json(path) if path.exists() else None
         # 1) an experiment that is new here is copied
         is_other = path.stem in imported or (
             local and not _same_question(export.home, local, incoming)
@@ -28,7 +28,7 @@ def merge_experiments(export: Export, result: MergeResult) -> dict[str, str]:
             result.counts["experiments"] += export.take(name)
             continue
         # 2) another question gets another name, the same question the members of both
-        if is_other:
+        if is_other or local is None:
             renamed[path.stem] = f"{path.stem}@{export.home_id}"
             result.lines.append(
                 f"experiment {path.stem} asks another question here: theirs is {renamed[path.stem]}"
@@ -39,7 +39,7 @@ def merge_experiments(export: Export, result: MergeResult) -> dict[str, str]:
             merged = _union(export.home, local, incoming)
         if path.exists() and read_json(path) == merged:
             continue
-        if not is_other:
+        if local is not None and not is_other:
             added = len(merged["runs"]) - len(local["runs"])
             result.lines.append(f"experiment {path.stem}: {added} more runs")
         path.parent.mkdir(exist_ok=True)
@@ -71,7 +71,7 @@ def _same_question(home: Path, local: Json, incoming: Json) -> bool:
 
 def _kinds(home: Path, experiment: Json) -> set[tuple[str, ...]]:
     """Return trainer code, tokeniser and validation rows of an experiment's runs."""
-    kinds = set()
+    kinds: set[tuple[str, ...]] = set()
     for run in experiment["runs"]:
         path = home / run / "plan.json"
         if path.exists():
