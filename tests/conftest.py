@@ -1,4 +1,4 @@
-"""Shared fixtures: one prepared corpus for all tests, homes that use it, the command line as a process."""
+"""Shared fixtures: a prepared corpus, homes that use it, databases, the command line."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault(
-    "OPENBLAS_NUM_THREADS", "1"
-)  # as the command line does, and before numpy reads it
+# As the command line does, and before numpy reads it.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from slm.data import Prepared, prepare
+from slm.data import PreparedDataset, prepare
 from slm.recipe import pocket
 from tests import postgres
 
@@ -23,14 +22,14 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    """The `python` corpus, prepared for pocket."""
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
+    """Return the `python` corpus prepared for pocket."""
     return prepare("python", pocket(2), tmp_path_factory.mktemp("prepared"))
 
 
 @pytest.fixture
-def home(tmp_path: Path, prepared: Prepared) -> Path:
-    """An empty home that has the prepared corpus."""
+def home(tmp_path: Path, prepared: PreparedDataset) -> Path:
+    """Return an empty home with the prepared corpus."""
     home = tmp_path / "runs"
     home.mkdir()
     (home / "data").symlink_to(prepared.folder.parent)
@@ -45,7 +44,7 @@ def _server() -> Iterator[str]:
 
 @pytest.fixture
 def postgresql(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An empty database of a real PostgreSQL, which is the store meanwhile: its address."""
+    """Use an empty database of a real PostgreSQL as the store; yield its address."""
     if why := postgres.why_not():
         pytest.skip(why)
     import psycopg
@@ -61,7 +60,7 @@ def postgresql(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture(params=["duckdb", "postgresql"])
 def database(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each of the databases in turn is the store: its name."""
+    """Use each of the databases as the store; return its name."""
     monkeypatch.delenv("SLM_STORE", raising=False)
     if request.param == "postgresql":
         request.getfixturevalue("postgresql")
@@ -70,7 +69,7 @@ def database(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """The process's torch on one thread, as equal bits ask for."""
+    """Run torch on one thread, as equal bits require."""
     import torch
 
     threads = torch.get_num_threads()
@@ -82,7 +81,7 @@ def one_thread() -> Iterator[None]:
 def slm(
     *arguments: str, home: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own."""
+    """Run the command line in its own process."""
     env = {**os.environ, **({"SLM_HOME": str(home)} if home else {}), **environment}
     command = [sys.executable, "-c", "from slm.cli import main; main()", *arguments]
     return subprocess.run(
@@ -92,7 +91,7 @@ def slm(
 
 @pytest.fixture
 def reference() -> Path:
-    """The folder of published facts and figures."""
+    """Return the folder of published facts and figures."""
     folder = os.environ.get("SLM_REFERENCE")
     if not folder:
         pytest.skip("SLM_REFERENCE is unset: no folder of published figures to compare with")

@@ -1,12 +1,12 @@
-"""Freeze what the command line says of a small home of trained runs, and compare it with what was said before.
+"""Goldens: outputs of the command line for a small home of trained runs.
 
-`python -m tests.goldens` compares and names every value that differs; `python -m tests.goldens --record` writes
-`tests/golden/*.json` anew. `--only WORD` takes the cases whose names hold the word. With SLM_REFERENCE set to the
-folder of published figures, their fits and imports are cases, too.
+`python -m tests.goldens` compares and lists every value that differs; `python -m tests.goldens
+--record` writes `tests/golden/*.json`. `--only WORD` selects the cases whose names contain the word.
+With SLM_REFERENCE set to the folder of published figures, their fits and imports are cases, too.
 
-Everything goes through the command line, so that no case depends on what modules and functions are called. A golden
-keeps keys, numbers to the last digit, identifiers, codes and exit codes. It does not keep prose, paths, times of now,
-versions, or hashes over prose.
+Everything goes through the command line, so that no case depends on the names of modules and
+functions. A golden keeps keys, numbers to the last digit, identifiers, codes and exit codes. It does
+not keep prose, paths, current times, versions, or hashes of prose.
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-os.environ.setdefault(
-    "OPENBLAS_NUM_THREADS", "1"
-)  # as the command line does, and before numpy reads it
+# As the command line does, and before numpy reads it.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 FOLDER = Path(__file__).parent / "golden"
 """Where the goldens, their home and their data are."""
@@ -64,7 +63,7 @@ class Case:
     arguments: tuple[str, ...]
     """What is typed after `slm`; {names} are filled in."""
     kind: str = "json"
-    """json, csv, rows (JSON of a query), text (Markdown or plain), or report (JSON, and the page that it names)."""
+    """json, csv, rows (JSON of a query), text, or report (JSON and the page it names)."""
     home: str = "home"
     """Which copy of the home it runs in: those that change one have a copy of their own."""
 
@@ -75,7 +74,7 @@ class Case:
 
 
 def groups() -> list[list[Case]]:
-    """List every case in the order in which it runs. Groups have homes of their own and may run at once."""
+    """List every case in the order to run it. Groups have their own homes and run in parallel."""
     return [
         [*_fits(), *_compared(), *_designs()],
         [*_sizes(), *_runs(), *_queries(), *_reports(), *_after()],
@@ -84,7 +83,7 @@ def groups() -> list[list[Case]]:
 
 
 def cases() -> list[Case]:
-    """List every case that can run here: those of published figures only where SLM_REFERENCE names them."""
+    """List every case that can run: published figures need SLM_REFERENCE."""
     every = [case for group in groups() for case in group]
     return [case for case in every if os.environ.get("SLM_REFERENCE") or not case.needs_reference]
 
@@ -459,7 +458,7 @@ class Session:
     """Run every case once, in copies of the golden home below one folder."""
 
     def __init__(self, work: Path) -> None:
-        """Copy the home below `work`, twice: once for what only reads and records, once for what changes it."""
+        """Copy the home twice: for commands that read, and for commands that change it."""
         self.work = work
         for name in ("home", "changed"):
             shutil.copytree(FOLDER / "home", work / name)
@@ -612,7 +611,7 @@ VOLATILE: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "sha256": _of_parquet,
     "state": lambda value, of: value if "/" not in str(value) else "<state>",
 }
-"""What becomes of values that differ between machines, versions and days, by key, given the object that they are in."""
+"""Replacements of values that differ between machines, versions and days, by key."""
 
 
 def _json(text: str) -> Any:
@@ -697,7 +696,7 @@ def _in(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _environment(more: dict[str, str]) -> Iterator[None]:
-    """The process's environment with this, and without what would send rows elsewhere or show tracebacks."""
+    """Set environment variables, without those that move the store or show tracebacks."""
     with mock.patch.dict(os.environ, more):
         for name in ("SLM_STORE", "SLM_DEBUG"):
             os.environ.pop(name, None)
@@ -706,7 +705,7 @@ def _environment(more: dict[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _quick_figures() -> Iterator[None]:
-    """Figures are drawn but not rendered: their numbers are in the documents, and rendering takes most of the time."""
+    """Draw figures without rendering them, which takes most of the time."""
     from matplotlib.figure import Figure
 
     drawn = _empty_drawing()
@@ -783,7 +782,7 @@ def versions() -> dict[str, str]:
 
 
 def outcomes(only: str = "") -> dict[str, dict[str, Any]]:
-    """Run every case whose name holds a word, a group in each process; what their goldens should be, by name."""
+    """Run the cases whose names contain a word, one process per group; return goldens by name."""
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         found = pool.map(partial(_of_group, only), range(len(groups())))
         return {name: own for group in found for name, own in group.items()}

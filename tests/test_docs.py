@@ -57,7 +57,9 @@ LINES = [(name, line) for name in sorted(PAGES) for line in lines_of(PAGES[name]
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory, prepared: PreparedDataset) -> tuple[Path, str]:
+def workplace(
+    tmp_path_factory: pytest.TempPathFactory, prepared: PreparedDataset
+) -> tuple[Path, str]:
     """Return a folder with what the pages name, and the id of a run that has weights."""
     folder = tmp_path_factory.mktemp("docs")
     home = folder / "runs"

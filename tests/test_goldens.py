@@ -1,4 +1,4 @@
-"""What the command line says of a small home of trained runs is what it said before, number by number."""
+"""The command line prints the same numbers for a small home of trained runs as before."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ import pytest
 from tests import goldens
 from tests.goldens import Case
 
-ELSEWHERE = 1e-6
-"""Share by which numbers may differ where other versions of the numerical packages, or another processor, made them."""
-WHY_NOT = "SLM_REFERENCE is unset: no folder of published figures to compare with"
+TOLERANCE = 1e-6
+"""Relative difference allowed with other versions of the numerical packages."""
+REASON = "SLM_REFERENCE is unset: no folder of published figures to compare with"
 
 
 @pytest.fixture(scope="session")
-def found() -> dict[str, dict[str, Any]]:
+def outcomes() -> dict[str, dict[str, Any]]:
     """Run every case once, in homes that are made for it."""
     return goldens.outcomes()
 
 
 @pytest.fixture(scope="session")
 def tolerance() -> float:
-    """Ask for equal digits where the goldens were made with the same packages, else for nearly equal numbers."""
-    return 0.0 if json.loads(goldens.VERSIONS.read_text()) == goldens.versions() else ELSEWHERE
+    """Require equal digits with the packages that made the goldens, else nearly equal ones."""
+    return 0.0 if json.loads(goldens.VERSIONS.read_text()) == goldens.versions() else TOLERANCE
 
 
 @pytest.mark.parametrize(
     "case", [case for group in goldens.groups() for case in group], ids=lambda case: case.name
 )
 def test_a_command_says_what_it_said_before(
-    case: Case, found: dict[str, dict[str, Any]], tolerance: float
+    case: Case, outcomes: dict[str, dict[str, Any]], tolerance: float
 ) -> None:
     """Compare keys, numbers, codes and the exit code of one command with its golden."""
     if case.needs_reference and not os.environ.get("SLM_REFERENCE"):
-        pytest.skip(WHY_NOT)
-    assert goldens.compared(case, found[case.name], tolerance) == []
+        pytest.skip(REASON)
+    assert goldens.compared(case, outcomes[case.name], tolerance) == []
 
 
 def test_every_golden_belongs_to_a_case_and_no_name_is_used_twice() -> None:

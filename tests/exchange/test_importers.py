@@ -1,4 +1,4 @@
-"""Other people's results: every published file, every defect, and what is kept of them."""
+"""Importers: every published file, every defect, and how imports are stored."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_the_same_run_gives_the_same_curve_from_its_log_and_from_its_table(refer
 
 
 def test_rounded_sizes_name_their_family_and_the_exact_counts_follow(reference: Path) -> None:
-    """91M parameters at depth 10 are those of 2025, and of no later nanochat, whose tables alone are more."""
+    """91M parameters at depth 10 fit nanochat of 2025 only; later embeddings alone are larger."""
     found = read_import(reference / "data/nanochat/karpathy/miniseries_v1_2026-01-07.csv")
     for row in found.rows:
         width = 64 * row.get("depth")
@@ -200,7 +200,8 @@ def test_a_series_whose_batch_was_not_what_its_script_assumed_is_named(write: Wr
         tokens = steps * 524288
         ratio = tokens / groups.scaling
         rows.append(
-            f"{depth},{64 * depth},{groups.total},{groups.scaling},{steps},{tokens},{ratio:.2f},0.9,0.1,10"
+            f"{depth},{64 * depth},{groups.total},{groups.scaling},{steps},{tokens},"
+            f"{ratio:.2f},0.9,0.1,10"
         )
     found = read_import(write("results.csv", SERIES, *rows))
     assert codes(found)["tokens-disagree"] == [4]
@@ -237,7 +238,10 @@ def test_a_log_that_was_cut_short_has_no_final_value(write: Write) -> None:
 
 
 def test_parameters_that_do_not_add_up_forbid_fits(write: Write) -> None:
-    header = "params_wte,params_value_embeds,params_lm_head,params_transformer,params_total,params_scalars,val_bpb"
+    header = (
+        "params_wte,params_value_embeds,params_lm_head,params_transformer,params_total,"
+        "params_scalars,val_bpb"
+    )
     found = read_import(
         write("runs.csv", header, "10,10,10,100,130,0,0.9", "10,10,10,100,150,0,0.8"),
         mapping={"parameters_scalars": "params_scalars"},
@@ -369,15 +373,19 @@ HARNESS = {
     "d12/base_train.log": (
         "argv depth=12 target_param_data_ratio=12",
         "config n_layer=12 n_embd=768 sequence_len=2048 window_pattern=SSSL",
-        "params wte=25165824 value_embeds=150994944 lm_head=25165824 transformer_matrices=84935088 scalars=50 "
+        "params wte=25165824 value_embeds=150994944 lm_head=25165824 "
+        "transformer_matrices=84935088 scalars=50 "
         "total=286261730",
         "eval step=0 val_bpb=3.2",
-        "step 00000/02520 (0.00%) | loss: 10.4 | lrm: 0.03 | dt: 300.00ms | tok/sec: 1,700,000 | total time: 0.00m",
+        "step 00000/02520 (0.00%) | loss: 10.4 | lrm: 0.03 | dt: 300.00ms | tok/sec: 1,700,000 "
+        "| total time: 0.00m",
         "a line of prose with step=1 in it",
         "eval step=2520 val_bpb=0.85",
         "core step=2520 core=0.15",
-        "summary model_tag=d12 depth=12 num_params=286261730 num_scaling_params=110100912 num_iterations=2520 "
-        "total_batch_size=524288 tokens_trained=1321205760 train_time_sec=700.5 peak_vram_mib=40000 val_bpb=0.85 "
+        "summary model_tag=d12 depth=12 num_params=286261730 num_scaling_params=110100912 "
+        "num_iterations=2520 "
+        "total_batch_size=524288 tokens_trained=1321205760 train_time_sec=700.5 "
+        "peak_vram_mib=40000 val_bpb=0.85 "
         "core=0.15 gpu='NVIDIA H100 80GB HBM3'",
     ),
     "d8/base_train.log": (

@@ -1,4 +1,4 @@
-"""Exports and merges: two homes become one, nothing twice, nothing lost, and nothing from outside."""
+"""Exports and merges: two homes become one; nothing is doubled, lost or unsafe."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from slm import exchange
 from slm.exchange.archive import exported_files
 from slm.files import hold_lock, sha256_of
 from slm.monitor.progress import ProgressBars
-from slm.monitor.progress import ProgressBars
 from tests.conftest import slm
 from tests.store.test_imports import row, write_import
 from tests.store.test_store import all_rows, append, dump, event, finished, write_run
@@ -31,7 +30,7 @@ ATTEMPT = ("attempts/001/attempt.json", "attempts/001/events.jsonl")
 
 
 def write_home(home: Path, runs: dict[str, int], host: str, done: bool = True) -> Path:
-    """A home of runs by their depths, trained on a machine, with an experiment that asks for them."""
+    """Write a home of runs by depth, trained on one machine, and an experiment of them."""
     for run, depth in runs.items():
         folder = write_run(home, run, depth=depth, done=done)
         dump(
@@ -396,7 +395,7 @@ def test_a_document_about_another_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_documents_whose_names_would_lead_out_of_the_home_are_refused(tmp_path: Path) -> None:
-    """An experiment's runs are folders, and an experiment's name is that of its figures and reports."""
+    """Names become folders of runs, and files of figures and reports."""
     home = write_home(tmp_path / "one", {ONE: 2}, "h")
     kept = dict.fromkeys(
         ("format", "source", "sha256", "created", "strict", "axis", "mapping", "defects"), ""
