@@ -233,10 +233,10 @@ def design_summary(design: Design) -> str:
     """Return the target's uncertainty now, with the chosen runs, and with evenly spaced ones."""
     mixed = f"{MIXED} " if design.mixed else ""
     return (
-        f"{mixed}{design.target.text} is {design.estimate:.4g} ± {design.before:.2g}; these "
-        f"{plural(len(design.runs), 'run')} ({design.flops:.3g} of {design.budget:.3g} FLOPs) "
-        f"would narrow it to ± {design.after:.2g}, evenly spaced runs to "
-        f"± {design.evenly_spaced:.2g} (one standard deviation)."
+        f"{mixed}{design.target.text} is {design.estimate:.4g} ± {design.before:.2g} now and would "
+        f"be ± {design.after:.2g} with these {plural(len(design.runs), 'run')} "
+        f"({design.flops:.3g} of {design.budget:.3g} FLOPs), or ± {design.evenly_spaced:.2g} with "
+        "evenly spaced runs (one standard deviation)."
     )
 
 

@@ -9,12 +9,11 @@ import numpy as np
 from slm.fits.compare.e_values import CLAIM_THRESHOLD, POOLED_SHARE, e_value
 from slm.fits.compare.result import Advice, Comparison, Decision
 from slm.fits.compare.trials import AXES, flops_by_depth, format_depths
-from slm.text import plural
 
 EQUAL = 0.05
 """Share of compute below which a difference is none."""
-MAX_SEEDS = 8
-"""Most further seeds per recipe that count as affordable."""
+COUNTS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
+"""Words for the further seeds per recipe that count as affordable."""
 
 
 def decide(comparison: Comparison) -> Decision:
@@ -88,7 +87,8 @@ def _no_claim(comparison: Comparison) -> Decision:
         reason = ": one run of each gives no noise estimate; run more seeds or depths"
     elif advice:
         depths = f"d{advice.depth}" if advice.depth else "every depth"
-        reason = f": {plural(advice.seeds, 'more seed')} at {depths} should decide it"
+        noun = "seed" if advice.seeds == 1 else "seeds"
+        reason = f": {COUNTS[advice.seeds - 1]} more {noun} at {depths} should decide it"
     else:
         reason = f", and no affordable number of seeds is expected to{limit}"
     return Decision("cannot_tell", f"cannot tell{reason} ({effect})", advice)
@@ -126,7 +126,7 @@ def advise(comparison: Comparison) -> Advice | None:
     options = []
     for k in (*range(len(depths)), None):
         chosen = np.ones(len(depths), bool) if k is None else np.arange(len(depths)) == k
-        for seeds in range(1, MAX_SEEDS + 1):
+        for seeds in range(1, len(COUNTS) + 1):
             base, candidate = runs + seeds * chosen
             weight = base * candidate / (base + candidate)
             t = pooled.estimate * np.sqrt(weight @ differences.slope**2) / sigma
