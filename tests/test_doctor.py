@@ -17,7 +17,7 @@ import pytest
 
 import store
 from slm import doctor
-from slm.data import Prepared
+from slm.data import PreparedDataset
 from slm.doctor import Finding, Outcome
 from slm.experiment import Experiment
 from slm.files import hold_lock
@@ -213,7 +213,7 @@ def test_the_cuda_version_of_torch_is_read_without_importing_it() -> None:
 
 
 def test_prepared_corpora_are_listed_and_broken_manifests_are_problems(
-    home: Path, prepared: Prepared
+    home: Path, prepared: PreparedDataset
 ) -> None:
     outcome = only(doctor.prepared(home))
     tokens = prepared.train_rows * prepared.manifest["shape"]["sequence_length"]
