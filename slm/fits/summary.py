@@ -45,7 +45,7 @@ def _describe_core(core: CoreFit) -> str:
     largest = core.law.largest
     return (
         f"{core.name} is {core.at(largest).text('.3f')} at the compute of the largest run and, "
-        f"extrapolated, {core.at(REACH * largest).text('.3f')} at {REACH:g} times that."
+        f"extrapolated to {REACH:g} times that, {core.at(REACH * largest).text('.3f')}."
     )
 
 
@@ -53,10 +53,11 @@ def _describe_gain(law: Law, metric: str) -> str:
     gain = law.gain(law.largest).text(".2f", 100)
     extrapolated = law.gain(REACH * law.largest).text(".2f", 100)
     doubt = "" if lowers_loss(law) or law.free < 2 else "The runs do not show that compute helps. "
-    condition = "extrapolated without a floor" if law.form == PURE else "extrapolated"
+    condition = " without a floor" if law.form == PURE else ""
     return (
         f"{doubt}Doubling compute lowers {metric} by {gain} % at the largest run, "
-        f"{law.largest:.2g} FLOPs, and by {extrapolated} % at {REACH:g} times that ({condition})."
+        f"{law.largest:.2g} FLOPs, and, extrapolated{condition} to {REACH:g} times that, by "
+        f"{extrapolated} %."
     )
 
 
