@@ -24,9 +24,9 @@ from slm.cli import (
     next_runs,
     query,
     report,
-    runs,
     sample,
     size,
+    status,
     sweep,
 )
 from slm.cli.help_groups import grouped_command
@@ -47,8 +47,8 @@ store_app = typer.Typer(help="The results database.", rich_markup_mode=None, no_
 
 app.command("size")(size.size)
 app.command("sweep", cls=grouped_command(sweep.GROUPS))(sweep.sweep)
-app.command("status")(runs.status)
-app.command("show")(runs.show)
+app.command("status")(status.status)
+app.command("show")(status.show)
 app.command("logs")(logs.logs)
 app.command("stop")(control.stop)
 app.command("retry")(control.retry)

@@ -372,7 +372,7 @@ def _train(
 ) -> None:
     """Prepare, plan, record and train; exit code 1 unless every run is finished."""
     from slm.monitor.display import Display
-    from slm.sweep.orchestrator import Sweep, run_in_background, train
+    from slm.sweep.orchestrator import Sweep, train
     from slm.sweep.planning import plans_of, record
     from slm.sweep.preview import preview
     from slm.sweep.slurm import Slurm
@@ -400,13 +400,7 @@ def _train(
         _submit(work, launcher)
         return
     if mode.detach:
-        arguments = [argument for argument in sys.argv[1:] if argument not in ("--detach", "--yes")]
-        log = home() / "sweep.log"
-        process = run_in_background([*arguments, "--yes"], log)
-        report_line(
-            f"running in the background as process {process}, with output in {log}; "
-            "`slm status --watch` shows it"
-        )
+        _detach(home())
         return
     done = {row.name for row in plan.rows if not row.waiting}
     with Display(plans, done) as display, _logged(display, planner.experiment, mode) as view:
@@ -415,6 +409,19 @@ def _train(
     _report_missing_core(outcome, work)
     if outcome.not_finished:
         raise typer.Exit(1)
+
+
+def _detach(home: Path) -> None:
+    """Run this command again in the background, without questions."""
+    from slm.sweep.orchestrator import run_in_background
+
+    arguments = [argument for argument in sys.argv[1:] if argument not in ("--detach", "--yes")]
+    log = home / "sweep.log"
+    process = run_in_background([*arguments, "--yes"], log)
+    report_line(
+        f"running in the background as process {process}, with output in {log}; "
+        "`slm status --watch` shows it"
+    )
 
 
 def _check_mode(mode: Mode, launcher: Local | Slurm) -> None:

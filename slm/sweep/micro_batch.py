@@ -64,6 +64,16 @@ class MicroBatches:
         return self.choose(hp, slot)
 
 
+def after_out_of_memory(smaller: MicroBatch | None) -> str:
+    """Return what the user is told after a run ran out of memory: the next micro-batch, if any."""
+    if smaller is None:
+        return "one row is the smallest micro-batch: use more memory per run, or a smaller depth"
+    return (
+        f"retrying with micro-batches of {smaller.training} rows and, in evaluation, "
+        f"{smaller.evaluation_tokens} tokens"
+    )
+
+
 def _limits(rows: Sequence[Mapping[str, Any]], column: str) -> dict[tuple[Any, ...], int]:
     return {tuple(row[name] for name in KEY): row[column] for row in rows if row[column]}
 

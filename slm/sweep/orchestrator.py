@@ -32,6 +32,7 @@ from slm.run import (
 )
 from slm.sweep.interrupt import Signals
 from slm.sweep.launcher import Launcher, RunningRun, WaitingRun
+from slm.sweep.micro_batch import after_out_of_memory
 
 if TYPE_CHECKING:
     from slm.data import PreparedDataset
@@ -388,16 +389,8 @@ class Orchestrator:
             MicroBatch(attempt["micro_batch"], attempt["evaluation_tokens"]),
             run.follower.evaluating,
         )
-        if smaller is None:
-            run.fruitless = MAX_FRUITLESS
-            return (
-                "one row is the smallest micro-batch: use more memory per run, or a smaller depth"
-            )
-        run.fruitless = 0
-        return (
-            f"retrying with micro-batches of {smaller.training} rows and, in evaluation, "
-            f"{smaller.evaluation_tokens} tokens"
-        )
+        run.fruitless = MAX_FRUITLESS if smaller is None else 0
+        return after_out_of_memory(smaller)
 
     def _give_up(self, run: _Run, reason: str, message: str) -> None:
         """Leave a run unfinished."""

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from slm.data.loader import Pair
 from slm.train.attempt import AttemptEnded
-from slm.train.checkpointer import Checkpointer
 from slm.train.core_measurement import CoreMeasurement
 from slm.train.optimizer import lr_multiplier
 from slm.train.progress import Progress
+from slm.train.resume import Checkpointer
 from slm.train.session import Session
 
 TRAIN_EVENTS = 1000

@@ -22,11 +22,11 @@ from slm.files import hold_lock
 from slm.model.ranks import Ranks
 from slm.model.weights import FINAL
 from slm.train.attempt import Attempt, AttemptEnded
-from slm.train.checkpointer import Checkpointer
 from slm.train.core_measurement import CoreMeasurement
 from slm.train.finish import done_document, finish, save_weights
 from slm.train.loop import TrainingLoop
 from slm.train.progress import Progress, WallClock
+from slm.train.resume import Checkpointer
 from slm.train.session import Session, setup
 
 
