@@ -40,20 +40,20 @@ class Line:
 
     what: str
     published: float
-    ours: float
+    fitted: float
     form: str = ".4g"
     """Format of both numbers."""
     relative: bool = True
     """Whether the difference is given as a share of the published number."""
 
     def cells(self) -> tuple[str, str, str, str]:
-        """Return the cells: what, published, ours, difference."""
-        gap = self.ours - self.published
+        """Return the cells: what, published, fitted, difference."""
+        gap = self.fitted - self.published
         difference = f"{100 * gap / abs(self.published):+.2g} %" if self.relative else f"{gap:+.1g}"
         return (
             self.what,
             format(self.published, self.form),
-            format(self.ours, self.form),
+            format(self.fitted, self.form),
             difference,
         )
 
@@ -123,8 +123,8 @@ def chinchilla_lines(reference: Path) -> Iterator[Line]:
         yield Line(f"Chinchilla, standard error of {name}, 12,000 resamples", value, errors[name])
     for objective, (delta, raw, *values) in OBJECTIVES.items():
         exponents = fit_surface(points, delta=delta, raw=raw).exponents
-        for name, value, ours in zip(("alpha", "beta"), values, exponents):
-            yield Line(f"Chinchilla, {objective}: {name}", value, ours, ".3f", relative=False)
+        for name, value, fitted in zip(("alpha", "beta"), values, exponents):
+            yield Line(f"Chinchilla, {objective}: {name}", value, fitted, ".3f", relative=False)
 
 
 def nanochat_lines(reference: Path) -> Iterator[Line]:
@@ -144,8 +144,8 @@ def nanochat_lines(reference: Path) -> Iterator[Line]:
         yield Line(f"{label}: val_bpb", float(row["val_bpb_opt"]), best.loss, ".4f")
     slopes = {"N (in print .54)": (0.538, "params"), "tokens (in print .49)": (0.487, "tokens")}
     for name, (value, of) in slopes.items():
-        ours = _value(getattr(fit.isoflop, f"{of}_exponent").estimate)
-        yield Line(f"nanochat: slope of {name}", value, ours, ".3f", relative=False)
+        fitted = _value(getattr(fit.isoflop, f"{of}_exponent").estimate)
+        yield Line(f"nanochat: slope of {name}", value, fitted, ".3f", relative=False)
     additive, coupled = fit.parametric.surfaces
     decisive = fit.parametric.decisive
     assert decisive is not None

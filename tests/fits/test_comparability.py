@@ -300,7 +300,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home_of(
         home,
         Experiment("there", (pocket,), DEPTHS),
-        lambda given: 0.98 * surface(given),
+        lambda hp: 0.98 * surface(hp),
         validation="other",
     )
     return home
@@ -336,7 +336,7 @@ def test_a_depth_of_mixed_families_is_refused(home: Path, tmp_path: Path) -> Non
     (tmp_path / "two.csv").write_text("\n".join(rows))
     file = ("fit-curves", "--from", str(tmp_path / "two.csv"), "--figure", str(tmp_path / "x"))
     assert "recipe: r0 (4 runs) against r1 (4 runs)" in refusal(home, *file)
-    assert "--depth 20: the runs are of recipes r0 and r1" in refusal(
+    assert "depth 20 takes runs of one recipe; these are of r0 and r1" in refusal(
         home, *file, "--allow-mixed", "--depth", "20"
     )
     assert document(home, *file, "--allow-mixed")["mixed"]

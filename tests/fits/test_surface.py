@@ -371,7 +371,7 @@ def test_too_few_runs_give_no_surface_and_no_error() -> None:
 
 
 def test_one_wild_run_does_not_move_the_exponents() -> None:
-    """At a corner, where leverage is greatest; least squares would move 15 times as much."""
+    """Test a corner, where leverage is greatest; least squares would move 15 times as much."""
     points, noise = grid(noise=0.001), Noise(0.001, "known")
     wild = [replace(points[0], loss=points[0].loss * 1.2), *points[1:]]
     before, after = (
