@@ -101,7 +101,7 @@ def page(width: float, height: float, title: str) -> Iterator[Figure]:
     from slm.figures.page import Page
 
     with matplotlib.rc_context(RC):
-        figure = Page(figsize=(width, height), dpi=DPI, layout="constrained")
+        figure = Page(RC, figsize=(width, height), dpi=DPI, layout="constrained")
         lines = textwrap.fill(title, round(11.5 * width))
         figure.suptitle(lines, x=0.01, ha="left", fontweight="bold", fontsize=9.5)
         yield figure
