@@ -86,12 +86,7 @@ def _draw_multipliers(axes: Axes, rows: Sequence[DepthEffect], overall: Interval
     if overall.estimate is not None:
         low = overall.low or axes.get_ylim()[0]
         high = overall.high or axes.get_ylim()[1]
-        band: dict[str, Any] = {
-            "color": style.SURFACE_BAND,
-            "alpha": 0.6,
-            "linewidth": 0,
-            "zorder": 0,
-        }
+        band = style.band(style.SURFACE_BAND, "over all depths") | {"alpha": 0.6, "zorder": 0}
         axes.axhspan(low, high, **band)
         axes.axhline(overall.estimate, color=style.SURFACE, **line)
     label = "at a depth, 95 % interval"

@@ -258,6 +258,7 @@ def test_a_comparison_has_its_decision_and_every_depth(tmp_path: Path) -> None:
         "no difference",
     ):
         assert text in labels
+    assert re.search(r">\s*over all depths\s*<", svg.read_text()), "no legend of the band"
     assert f"over all depths: {result.multiplier.text('.3g')}" in labels
     assert draw_comparison(comparison(), tmp_path / "again")[0].read_bytes() == png.read_bytes()
 
