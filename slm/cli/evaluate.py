@@ -13,10 +13,8 @@ from slm.monitor.progress import ProgressBars, report_line
 from slm.run import find_run
 
 if TYPE_CHECKING:
-    import torch
-
     from slm.evaluate.request import CoreRequest
-    from slm.model.weights import Weights
+    from slm.model.weights import Device, Weights
 
 RunOrFile = Annotated[
     str, typer.Argument(help="A run_id or its first digits, or a file of weights.")
@@ -125,7 +123,7 @@ def _request(
     return CoreRequest(bundle, max_per_task, selected, excluded, every)
 
 
-def _processes(device: torch.device, gpus: int | None, ranks: int | None) -> int:
+def _processes(device: Device, gpus: int | None, ranks: int | None) -> int:
     """Return the number of processes: one per GPU, or `ranks` on the CPU.
 
     Raises ValueError for more than the machine has.
@@ -149,7 +147,7 @@ def _measure(
     weights: Weights,
     home: Path,
     request: CoreRequest | None,
-    device: torch.device,
+    device: Device,
     processes: int,
     bars: ProgressBars,
 ) -> Path:

@@ -16,6 +16,7 @@ from slm.model import checkpoints
 from slm.model.gpt import GPT, compute_dtype
 from slm.plan import Plan, code_fingerprint
 
+Device = torch.device
 FINAL = "model.safetensors"
 """File of a finished run's weights, in the run folder."""
 
