@@ -791,7 +791,7 @@ def outcomes(only: str = "") -> dict[str, dict[str, Any]]:
 def _of_group(only: str, place: int) -> dict[str, dict[str, Any]]:
     asked = {case.name for case in cases() if only in case.name}
     found = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         session = Session(Path(folder).resolve())
         for case in groups()[place]:
             if case.name in asked:

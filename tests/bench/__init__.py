@@ -1,1 +1,1 @@
-"""Benchmarks, `make bench`: each figure stands next to its ceiling or its peer from the same run."""
+"""Benchmarks, `make bench`: each figure beside its ceiling or its peer from the same run."""
