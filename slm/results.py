@@ -21,7 +21,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -638,6 +637,8 @@ def record(
 
     Of experiments of a home, it is also written to `fits/` and ingested; of a file it is not.
     """
+    from importlib import metadata
+
     import store
 
     versions = {name: metadata.version(name) for name in ("slm", "numpy", "scipy")}

@@ -140,7 +140,6 @@ def _sizes() -> Iterator[Case]:
         yield Case(
             f"plan-declared-{name}", ("sweep", "{root}/experiments/" + f"{name}.py", *eight, *plan)
         )
-    yield Case("plan-again", ("sweep", "--plan", "{home}/{ladder-3}/plan.json", *eight, *plan))
 
 
 def _runs() -> Iterator[Case]:

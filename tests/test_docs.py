@@ -67,13 +67,12 @@ def workplace(
     shutil.copytree(prepared.folder.parent, home / "data", dirs_exist_ok=True)
     shutil.copytree(ROOT / "experiments", folder / "experiments")
     (folder / "texts").mkdir()
-    for path in (ROOT / "slm").glob("*.py"):
-        (folder / "texts" / f"{path.stem}.txt").write_text(path.read_text())
+    for number, path in enumerate(sorted((ROOT / "slm").rglob("*.py"))):
+        (folder / "texts" / f"{number}.txt").write_text(path.read_text() * 2)
     ranks = (f"{base64.b64encode(bytes([byte])).decode()} {byte}" for byte in range(256))
     (folder / "gpt2.tiktoken").write_text("\n".join(ranks))
-    (folder / "runs.csv").write_text(
-        (ROOT / "tests" / "golden" / "data" / "points.csv").read_text()
-    )
+    lines = [f"1e{k},2e{k + 1},1.2e{2 * k + 2},{3 * 10 ** (-0.1 * k):.4f}" for k in range(5, 10)]
+    (folder / "runs.csv").write_text("\n".join(["params,tokens,flops,val_bpb", *lines]))
     shutil.copy(ROOT / "tests" / "golden" / "data" / "results.csv", folder / "results.csv")
     sweep = "sweep --recipe pocket --depths 1 --steps 10 --name tiny --cores 1"
     subprocess.run(
@@ -82,7 +81,7 @@ def workplace(
         env={"SLM_HOME": str(home), "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)},
         check=True,
     )
-    [run] = [path.parent for path in home.glob("*/final.safetensors")]
+    [run] = [path.parent for path in home.glob("*/model.safetensors")]
     return folder, run.name
 
 
@@ -94,7 +93,7 @@ def test_a_command_line_of_the_documentation_runs(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """Run a line as it is written; a sweep is planned (`--dry-run`) instead of trained."""
+    """Run a line as written; a sweep is planned (`--dry-run`), and removals confirmed (`--yes`)."""
     folder, run_id = workplace
     shutil.copytree(folder, tmp_path / "work", symlinks=True)
     monkeypatch.chdir(tmp_path / "work")
@@ -103,18 +102,21 @@ def test_a_command_line_of_the_documentation_runs(
     command = shlex.split(line.replace(RUN, run_id))
     if command[1] == "sweep" and "--dry-run" not in command:
         command.append("--dry-run")
+    if command[1] == "rm" or command[1:3] == ["data", "remove"]:
+        command.append("--yes")
     if "climbmix" in command:
         code, output = run_against_a_hub(command, tmp_path)
+    elif command[1] in ("status", "query"):  # a background ingest; bytes on standard output
+        code, output = run_in_own_process(command, dict(os.environ))
     else:
         code, output = run_in_process(command, monkeypatch)
     assert code == UNREACHABLE.get(line, 0), output
 
 
 def run_in_process(command: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
-    """Run a command line in this process, confirming questions; return exit code and output."""
+    """Run a command line in this process; return its exit code and output."""
     output = io.StringIO()
     monkeypatch.setattr(sys, "argv", command)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
     with redirect_stdout(output), redirect_stderr(output):
         try:
             main()
@@ -127,13 +129,18 @@ def run_against_a_hub(command: list[str], folder: Path) -> tuple[int, str]:
     """Run a command line in its own process, with a hub on loopback that serves two files."""
     shards = {f"shard_{number:05d}.parquet": small_shard(number) for number in range(2)}
     with serving(Hub("karpathy/climbmix-400b-shuffle", shards)) as hub:
-        result = subprocess.run(
-            [sys.executable, "-m", *command],
-            env={**os.environ, **environment(hub, folder / "cache"), "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        return run_in_own_process(command, os.environ | environment(hub, folder / "cache"))
+
+
+def run_in_own_process(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """Run a command line in its own process; return its exit code and output."""
+    result = subprocess.run(
+        [sys.executable, "-m", *command],
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return result.returncode, result.stdout + result.stderr
 
 

@@ -21,7 +21,6 @@ from slm.cli.options import (
     print_json,
     print_table,
 )
-from slm.selection import describe_excluded
 
 if TYPE_CHECKING:
     import pandas
@@ -82,6 +81,7 @@ def _markdown(record: results.ComparisonRecord) -> str:
     from tabulate import tabulate
 
     from slm import fits
+    from slm.selection import describe_excluded
 
     comparison = record.comparison
     core_name = record.core.name if record.core else "CORE"

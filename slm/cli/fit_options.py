@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slm.selection import Note, describe_excluded
+if TYPE_CHECKING:
+    from slm.selection import Note
 
 Experiments = Annotated[
     list[str] | None, typer.Argument(help="Experiments; by default the only one in the home.")
@@ -44,6 +45,8 @@ def columns_of(text: str | None) -> dict[str, str]:
 
 def print_notes(warnings: Sequence[Note], excluded: Sequence[Note]) -> None:
     """Print a paragraph per warning and per reason for leaving runs out."""
+    from slm.selection import describe_excluded
+
     for warning in warnings:
         print(f"\n{warning['code']}: {warning['message']}")
     for line in describe_excluded(excluded):
