@@ -291,7 +291,7 @@ def _task(entry: dict[str, Any], baselines: dict[str, float], source: str) -> Ta
     baseline = baselines[label]
     return Task(
         label=label,
-        kind=kind,
+        kind=str(kind),
         file=f"{EXAMPLES}/{uri}",
         shots=shots[0],
         delimiter=str(entry.get("continuation_delimiter", " ")),

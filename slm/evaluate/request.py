@@ -45,8 +45,11 @@ class CoreRequest:
     @classmethod
     def from_document(cls, document: dict[str, Any]) -> CoreRequest:
         """Return the request in a JSON document, such as attempt.json."""
-        fields = document.items()
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields})
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in document.items()
+        }
+        return cls(**fields)
 
     def document(self) -> dict[str, Any]:
         """Return the request as attempt.json holds it."""

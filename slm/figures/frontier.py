@@ -147,8 +147,10 @@ def _exponents(fit: CurveFit, name: str) -> str:
 
 
 def _one_minus(interval: Interval) -> Interval:
-    ends = (interval.estimate, interval.high, interval.low)
-    return Interval(*(None if end is None else 1 - end for end in ends), identifiable=True)
+    estimate, low, high = (
+        None if end is None else 1 - end for end in (interval.estimate, interval.high, interval.low)
+    )
+    return Interval(estimate, low, high, identifiable=True)
 
 
 def _surface(fit: CurveFit) -> Surface | None:
