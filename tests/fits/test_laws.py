@@ -115,6 +115,7 @@ def test_a_noisy_law_holds_the_truth_and_one_wild_run_does_not_move_it() -> None
     assert fit.p.estimate == pytest.approx(P, rel=0.1)
 
 
+@pytest.mark.soak
 def test_intervals_of_the_law_have_nominal_coverage() -> None:
     draw, hits = np.random.default_rng(0), np.zeros(4)
     top = FLOPS[-1:]
@@ -194,6 +195,7 @@ def test_each_hold_out_fits_the_smaller_runs_and_predicts_the_larger() -> None:
         assert hold_out["predicted"][0]["low"] < hold_out["predicted"][0]["estimate"]
 
 
+@pytest.mark.soak
 def test_intervals_of_held_out_runs_have_nominal_coverage() -> None:
     draw, covered = np.random.default_rng(4), []
     for _ in range(15):

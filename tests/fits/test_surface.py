@@ -261,6 +261,7 @@ def test_interval_ends_of_the_optimal_size_are_worse_by_the_f_quantile() -> None
         assert cost * fit.delta**2 == pytest.approx(limit, rel=1e-4)
 
 
+@pytest.mark.soak
 def test_prediction_intervals_have_nominal_coverage() -> None:
     draw, hits = np.random.default_rng(1), 0
     params, tokens = 3e9, 6e10
@@ -298,6 +299,7 @@ def test_a_floor_that_may_be_zero_has_an_upper_bound() -> None:
     assert least(interval.high) == pytest.approx(limit, rel=1e-5)
 
 
+@pytest.mark.soak
 def test_intervals_of_the_surface_have_nominal_coverage() -> None:
     hits = np.zeros(4)
     for seed in range(60):

@@ -64,6 +64,7 @@ def test_two_runs_at_once_get_one_core_and_one_thread_each(quiet: Path) -> None:
     assert log(second, "started")[0]["time"] < read_json(first / "exit.json")["time"]
 
 
+@pytest.mark.soak
 def test_a_sweep_whose_processes_are_killed_ends_with_the_same_results(
     home: Path, quiet: Path
 ) -> None:

@@ -161,6 +161,7 @@ def test_tokens_that_never_occur_only_decay(world: Trained, prepared: PreparedDa
         )
 
 
+@pytest.mark.soak
 def test_a_run_of_three_ranks_resumes_on_one(tmp_path: Path, prepared: PreparedDataset) -> None:
     """16 and 8 matrices do not divide by three. Rounding errors grow: after ten steps another
     micro-batch on one rank differs as much.
