@@ -58,6 +58,17 @@ class Line:
         )
 
 
+LLAMA_SQUARED = {
+    "E": 0.6047,
+    "A": 59.14,
+    "B": 155.1,
+    "alpha": 0.3100,
+    "beta": 0.3136,
+    "params_exponent": 0.5029,
+}
+"""Published fit of the Llama 3 runs by the squared raw loss."""
+
+
 def chinchilla(reference: Path) -> list[Point]:
     """Return Epoch's 240 points."""
     return [
@@ -182,15 +193,7 @@ def llama_lines(reference: Path) -> Iterator[Line]:
         relative=False,
     )
     raw = fit_surface(points, delta=np.inf, raw=True)
-    published = {
-        "E": 0.6047,
-        "A": 59.14,
-        "B": 155.1,
-        "alpha": 0.3100,
-        "beta": 0.3136,
-        "params_exponent": 0.5029,
-    }
-    for name, value in published.items():
+    for name, value in LLAMA_SQUARED.items():
         yield Line(
             f"Llama 3, squared raw loss: {name}", value, _value(raw.intervals[name].estimate)
         )
