@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slm import results
 from slm.cli.fit_options import (
     CsvFile,
     Figure,
@@ -25,6 +24,7 @@ from slm.cli.options import (
 if TYPE_CHECKING:
     import pandas
 
+    from slm import results
     from slm.fits import DepthEffect
 
 NAME = "An experiment, a recipe, a version of the trainer's code, or several of them joined by /."
@@ -47,6 +47,8 @@ def compare(
 ) -> None:
     """Price a change in compute: how much more the base would need for the candidate's loss, depth
     by depth."""
+    from slm import results
+
     check_file(file, names, base)
     if markdown and as_json:
         raise ValueError("--markdown and --json: choose one")
@@ -63,11 +65,13 @@ def compare(
 
 
 def _print(record: results.ComparisonRecord) -> None:
+    from slm.results import TIMES
+
     print(f"{record.comparison.decision.sentence}\n")
     (headers, rows), *core_tables = record.tables()
     print_table(rows, headers)
     for name, comparison in record.times.items():
-        print(f"\nin {results.TIMES[name]}: {comparison.multiplier.text()}")
+        print(f"\nin {TIMES[name]}: {comparison.multiplier.text()}")
     for headers, rows in core_tables:
         print(f"\n{headers[0]} on the same examples, ± standard error over them; seeds add to it:")
         print_table(rows, headers)
@@ -81,6 +85,7 @@ def _markdown(record: results.ComparisonRecord) -> str:
     from tabulate import tabulate
 
     from slm import fits
+    from slm.results import TIMES
     from slm.selection import describe_excluded
 
     comparison = record.comparison
@@ -98,7 +103,7 @@ def _markdown(record: results.ComparisonRecord) -> str:
         f"{fits.CLAIM_THRESHOLD:g}, which holds under any number of looks.",
     ]
     for name, timed in record.times.items():
-        lines.append(f"The same in {results.TIMES[name]}: {timed.multiplier.text()}.")
+        lines.append(f"The same in {TIMES[name]}: {timed.multiplier.text()}.")
     lines += _core_lines(record)
     lines += [f"- {note['code']}: {note['message']}" for note in record.document["warnings"]]
     lines += [f"- left out: {line}" for line in describe_excluded(record.document["excluded"])]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slm import results
 from slm.cli.fit_options import (
     CsvFile,
     Experiments,
@@ -23,6 +22,9 @@ from slm.cli.options import (
     print_json,
     print_table,
 )
+
+if TYPE_CHECKING:
+    from slm import results
 
 COLUMNS = "Columns of the CSV: loss=val_bpb; budget=none for runs without budgets."
 METRIC = (
@@ -68,6 +70,8 @@ def fit_curves(
     as_json: Json = False,
 ) -> None:
     """Fit the loss against FLOPs, with intervals, isoFLOP minima and warnings; draw the figures."""
+    from slm import results
+
     check_file(file, names, experiments[0] if experiments else None)
     fit = results.fit_curves(
         *(experiments or []),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slm import results
 from slm.cli.fit_options import (
     Experiments,
     print_notes,
@@ -19,6 +18,9 @@ from slm.cli.options import (
     print_json,
     print_table,
 )
+
+if TYPE_CHECKING:
+    from slm import results
 
 TARGET = "loss@d26, loss@1e20 (the depth of that compute), params_exponent, alpha, beta or E."
 
@@ -39,6 +41,8 @@ def next_runs(
 ) -> None:
     """Choose the runs that remove most of a target's uncertainty per FLOP, and print the sweeps
     that make them."""
+    from slm import results
+
     if not target:
         raise ValueError("no --target: write --target loss@d26, or params_exponent")
     numbers = numbers_of("--budget", budget or None)
