@@ -8,6 +8,7 @@ another process.
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import platform
 import re
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from importlib import metadata, util
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -75,8 +76,7 @@ class Outcome(NamedTuple):
     """Sentence with the values and the way out."""
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """Result with the name of its check."""
 
     check: str
@@ -104,23 +104,28 @@ def problem(message: str) -> Outcome:
 
 def machine_checks(home: Path, url: str | None = None) -> list[tuple[str, Check]]:
     """Return the checks of a machine and a home, by name; with `url`, also of its server."""
-    checks: list[tuple[str, Check]] = [
-        ("python", python_version),
-        ("packages", package_versions),
-        ("devices", gpus),
-        ("cores", cores),
-        ("compiler", compiler),
-        ("limits", limits),
-        ("home", lambda: writable(home)),
-        ("locks", lambda: locks(home)),
-        ("disk", lambda: disk(home)),
-        ("data", lambda: prepared(home)),
-        ("runs", lambda: leftovers(home)),
-        ("slurm", slurm),
-        ("store", lambda: database(home)),
-    ]
+    machine: dict[str, Check] = {
+        "python": python_version,
+        "packages": package_versions,
+        "devices": gpus,
+        "cores": cores,
+        "compiler": compiler,
+        "limits": limits,
+        "slurm": slurm,
+    }
+    of_home = {
+        "home": writable,
+        "locks": locks,
+        "disk": disk,
+        "data": prepared,
+        "runs": leftovers,
+        "store": database,
+    }
+    checks = list(machine.items())
+    for name, check in of_home.items():
+        checks.append((name, partial(check, home)))
     if url:
-        checks.append(("network", lambda: network(url)))
+        checks.append(("network", partial(network, url)))
     return checks
 
 
@@ -128,12 +133,12 @@ def plan_checks(experiment: Experiment, home: Path, core: bool) -> list[tuple[st
     """Return the checks of an experiment's runs on this machine; `core` adds that of a bundle."""
     runs = experiment.requested_runs()
     checks: list[tuple[str, Check]] = [
-        ("plan: data", lambda: plan_data(experiment, runs, home)),
-        ("plan: memory", lambda: plan_memory(runs)),
-        ("plan: disk", lambda: plan_disk(runs, home)),
+        ("plan: data", partial(plan_data, experiment, runs, home)),
+        ("plan: memory", partial(plan_memory, runs)),
+        ("plan: disk", partial(plan_disk, runs, home)),
     ]
     if core:
-        checks.append(("plan: CORE", lambda: plan_bundle(home)))
+        checks.append(("plan: CORE", partial(plan_bundle, home)))
     return checks
 
 
@@ -256,39 +261,34 @@ def limits() -> Iterator[Outcome]:
     """Check the limits of open files, processes and shared memory."""
     outcomes = []
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if 0 <= files < LOW_FILES:
+    if files < LOW_FILES and files != resource.RLIM_INFINITY:
         message = f"{files} open files: `ulimit -n {4 * LOW_FILES}` allows more"
         outcomes.append(problem(message) if files < MIN_FILES else note(message))
     processes = process_room()
-    if processes is not None and processes < LOW_PROCESSES:
-        message = f"{processes} more processes are allowed: `ulimit -u` allows more"
+    if processes < LOW_PROCESSES:
+        message = f"{processes:.0f} more processes are allowed: `ulimit -u` allows more"
         outcomes.append(problem(message) if processes < devices.cores() else note(message))
-    shared = shared_memory()
-    if shared is not None and shared < MIN_SHARED_MEMORY and devices.gpu_count() > 1:
+    shared = Path("/dev/shm")
+    size = shutil.disk_usage(shared).total if shared.is_dir() else MIN_SHARED_MEMORY
+    if size < MIN_SHARED_MEMORY and devices.gpu_count() > 1:
         outcomes.append(
             problem(
-                f"/dev/shm has {shared / 1e6:.0f} MB for several GPUs: give the container more "
+                f"{shared} has {size / 1e6:.0f} MB for several GPUs: give the container more "
                 "(--shm-size=8g, --ipc=host), or use --gpus-per-run 1"
             )
         )
     yield from outcomes or [ok(f"{files if files >= 0 else 'unlimited'} open files, processes")]
 
 
-def process_room() -> int | None:
-    """Return how many more processes this user may start, None without a limit."""
+def process_room() -> float:
+    """Return how many more processes this user may start, infinity without a limit."""
     import psutil
 
     limit = resource.getrlimit(resource.RLIMIT_NPROC)[0]
     if limit == resource.RLIM_INFINITY or os.getuid() == 0:  # the limit does not apply to root
-        return None
+        return math.inf
     uids = [process.info["uids"] for process in psutil.process_iter(["uids"])]
     return limit - sum(uid is not None and uid.real == os.getuid() for uid in uids)
-
-
-def shared_memory() -> int | None:
-    """Return the bytes of /dev/shm, None if there is none."""
-    folder = Path("/dev/shm")
-    return shutil.disk_usage(folder).total if folder.is_dir() else None
 
 
 # The home
@@ -376,18 +376,13 @@ def file_system(home: Path) -> str | None:
 
 def disk(home: Path) -> Iterator[Outcome]:
     """Check the free space for the home."""
-    free = free_disk(home)
+    free = shutil.disk_usage(existing_folder(home)).free
     text = f"{free / 1e9:.3g} GB free for the home"
     if free >= LOW_DISK:
         yield ok(text)
     else:
         message = f"{text}: free some, `slm rm` removes runs, or SLM_HOME names another disk"
         yield problem(message) if free < MIN_DISK else note(message)
-
-
-def free_disk(home: Path) -> int:
-    """Return the free bytes of a home's disk."""
-    return shutil.disk_usage(existing_folder(home)).free
 
 
 def prepared(home: Path) -> Iterator[Outcome]:
@@ -412,18 +407,16 @@ def leftovers(home: Path) -> Iterator[Outcome]:
     from slm.data.inventory import entries
 
     runs = list_runs(home) if home.is_dir() else []
-    dead = []
     orphans = []
+    dead = []
     for folder in runs:
-        supervisor = lock_holder(folder / "lock")
-        trainer = lock_holder(folder / "train.lock")
         attempt = last_attempt(folder)
-        if supervisor is not None:
+        if lock_holder(folder / "lock"):
             continue
-        if trainer is not None:
+        if trainer := lock_holder(folder / "train.lock"):
             orphans.append(f"{folder.name} (process {trainer})")
-        elif attempt and is_on_this_machine(folder) and not is_done(folder):
-            dead += [folder.name] if read_exit(attempt) is None else []
+        elif attempt and not (is_done(folder) or read_exit(attempt)):
+            dead += [folder.name] if is_on_this_machine(folder) else []
     unfinished = [entry.folder.name for entry in entries(home) if entry.state == "unfinished"]
     if orphans:
         yield note(
@@ -583,7 +576,7 @@ def plan_disk(runs: Sequence[RequestedRun], home: Path) -> Iterator[Outcome]:
     sizes = [run.hyperparameters.parameters.total for run in runs]
     concurrent = min(len(sizes), len(local.this_machine().ids))
     need = 4 * sum(sizes) + 2 * STATE_BYTES * max(sizes) * concurrent
-    free = free_disk(home)
+    free = shutil.disk_usage(existing_folder(home)).free
     text = f"weights and checkpoints take {need / 1e9:.3g} GB of {free / 1e9:.3g} free"
     if need > free:
         yield problem(f"{text}: free some, or SLM_HOME names another disk")

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slm.recipe import Hyperparameters, Recipe
+from slm.recipe import Hyperparameters, Recipe, check_one_horizon
 
 if TYPE_CHECKING:
     from slm.plan import Plan
@@ -69,9 +69,7 @@ class Experiment:
             raise ValueError(
                 f"experiment name {self.name!r}: letters, digits, '.', '_' and '-' only"
             )
-        horizons = [name for name in ("flops", "ratios", "steps") if getattr(self, name)]
-        if len(horizons) > 1:
-            raise ValueError(f"{' and '.join(horizons)} given together: choose one horizon")
+        check_one_horizon([name for name in ("flops", "ratios", "steps") if getattr(self, name)])
         for name in ("recipes", "depths", "seeds"):
             if not getattr(self, name) and not self.plans:
                 raise ValueError(f"experiment {self.name}: no {name}")
@@ -107,18 +105,19 @@ class Experiment:
 
     def declared(self) -> dict[str, Any]:
         """Return the declaration as a JSON document."""
-        recipes = json.loads(json.dumps([asdict(recipe) for recipe in self.recipes]))
-        return {
-            "recipes": {recipe["name"]: recipe for recipe in recipes},
-            "depths": list(self.depths),
-            "flops": list(self.flops),
-            "ratios": list(self.ratios),
+        document = {
+            "recipes": {recipe.name: asdict(recipe) for recipe in self.recipes},
+            "depths": self.depths,
+            "flops": self.flops,
+            "ratios": self.ratios,
             "steps": self.steps,
-            "seeds": list(self.seeds),
+            "seeds": self.seeds,
             "data": self.data,
             "tokenizer": self.tokenizer,
             "plans": [plan.run_id for plan in self.plans],
         }
+        declared: dict[str, Any] = json.loads(json.dumps(document))
+        return declared
 
 
 def load(path: Path) -> Experiment:

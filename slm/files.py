@@ -1,4 +1,4 @@
-"""Atomic writes, JSON documents, SHA-256, and locks that end with their process."""
+"""Atomic writes, JSON documents, SHA-256, processes, and locks that end with their process."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import fcntl
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -52,6 +54,30 @@ def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's content in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(content: str | bytes, digits: int = 16) -> str:
+    """Return the first hex digits of the SHA-256 of a text or of bytes."""
+    data = content.encode() if isinstance(content, str) else content
+    return hashlib.sha256(data).hexdigest()[:digits]
+
+
+def start_session(
+    arguments: Sequence[str], log: Path, inherited: Sequence[int] = ()
+) -> subprocess.Popen[bytes]:
+    """Start Python with arguments in a session of its own, which appends its output to a log.
+
+    It outlives this process, and inherits these file descriptors.
+    """
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-P", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            pass_fds=inherited,
+        )
 
 
 def hold_lock(path: Path, process: int | None = None) -> TextIO | None:

@@ -75,7 +75,7 @@ class Plan:
             "data": [data.tokenizer, data.train, data.validation, data.validation_rows],
             "code": self.code,
         }
-        return hashlib.sha256(canonical(identity).encode()).hexdigest()[:12]
+        return digest(identity)[:12]
 
     def document(self) -> dict[str, Any]:
         """Return the plan as plan.json holds it."""
@@ -109,7 +109,13 @@ def _typed(kind: Any, value: Any, path: str) -> Any:
     ValueError.
     """
     if isinstance(kind, type) and is_dataclass(kind):
-        return kind(**_fields(kind, value, path))
+        hints = get_type_hints(kind)
+        if not isinstance(value, dict):
+            raise ValueError(f"{path} is not an object")
+        if wrong := sorted(hints.keys() ^ value.keys()):
+            problems = (f"no {name}" if name in hints else f"an unknown {name}" for name in wrong)
+            raise ValueError(f"{path} has {', '.join(problems)}")
+        return kind(**{name: _typed(hints[name], value[name], f"{path}.{name}") for name in hints})
     json_type = kind
     if get_origin(kind) is tuple:
         json_type = list
@@ -120,20 +126,14 @@ def _typed(kind: Any, value: Any, path: str) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _fields(kind: type, value: Any, path: str) -> dict[str, Any]:
-    """Convert the fields of a dataclass. Raises ValueError for missing and unknown fields."""
-    hints = get_type_hints(kind)
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is not an object")
-    if wrong := sorted(hints.keys() ^ value.keys()):
-        problems = (f"no {name}" if name in hints else f"an unknown {name}" for name in wrong)
-        raise ValueError(f"{path} has {', '.join(problems)}")
-    return {name: _typed(hint, value[name], f"{path}.{name}") for name, hint in hints.items()}
-
-
 def canonical(value: Any) -> str:
     """Return the canonical JSON text of a value."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """Return the SHA-256 of the canonical JSON text of a value, in hex."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
 @cache
@@ -144,8 +144,7 @@ def code_fingerprint(package: Path = Path(__file__).parent) -> str:
     rewording it keeps every run_id.
     """
     trees = [_tree(ast.parse((package / name).read_text())) for name in TRAINER_SOURCES]
-    hashes = sorted(hashlib.sha256(canonical(tree).encode()).hexdigest() for tree in trees)
-    return hashlib.sha256(canonical(hashes).encode()).hexdigest()[:16]
+    return digest(sorted(map(digest, trees)))[:16]
 
 
 def _tree(node: Any) -> Any:
@@ -160,10 +159,6 @@ def _tree(node: Any) -> Any:
 
 def _is_left_out(item: Any) -> bool:
     """Whether a statement is an import or a docstring, which the fingerprint leaves out."""
-    if isinstance(item, ast.Import | ast.ImportFrom):
-        return True
-    return (
-        isinstance(item, ast.Expr)
-        and isinstance(item.value, ast.Constant)
-        and isinstance(item.value.value, str)
-    )
+    if isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant):
+        return isinstance(item.value.value, str)
+    return isinstance(item, ast.Import | ast.ImportFrom)

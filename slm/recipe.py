@@ -35,6 +35,7 @@ the constants for two CPU cores; its docstring below gives the measurements.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 BATCH_EXPONENT = 0.383
@@ -70,8 +71,7 @@ class Parameters:
     @property
     def total(self) -> int:
         """The sum of all groups."""
-        embeddings = self.wte + self.value_embeds + self.lm_head
-        return embeddings + self.transformer_matrices + self.scalars
+        return sum(vars(self).values())
 
     @property
     def scaling(self) -> int:
@@ -274,19 +274,18 @@ class Recipe:
         """Return requested tokens, tokens a step, and steps. Raises ValueError as a call does."""
         requested = {"flops": flops, "ratio": ratio, "steps": steps}
         horizons = {name: value for name, value in requested.items() if value is not None}
-        if len(horizons) > 1:
-            raise ValueError(f"{' and '.join(horizons)} given together: choose one horizon")
+        check_one_horizon(horizons)
         for name, value in horizons.items():
             if not 0 < value <= LARGEST_HORIZON:
                 limit = f"a horizon must be positive and below {LARGEST_HORIZON:g}"
                 raise ValueError(f"{name} {str(value)[:20]}: {limit}")
         if steps is not None:
-            batch = self._batch_of_steps(steps)
+            batch = self._batch(self._log2_batch(steps) / (1 - BATCH_EXPONENT))
             return steps * batch, batch, steps
         _, parameters, _, flops_per_token = self._shape(depth)
         ratio = ratio or self.tokens_per_parameter
         tokens = flops / flops_per_token if flops else parameters.scaling * ratio
-        batch = self._batch(max(tokens, 1.0))
+        batch = self._batch(self._log2_batch(max(tokens, 1.0)))
         steps = round(tokens / batch) if flops else int(tokens // batch)
         if steps < 1:
             horizon = f"flops {flops:g}" if flops else f"ratio {ratio:g}"
@@ -330,24 +329,23 @@ class Recipe:
     def _reference_tokens(self) -> float:
         return self.tokens_per_parameter * self._shape(self.reference_depth)[1].scaling
 
-    def _batch(self, tokens: float) -> int:
-        """Return the batch of a horizon in tokens."""
-        return self._round_batch(self._log2_batch(tokens))
-
-    def _batch_of_steps(self, steps: int) -> int:
-        """Return the batch of a horizon in steps."""
-        return self._round_batch(self._log2_batch(steps) / (1 - BATCH_EXPONENT))
-
     def _log2_batch(self, horizon: float) -> float:
         ratio = horizon / self._reference_tokens()
         return math.log2(self.reference_batch) + BATCH_EXPONENT * math.log2(ratio)
 
-    def _round_batch(self, log2: float) -> int:
+    def _batch(self, log2: float) -> int:
         """Return the nearest power of two of tokens that holds at least one row."""
-        batch = max(2 ** max(round(log2), 0), self.sequence_length)
-        if batch % self.sequence_length:
-            raise ValueError(f"sequence_length {self.sequence_length}: must be a power of two")
-        return int(batch)
+        length = self.sequence_length
+        batch = max(int(2 ** max(round(log2), 0)), length)
+        if batch % length:
+            raise ValueError(f"sequence_length {length}: must be a power of two")
+        return batch
+
+
+def check_one_horizon(names: Collection[str]) -> None:
+    """Raise ValueError if more than one horizon is named."""
+    if len(names) > 1:
+        raise ValueError(f"{' and '.join(names)} given together: choose one horizon")
 
 
 def _scaled(group: AdamW, factor: float) -> AdamW:

@@ -14,41 +14,44 @@ under `fits/`, as the commands record them; figures are files only after `save`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slm.family import (
+from slm.candidates import (
     MAX_DEPTH,
     best_model,
     candidates,
     depth_target,
     goal,
-    known_recipe,
     nearest_model,
+    recipe_of_fit,
+    recipe_of_points,
     sweeps,
 )
-from slm.files import write_json
-from slm.recipe import RECIPES
+from slm.files import fingerprint, write_json
+from slm.recipe import Recipe
 from slm.selection import (
     COUNTS,
     METRICS,
     Note,
     Runs,
     Side,
+    corpus_of,
+    excluded_for,
     flag_warnings,
     ingest,
     only_experiment,
     runs_of_experiments,
     runs_of_file,
+    sides_of_file,
     sides_of_store,
-    single_recipe,
     training_curves,
 )
 
@@ -57,7 +60,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from slm.evaluate.paired import PairedCore
-    from slm.fits import Comparison, CurveFit, Design, Trial
+    from slm.fits import Comparison, CoreFit, CurveFit, Design
     from slm.fits.prediction import Prediction
     from slm.report import ExperimentData, Report
 
@@ -66,6 +69,8 @@ Table = tuple[list[str], list[list[str]]]
 NO_CORE = "no run has a CORE; `slm eval RUN --core` measures it"
 TIMES = {"wall_clock": "training time", "cost": "device time"}
 """Quantities that a comparison multiplies besides compute, and their names."""
+ENDS = ("estimate", "low", "high")
+"""Numbers of an interval in a document."""
 SCATTER = 1.1
 """Ratio of training times of one depth and recipe from which a warning is given."""
 
@@ -84,57 +89,71 @@ def points(
 
     Example: `points("isoflop").table()`.
     """
-    _check_choice("metric", metric, METRICS)
-    _check_choice("params", params, COUNTS)
+    _check_choices(metric, params)
     return runs_of_experiments(experiments, ingest(home), params, metric)
 
 
 @dataclass
-class FitRecord:
+class DrawnRecord:
+    """A recorded result with tables and figures."""
+
+    document: dict[str, Any]
+    """The record in `fits/`: hash, time, versions and every number."""
+    stem: Path
+    """Path of the figures, without ending."""
+    figures: list[Path] = field(default_factory=list, init=False)
+    """Files that `save` has written."""
+
+    def tables(self) -> list[Table]:
+        """Return all tables as headers and rows of text."""
+        raise NotImplementedError
+
+    def table(self, name: str | None = None) -> pandas.DataFrame:
+        """Return a table by its first header, such as "law" or "depth"; the first by default."""
+        return _frame(self.tables(), name)
+
+    def save(self, stem: Path | None = None) -> list[Path]:
+        """Write all figures as PNG and SVG; to `figures/` of the home by default."""
+        stem = stem or self.stem
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        self.figures = self._draw(stem)
+        return self.figures
+
+    def _draw(self, stem: Path) -> list[Path]:
+        raise NotImplementedError
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the document that the command prints with `--json`."""
+        return self.document | {"figures": [str(path) for path in self.figures]}
+
+
+@dataclass
+class FitRecord(DrawnRecord):
     """A fit of `fit_curves`, with its predictions."""
 
     fit: CurveFit
     runs: Runs
-    predictions: list[Prediction]
-    reach: list[dict[str, Any]]
-    """Compute at which the family reaches a CORE, with depth, hours and price where known."""
-    document: dict[str, Any]
-    """The record in `fits/`: hash, time, versions and every number."""
-    figures: list[Path] = field(default_factory=list)
-    """Files that `save` has written."""
+    predictions: Sequence[Prediction] = ()
 
     def tables(self) -> list[Table]:
-        """Return all tables as headers and rows of text: predictions, laws, minima, surfaces,
-        hold-outs."""
+        """Return the tables of predictions, laws, minima, surfaces, hold-outs and reached CORE."""
         from slm import fits
 
         tables = fits.tables(self.fit, self.predictions)
-        return [*tables, _reach_table(self.reach, self.fit)] if self.reach else tables
-
-    def table(self, name: str | None = None) -> pandas.DataFrame:
-        """Return a table by its first header: "law", "budget (FLOPs)", "surface", ...; the first by
-        default."""
-        return _frame(self.tables(), name)
+        reached = self.document["reach"]
+        return [*tables, _reach_table(reached, self.fit)] if reached else tables
 
     def plot(self, name: str = "curve") -> Figure:
         """Plot "curve", "frontier", "residuals" or "core". Raises ValueError for one that the fit
         lacks."""
         from slm import figures
 
-        return figures.plot_fit(self.fit, name, training_curves(self.runs), self.runs.stem.name)
+        return figures.plot_fit(self.fit, name, training_curves(self.runs), self.stem.name)
 
-    def save(self, stem: Path | None = None) -> list[Path]:
-        """Write all figures as PNG and SVG; to `figures/` of the home by default."""
+    def _draw(self, stem: Path) -> list[Path]:
         from slm import figures
 
-        stem = stem or self.runs.stem
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        self.figures = figures.draw_fit(self.fit, stem, training_curves(self.runs), stem.name)
-        return self.figures
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the document of `slm fit-curves --json`."""
-        return self.document | {"figures": [str(path) for path in self.figures]}
+        return figures.draw_fit(self.fit, stem, training_curves(self.runs), stem.name)
 
 
 def fit_curves(
@@ -167,8 +186,7 @@ def fit_curves(
     """
     from slm import fits
 
-    _check_choice("metric", metric, METRICS)
-    _check_choice("params", params, COUNTS)
+    _check_choices(metric, params)
     if price is not None and not reach:
         raise ValueError(f"price {price:g}: it needs a CORE to reach")
     if paper and form == "power":
@@ -191,9 +209,9 @@ def fit_curves(
         runs.points, runs.convention, metric, form, paper, runs.other_counts, allow_mixed
     )
     if metric == "core":
-        _require_core(fit, "metric core")
+        _core_fit(fit, "metric core")
     predictions = [fit.predict(best_model(fit, target, counting)) for target in targets]
-    reached = [_reached(fit, core, runs.speed, price) for core in reach]
+    reached = [_reach(fit, core, runs.speed, price) for core in reach]
     return _fit_record(fit, runs, predictions, reached)
 
 
@@ -210,71 +228,33 @@ def _fit_record(
     document["points"]["excluded"] += runs.excluded
     document["warnings"] += runs.warnings
     document = record("fit-curves", runs.experiments, document, runs.home)
-    return FitRecord(fit, runs, list(predictions), list(reached), document)
+    return FitRecord(document, runs.stem, fit, runs, predictions)
 
 
-def _fit_recipes(runs: Runs, allow_mixed: bool) -> list[FitRecord]:
-    """Fit the runs of each recipe alone."""
-    from slm import fits
-
-    fitted = []
-    for recipe in dict.fromkeys(point.recipe for point in runs.points):
-        part = _of_recipe(runs, recipe)
-        fit = fits.fit_curves(
-            part.points, part.convention, other_counts=part.other_counts, allow_mixed=allow_mixed
-        )
-        fitted.append(_fit_record(fit, part))
-    return fitted
-
-
-def _of_recipe(runs: Runs, recipe: str) -> Runs:
-    """Return the runs of one recipe."""
-    chosen = [k for k, point in enumerate(runs.points) if point.recipe == recipe]
-    return replace(
-        runs,
-        points=[runs.points[k] for k in chosen],
-        warnings=[],
-        rows=runs.rows.iloc[chosen] if runs.rows is not None else None,
-        other_counts={
-            name: [sizes[k] for k in chosen] for name, sizes in runs.other_counts.items()
-        },
-    )
-
-
-def _require_core(fit: CurveFit, purpose: str) -> None:
+def _core_fit(fit: CurveFit, purpose: str) -> CoreFit:
+    """Return the fit of CORE. Raises ValueError, naming the purpose, if there is none."""
     from slm.fits import CoreFit
 
-    if not isinstance(fit.core, CoreFit):
-        raise ValueError(f"{purpose}: {fit.core.why if fit.core else NO_CORE}")
+    if isinstance(fit.core, CoreFit):
+        return fit.core
+    raise ValueError(f"{purpose}: {fit.core.why if fit.core else NO_CORE}")
 
 
-def _reached(
-    fit: CurveFit, core: float, speed: float | None, price: float | None
-) -> dict[str, Any]:
+def _reach(fit: CurveFit, core: float, speed: float | None, price: float | None) -> dict[str, Any]:
     """Return the FLOPs at which the family reaches a CORE, the recipe's depth there, and hours and
     price.
 
     `speed` is FLOPs per second of the largest run, `price` per hour.
     """
-    from slm.fits import CoreFit
-
-    _require_core(fit, f"reach {core:g}")
-    assert isinstance(fit.core, CoreFit)
-    result = fit.core.reach(core)
-    recipe = None if fit.mixed else RECIPES.get(fit.points[0].recipe)
+    document = _core_fit(fit, f"reach {core:g}").reach(core).document()
+    flops = {end: document[end] for end in ENDS}
 
     def convert(value: Callable[[float], float | None]) -> dict[str, float | None]:
-        flops = result.flops
-        ends = {"estimate": flops.estimate, "low": flops.low, "high": flops.high}
-        return {name: None if end is None else value(end) for name, end in ends.items()}
+        return {end: None if each is None else value(each) for end, each in flops.items()}
 
-    def depth(flops: float) -> int | None:
-        hp = nearest_model(recipe, flops) if recipe else None
-        return hp.depth if hp else None
-
-    document = result.document()
-    document["depth"] = convert(depth) if recipe else None
-    document["hours"] = document["price"] = None
+    document |= {"depth": None, "hours": None, "price": None}
+    if recipe := recipe_of_fit(fit):
+        document["depth"] = convert(partial(_nearest_depth, recipe))
     if speed:
         document["hours"] = convert(lambda flops: flops / speed / 3600)
         if price:
@@ -282,11 +262,16 @@ def _reached(
     return document
 
 
+def _nearest_depth(recipe: Recipe, flops: float) -> int | None:
+    model = nearest_model(recipe, flops)
+    return model.depth if model else None
+
+
 def _reach_table(reached: Sequence[dict[str, Any]], fit: CurveFit) -> Table:
     from slm.fits import Interval
 
     def text(ends: dict[str, Any] | None) -> str:
-        return Interval(ends["estimate"], ends["low"], ends["high"]).text() if ends else ""
+        return Interval(*(ends[end] for end in ENDS)).text() if ends else ""
 
     rows = []
     for row in reached:
@@ -307,7 +292,7 @@ def _reach_table(reached: Sequence[dict[str, Any]], fit: CurveFit) -> Table:
 
 
 @dataclass
-class ComparisonRecord:
+class ComparisonRecord(DrawnRecord):
     """A comparison of `compare`."""
 
     comparison: Comparison
@@ -319,16 +304,9 @@ class ComparisonRecord:
     core: PairedCore | None
     """CORE, or the mean of another bundle, on the same examples; None where not both were
     evaluated."""
-    document: dict[str, Any]
-    """The record in `fits/`: hash, time, versions and every number."""
-    stem: Path
-    """Path of the figure, without ending."""
-    figures: list[Path] = field(default_factory=list)
-    """Files that `save` has written."""
 
     def tables(self) -> list[Table]:
-        """Return all tables as headers and rows of text: loss, and CORE where both sides were
-        evaluated."""
+        """Return the table of losses, and that of CORE where both sides were evaluated."""
         from slm import fits
 
         tables = [fits.comparison_table(self.comparison)]
@@ -336,29 +314,16 @@ class ComparisonRecord:
             tables.append(self.core.table((self.sides[0].name, self.sides[1].name)))
         return tables
 
-    def table(self, name: str | None = None) -> pandas.DataFrame:
-        """Return a table by its first header: "depth", or the name of the benchmark; the first by
-        default."""
-        return _frame(self.tables(), name)
-
     def plot(self) -> Figure:
         """Plot the losses of both sides and the compute multiplier per depth."""
         from slm import figures
 
         return figures.plot_comparison(self.comparison)
 
-    def save(self, stem: Path | None = None) -> list[Path]:
-        """Write the figure as PNG and SVG; to `figures/` of the home by default."""
+    def _draw(self, stem: Path) -> list[Path]:
         from slm import figures
 
-        stem = stem or self.stem
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        self.figures = figures.draw_comparison(self.comparison, stem)
-        return self.figures
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the document of `slm compare --json`."""
-        return self.document | {"figures": [str(path) for path in self.figures]}
+        return figures.draw_comparison(self.comparison, stem)
 
 
 def compare(
@@ -382,13 +347,11 @@ def compare(
     """
     from slm import fits
     from slm.evaluate.paired import compare_core
-    from slm.exchange.point_files import read_trials
 
     path = None
     experiments: list[str] = []
     if file is not None:
-        read = read_trials(file, columns or {})
-        sides = [Side(name, trials) for name, trials in read.items()]
+        sides = sides_of_file(file, columns or {})
         stem = Path(f"{file.stem}-compared")
     else:
         path = ingest(home)
@@ -396,27 +359,27 @@ def compare(
         stem = path / "figures" / f"{base}-{candidate}".replace("/", ".")
     names = (sides[0].name, sides[1].name)
     comparison = fits.compare(sides[0].trials, sides[1].trials, names, allow_mixed=allow_mixed)
-    times, warnings = _compare_times(sides, allow_mixed)
+    frames = [side.rows for side in sides if side.rows is not None]
+    times, warnings = _compare_times(sides, frames, allow_mixed)
     warnings += _timing_warnings(sides)
+    for rows in frames:
+        warnings += flag_warnings(rows)
     core = None
     if path is not None:
-        frames = [side.rows for side in sides if side.rows is not None]
-        for rows in frames:
-            warnings += flag_warnings(rows)
         core, unpaired = compare_core(path, names, frames)
         warnings += unpaired
     document = comparison.document()
-    document["excluded"] = [note for side in sides for note in side.excluded]
+    document["excluded"] = [*sides[0].excluded, *sides[1].excluded]
     for name in TIMES:
         document[name] = times[name].document() if name in times else None
     document["core"] = core.document() if core else None
     document["warnings"] += warnings
     document = record("compare", experiments, document, path)
-    return ComparisonRecord(comparison, (sides[0], sides[1]), times, core, document, stem)
+    return ComparisonRecord(document, stem, comparison, sides, times, core)
 
 
 def _compare_times(
-    sides: Sequence[Side], allow_mixed: bool
+    sides: Sequence[Side], frames: Sequence[pandas.DataFrame], allow_mixed: bool
 ) -> tuple[dict[str, Comparison], list[Note]]:
     """Compare training time and device time (keys of TIMES), if both sides know them on devices of
     one kind.
@@ -425,46 +388,32 @@ def _compare_times(
     """
     from slm import fits
 
-    trials = [side.trials for side in sides]
-    if any(trial.seconds is None for side in trials for trial in side):
+    if any(trial.seconds is None for side in sides for trial in side.trials):
         return {}, []
-    questions = {"wall_clock": trials}
-    frames = [side.rows for side in sides if side.rows is not None]
+    questions = {"wall_clock": [side.trials for side in sides]}
     if frames:
         devices = {name for rows in frames for name in rows["device_name"]}
         if len(devices) > 1 or any(rows["ranks"].isna().any() for rows in frames):
             return {}, []
-        questions["cost"] = [
-            _device_seconds(side.trials, rows) for side, rows in zip(sides, frames)
-        ]
+        questions["cost"] = [side.device_trials() for side in sides]
     names = (sides[0].name, sides[1].name)
     times = {}
     try:
-        for name, (base, candidate) in questions.items():
-            times[name] = fits.compare(base, candidate, names, "seconds", allow_mixed)
+        for question, (base, candidate) in questions.items():
+            times[question] = fits.compare(base, candidate, names, "seconds", allow_mixed)
     except fits.NotComparable as error:
         return {}, [{"code": "times_not_compared", "message": str(error)}]
     return times, []
 
 
-def _device_seconds(trials: Sequence[Trial], rows: pandas.DataFrame) -> list[Trial]:
-    """Return trials with the seconds of all their devices together."""
-    ranks = dict(zip(rows["run_id"], rows["ranks"]))
-    return [
-        replace(trial, seconds=(trial.seconds or 0.0) * float(ranks[trial.run_id]))
-        for trial in trials
-    ]
-
-
 def _timing_warnings(sides: Sequence[Side]) -> list[Note]:
     """Return a warning if runs of one depth and side took unequal times: the machine was busy."""
-    worst = 1.0
+    seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
     for side in sides:
-        seconds: dict[int, list[float]] = defaultdict(list)
         for trial in side.trials:
             if trial.seconds is not None:
-                seconds[trial.depth].append(trial.seconds)
-        worst = max([worst, *(max(times) / min(times) for times in seconds.values())])
+                seconds[side.name, trial.depth].append(trial.seconds)
+    worst = max((max(times) / min(times) for times in seconds.values()), default=1.0)
     if worst <= SCATTER:
         return []
     message = (
@@ -485,11 +434,15 @@ class DesignRecord:
     document: dict[str, Any]
     """The record in `fits/`: hash, time, versions and every number."""
 
-    def table(self) -> pandas.DataFrame:
-        """Return a row per picked run, by variance removed per FLOP."""
+    def tables(self) -> list[Table]:
+        """Return the table of picked runs as headers and rows of text."""
         from slm import fits
 
-        return _frame([fits.design_table(self.design)])
+        return [fits.design_table(self.design)]
+
+    def table(self) -> pandas.DataFrame:
+        """Return a row per picked run, by variance removed per FLOP."""
+        return _frame(self.tables())
 
     def plot(self) -> Figure:
         """Plot the runs that the design starts from, loss against compute."""
@@ -520,25 +473,25 @@ def next_runs(
     """
     from slm import fits
 
-    runs = runs_of_experiments(experiments, ingest(home))
+    path = ingest(home)
+    runs = runs_of_experiments(experiments, path)
     fits.check(runs.points, allow_mixed)
     sized = [point for point in runs.points if point.sized]
     if not sized:
         names = "+".join(runs.experiments)
         raise ValueError(f"no run of {names} has params and tokens: no surface can be fitted")
-    recipe = known_recipe(single_recipe(sized, "a design"), "a design")
+    recipe = recipe_of_points(sized, "a design")
     depths = depths or range(min(point.depth for point in sized), MAX_DEPTH + 1)
     possible = candidates(recipe, depths, sized, budget)
     design = fits.next_runs(sized, possible, goal(target, recipe), budget, allow_mixed)
-    lines = sweeps(design, runs, recipe)
-    unsized = [
-        {"run_id": point.run_id, "reason": "no params"} for point in runs.points if not point.sized
-    ]
+    corpus = corpus_of(runs.experiments[0], path)
+    lines = sweeps(design, runs, recipe, corpus)
+    unsized = [point.run_id for point in runs.points if not point.sized]
     document = design.document()
     document["sweeps"] = lines
-    document["excluded"] = [*runs.excluded, *unsized]
+    document["excluded"] = runs.excluded + excluded_for("no params", unsized)
     document["warnings"] += runs.warnings
-    document = record("next", runs.experiments, document, runs.home)
+    document = record("next", runs.experiments, document, path)
     return DesignRecord(design, runs, lines, document)
 
 
@@ -609,23 +562,28 @@ def report(
 
     Example: `Path("page.html").write_text(report("ladder").html())`.
     """
+    from slm import fits
     from slm.report import Family, build_report, drawings, gather
 
     path = ingest(home)
     name = experiment or only_experiment(path)
     data = gather(name, path, allow_mixed)
+    families = []
     try:
         runs = runs_of_experiments([name], path)
+        recipes = list(dict.fromkeys(point.recipe for point in runs.points))
     except ValueError as error:
-        families = [Family("", None, str(error))]
-    else:
-        fitted = _fit_recipes(runs, allow_mixed)
-        families = []
-        for fit in fitted:
-            recipe = fit.runs.points[0].recipe
-            suffix = "-" + re.sub(r"[^A-Za-z0-9._-]+", "_", recipe) if len(fitted) > 1 else ""
-            drawn = drawings(fit.fit, suffix, training_curves(fit.runs))
-            families.append(Family(recipe, fit.fit, "", fit.document, drawn))
+        recipes = []
+        families.append(Family("", None, str(error)))
+    for recipe in recipes:
+        part = runs.of_recipe(recipe)
+        counts = part.other_counts
+        fit = fits.fit_curves(
+            part.points, part.convention, other_counts=counts, allow_mixed=allow_mixed
+        )
+        suffix = "-" + re.sub(r"[^A-Za-z0-9._-]+", "_", recipe) if len(recipes) > 1 else ""
+        drawn = drawings(fit, suffix, training_curves(part))
+        families.append(Family(recipe, fit, "", _fit_record(fit, part).document, drawn))
     data = replace(data, families=families)
     return ReportRecord(data, build_report(data), page or path / "reports" / f"{name}.html")
 
@@ -644,7 +602,7 @@ def record(
     versions = {name: metadata.version(name) for name in ("slm", "numpy", "scipy")}
     content = {"kind": kind, "experiments": list(experiments), "versions": versions, **document}
     text = json.dumps(content, sort_keys=True, allow_nan=False)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    digest = fingerprint(text, 12)
     entry = {"hash": digest, "created": time.time(), **content}
     if not experiments or home is None:
         return entry
@@ -656,19 +614,18 @@ def record(
     return entry
 
 
-def _check_choice(name: str, value: str | None, choices: dict[str, str]) -> None:
-    if value is not None and value not in choices:
-        raise ValueError(f"{name} {value}: unknown; there are {', '.join(choices)}")
+def _check_choices(metric: str | None, params: str | None) -> None:
+    for name, value, choices in (("metric", metric, METRICS), ("params", params, COUNTS)):
+        if value is not None and value not in choices:
+            raise ValueError(f"{name} {value}: unknown; there are {', '.join(choices)}")
 
 
 def _frame(tables: Sequence[Table], name: str | None = None) -> pandas.DataFrame:
     """Return one of several tables, by its first header. Raises ValueError for an unknown one."""
     import pandas
 
-    by_name = {headers[0]: (headers, rows) for headers, rows in tables}
-    if name is None and by_name:
-        name = next(iter(by_name))
-    if name not in by_name:
-        raise ValueError(f"table {name!r}: there are {', '.join(map(repr, by_name)) or 'none'}")
-    headers, rows = by_name[name]
-    return pandas.DataFrame(rows, columns=headers).set_index(headers[0])
+    for headers, rows in tables:
+        if name in (None, headers[0]):
+            return pandas.DataFrame(rows, columns=headers).set_index(headers[0])
+    names = ", ".join(repr(headers[0]) for headers, _ in tables) or "none"
+    raise ValueError(f"table {name!r}: there are {names}")

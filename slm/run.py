@@ -188,7 +188,8 @@ def read_plans(run_folders: Iterable[Path]) -> tuple[list[Plan], list[str]]:
     """Return the plans of run folders, and one error message for each that cannot be read."""
     from slm.plan import Plan
 
-    readable, problems = [], []
+    readable = []
+    problems = []
     for folder in run_folders:
         try:
             readable.append(Plan.read(folder / "plan.json"))
@@ -373,8 +374,7 @@ def retry_requested(run_folder: Path) -> bool:
 
 def run_holder(run_folder: Path) -> int | None:
     """Return the process that holds a run: its supervisor, or a trainer that outlived it."""
-    supervisor = lock_holder(run_folder / "lock")
-    return lock_holder(run_folder / "train.lock") if supervisor is None else supervisor
+    return lock_holder(run_folder / "lock") or lock_holder(run_folder / "train.lock")
 
 
 def is_on_this_machine(run_folder: Path) -> bool:
@@ -392,9 +392,8 @@ def other_host(run_folder: Path) -> str | None:
     if attempt is None or read_exit(attempt) or is_done(run_folder):
         return None
     document = read_attempt(attempt)
-    if document["launcher"] != "local" or is_on_this_machine(run_folder):
-        return None
-    return document["host"] if run_holder(run_folder) else None
+    is_elsewhere = document["launcher"] == "local" and document.get("host") != socket.gethostname()
+    return document["host"] if is_elsewhere and run_holder(run_folder) else None
 
 
 def run_state(run_folder: Path, job: str | None = None) -> RunState:
@@ -464,5 +463,10 @@ def remove_run(run_folder: Path) -> None:
 def remove_weights(run_folder: Path) -> None:
     """Remove the weights and checkpoints of a run."""
     (run_folder / "model.safetensors").unlink(missing_ok=True)
+    remove_checkpoints(run_folder)
+
+
+def remove_checkpoints(run_folder: Path) -> None:
+    """Remove the checkpoints of a run."""
     for path in (run_folder / "checkpoints").glob("*"):
         path.unlink()

@@ -6,8 +6,8 @@ import json
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -71,9 +71,19 @@ class Runs:
     """FLOPs per second of the largest run; None if unknown."""
     ratio: float | None = None
     """Tokens per parameter of a ladder at a fixed ratio; None at the recipe's own."""
-    corpus: str = "python"
-    """Corpus that the first experiment names."""
     metric: str = "val_bpb"
+
+    def of_recipe(self, recipe: str) -> Runs:
+        """Return the runs of one recipe."""
+        assert self.rows is not None
+        rows = self.rows[self.rows["recipe"] == recipe]
+        return replace(
+            self,
+            points=[point for point in self.points if point.recipe == recipe],
+            warnings=[],
+            rows=rows,
+            other_counts={name: rows[COUNT_COLUMNS[name]].tolist() for name in self.other_counts},
+        )
 
     def table(self) -> pandas.DataFrame:
         """Return a row per run."""
@@ -117,12 +127,15 @@ def runs_of_experiments(
     Raises ValueError for an unknown experiment, or one without a finished run that a fit can use.
     """
     names = list(dict.fromkeys(names)) or [only_experiment(home)]
-    usable, excluded = usable_rows(finished_rows(names, home), ("flops", METRICS[metric]))
+    finished = finished_rows(names, home)
+    usable, excluded = usable_rows(finished, ("flops", METRICS[metric]))
     ladder, off_ladder = ladder_rows(usable)
     excluded += off_ladder
     if ladder.empty:
         raise ValueError(_why_empty(names, usable, excluded))
-    ratios = [text[6:] for text in ladder["horizon"].dropna() if text.startswith("ratio=")]
+    horizons = ladder["horizon"].dropna()
+    ratios = [text[6:] for text in horizons if text.startswith("ratio=")]
+    largest_last = ladder.sort_values("flops")
     other_counts = {
         name: ladder[column].tolist()
         for name, column in COUNT_COLUMNS.items()
@@ -138,9 +151,8 @@ def runs_of_experiments(
         rows=ladder,
         warnings=flag_warnings(ladder),
         other_counts=other_counts,
-        speed=known(ladder.sort_values("flops")["flops_per_second"].iloc[-1]),
+        speed=known(largest_last["flops_per_second"].iloc[-1]),
         ratio=float(ratios[0]) if ratios else None,
-        corpus=_corpus_of(names[0], home),
         metric=metric,
     )
 
@@ -152,19 +164,23 @@ def runs_of_file(file: Path, columns: dict[str, str], metric: str = "loss") -> R
     """
     from slm.exchange.point_files import read_points
 
-    budgets = columns.get("budget") != NO_BUDGET
-    if not budgets:
+    has_budgets = columns.get("budget") != NO_BUDGET
+    if not has_budgets:
         columns = {name: column for name, column in columns.items() if name != "budget"}
-    table = read_points(file, columns, budgets)
+    table = read_points(file, columns, has_budgets)
+    outliers = [point.run_id for point in table.outliers]
     return Runs(
         points=list(table.points),
         convention="params as the file gives them",
         stem=Path(file.stem),
-        excluded=[
-            {"run_id": point.run_id, "reason": "marked as an outlier"} for point in table.outliers
-        ],
+        excluded=excluded_for("marked as an outlier", outliers),
         metric=metric,
     )
+
+
+def excluded_for(reason: str, runs: Iterable[str]) -> list[Note]:
+    """Return the notes on runs that are excluded for one reason."""
+    return [{"run_id": run, "reason": reason} for run in runs]
 
 
 def _why_empty(names: Sequence[str], usable: pandas.DataFrame, excluded: Sequence[Note]) -> str:
@@ -181,16 +197,15 @@ def _why_empty(names: Sequence[str], usable: pandas.DataFrame, excluded: Sequenc
     return f"{experiments} has runs at {horizons}: a fit takes one ratio, or FLOPs budgets"
 
 
-def _corpus_of(experiment: str, home: Path) -> str:
+def corpus_of(experiment: str, home: Path) -> str:
     """Return the corpus that an experiment's declaration names."""
     import store
 
-    frame = store.sql(
-        "select declared from experiments where home = ? and name = ?",
-        [store.experiment_home(experiment, home), experiment],
-        home=home,
-    )
-    return str(parsed(frame["declared"].iloc[0]).get("data", "python"))
+    query = "select declared from experiments where home = ? and name = ?"
+    owner = store.experiment_home(experiment, home)
+    frame = store.sql(query, [owner, experiment], home=home)
+    declared = parsed(frame["declared"].iloc[0])
+    return str(declared.get("data", "python"))
 
 
 def only_experiment(home: Path) -> str:
@@ -212,7 +227,8 @@ def finished_rows(names: Sequence[str], home: Path) -> pandas.DataFrame:
     import store
 
     frames = [store.results(name, home=home) for name in names]
-    frame = pandas.concat(frames).drop_duplicates("run_id", ignore_index=True)
+    frame = pandas.concat(frames)
+    frame = frame.drop_duplicates("run_id", ignore_index=True)
     return frame[frame["status"] == "finished"]
 
 
@@ -225,14 +241,14 @@ def usable_rows(
 
     is_usable = finished["usable"].astype(bool)
     excluded = []
-    for row in finished[~is_usable].to_dict("records"):
-        reason = f"flagged {flags_of_weight(row['flags'], 'forbids')}"
-        excluded.append({"run_id": row["run_id"], "reason": reason})
+    flagged = finished[~is_usable]
+    for run, flags in zip(flagged["run_id"], flagged["flags"]):
+        excluded += excluded_for(f"flagged {flags_of_weight(flags, 'forbids')}", [run])
     usable = finished[is_usable]
     for column in required:
-        incomplete = usable[usable[column].isna()]
-        excluded += [{"run_id": run, "reason": f"no {column}"} for run in incomplete["run_id"]]
-        usable = usable[usable[column].notna()]
+        is_known = usable[column].notna()
+        excluded += excluded_for(f"no {column}", usable[~is_known]["run_id"])
+        usable = usable[is_known]
     return usable, excluded
 
 
@@ -244,13 +260,15 @@ def ladder_rows(usable: pandas.DataFrame) -> tuple[pandas.DataFrame, list[Note]]
     """
     horizons = usable["horizon"]
     ratios = {text for text in set(horizons.dropna()) if text.startswith("ratio=")}
-    has_optimal = (horizons == "compute-optimal").any()
-    ladder = ratios if len(ratios) == 1 and not has_optimal else {"compute-optimal"}
-    in_fit = horizons.isin(ladder) | horizons.map(budget_of).notna() | horizons.isna()
-    excluded = [
-        {"run_id": row["run_id"], "reason": f"{row['horizon']} is not compute-optimal"}
-        for row in usable[~in_fit].to_dict("records")
-    ]
+    ladder = {"compute-optimal"}
+    if len(ratios) == 1 and not horizons.isin(ladder).any():
+        ladder = ratios
+    at_budget = horizons.map(budget_of).notna()
+    in_fit = at_budget | horizons.isin(ladder) | horizons.isna()
+    off_ladder = usable[~in_fit]
+    excluded = []
+    for run, horizon in zip(off_ladder["run_id"], off_ladder["horizon"]):
+        excluded += excluded_for(f"{horizon} is not compute-optimal", [run])
     return usable[in_fit], excluded
 
 
@@ -335,6 +353,8 @@ class Side:
 
     def at_depth(self, depth: int) -> DepthMeans:
         """Return the losses of a depth, and the means of what else is known of all its runs."""
+        import pandas
+
         trials = [trial for trial in self.trials if trial.depth == depth]
         losses = [trial.loss for trial in trials]
         seconds = [trial.seconds for trial in trials if trial.seconds is not None]
@@ -342,19 +362,21 @@ class Side:
         if self.rows is None:
             return DepthMeans(losses, train_seconds)
         rows = self.rows[self.rows["depth"] == depth]
-        shares = []
-        for row in rows.to_dict("records"):
-            speed = known(row["flops_per_second"])
-            share = mfu(speed, known(row["device_name"]), known(row["ranks"]))
-            if share is not None:
-                shares.append(share)
+        speeds = rows[["flops_per_second", "device_name", "ranks"]]
+        shares = [mfu(*map(known, row)) for row in speeds.itertuples(index=False)]
         return DepthMeans(
             losses,
             train_seconds,
             core=_mean_if_known(rows["core"]),
             tokens_per_second=_mean_if_known(rows["tokens_per_second"]),
-            mfu=mean(shares) if len(shares) == len(rows) else None,
+            mfu=_mean_if_known(pandas.Series(shares, dtype=float)),
         )
+
+    def device_trials(self) -> list[Trial]:
+        """Return the trials with the seconds of all their devices together."""
+        assert self.rows is not None
+        seconds = self.rows["train_seconds"] * self.rows["ranks"]
+        return [replace(trial, seconds=each) for trial, each in zip(self.trials, seconds)]
 
 
 @dataclass(frozen=True)
@@ -373,9 +395,17 @@ def _mean_if_known(column: pandas.Series[float]) -> float | None:
     return float(column.mean()) if column.notna().all() else None
 
 
+def sides_of_file(file: Path, columns: dict[str, str]) -> tuple[Side, Side]:
+    """Return both sides of a table with two recipes, base first."""
+    from slm.exchange.point_files import read_trials
+
+    base, candidate = read_trials(file, columns).items()
+    return Side(*base), Side(*candidate)
+
+
 def sides_of_store(
     base: str | None, candidate: str | None, home: Path
-) -> tuple[list[Side], list[str]]:
+) -> tuple[tuple[Side, Side], list[str]]:
     """Return both sides and the experiments that hold their runs."""
     import store
 
@@ -384,25 +414,25 @@ def sides_of_store(
     rows = store.results(home=home)
     finished = rows[rows["status"] == "finished"]
     query = "select experiment, run_id from memberships where home = ?"
-    members = store.sql(query, [store.home_id(home)], home=home)
-    # seeds that nobody wrote down differ between the sides, so that they make no pairs
-    sides = [
-        _named_side(name, finished, members, unknown_seed)
-        for name, unknown_seed in ((base, -1), (candidate, -2))
-    ]
-    runs = [{trial.run_id for trial in side.trials} for side in sides]
-    shared = sorted(runs[0] & runs[1])
-    if shared:
+    memberships = store.sql(query, [store.home_id(home)], home=home)
+    experiments = dict(memberships.groupby("experiment")["run_id"].agg(set))
+    # unknown seeds differ between the sides, so that they make no pairs
+    first = _named_side(base, finished, experiments, unknown_seed=-1)
+    second = _named_side(candidate, finished, experiments, unknown_seed=-2)
+    base_runs = {trial.run_id for trial in first.trials}
+    runs = {trial.run_id for trial in second.trials}
+    if shared := sorted(base_runs & runs):
         raise ValueError(
             f"{base} and {candidate} share run {shared[0]} and {len(shared) - 1} others: "
             "nothing to compare"
         )
-    in_sides = members["run_id"].isin(runs[0] | runs[1])
-    return sides, sorted(set(members[in_sides]["experiment"]))
+    compared = base_runs | runs
+    names = [name for name, members in experiments.items() if members & compared]
+    return (first, second), sorted(names)
 
 
 def _named_side(
-    name: str, finished: pandas.DataFrame, members: pandas.DataFrame, unknown_seed: int
+    name: str, finished: pandas.DataFrame, experiments: dict[str, set[str]], unknown_seed: int
 ) -> Side:
     """Return the compute-optimal runs that belong to every part of a name.
 
@@ -410,7 +440,7 @@ def _named_side(
     code.
     """
     for part in name.split("/"):
-        finished = finished[_matches(part, finished, members)]
+        finished = finished[_matches(part, finished, experiments)]
     usable, excluded = usable_rows(finished, ("depth", "flops", "val_bpb"))
     ladder, _ = ladder_rows(usable)
     ladder = ladder[ladder["horizon"].map(budget_of).isna()]
@@ -428,17 +458,20 @@ def _named_side(
     return Side(name, to_trials(ladder, unknown_seed), ladder, excluded)
 
 
-def _matches(part: str, rows: pandas.DataFrame, members: pandas.DataFrame) -> pandas.Series[bool]:
+def _matches(
+    part: str, rows: pandas.DataFrame, experiments: dict[str, set[str]]
+) -> pandas.Series[bool]:
     """Return which rows belong to an experiment, a recipe or a version of the code (4 digits or
     more)."""
-    experiments = set(members["experiment"])
     if part in experiments:
-        return rows["run_id"].isin(members[members["experiment"] == part]["run_id"])
+        return rows["run_id"].isin(experiments[part])
     if part in set(rows["recipe"]):
         return rows["recipe"] == part
-    matches = rows["code"].fillna("").str.startswith(part) & (len(part) >= 4)
+    codes = rows["code"].fillna("")
+    matches = codes.str.startswith(part) & (len(part) >= 4)
     if not matches.any():
-        names = experiments | set(rows["recipe"].dropna()) | set(rows["code"].dropna())
+        recipes = rows["recipe"].dropna()
+        names = {*experiments, *recipes, *rows["code"].dropna()}
         choices = ", ".join(sorted(names)) or "none"
         raise ValueError(f"{part}: no such experiment, recipe or code; there are {choices}")
     return matches
@@ -456,17 +489,19 @@ def training_curves(runs: Runs) -> list[tuple[int, NDArray[Any], NDArray[Any]]]:
         return []
     logged: dict[Any, pandas.DataFrame] = {}
     for name in runs.experiments:
-        curves = store.curves(name, home=runs.home).dropna(subset=["loss", "flops"])
+        curves = store.curves(name, home=runs.home)
+        curves = curves.dropna(subset=["loss", "flops"])
         logged |= dict(iter(curves.groupby("run_id")))
     smoothed = []
-    for row in runs.rows.to_dict("records"):
-        if row["run_id"] not in logged or known(row["val_loss"]) is None:
+    for point, val_loss in zip(runs.points, runs.rows["val_loss"]):
+        if point.run_id not in logged or known(val_loss) is None:
             continue
-        steps = logged[row["run_id"]]
+        steps = logged[point.run_id]
         window = max(1, len(steps) // SMOOTHING)
-        loss = steps["loss"].rolling(window, min_periods=1).mean().to_numpy()
-        loss = loss * row[METRICS[runs.metric]] / row["val_loss"]
-        smoothed.append((int(known(row["depth"], 1)), steps["flops"].to_numpy(), loss))
+        flops = steps["flops"].to_numpy()
+        mean_loss = steps["loss"].rolling(window, min_periods=1).mean()
+        loss = mean_loss.to_numpy() * point.loss / val_loss
+        smoothed.append((point.depth, flops, loss))
     return smoothed
 
 
@@ -479,15 +514,6 @@ def describe_excluded(excluded: Sequence[Note]) -> list[str]:
         f"{plural(len(names), 'run')}, {reason}: {first_few(names)}"
         for reason, names in runs.items()
     ]
-
-
-def single_recipe(points: Sequence[Point], purpose: str) -> str:
-    """Return the recipe of all points. Raises ValueError, naming the purpose, if there are
-    several."""
-    names = sorted({point.recipe for point in points})
-    if len(names) > 1:
-        raise ValueError(f"{purpose} takes runs of one recipe; these are of {' and '.join(names)}")
-    return names[0]
 
 
 def budget_of(horizon: Any) -> float | None:

@@ -1,14 +1,17 @@
-"""Text for people: durations, counts, plurals and short lists. Standard library only."""
+"""Text for people: durations, counts, plurals, short lists and progress. Standard library only."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 LIST_LIMIT = 4
 """Names that `first_few` shows."""
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 """Terminal escape sequences for colours."""
+LINE_SECONDS = 5.0
+"""Shortest time between two lines of progress."""
 
 
 def duration(seconds: float) -> str:
@@ -48,3 +51,24 @@ def one_line(text: str) -> str:
     """Return a text without line ends, colours and unprintable characters."""
     text = COLOURS.sub("", text)
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+
+
+def progress_lines(unit: str, write: Callable[[str], None]) -> Callable[[int, int], None]:
+    """Return a function to report how many of all units are done.
+
+    It writes a line with the time left, at most every LINE_SECONDS; time counts from the last
+    report of 0 done.
+    """
+    began = written = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal began, written
+        now = time.monotonic()
+        if done == 0:
+            began = now
+        elif now - written > LINE_SECONDS:
+            written = now
+            remaining = duration((now - began) / done * (total - done))
+            write(f"{done:,} of {total:,} {unit}, {remaining} left")
+
+    return report

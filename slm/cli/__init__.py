@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -14,14 +15,12 @@ from slm.cli import (
     compare,
     control,
     data,
-    data_list,
     doctor,
     evaluate,
     export,
     fit_curves,
     import_results,
     logs,
-    next_runs,
     query,
     report,
     sample,
@@ -29,7 +28,7 @@ from slm.cli import (
     status,
     sweep,
 )
-from slm.cli.help_groups import grouped_command
+from slm.cli.help_groups import expanded, grouped_command
 
 app = typer.Typer(
     name="slm",
@@ -45,36 +44,45 @@ data_app = typer.Typer(
 )
 store_app = typer.Typer(help="The results database.", rich_markup_mode=None, no_args_is_help=True)
 
-app.command("size")(size.size)
-app.command("sweep", cls=grouped_command(sweep.GROUPS))(sweep.sweep)
-app.command("status")(status.status)
-app.command("show")(status.show)
-app.command("logs")(logs.logs)
-app.command("stop")(control.stop)
-app.command("retry")(control.retry)
-app.command("rm")(control.rm)
-app.command("fit-curves")(fit_curves.fit_curves)
-app.command("compare")(compare.compare)
-app.command("next")(next_runs.next_runs)
-app.command("eval")(evaluate.evaluate)
-app.command("sample")(sample.sample)
-app.command("report")(report.report)
-app.command("query")(query.query)
-app.command("doctor")(doctor.doctor)
-app.command("import")(import_results.import_results)
-app.command("export")(export.export)
+Commands = dict[str, Callable[..., None]]
+COMMANDS: Commands = {
+    "size": size.size,
+    "sweep": expanded(sweep.sweep, *sweep.GROUPS.values()),
+    "status": status.status,
+    "show": status.show,
+    "logs": logs.logs,
+    "stop": control.stop,
+    "retry": control.retry,
+    "rm": control.rm,
+    "fit-curves": fit_curves.fit_curves,
+    "compare": compare.compare,
+    "next": fit_curves.next_runs,
+    "eval": evaluate.evaluate,
+    "sample": sample.sample,
+    "report": report.report,
+    "query": query.query,
+    "doctor": doctor.doctor,
+    "import": expanded(import_results.import_results, import_results.Request),
+    "export": export.export,
+}
+DATA_COMMANDS: Commands = {
+    "prepare": data.prepare,
+    "list": data.list_data,
+    "show": data.show,
+    "verify": data.verify,
+    "remove": data.remove,
+    "core": data.core,
+    "pocket-core": data.pocket_core,
+}
+STORE_COMMANDS: Commands = {"rebuild": query.rebuild, "check": query.check, "vacuum": query.vacuum}
+CLASSES = {"sweep": grouped_command(sweep.GROUPS)}
+"""Classes of commands whose help differs."""
+
+for apps, commands in ((app, COMMANDS), (data_app, DATA_COMMANDS), (store_app, STORE_COMMANDS)):
+    for name, command in commands.items():
+        apps.command(name, cls=CLASSES.get(name))(command)
 app.add_typer(data_app, name="data")
-data_app.command("prepare")(data.prepare)
-data_app.command("list")(data_list.list_data)
-data_app.command("show")(data_list.show)
-data_app.command("verify")(data_list.verify)
-data_app.command("remove")(data_list.remove)
-data_app.command("core")(data.core)
-data_app.command("pocket-core")(data.pocket_core)
 app.add_typer(store_app, name="store")
-store_app.command("rebuild")(query.rebuild)
-store_app.command("check")(query.check)
-store_app.command("vacuum")(query.vacuum)
 
 
 @app.callback(invoke_without_command=True)

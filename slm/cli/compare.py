@@ -5,76 +5,63 @@ from __future__ import annotations
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
-from slm.cli.fit_options import (
-    CsvFile,
-    Figure,
-    check_file,
-    columns_of,
-    print_notes,
-)
-from slm.cli.options import (
-    Json,
-    Mixed,
-    print_json,
-    print_table,
-)
+from slm import results
+from slm.cli.fit_curves import CsvFile, Figure, check_file, columns_of, print_notes
+from slm.cli.options import Json, Mixed, print_json, table
+from slm.selection import describe_excluded
 
 if TYPE_CHECKING:
     import pandas
 
-    from slm import results
     from slm.fits import DepthEffect
-
-NAME = "An experiment, a recipe, a version of the trainer's code, or several of them joined by /."
-
-Base = Annotated[str | None, typer.Argument(help=NAME)]
-Candidate = Annotated[str | None, typer.Argument(help="The same, for the change.")]
-Map = Annotated[str | None, typer.Option("--map", help="Columns of the CSV: loss=val_bpb.")]
-Markdown = Annotated[bool, typer.Option("--markdown", help="The table that a pull request needs.")]
 
 
 def compare(
-    base: Base = None,
-    candidate: Candidate = None,
+    base: Annotated[
+        str | None,
+        Argument(
+            help="An experiment, a recipe, a version of the trainer's code, or several of them "
+            "joined by /."
+        ),
+    ] = None,
+    candidate: Annotated[str | None, Argument(help="The same, for the change.")] = None,
     file: CsvFile = None,
-    names: Map = None,
+    names: Annotated[str | None, Option("--map", help="Columns of the CSV: loss=val_bpb.")] = None,
     figure: Figure = None,
-    markdown: Markdown = False,
+    markdown: Annotated[
+        bool, Option("--markdown", help="The table that a pull request needs.")
+    ] = False,
     allow_mixed: Mixed = False,
     as_json: Json = False,
 ) -> None:
     """Price a change in compute: how much more the base would need for the candidate's loss, depth
     by depth."""
-    from slm import results
-
     check_file(file, names, base)
     if markdown and as_json:
         raise ValueError("--markdown and --json: choose one")
-    comparison = results.compare(
+    record = results.compare(
         base, candidate, file=file, columns=columns_of(names), allow_mixed=allow_mixed
     )
-    comparison.save(figure)
+    record.save(figure)
     if as_json:
-        print_json(comparison.to_json())
+        print_json(record.to_json())
     elif markdown:
-        print(_markdown(comparison))
+        print(_markdown(record))
     else:
-        _print(comparison)
+        _print(record)
 
 
 def _print(record: results.ComparisonRecord) -> None:
-    from slm.results import TIMES
-
     print(f"{record.comparison.decision.sentence}\n")
     (headers, rows), *core_tables = record.tables()
-    print_table(rows, headers)
+    print(table(rows, headers))
     for name, comparison in record.times.items():
-        print(f"\nin {TIMES[name]}: {comparison.multiplier.text()}")
+        print(f"\nin {results.TIMES[name]}: {comparison.multiplier.text()}")
     for headers, rows in core_tables:
         print(f"\n{headers[0]} on the same examples, ± standard error over them; seeds add to it:")
-        print_table(rows, headers)
+        print(table(rows, headers))
     print_notes(record.document["warnings"], record.document["excluded"])
     print(f"\nfigure: {', '.join(map(str, record.figures))}")
 
@@ -85,8 +72,6 @@ def _markdown(record: results.ComparisonRecord) -> str:
     from tabulate import tabulate
 
     from slm import fits
-    from slm.results import TIMES
-    from slm.selection import describe_excluded
 
     comparison = record.comparison
     core_name = record.core.name if record.core else "CORE"
@@ -103,7 +88,7 @@ def _markdown(record: results.ComparisonRecord) -> str:
         f"{fits.CLAIM_THRESHOLD:g}, which holds under any number of looks.",
     ]
     for name, timed in record.times.items():
-        lines.append(f"The same in {TIMES[name]}: {timed.multiplier.text()}.")
+        lines.append(f"The same in {results.TIMES[name]}: {timed.multiplier.text()}.")
     lines += _core_lines(record)
     lines += [f"- {note['code']}: {note['message']}" for note in record.document["warnings"]]
     lines += [f"- left out: {line}" for line in describe_excluded(record.document["excluded"])]
@@ -124,20 +109,20 @@ def _core_lines(record: results.ComparisonRecord) -> list[str]:
     ]
 
 
-def _depth_rows(depth: DepthEffect, record: results.ComparisonRecord) -> list[list[str]]:
+def _depth_rows(effect: DepthEffect, record: results.ComparisonRecord) -> list[list[str]]:
     """Return two rows: the base's runs and the candidate's."""
     rows = []
     paired = record.core.per_depth if record.core else ()
-    scores = {row.depth: row.means for row in paired}
+    scores = {row.depth: (row.base, row.candidate) for row in paired}
     for k, side in enumerate(record.sides):
-        means = side.at_depth(depth.depth)
+        means = side.at_depth(effect.depth)
         core = means.core
         if record.core:
-            core = scores[depth.depth][k] if depth.depth in scores else None
+            core = scores[effect.depth][k] if effect.depth in scores else None
         spread = f" ± {stdev(means.losses):.4f}" if len(means.losses) > 1 else ""
         rows.append(
             [
-                f"d{depth.depth}",
+                f"d{effect.depth}",
                 side.name,
                 str(len(means.losses)),
                 _cell(means.train_seconds, ".1f"),
@@ -145,8 +130,8 @@ def _depth_rows(depth: DepthEffect, record: results.ComparisonRecord) -> list[li
                 _cell(core, ".4f"),
                 _cell(means.tokens_per_second, ",.0f"),
                 _cell(means.mfu, ".1%"),
-                depth.multiplier.text() if k else "1",
-                f"{depth.e_value:.2g}" if k else "",
+                effect.multiplier.text() if k else "1",
+                f"{effect.e_value:.2g}" if k else "",
             ]
         )
     return rows

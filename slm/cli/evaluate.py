@@ -5,20 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from slm.cli.options import Json, labels_of, print_json
+from slm.evaluate.request import ROWS, TASKS, TOKENS, CoreRequest
 from slm.files import read_json
+from slm.hardware import devices
 from slm.monitor.progress import ProgressBars, report_line
 from slm.run import find_run
+from store import home
 
 if TYPE_CHECKING:
-    from slm.evaluate.request import CoreRequest
     from slm.model.weights import Device, Weights
 
-RunOrFile = Annotated[
-    str, typer.Argument(help="A run_id or its first digits, or a file of weights.")
-]
+RunOrFile = Annotated[str, Argument(help="A run_id or its first digits, or a file of weights.")]
 COLUMNS = (
     "examples",
     "accuracy",
@@ -34,24 +34,22 @@ COLUMNS = (
 
 def evaluate(
     run: RunOrFile,
-    core: Annotated[bool, typer.Option("--core", help="Measure CORE instead of val_bpb.")] = False,
+    core: Annotated[bool, Option("--core", help="Measure CORE instead of val_bpb.")] = False,
     max_per_task: Annotated[
-        int | None, typer.Option(min=1, help="Maximum examples per task; default all.")
+        int | None, Option(min=1, help="Maximum examples per task; default all.")
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Only these tasks of the bundle: a,b.", metavar="TASKS")
+        str | None, Option(help="Only these tasks of the bundle: a,b.", metavar="TASKS")
     ] = None,
     without: Annotated[
-        str | None, typer.Option(help="All tasks except these: a,b.", metavar="TASKS")
+        str | None, Option(help="All tasks except these: a,b.", metavar="TASKS")
     ] = None,
     bundle: Annotated[
-        str | None, typer.Option(help="core, pocket-core, or the id of a bundle.", metavar="NAME")
+        str | None, Option(help="core, pocket-core, or the id of a bundle.", metavar="NAME")
     ] = None,
-    gpus: Annotated[
-        int | None, typer.Option(min=1, help="CORE: number of GPUs; default all.")
-    ] = None,
+    gpus: Annotated[int | None, Option(min=1, help="CORE: number of GPUs; default all.")] = None,
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="CORE: processes on the CPU; default one.")
+        int | None, Option(min=1, help="CORE: processes on the CPU; default one.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -60,7 +58,6 @@ def evaluate(
     A result on disk is not measured again.
     """
     from slm.model.weights import default_device
-    from store import home
 
     core_options = (max_per_task, tasks, without, bundle, gpus, ranks)
     if not core and any(option is not None for option in core_options):
@@ -70,10 +67,13 @@ def evaluate(
         raise ValueError("--tasks and --without: choose one")
     weights = weights_of(run, home())
     device = default_device()
-    request = _request(bundle, max_per_task, tasks, without) if core else None
-    processes = _processes(device, gpus, ranks) if core else 1
-    with ProgressBars() as bars:
-        path = _measure(weights, home(), request, device, processes, bars)
+    request = None
+    processes = 1
+    if core:
+        only = labels_of(tasks) or None
+        request = CoreRequest(bundle, max_per_task, only, labels_of(without))
+        processes = _processes(device, gpus, ranks)
+    path = _measure(weights, request, device, processes)
     document = read_json(path)
     if as_json:
         print_json(document)
@@ -88,86 +88,45 @@ def evaluate(
     print(f"  {path}")
 
 
-def core_request(
-    core: bool, bundle: str | None, every: int | None, max_per_task: int | None, without: str | None
-) -> CoreRequest | None:
-    """Return the request in the options of `slm sweep`; None without --core.
-
-    Raises ValueError for an option that needs --core.
-    """
-    options = {
-        "--bundle": bundle,
-        "--core-every": every,
-        "--core-max-per-task": max_per_task,
-        "--core-without": without,
-    }
-    if core:
-        return _request(bundle, max_per_task, None, without, every)
-    for option, value in options.items():
-        if value is not None:
-            raise ValueError(f"{option} {value} needs --core")
-    return None
-
-
-def _request(
-    bundle: str | None,
-    max_per_task: int | None,
-    tasks: str | None,
-    without: str | None,
-    every: int | None = None,
-) -> CoreRequest:
-    from slm.evaluate.request import CoreRequest
-
-    selected = labels_of(tasks) if tasks else None
-    excluded = labels_of(without) if without else ()
-    return CoreRequest(bundle, max_per_task, selected, excluded, every)
-
-
 def _processes(device: Device, gpus: int | None, ranks: int | None) -> int:
     """Return the number of processes: one per GPU, or `ranks` on the CPU.
 
     Raises ValueError for more than the machine has.
     """
-    from slm.hardware import devices
-
     if device.type == "cuda":
-        if ranks is not None:
+        if ranks:
             raise ValueError("this machine has GPUs: use --gpus instead of --ranks")
-        option, requested, available, default = "--gpus", gpus, devices.gpu_count(), None
+        available = devices.gpu_count()
+        processes = gpus or available
     else:
-        if gpus is not None:
+        if gpus:
             raise ValueError("this machine has no GPU: use --ranks instead of --gpus")
-        option, requested, available, default = "--ranks", ranks, devices.cores(), 1
-    if requested is not None and requested > available:
-        raise ValueError(f"{option} {requested}: this machine has {available}")
-    return requested or default or available
+        available = devices.cores()
+        processes = ranks or 1
+    if processes > available:
+        option = "--gpus" if gpus else "--ranks"
+        raise ValueError(f"{option} {processes}: this machine has {available}")
+    return processes
 
 
-def _measure(
-    weights: Weights,
-    home: Path,
-    request: CoreRequest | None,
-    device: Device,
-    processes: int,
-    bars: ProgressBars,
-) -> Path:
+def _measure(weights: Weights, request: CoreRequest | None, device: Device, processes: int) -> Path:
     """Return the file with CORE as requested, else with val_bpb."""
     from slm.evaluate.distributed import evaluate_core_on_ranks
     from slm.evaluate.evaluator import evaluate_core, evaluate_val_bpb
-    from slm.evaluate.request import ROWS, TASKS, TOKENS
     from slm.model.weights import find_dataset
 
-    reports = {unit: bars.add(unit) for unit in (ROWS, TASKS, TOKENS)}
+    with ProgressBars() as bars:
+        reports = {unit: bars.add(unit) for unit in (ROWS, TASKS, TOKENS)}
 
-    def report(unit: str, done: int, total: int) -> None:
-        reports[unit](done, total)
+        def report(unit: str, done: int, total: int) -> None:
+            reports[unit](done, total)
 
-    if not request:
-        return evaluate_val_bpb(weights, home, device, report)
-    request = request.for_run(weights.plan, home, lambda: find_dataset(weights.plan, home))
-    if processes == 1:
-        return evaluate_core(weights, home, request, device, report=report)
-    return evaluate_core_on_ranks(weights, home, request, device, processes, report)
+        if not request:
+            return evaluate_val_bpb(weights, home(), device, report)
+        request = request.for_run(weights.plan, home(), lambda: find_dataset(weights.plan, home()))
+        if processes == 1:
+            return evaluate_core(weights, home(), request, device, report=report)
+        return evaluate_core_on_ranks(weights, home(), request, device, processes, report)
 
 
 def _print_val_bpb(document: dict[str, Any]) -> None:

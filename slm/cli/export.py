@@ -5,40 +5,41 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
-from slm.cli.options import Json, print_json, report_problems
+from slm.cli.options import Json, print_result, report_problems
 from slm.monitor.progress import ProgressBars
 from slm.text import count
+from store import home
 
 
 def export(
     folder: Annotated[
-        Path, typer.Argument(help="New folder; `slm import FOLDER` merges it into another home.")
+        Path, Argument(help="New folder; `slm import FOLDER` merges it into another home.")
     ],
     experiments: Annotated[
-        list[str] | None, typer.Argument(help="Export only these experiments.")
+        list[str] | None, Argument(help="Export only these experiments.")
     ] = None,
     weights: Annotated[
-        bool, typer.Option("--weights", help="Include the final weights of the runs.")
+        bool, Option("--weights", help="Include the final weights of the runs.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Write results into a folder: tables and views as Parquet, a data dictionary, and files."""
     from slm import exchange
-    from store import home
 
     with ProgressBars() as bars:
         document = exchange.export(
             home(), folder, experiments or (), weights, bars.add("files"), bars.add("tables")
         )
     report_problems(document["problems"])
-    if as_json:
-        print_json({"folder": str(folder), **document})
-        return
-    files = {row["name"]: row["bytes"] for row in document["files"]}
-    runs = sum(name.startswith("runs/") and name.endswith("/plan.json") for name in files)
-    tables = sum(name.startswith("tables/") for name in files)
-    size = count(sum(files.values()))
-    home_id = document["home"]["id"]
-    print(f"{folder}: {runs} runs, {tables} tables, {len(files)} files of {size}B; home {home_id}")
+    names = [row["name"] for row in document["files"]]
+    runs = sum(name.startswith("runs/") and name.endswith("/plan.json") for name in names)
+    tables = sum(name.startswith("tables/") for name in names)
+    size = count(sum(row["bytes"] for row in document["files"]))
+    print_result(
+        as_json,
+        {"folder": folder, **document},
+        f"{folder}: {runs} runs, {tables} tables, {len(names)} files of {size}B; "
+        f"home {document['home']['id']}",
+    )

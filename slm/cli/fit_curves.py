@@ -1,79 +1,71 @@
-"""`slm fit-curves`: what more compute buys."""
+"""`slm fit-curves` and `slm next`: what more compute buys, and which runs would teach most."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
-from slm.cli.fit_options import (
-    CsvFile,
-    Experiments,
-    Figure,
-    check_file,
-    columns_of,
-    print_notes,
-)
-from slm.cli.options import (
-    Json,
-    Mixed,
-    depths_of,
-    numbers_of,
-    print_json,
-    print_table,
-)
+from slm import results
+from slm.cli.options import Json, Mixed, depths_of, numbers_of, print_json, table
+from slm.selection import Note, describe_excluded
 
-if TYPE_CHECKING:
-    from slm import results
-
-COLUMNS = "Columns of the CSV: loss=val_bpb; budget=none for runs without budgets."
-METRIC = (
-    "val_bpb, loss (nats per token; of a CSV, its own unit) or core (pocket-core where that was "
-    "measured)."
-)
-
-Map = Annotated[str | None, typer.Option("--map", help=COLUMNS)]
-Metric = Annotated[str | None, typer.Option(help=METRIC)]
-Params = Annotated[
-    str | None, typer.Option(help="What N counts: matrices+head, total or matrices.")
+Experiments = Annotated[
+    list[str] | None, Argument(help="Experiments; by default the only one in the home.")
 ]
-Form = Annotated[
-    str, typer.Option(help="Surface: auto, additive or coupled; power for L(C) alone.")
+CsvFile = Annotated[
+    Path | None, Option("--from", help="CSV of runs: depth or params, flops, loss.")
 ]
-Paper = Annotated[
-    bool, typer.Option("--paper", help="Objective of Hoffmann et al. 2022: Huber, delta 1e-3.")
-]
-At = Annotated[str | None, typer.Option(help="Predict the optimum at these FLOPs: 1e20,1e21.")]
-Depth = Annotated[
-    str | None, typer.Option(help="Predict these depths, trained compute-optimally: 24,26.")
-]
-Reach = Annotated[str | None, typer.Option(help="Find the compute that reaches this CORE: 0.2565.")]
-Price = Annotated[
-    str | None, typer.Option(help="Price per hour of the devices of the largest run; with --reach.")
+Figure = Annotated[
+    Path | None, Option(help="Path of the figures, without ending; by default in the home.")
 ]
 
 
 def fit_curves(
     experiments: Experiments = None,
     file: CsvFile = None,
-    names: Map = None,
-    metric: Metric = None,
-    params: Params = None,
-    form: Form = "auto",
-    paper: Paper = False,
-    at: At = None,
-    depth: Depth = None,
-    reach: Reach = None,
-    price: Price = None,
+    names: Annotated[
+        str | None,
+        Option(
+            "--map", help="Columns of the CSV: loss=val_bpb; budget=none for runs without budgets."
+        ),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        Option(
+            help="val_bpb, loss (nats per token; of a CSV, its own unit) or core (pocket-core "
+            "where that was measured)."
+        ),
+    ] = None,
+    params: Annotated[
+        str | None, Option(help="What N counts: matrices+head, total or matrices.")
+    ] = None,
+    form: Annotated[
+        str, Option(help="Surface: auto, additive or coupled; power for L(C) alone.")
+    ] = "auto",
+    paper: Annotated[
+        bool, Option("--paper", help="Objective of Hoffmann et al. 2022: Huber, delta 1e-3.")
+    ] = False,
+    at: Annotated[str | None, Option(help="Predict the optimum at these FLOPs: 1e20,1e21.")] = None,
+    depth: Annotated[
+        str | None, Option(help="Predict these depths, trained compute-optimally: 24,26.")
+    ] = None,
+    reach: Annotated[
+        str | None, Option(help="Find the compute that reaches this CORE: 0.2565.")
+    ] = None,
+    price: Annotated[
+        str | None,
+        Option(help="Price per hour of the devices of the largest run; with --reach."),
+    ] = None,
     figure: Figure = None,
     allow_mixed: Mixed = False,
     as_json: Json = False,
 ) -> None:
     """Fit the loss against FLOPs, with intervals, isoFLOP minima and warnings; draw the figures."""
-    from slm import results
-
     check_file(file, names, experiments[0] if experiments else None)
-    fit = results.fit_curves(
+    record = results.fit_curves(
         *(experiments or []),
         file=file,
         columns=columns_of(names),
@@ -87,19 +79,89 @@ def fit_curves(
         price=next(iter(numbers_of("--price", price)), None),
         allow_mixed=allow_mixed,
     )
-    fit.save(figure)
+    record.save(figure)
     if as_json:
-        print_json(fit.to_json())
-    else:
-        _print(fit)
-
-
-def _print(fit: results.FitRecord) -> None:
+        print_json(record.to_json())
+        return
     from slm import fits
 
-    print(fits.summary(fit.fit))
-    for headers, rows in fit.tables():
-        print()
-        print_table(rows, headers)
-    print_notes(fit.document["warnings"], fit.runs.excluded)
-    print(f"\nfigures: {', '.join(map(str, fit.figures))}")
+    print_record(record, fits.summary(record.fit), record.runs.excluded)
+    print(f"\nfigures: {', '.join(map(str, record.figures))}")
+
+
+def next_runs(
+    experiments: Experiments = None,
+    target: Annotated[
+        str,
+        Option(
+            help="loss@d26, loss@1e20 (the depth of that compute), params_exponent, alpha, beta "
+            "or E."
+        ),
+    ] = "",
+    budget: Annotated[str, Option(help="FLOPs for further runs: 1e20.")] = "",
+    depths: Annotated[
+        str | None, Option(help="Depths that may be run; by default from the smallest run on.")
+    ] = None,
+    allow_mixed: Mixed = False,
+    as_json: Json = False,
+) -> None:
+    """Choose the runs that remove most of a target's uncertainty per FLOP, and print the sweeps
+    that make them."""
+    if not target:
+        raise ValueError("no --target: write --target loss@d26, or params_exponent")
+    numbers = numbers_of("--budget", budget or None)
+    if len(numbers) != 1:
+        raise ValueError(f"--budget {budget}: write one number of FLOPs, as in --budget 1e20")
+    record = results.next_runs(
+        *(experiments or []),
+        target=target,
+        budget=numbers[0],
+        depths=depths_of(depths) if depths else None,
+        allow_mixed=allow_mixed,
+    )
+    if as_json:
+        print_json(record.to_json())
+        return
+    from slm import fits
+
+    print_record(record, fits.design_summary(record.design), record.document["excluded"])
+    print("\n" + "\n".join(record.sweeps))
+
+
+def check_file(file: Path | None, columns: str | None, name: str | None) -> None:
+    """Refuse a missing --from, --from next to names of the store, and --map without --from."""
+    if file is not None and name is not None:
+        raise ValueError(f"{name} and --from {file}: choose one")
+    if columns is not None and file is None:
+        raise ValueError(f"--map {columns}: needs --from")
+    if file is not None and not file.is_file():
+        raise ValueError(f"--from {file}: no such file")
+
+
+def columns_of(text: str | None) -> dict[str, str]:
+    """Parse "loss=val_bpb,params=n". Raises ValueError for a part that is not name=column."""
+    columns = {}
+    for pair in text.split(",") if text else ():
+        name, _, column = (part.strip() for part in pair.partition("="))
+        if not (name and column):
+            raise ValueError(f"--map {text}: write name=column, as in loss=val_bpb")
+        columns[name] = column.strip("'\"")
+    return columns
+
+
+def print_record(
+    record: results.FitRecord | results.DesignRecord, summary: str, excluded: Sequence[Note]
+) -> None:
+    """Print the answer, the tables and the notes of a record."""
+    print(summary)
+    for headers, rows in record.tables():
+        print(f"\n{table(rows, headers)}")
+    print_notes(record.document["warnings"], excluded)
+
+
+def print_notes(warnings: Sequence[Note], excluded: Sequence[Note]) -> None:
+    """Print a paragraph per warning and per reason for leaving runs out."""
+    for warning in warnings:
+        print(f"\n{warning['code']}: {warning['message']}")
+    for line in describe_excluded(excluded):
+        print(f"\nleft out: {line}")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
-from slm.cli.fit_options import columns_of
-from slm.cli.options import Json, print_json, report_problems
+import store
+from slm.cli.fit_curves import columns_of
+from slm.cli.options import Json, print_result, report_problems
+from slm.monitor.progress import ProgressBars
 from slm.text import first_few, plural
+from store import home
 
 if TYPE_CHECKING:
     from slm.exchange.importers import Import
@@ -24,14 +26,31 @@ MAX_DEFECTS_LISTED = 3
 
 @dataclass(frozen=True)
 class Request:
-    """Options of `slm import` that apply to every path."""
+    """Options of `slm import`."""
 
-    name: str | None
-    format_name: str | None
-    columns: str | None
-    axis: str | None
-    strict: bool
-    dry_run: bool
+    paths: Annotated[
+        list[Path] | None,
+        Argument(help="Files of results, folders of nanochat's harness, or exported folders."),
+    ] = None
+    name: Annotated[
+        str | None, Option(help="Experiment to import as; default: the file's name.")
+    ] = None
+    format_name: Annotated[
+        str | None, Option("--format", help="Format; default: recognised by content.")
+    ] = None
+    columns: Annotated[
+        str | None,
+        Option("--map", help="Columns: NAME=COLUMN,…, as in loss=val_bpb,flops=flops_6nd."),
+    ] = None
+    axis: Annotated[
+        str | None, Option(help="Compare with other imports of this axis, on your word.")
+    ] = None
+    strict: Annotated[bool, Option("--strict", help="Refuse a file with a defect.")] = False
+    dry_run: Annotated[bool, Option("--dry-run", help="Read and check only.")] = False
+    remove: Annotated[str | None, Option(help="Remove an import, by its experiment or hash.")] = (
+        None
+    )
+    as_json: Json = False
 
     def check_merge(self, folder: Path) -> None:
         """Raise ValueError for an option that does not apply to an exported folder."""
@@ -50,46 +69,18 @@ class Request:
                 )
 
 
-def import_results(
-    paths: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            help="Files of results, folders of nanochat's harness, or exported folders."
-        ),
-    ] = None,
-    name: Annotated[
-        str | None,
-        typer.Option("--name", help="Experiment to import as; default: the file's name."),
-    ] = None,
-    format_name: Annotated[
-        str | None, typer.Option("--format", help="Format; default: recognised by content.")
-    ] = None,
-    columns: Annotated[
-        str | None,
-        typer.Option("--map", help="Columns: NAME=COLUMN,…, as in loss=val_bpb,flops=flops_6nd."),
-    ] = None,
-    axis: Annotated[
-        str | None,
-        typer.Option("--axis", help="Compare with other imports of this axis, on your word."),
-    ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse a file with a defect.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and check only.")] = False,
-    remove: Annotated[
-        str | None, typer.Option("--remove", help="Remove an import, by its experiment or hash.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
+def import_results(request: Request) -> None:
     """Import results of other programs, with every defect named; or merge an exported folder."""
-    import store
-
-    if remove is not None:
-        _remove(remove, as_json)
+    paths = request.paths or []
+    if request.remove is not None:
+        _remove(request.remove, request.as_json)
         return
     if not paths:
         raise ValueError("nothing to import: name a file")
-    if name is not None and len(paths) > 1:
-        raise ValueError(f"--name {name} names one import, but there are {len(paths)} paths")
-    request = Request(name, format_name, columns, axis, strict, dry_run)
+    if request.name is not None and len(paths) > 1:
+        raise ValueError(
+            f"--name {request.name} names one import, but there are {len(paths)} paths"
+        )
     outcomes = []
     refusals = []
     for path in paths:
@@ -97,21 +88,18 @@ def import_results(
             outcomes.append(_import_path(path, request))
         except ValueError as error:
             refusals.append(str(error))
-    if outcomes and not dry_run:
-        report_problems(store.ingest(store.home()).problems)
-    if as_json:
-        print_json({"home": str(store.home()), "imports": outcomes, "refused": refusals})
-    elif outcomes:
-        print("\n\n".join(_describe(outcome) for outcome in outcomes))
-    for refusal in refusals[:-1]:
-        print(f"slm: {refusal}", file=sys.stderr)
+    if outcomes and not request.dry_run:
+        report_problems(store.ingest(home()).problems)
+    document = {"home": home(), "imports": outcomes, "refused": refusals}
+    if outcomes or request.as_json:
+        print_result(request.as_json, document, "\n\n".join(map(_describe, outcomes)))
+    report_problems(refusals[:-1])
     if refusals:
         raise ValueError(refusals[-1])
 
 
 def _import_path(path: Path, request: Request) -> dict[str, Any]:
     """Import one path; return the outcome as a document."""
-    import store
     from slm.exchange.importers import read_import, write_import
 
     if (path / "export.json").is_file():
@@ -126,10 +114,9 @@ def _import_path(path: Path, request: Request) -> dict[str, Any]:
         )
     if request.dry_run:
         return _outcome(parsed, "read")
-    home = store.home()
-    home.mkdir(parents=True, exist_ok=True)
+    home().mkdir(parents=True, exist_ok=True)
     try:
-        is_new = write_import(parsed, home, request.strict)
+        is_new = write_import(parsed, home(), request.strict)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return _outcome(parsed, "imported" if is_new else "imported before")
@@ -137,14 +124,11 @@ def _import_path(path: Path, request: Request) -> dict[str, Any]:
 
 def _merge(folder: Path) -> dict[str, Any]:
     """Merge a folder that `slm export` wrote."""
-    import store
     from slm.exchange import merge
-    from slm.monitor.progress import ProgressBars
 
-    home = store.home()
-    home.mkdir(parents=True, exist_ok=True)
+    home().mkdir(parents=True, exist_ok=True)
     with ProgressBars() as bars:
-        result = merge(folder, home, bars.add("files and runs"))
+        result = merge(folder, home(), bars.add("files and runs"))
     return {
         "source": folder.name,
         "format": "export",
@@ -174,11 +158,11 @@ def _outcome(parsed: Import, outcome: str) -> dict[str, Any]:
         "rows": len(parsed.rows),
         "usable": sum(parsed.usable(row) for row in parsed.rows),
         "curves": sum(bool(row.curve) for row in parsed.rows),
-        "defects": group_defects(parsed),
+        "defects": _group_defects(parsed),
     }
 
 
-def group_defects(parsed: Import) -> list[dict[str, Any]]:
+def _group_defects(parsed: Import) -> list[dict[str, Any]]:
     """Group defects by code, worst first: number, rows, meaning, and the first message."""
     from slm.exchange.importers.checks import CODES
 
@@ -188,10 +172,9 @@ def group_defects(parsed: Import) -> list[dict[str, Any]]:
     return [
         {
             "code": code,
-            "weight": CODES[code].weight,
+            **vars(CODES[code]),
             "count": len(defects),
             "rows": list(dict.fromkeys(defect.row for defect in defects if defect.row is not None)),
-            "meaning": CODES[code].meaning,
             "first": defects[0].message,
         }
         for code, defects in groups.items()
@@ -216,18 +199,17 @@ def _describe(outcome: dict[str, Any]) -> str:
         lines.append(f"columns: {', '.join(renamed)}")
     if outcome["defects"]:
         rows = [
-            [
-                group["code"],
-                group["weight"],
-                group["count"],
-                _list_rows(group["rows"]),
-                f"{group['meaning']} ({group['first']})",
-            ]
+            {
+                "defect": group["code"],
+                "": group["weight"],
+                "count": group["count"],
+                "rows": _list_rows(group["rows"]),
+                "meaning (first case)": f"{group['meaning']} ({group['first']})",
+            }
             for group in outcome["defects"]
         ]
-        headers = ("defect", "", "count", "rows", "meaning (first case)")
         widths = [None, None, None, 22, 90]
-        lines.append(tabulate(rows, headers, disable_numparse=True, maxcolwidths=widths))
+        lines.append(tabulate(rows, "keys", disable_numparse=True, maxcolwidths=widths))
     return "\n".join(lines)
 
 
@@ -236,12 +218,9 @@ def _list_rows(rows: Sequence[int]) -> str:
 
 
 def _remove(name: str, as_json: bool) -> None:
-    import store
     from slm.exchange.importers import remove_import
 
-    experiment = remove_import(store.home(), name)
-    report_problems(store.ingest(store.home()).problems)
-    if as_json:
-        print_json({"home": str(store.home()), "removed": experiment})
-    else:
-        print(f"removed import {experiment!r}")
+    experiment = remove_import(home(), name)
+    report_problems(store.ingest(home()).problems)
+    document = {"home": home(), "removed": experiment}
+    print_result(as_json, document, f"removed import {experiment!r}")

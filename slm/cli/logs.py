@@ -4,47 +4,57 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections import deque
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-import typer
+from typer import Option
 
-from slm.cli.options import Json, print_json
+from slm.cli.options import Json, RunId, print_json
+from slm.events import Reader
 from slm.files import read_json
+from slm.monitor.run_progress import ACTIVITIES
+from slm.monitor.status import run_states
+from slm.run import (
+    find_run,
+    last_attempt,
+    list_attempts,
+    read_exit,
+    read_log,
+    run_holder,
+    run_label,
+    run_state,
+)
+from slm.sweep import slurm
+from slm.sweep.orchestrator import sweep_process
 from slm.text import one_line
+from store import home
 
 FOLLOW_SECONDS = 0.5
 """Pause between two looks at a run that is running."""
-Line = TypeVar("Line")
 
 
 def logs(
-    run: Annotated[str, typer.Argument(help="A run_id, or its first digits.")],
+    run: RunId,
     follow: Annotated[
-        bool, typer.Option("-f", "--follow", help="Print until the run ends; Ctrl-C ends it.")
+        bool, Option("-f", "--follow", help="Print until the run ends; Ctrl-C ends it.")
     ] = False,
     attempt: Annotated[
-        int | None, typer.Option(min=1, help="Number of an attempt; else the newest.")
+        int | None, Option(min=1, help="Number of an attempt; else the newest.")
     ] = None,
-    lines: Annotated[
-        int, typer.Option("-n", "--lines", min=0, help="Last lines of each kind.")
-    ] = 20,
+    lines: Annotated[int, Option("-n", "--lines", min=0, help="Last lines of each kind.")] = 20,
     as_json: Json = False,
 ) -> None:
     """Show a run's events, one a line, then the end of its raw log, each line after a bar."""
-    from slm.run import find_run
-    from store import home
-
     if follow and as_json:
         raise ValueError("--follow --json: choose one; events.jsonl of an attempt is JSON lines")
     folder = find_run(home(), run)
     tail = _Tail(_select_attempt(folder, attempt))
     if as_json:
-        events = [_finite(event) for event in _last(tail.events(), lines)]
+        events = [_finite(event) for event in deque(tail.events(), lines)]
         document = {"run_id": folder.name, "attempt": int(tail.attempt.name), "events": events}
-        print_json(document | {"log": _last(tail.log(), lines)})
+        print_json(document | {"log": [*deque(tail.log(), lines)]})
         return
     tail.print(lines)
     if follow:
@@ -54,8 +64,6 @@ def logs(
 
 def _select_attempt(folder: Path, number: int | None) -> Path:
     """Return an attempt of a run, the newest for None. Raises ValueError if there is none."""
-    from slm.run import list_attempts
-
     attempts = {int(path.name): path for path in list_attempts(folder)}
     if not attempts:
         raise ValueError(f"run {folder.name} has no attempt yet: `slm sweep` trains it")
@@ -67,10 +75,6 @@ def _select_attempt(folder: Path, number: int | None) -> Path:
 
 def _follow(folder: Path, tail: _Tail, newest: bool) -> None:
     """Print new lines until the run ends, or only this attempt unless `newest`."""
-    from slm.monitor.status import run_states
-    from slm.run import last_attempt, read_exit, run_holder
-    from slm.sweep.slurm import QUEUE_SECONDS
-
     while True:
         over = _is_over(folder) or (not newest and read_exit(tail.attempt) is not None)
         last = last_attempt(folder)
@@ -81,15 +85,11 @@ def _follow(folder: Path, tail: _Tail, newest: bool) -> None:
         if over:
             print(f"run {folder.name}: {run_states([folder])[folder].status}")
             return
-        time.sleep(FOLLOW_SECONDS if run_holder(folder) else QUEUE_SECONDS)
+        time.sleep(FOLLOW_SECONDS if run_holder(folder) else slurm.QUEUE_SECONDS)
 
 
 def _is_over(folder: Path) -> bool:
     """Whether no process trains a run or may try it again."""
-    from slm.monitor.status import run_states
-    from slm.run import run_state
-    from slm.sweep.orchestrator import sweep_process
-
     status = run_state(folder).status
     if status in ("finished", "diverged", "cancelled"):
         return True
@@ -102,8 +102,6 @@ class _Tail:
     """Events and log lines of one attempt that were not read yet."""
 
     def __init__(self, attempt: Path) -> None:
-        from slm.events import Reader
-
         self.attempt = attempt
         self._events = Reader(attempt / "events.jsonl")
         self._log_lines = 0
@@ -115,30 +113,22 @@ class _Tail:
 
     def log(self) -> list[str]:
         """Return new lines of the log."""
-        from slm.run import read_log
-
         lines = read_log(self.attempt)[self._log_lines :]
         self._log_lines += len(lines)
         return lines
 
     def print(self, limit: int | None = None) -> None:
         """Print new events and log lines, the last `limit` of each."""
-        from slm.run import run_label
-
         if not self._has_heading:
             self._has_heading = True
             folder = self.attempt.parent.parent
             label = run_label(read_json(folder / "plan.json"))
             print(f"run {folder.name}: {label}, attempt {self.attempt.name}")
-        for event in _last(self.events(), limit):
+        for event in deque(self.events(), limit):
             clock = time.strftime("%H:%M:%S", time.localtime(event["time"]))
             print(f"{clock}  {_describe(event)}")
-        for line in _last(self.log(), limit):
+        for line in deque(self.log(), limit):
             print(f"| {one_line(line)}", flush=True)
-
-
-def _last(lines: Sequence[Line], limit: int | None) -> list[Line]:
-    return [*lines] if limit is None else [*lines[max(0, len(lines) - limit) :]]
 
 
 def _finite(event: dict[str, Any]) -> dict[str, Any]:
@@ -151,8 +141,6 @@ def _finite(event: dict[str, Any]) -> dict[str, Any]:
 
 def _describe(event: dict[str, Any]) -> str:
     """Return an event as a line of text."""
-    from slm.monitor.run_progress import ACTIVITIES
-
     step = f"step {event['step']:,}" if "step" in event else ""
     seconds = f"in {event['seconds']:.1f} s" if "seconds" in event else ""
     match event["event"]:

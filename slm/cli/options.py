@@ -1,48 +1,41 @@
-"""Options that several commands share, their parsers, and output helpers."""
+"""Options that several commands share, their parsers, questions and output helpers."""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
+from slm.monitor.progress import report_line
 from slm.recipe import RECIPES, Recipe
 
-if TYPE_CHECKING:
-    import pandas
-
-Depths = Annotated[str, typer.Option(help="Depths: 10-20, or 4,8,12.", metavar="DEPTHS")]
+Declaration = Annotated[Path | None, Argument(help="A declared experiment (experiments/*.py).")]
+RunId = Annotated[str, Argument(help="A run_id, or its first digits.")]
 RecipeName = Annotated[
     str | None,
-    typer.Option(
-        "--recipe", help="Recipe: nanochat where a GPU is found, else pocket.", metavar="NAME"
-    ),
+    Option("--recipe", help="Recipe: nanochat where a GPU is found, else pocket.", metavar="NAME"),
 ]
 Data = Annotated[
     str | None,
-    typer.Option(
-        "--data", help="Corpus: python, a folder, climbmix, fineweb-edu, or hf:OWNER/NAME."
-    ),
+    Option("--data", help="Corpus: python, a folder, climbmix, fineweb-edu, or hf:OWNER/NAME."),
 ]
 TokenizerName = Annotated[
     str | None,
-    typer.Option(
+    Option(
         "--tokenizer", help="A .json or .tiktoken file, or a tiktoken name; else one is trained."
     ),
 ]
 Mixed = Annotated[
     bool,
-    typer.Option(
-        "--allow-mixed", help="Use runs that are not comparable together; the result says so."
-    ),
+    Option("--allow-mixed", help="Use runs that are not comparable together; the result says so."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
-DEEPEST = 100
-"""Depth of the deepest model considered."""
+Json = Annotated[bool, Option("--json", help="One JSON document on standard output.")]
 DEPTH_LIMIT = 10_000
 """Largest depth that `depths_of` accepts."""
 DEPTH_RANGE = re.compile(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*")
@@ -66,9 +59,10 @@ def depths_of(text: str, option: str = "--depths") -> tuple[int, ...]:
     return tuple(dict.fromkeys(depths))
 
 
-def labels_of(text: str) -> tuple[str, ...]:
+def labels_of(text: str | None) -> tuple[str, ...]:
     """Parse the names in "a,b", without repetitions."""
-    return tuple(dict.fromkeys(label.strip() for label in text.split(",")))
+    labels = text.split(",") if text else ()
+    return tuple(dict.fromkeys(label.strip() for label in labels))
 
 
 def numbers_of(option: str, text: str | None) -> tuple[float, ...]:
@@ -85,7 +79,7 @@ def numbers_of(option: str, text: str | None) -> tuple[float, ...]:
     return tuple(numbers)
 
 
-def recipe_of(name: str | None, needs_gpu: bool = False, option: str = "--recipe") -> Recipe:
+def recipe_of(name: str | None, needs_gpu: bool = False) -> Recipe:
     """Return the recipe of a name; for None nanochat with a GPU (or `needs_gpu`), else pocket.
 
     Raises ValueError for an unknown name.
@@ -95,8 +89,36 @@ def recipe_of(name: str | None, needs_gpu: bool = False, option: str = "--recipe
 
         name = "nanochat" if needs_gpu or devices.gpu_count() else "pocket"
     if name not in RECIPES:
-        raise ValueError(f"{option} {name}: unknown; there are {', '.join(RECIPES)}")
+        raise ValueError(f"--recipe {name}: unknown; there are {', '.join(RECIPES)}")
     return RECIPES[name]
+
+
+def refuse(options: Any, why: str, names: Iterable[str] | None = None) -> None:
+    """Raise ValueError for the first option of a dataclass that differs from its default.
+
+    `names` are the fields to look at, all by default.
+    """
+    for name in names or vars(options):
+        value = getattr(options, name)
+        if value != getattr(type(options), name):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: {why}")
+
+
+def confirm(question: str, yes: bool) -> None:
+    """Ask a question unless `yes`. Raises ValueError without a terminal, typer.Abort for a no."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise ValueError(f"{question} There is no terminal to ask on: use --yes")
+    typer.confirm(question, abort=True, err=True)
+
+
+def print_result(as_json: bool, document: Any, text: str) -> None:
+    """Print a result as one JSON document, or as text."""
+    if as_json:
+        print_json(document)
+    else:
+        print(text)
 
 
 def print_json(document: Any) -> None:
@@ -105,24 +127,14 @@ def print_json(document: Any) -> None:
     print()
 
 
-def report_problems(problems: Sequence[str]) -> None:
-    """Print messages about unreadable files on standard error."""
+def report_problems(problems: Iterable[str]) -> None:
+    """Print messages on standard error."""
     for problem in problems:
-        print(f"slm: {problem}", file=sys.stderr)
+        report_line(f"slm: {problem}")
 
 
-def records(frame: pandas.DataFrame) -> list[dict[str, Any]]:
-    """Return the rows of a DataFrame as dictionaries of plain values, None for missing ones."""
-    return frame.astype(object).where(frame.notna(), None).to_dict("records")  # type: ignore[return-value]
-
-
-def print_table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> None:
-    """Print a table on standard output, None as a dash."""
-    print(table(rows, headers))
-
-
-def table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
-    """Return a table as text, None as a dash."""
+def table(rows: Sequence[Any], headers: Sequence[str] = "keys") -> str:
+    """Return a table as text, None as a dash; the rows are sequences, or mappings by header."""
     from tabulate import tabulate
 
     return tabulate(rows, headers=headers, missingval="-", disable_numparse=True, stralign="right")

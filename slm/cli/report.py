@@ -5,31 +5,32 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
-from slm.cli.options import Json, Mixed, print_json
+from slm import results
+from slm.cli.options import Json, Mixed, print_result
 from slm.files import replacing
-
-OUTPUT = "File to write; by default reports/NAME.html of the home, and Markdown on standard output."
-
-Experiment = Annotated[
-    str | None, typer.Argument(help="The experiment; by default the only one in the home.")
-]
-Output = Annotated[Path | None, typer.Option(help=OUTPUT)]
-Markdown = Annotated[bool, typer.Option("--markdown", help="Markdown, for a pull request.")]
 
 
 def report(
-    experiment: Experiment = None,
-    output: Output = None,
-    as_markdown: Markdown = False,
+    experiment: Annotated[
+        str | None, Argument(help="The experiment; by default the only one in the home.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        Option(
+            help="File to write; by default reports/NAME.html of the home, and Markdown on "
+            "standard output."
+        ),
+    ] = None,
+    as_markdown: Annotated[
+        bool, Option("--markdown", help="Markdown, for a pull request.")
+    ] = False,
     allow_mixed: Mixed = False,
     as_json: Json = False,
 ) -> None:
     """Write an experiment as one page: question, answer, curve, runs, warnings, cost, provenance,
     repetition."""
-    from slm import results
-
     if as_markdown and as_json:
         raise ValueError("--markdown and --json: choose one")
     if output is not None and output.is_dir():
@@ -42,7 +43,5 @@ def report(
         return
     with replacing(record.page) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    if as_json:
-        print_json(record.to_json())
-    else:
-        print("\n".join([*record.report.answer, "", f"report: {record.page}"]))
+    answer = "\n".join(record.report.answer)
+    print_result(as_json, record.to_json(), f"{answer}\n\nreport: {record.page}")

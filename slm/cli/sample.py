@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from slm.cli.evaluate import RunOrFile, weights_of
 from slm.cli.options import Json, print_json
+from store import home
 
 if TYPE_CHECKING:
     from slm.data.tokenizer import Tokenizer
@@ -18,35 +19,32 @@ if TYPE_CHECKING:
 
 def sample(
     run: RunOrFile,
-    prompt: Annotated[
-        str, typer.Option(help="Beginning of the text; default a new document.")
-    ] = "",
+    prompt: Annotated[str, Option(help="Beginning of the text; default a new document.")] = "",
     tokens: Annotated[
-        int, typer.Option(min=1, help="Maximum tokens; a full context ends a sample, too.")
+        int, Option(min=1, help="Maximum tokens; a full context ends a sample, too.")
     ] = 256,
     temperature: Annotated[
-        float, typer.Option(help="Divides the logits; 0 takes the likeliest token.")
+        float, Option(help="Divides the logits; 0 takes the likeliest token.")
     ] = 1.0,
     top_k: Annotated[
-        int | None, typer.Option(min=1, help="Draw from the K likeliest tokens; default all.")
+        int | None, Option(min=1, help="Draw from the K likeliest tokens; default all.")
     ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**62, help="Seed of the first sample; the next adds one.")
+        int, Option(min=0, max=2**62, help="Seed of the first sample; the next adds one.")
     ] = 0,
-    samples: Annotated[int, typer.Option(min=1, max=1000, help="Number of samples.")] = 1,
+    samples: Annotated[int, Option(min=1, max=1000, help="Number of samples.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt with text from a model, token by token, until the document ends."""
     _check(prompt, temperature)
     from slm.model.sample import generate
     from slm.model.weights import default_device, find_dataset
-    from store import home
 
     # 1) the prompt as tokens
     weights = weights_of(run, home())
     tokenizer = find_dataset(weights.plan, home()).tokenizer
     length = weights.plan.hyperparameters.sequence_length
-    ids = [tokenizer.bos, *tokenizer.encode_batch([prompt], 1)[0]]
+    ids = [tokenizer.bos, *tokenizer.encode(prompt)]
     if len(ids) >= length:
         raise ValueError(
             f"--prompt: its {len(ids):,} tokens fill the context of {length:,}: shorten it"

@@ -3,41 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Annotated
 
-from slm.cli.options import Depths, Json, RecipeName, depths_of, print_json, print_table, recipe_of
+from typer import Option
+
+from slm.cli.options import Json, RecipeName, depths_of, print_result, recipe_of, table
+from slm.hardware import devices
 from slm.hardware.memory import peak_memory
 from slm.recipe import Hyperparameters
 from slm.text import count
 
-HEADERS = (
-    "depth",
-    "width",
-    "heads",
-    "parameters",
-    "scaling N",
-    "FLOPs/token",
-    "tokens",
-    "batch",
-    "steps",
-    "FLOPs",
-)
-
 
 def size(
-    depths: Depths = "4,8,12,16,20,24", recipe: RecipeName = None, as_json: Json = False
+    depths: Annotated[
+        str, Option(help="Depths: 10-20, or 4,8,12.", metavar="DEPTHS")
+    ] = "4,8,12,16,20,24",
+    recipe: RecipeName = None,
+    as_json: Json = False,
 ) -> None:
     """Show a family by depth: shape, parameters, FLOPs, horizon, batch, memory of one row."""
-    from slm.hardware import devices
-
     family = recipe_of(recipe)
     device = "cuda" if devices.gpu_count() else "cpu"
     models = [family(depth) for depth in depths_of(depths)]
-    if as_json:
-        documents = [_document(hp, device) for hp in models]
-        print_json({"recipe": family.name, "device": device, "models": documents})
-        return
-    print(f"recipe {family.name}: {family.tokens_per_parameter:g} tokens per scaling parameter")
-    print_table([_row(hp, device) for hp in models], [*HEADERS, f"GB ({device})"])
+    documents = [_document(hp, device) for hp in models]
+    ratio = f"{family.tokens_per_parameter:g} tokens per scaling parameter"
+    print_result(
+        as_json,
+        {"recipe": family.name, "device": device, "models": documents},
+        f"recipe {family.name}: {ratio}\n{table([_row(hp, device) for hp in models])}",
+    )
 
 
 def _document(hp: Hyperparameters, device: str) -> dict[str, object]:
@@ -51,17 +45,17 @@ def _document(hp: Hyperparameters, device: str) -> dict[str, object]:
     }
 
 
-def _row(hp: Hyperparameters, device: str) -> list[str]:
-    return [
-        str(hp.depth),
-        str(hp.width),
-        str(hp.heads),
-        f"{hp.parameters.total:,}",
-        f"{hp.parameters.scaling:,}",
-        f"{hp.flops_per_token:.4e}",
-        count(hp.tokens),
-        f"{hp.batch_tokens:,}",
-        f"{hp.steps:,}",
-        f"{hp.flops:.3g}",
-        f"{peak_memory(hp, 1, device) / 1e9:.3g}",
-    ]
+def _row(hp: Hyperparameters, device: str) -> dict[str, str]:
+    return {
+        "depth": str(hp.depth),
+        "width": str(hp.width),
+        "heads": str(hp.heads),
+        "parameters": f"{hp.parameters.total:,}",
+        "scaling N": f"{hp.parameters.scaling:,}",
+        "FLOPs/token": f"{hp.flops_per_token:.4e}",
+        "tokens": count(hp.tokens),
+        "batch": f"{hp.batch_tokens:,}",
+        "steps": f"{hp.steps:,}",
+        "FLOPs": f"{hp.flops:.3g}",
+        f"GB ({device})": f"{peak_memory(hp, 1, device) / 1e9:.3g}",
+    }

@@ -2,164 +2,121 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
-from slm.cli.options import Json, print_json, print_table, report_problems
-from slm.files import read_json
+import store
+from slm import events
+from slm.cli.options import Json, RunId, print_json, print_result, report_problems, table
+from slm.files import read_json, start_session
+from slm.monitor import follow
+from slm.monitor.status import (
+    NO_REASON,
+    StatusRow,
+    experiment_runs,
+    job_states,
+    run_states,
+    status_rows,
+    status_table,
+)
+from slm.run import (
+    find_run,
+    is_done,
+    last_attempt,
+    list_attempts,
+    read_attempt,
+    read_exit,
+    read_log,
+    read_plans,
+    run_holder,
+    run_label,
+)
+from slm.sweep.orchestrator import sweep_process
 from slm.text import duration, one_line, plural
-
-if TYPE_CHECKING:
-    from slm.monitor.status import StatusRow
+from store import home
 
 LOG_LINES = 15
 """Lines of a failed run's log, and warnings of an attempt, that `slm show` prints."""
-REASON_WIDTH = 60
-"""Characters of a reason in the table."""
-COLUMNS = {
-    "run_id": "run",
-    "recipe": "recipe",
-    "depth": "d",
-    "horizon": "horizon",
-    "seed": "seed",
-    "status": "status",
-    "progress": "step",
-    "left": "left",
-    "val_bpb": "val_bpb",
-    "flops": "FLOPs",
-    "train_seconds": "s",
-    "why": "why",
-}
-"""Columns of the table with their headings; `left` and `why` are shown if any run has them."""
-NO_REASON = ("finished", "planned", "running", "queued")
-"""States that need no reason."""
 
 
 def status(
-    experiment: Annotated[str | None, typer.Argument(help="Only this experiment's runs.")] = None,
+    experiment: Annotated[str | None, Argument(help="Only this experiment's runs.")] = None,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Live, until no run is active; Ctrl-C ends it.")
+        bool, Option("--watch", help="Live, until no run is active; Ctrl-C ends it.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Show every run: its progress, its result, or why it has none."""
-    from slm.monitor.status import experiment_runs, status_rows
-    from slm.sweep.orchestrator import sweep_process
-    from store import home
-
     if watch and as_json:
         raise ValueError("--watch --json: choose one; `slm status --json` shows the present state")
     folders = experiment_runs(home(), experiment)
     if watch:
-        _watch(home(), folders)
+        _watch(folders)
         return
     rows, problems = status_rows(folders)
     process = sweep_process(home())
     report_problems(problems)
-    if as_json:
-        print_json({"home": str(home()), "conductor": process, "runs": rows})
-    else:
-        _print_status(rows, process)
+    document = {"home": home(), "conductor": process, "runs": rows}
+    print_result(as_json, document, _describe(rows, process))
     if process is None:
-        _start_ingest(home())
+        _start_ingest()
 
 
-def _start_ingest(home: Path) -> None:
+def _start_ingest() -> None:
     """Start a process that updates the database for runs of no sweep; do not wait for it."""
-    import store
-
-    if not store.is_current(home):
+    if not store.is_current(home()):
         program = "import sys, pathlib, store; store.ingest(pathlib.Path(sys.argv[1]))"
-        subprocess.Popen(
-            [sys.executable, "-P", "-c", program, str(home)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        start_session(["-c", program, str(home())], Path(os.devnull))
 
 
-def _print_status(rows: Sequence[StatusRow], process: int | None) -> None:
-    cells = [_cells(row) for row in rows]
-    names = [
-        name for name in COLUMNS if name not in ("left", "why") or any(row[name] for row in cells)
-    ]
-    table = [[row[name] for name in names] for row in cells]
-    print_table(table, [COLUMNS[name] for name in names])
+def _describe(rows: Sequence[StatusRow], process: int | None) -> str:
+    headings, cells = status_table(rows)
     counts = Counter(row["status"] for row in rows).most_common()
     states = ", ".join(f"{number} {state}" for state, number in counts)
     sweep = f"; process {process} runs a sweep" if process else ""
-    print(f"\n{plural(len(rows), 'run')}{': ' if states else ''}{states}{sweep}")
+    total = f"{plural(len(rows), 'run')}{': ' if states else ''}{states}{sweep}"
+    return f"{table(cells, headings)}\n\n{total}"
 
 
-def _cells(row: StatusRow) -> dict[str, str | None]:
-    formats = {"val_bpb": ".4f", "flops": ".3g", "train_seconds": ".1f"}
-    cells: dict[str, str | None] = {}
-    for name, value in row.items():
-        cells[name] = None if value is None else format(value, formats.get(name, ""))
-    seconds = row["seconds_left"]
-    reason = "" if row["status"] in NO_REASON else one_line(row["message"] or "")
-    if len(reason) > REASON_WIDTH:
-        reason = f"{reason[:REASON_WIDTH]}…"
-    return cells | {
-        "progress": f"{row['step']:,}/{row['steps']:,}",
-        "left": None if seconds is None else duration(seconds),
-        "why": reason or None,
-    }
-
-
-def _watch(home: Path, run_folders: Sequence[Path]) -> None:
+def _watch(run_folders: Sequence[Path]) -> None:
     """Show active runs until there are none and no sweep is running."""
     from slm.monitor.display import Display
-    from slm.monitor.follow import watch
-    from slm.monitor.status import job_states
-    from slm.run import is_done, read_plans, run_holder
-    from slm.sweep.orchestrator import sweep_process
 
     plans, problems = read_plans(run_folders)
     report_problems(problems)
     plans.sort(key=lambda plan: plan.hyperparameters.flops)
-    done = {plan.run_id for plan in plans if is_done(home / plan.run_id)}
+    done = {plan.run_id for plan in plans if is_done(home() / plan.run_id)}
     unfinished = [plan for plan in plans if plan.run_id not in done]
-    folders = [home / plan.run_id for plan in unfinished]
+    folders = [home() / plan.run_id for plan in unfinished]
     jobs: dict[str, str | None] = {}
 
     def look_up_jobs() -> dict[str, str | None]:
+        nonlocal jobs
         with suppress(RuntimeError):  # Slurm does not answer: its last answer holds
-            states = job_states(folders)
-            jobs.clear()
-            jobs.update(states)
+            jobs = job_states(folders)
         return jobs
 
     def is_over() -> bool:
         active = display.active or jobs or any(map(run_holder, folders))
-        return not active and sweep_process(home) is None
+        return not active and sweep_process(home()) is None
 
     with Display(plans, done) as display:
         try:
             look_up_jobs()
-            watch(unfinished, home, display, is_over, look_up_jobs)
+            follow.watch(unfinished, home(), display, is_over, look_up_jobs)
             display.note("no run is active")
         except KeyboardInterrupt:
             display.note("stopped watching; the runs continue")
 
 
-def show(
-    run: Annotated[str, typer.Argument(help="A run_id, or its first digits.")],
-    as_json: Json = False,
-) -> None:
+def show(run: RunId, as_json: Json = False) -> None:
     """Show one run: plan, attempts and their ends, result, and the end of a failed run's log."""
-    from slm.monitor.status import run_states
-    from slm.run import find_run, last_attempt, list_attempts, read_log, run_label
-    from store import home
-
     folder = find_run(home(), run)
     state = run_states([folder])[folder]
     document: dict[str, Any] = {}
@@ -188,9 +145,6 @@ def show(
 
 def _attempt(folder: Path) -> dict[str, Any]:
     """Return attempt.json with the attempt's exit.json and the messages of its warnings."""
-    from slm import events
-    from slm.run import read_attempt, read_exit
-
     every = events.Reader(folder / "events.jsonl").new()
     warnings = [event["message"] for event in every if event["event"] == "warning"]
     return {**read_attempt(folder), "exit": read_exit(folder), "warnings": warnings}

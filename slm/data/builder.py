@@ -6,44 +6,34 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
-from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from slm.data.dataset import FORMAT, MANIFEST, PreparedDataset, row_shape
-from slm.data.packing import pack, split
-from slm.data.shards import (
-    BLOCK_ROWS,
-    Documents,
-    Shape,
-    encode_documents,
-    fingerprint,
-    pack_shard,
-    row_dtype,
-    write_rows,
-)
-from slm.data.tokenizer import Tokenizer, train_tokenizer
-from slm.files import write_json
+from slm.data.shards import BLOCK_ROWS, Documents, pack_shard, pack_texts, row_dtype
+from slm.data.tokenizer import TOKENIZER, Tokenizer, train_tokenizer
+from slm.files import fingerprint, write_json
 from slm.recipe import Hyperparameters
-from slm.text import duration
+from slm.text import progress_lines
 
-REPORT_SECONDS = 5.0
-"""Shortest time between two lines of progress."""
 TOKENIZER_CHARACTERS = 2**26
 """Maximum characters of text that a tokeniser is trained on."""
-TOKENIZER = "tokenizer.json"
 VALIDATION = "validation.json"
 """Entry of the validation rows, while the preparation is unfinished."""
 COUNTS = (
-    *("documents", "tokens", "duplicates", "cropped_tokens", "dropped_tokens"),
-    *("empty", "null", "invalid_utf8"),
+    "documents",
+    "tokens",
+    "duplicates",
+    "cropped_tokens",
+    "dropped_tokens",
+    "empty",
+    "null",
+    "invalid_utf8",
 )
 """Counts of a corpus: documents and tokens read (`<|bos|>` included), tokens in no row, texts left
 out, and texts with invalid bytes, which are repaired and used."""
@@ -67,15 +57,6 @@ class DatasetBuilder:
     processes: int
     """Maximum number of processes."""
 
-    @property
-    def shape(self) -> Shape:
-        """Format of the rows."""
-        return Shape(
-            self.hp.sequence_length + 1,
-            row_dtype(self.hp.vocab_size),
-            self.hp.split_documents,
-        )
-
     @cached_property
     def previous(self) -> PreparedDataset | None:
         """The dataset to extend; None in a first preparation."""
@@ -83,32 +64,18 @@ class DatasetBuilder:
             return PreparedDataset.read(self.folder)
         return None
 
-    def progress(self, step: str, total: int, unit: str) -> Callable[[int], None]:
-        """Return a function that reports, now and then, units done and time left."""
-        began = last = time.monotonic()
-
-        def update(done: int) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if now - last > REPORT_SECONDS and 0 < done < total:
-                last = now
-                remaining = duration((now - began) / done * (total - done))
-                self.report(f"{step}: {done:,} of {total:,} {unit}, {remaining} left")
-
-        return update
-
-    def learn_tokenizer(self, texts: Sequence[str]) -> None:
-        """Train the tokeniser and save it. Raises ValueError for too few texts."""
-        if not texts:
-            raise ValueError(
-                f"corpus {self.name}: its documents are too few to hold some out for validation; "
-                "split them into more files or lines"
-            )
-        self.report(f"training a tokeniser of {self.hp.vocab_size} tokens")
-        self.save_tokenizer(train_tokenizer(texts, self.hp.vocab_size))
-
-    def save_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Save the tokeniser of the dataset."""
+    def make_tokenizer(self, texts: Iterable[str]) -> None:
+        """Save the given tokeniser, or one trained on texts. Raises ValueError for too few."""
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            sample = list(texts)
+            if not sample:
+                raise ValueError(
+                    f"corpus {self.name}: its documents are too few to hold some out for "
+                    "validation; split them into more files or lines"
+                )
+            self.report(f"training a tokeniser of {self.hp.vocab_size} tokens")
+            tokenizer = train_tokenizer(sample, self.hp.vocab_size)
         write_json(self.folder / TOKENIZER, tokenizer.document())
 
     def write_validation(self, texts: Iterable[str], counts: Counter[str]) -> dict[str, Any]:
@@ -116,41 +83,35 @@ class DatasetBuilder:
 
         `counts` gets the texts read and left out. Raises ValueError if they do not fill the rows.
         """
-        tokenizer = Tokenizer.read(self.folder / TOKENIZER)
-        length = self.shape.length
+        path = self.folder / "validation.bin"
         required = self.hp.validation_rows
-        documents = encode_documents(texts, tokenizer, counts, self.processes)
-        pieces = split(documents, tokenizer.bos, length, self.shape.pieces)
-        with closing(pack(pieces, length, counts)) as rows:
-            entry = write_rows(
-                self.folder / "validation.bin", islice(rows, required), self.shape.dtype
-            )
+        entry = pack_texts(texts, path, self.hp, counts, self.processes, required)
         if entry["rows"] < required:
             raise ValueError(
                 f"corpus {self.name} is too small: it fills {entry['rows']} of the {required} "
                 f"validation rows ({self.hp.validation_tokens:,} tokens) that the recipe needs"
             )
-        return entry | counts
+        return entry
 
     def pack_shards(self, shards: Sequence[Documents], first: int, of: str) -> list[dict[str, Any]]:
         """Pack shards numbered from `first`, several at once, and return their manifest entries.
 
         `of` identifies the preparation: shards that it has finished before are not packed again.
         """
-        paths = [
-            self.folder / f"train-{number:05d}.bin" for number in range(first, first + len(shards))
-        ]
         workers = max(1, min(self.processes, len(shards)))
         threads = max(1, self.processes // workers)
-        jobs = [(shard, path, of, self.shape, threads) for shard, path in zip(shards, paths)]
-        self.report(f"packing rows: {len(shards):,} shards")
-        progress = self.progress("packing rows", len(shards), "shards")
+        jobs = [
+            (shard, self.folder / f"train-{number:05d}.bin", of, self.hp, threads)
+            for number, shard in enumerate(shards, first)
+        ]
+        self.report(f"packing rows: {len(jobs):,} shards")
+        progress = progress_lines("shards packed", self.report)
         if workers > 1:
             return _pack_in_parallel(jobs, workers, progress)
         files = []
         for job in jobs:
             files.append(pack_shard(*job))
-            progress(len(files))
+            progress(len(files), len(jobs))
         return files
 
     def finish(
@@ -159,10 +120,12 @@ class DatasetBuilder:
         files: list[dict[str, Any]],
         left_out: Mapping[str, int],
         of: str,
+        source: Any,
     ) -> None:
-        """Write the manifest of all rows, and remove temporary files.
+        """Write the manifest of all rows after `source-{of}.json`, and remove temporary files.
 
-        `of` identifies the preparation. Raises ValueError if there is nothing to train on.
+        `of` identifies the preparation, and `source` is what it read. Raises ValueError if there is
+        nothing to train on.
         """
         if not any(file["rows"] for file in files):
             raise ValueError(f"corpus {self.name} is too small: nothing is left to train on")
@@ -178,34 +141,37 @@ class DatasetBuilder:
                 **{name: sum(part.get(name, 0) for part in parts) for name in COUNTS},
                 "validation_documents": validation["documents"],
             },
-            "left_out": dict(left_out),
+            "left_out": left_out,
             "tokenizer": Tokenizer.read(self.folder / TOKENIZER).fingerprint,
-            "row_tokens": self.shape.length,
+            "row_tokens": self.hp.sequence_length + 1,
             "block_rows": BLOCK_ROWS,
-            "dtype": self.shape.dtype,
-            "validation": _part([dict(validation)]),
+            "dtype": row_dtype(self.hp),
+            "validation": _part([validation]),
             "train": _part(files),
         }
+        source_file = self.folder / f"source-{of}.json"
+        write_json(source_file, source)
         write_json(self.folder / MANIFEST, manifest)
-        entries = self.folder.glob("train-*.json")
-        for path in (*self.folder.glob(".*"), *entries, self.folder / VALIDATION):
-            path.unlink(missing_ok=True)
+        for pattern in (".*", "train-*.json", VALIDATION, "source-*"):
+            for path in self.folder.glob(pattern):
+                if path != source_file:
+                    path.unlink(missing_ok=True)
 
 
-def _part(files: list[dict[str, Any]]) -> dict[str, Any]:
+def _part(files: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the manifest's entry of the rows of some files."""
-    blocks = [block for file in files for block in file["blocks"]]
+    blocks = "".join("".join(file["blocks"]) for file in files)
     return {
         "rows": sum(file["rows"] for file in files),
-        "fingerprint": fingerprint("".join(blocks).encode()),
+        "fingerprint": fingerprint(blocks),
         "files": files,
     }
 
 
 def _pack_in_parallel(
-    jobs: Sequence[tuple[Documents, Path, str, Shape, int]],
+    jobs: Sequence[tuple[Documents, Path, str, Hyperparameters, int]],
     workers: int,
-    progress: Callable[[int], None],
+    progress: Callable[[int, int], None],
 ) -> list[dict[str, Any]]:
     """Call `pack_shard` in several processes. Raises RuntimeError if one of them is killed."""
     context = multiprocessing.get_context("spawn")
@@ -215,7 +181,7 @@ def _pack_in_parallel(
         try:
             for done, task in enumerate(as_completed(tasks), 1):
                 task.result()
-                progress(done)
+                progress(done, len(tasks))
         except BrokenExecutor:
             raise RuntimeError(
                 "a process that packed rows was killed, perhaps for lack of memory: "

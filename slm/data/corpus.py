@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sysconfig
@@ -14,6 +15,8 @@ TEXT_ENDINGS = (".txt", ".md", ".rst")
 ENDINGS = (*TEXT_ENDINGS, ".jsonl", ".parquet")
 MAX_CHARACTERS = 2**24
 """Characters of a document; a longer text is split into several."""
+COLUMN = "text"
+"""Field or column of the texts."""
 BATCH_ROWS = 1024
 """Rows of Parquet in memory at a time."""
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -28,11 +31,8 @@ def file_states(corpus: str) -> list[FileState]:
     corpus that does not exist or has no files.
     """
     files = _library() if corpus == "python" else _files_in(Path(corpus))
-    states = []
-    for path in files:
-        stat = path.stat()
-        states.append((str(path), stat.st_size, stat.st_mtime_ns))
-    return states
+    stats = [path.stat() for path in files]
+    return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in zip(files, stats)]
 
 
 def _library() -> list[Path]:
@@ -54,32 +54,46 @@ def _files_in(folder: Path) -> list[Path]:
     return files
 
 
-def texts_of(path: Path, counts: Counter[str], column: str = "text") -> Iterator[str]:
+def unique_texts_of(path: Path, counts: Counter[str]) -> Iterator[str]:
+    """Yield the texts of a file as `texts_of` does; `counts` gets duplicates too."""
+    seen: set[bytes] = set()
+    for text in texts_of(path, counts):
+        digest = hashlib.sha256(text.encode()).digest()[:16]
+        if digest in seen:
+            counts["duplicates"] += 1
+        else:
+            seen.add(digest)
+            yield text
+
+
+def texts_of(path: Path, counts: Counter[str]) -> Iterator[str]:
     """Yield the non-empty texts of a file.
 
     `counts` gets the texts left out or repaired: empty, null, invalid_utf8. Raises ValueError with
     the file, and the line or column, for content that is not text.
     """
     if path.suffix == ".jsonl":
-        texts = _read_json_lines(path, counts, column)
+        texts = _read_json_lines(path, counts)
     elif path.suffix == ".parquet":
-        texts = _read_parquet(path, counts, column)
+        texts = _read_parquet(path, counts)
     else:
         texts = _read_text(path, counts)
     for text in texts:
         if not text.strip():
             counts["empty"] += 1
-        else:
-            for start in range(0, len(text), MAX_CHARACTERS):
-                yield text[start : start + MAX_CHARACTERS]
+            continue
+        for start in range(0, len(text), MAX_CHARACTERS):
+            yield text[start : start + MAX_CHARACTERS]
 
 
 def _read_text(path: Path, counts: Counter[str]) -> Iterator[str]:
     with path.open(encoding="utf-8", errors="surrogateescape") as file:
         text = file.read(MAX_CHARACTERS)
-        yield _decode(text.encode(errors="surrogateescape"), counts)
-        while text := file.read(MAX_CHARACTERS):
+        while True:
             yield _decode(text.encode(errors="surrogateescape"), counts)
+            text = file.read(MAX_CHARACTERS)
+            if not text:
+                return
 
 
 def _decode(content: bytes, counts: Counter[str]) -> str:
@@ -91,42 +105,41 @@ def _decode(content: bytes, counts: Counter[str]) -> str:
         return content.decode(errors="replace")
 
 
-def _read_json_lines(path: Path, counts: Counter[str], column: str) -> Iterator[str]:
+def _read_json_lines(path: Path, counts: Counter[str]) -> Iterator[str]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                text = json.loads(_decode(line, counts))[column]
+                text = json.loads(_decode(line, counts))[COLUMN]
             except (ValueError, KeyError, TypeError):
                 raise ValueError(
-                    f"{path}, line {number}: not a JSON object with a field {column!r}"
+                    f"{path}, line {number}: not a JSON object with a field {COLUMN!r}"
                 ) from None
             if not isinstance(text, str | None):
-                raise ValueError(f"{path}, line {number}: its {column!r} is not a string")
+                raise ValueError(f"{path}, line {number}: its {COLUMN!r} is not a string")
             if text is None:
                 counts["null"] += 1
             else:
                 yield _decode(text.encode(errors="surrogatepass"), counts)
 
 
-def _read_parquet(path: Path, counts: Counter[str], column: str) -> Iterator[str]:
+def _read_parquet(path: Path, counts: Counter[str]) -> Iterator[str]:
     import pyarrow
-    from pyarrow import parquet, types
+    from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            if column not in names:
-                raise ValueError(f"{path}: no column {column!r} (it has {', '.join(names)})")
-            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=[column]):
+            if COLUMN not in names:
+                raise ValueError(f"{path}: no column {COLUMN!r} (it has {', '.join(names)})")
+            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=[COLUMN]):
                 values = batch.column(0)
-                if types.is_dictionary(values.type):
+                if isinstance(values, pyarrow.DictionaryArray):
                     values = values.dictionary_decode()
-                is_text = (types.is_string, types.is_large_string, types.is_null)
-                if not any(check(values.type) for check in is_text):
+                if values.type not in (pyarrow.string(), pyarrow.large_string(), pyarrow.null()):
                     raise ValueError(
-                        f"{path}: its column {column!r} holds {values.type}, not strings"
+                        f"{path}: its column {COLUMN!r} holds {values.type}, not strings"
                     )
                 counts["null"] += values.null_count
                 for content in values.drop_null().cast(pyarrow.large_binary()).to_pylist():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,18 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from slm.data.shards import fingerprint
-from slm.data.tokenizer import Tokenizer
-from slm.files import read_json
+from slm.data.epochs import check_epochs
+from slm.data.tokenizer import TOKENIZER, Tokenizer
+from slm.files import fingerprint, read_json
 from slm.plan import DataIdentity
 from slm.recipe import RECIPES, Hyperparameters
 
 FORMAT = 2
 """Version of the format of prepared folders."""
 MANIFEST = "manifest.json"
-MAX_EPOCHS = 4
-"""Most passes over a corpus that a run may make."""
 PARTS = ("validation", "train")
 
 
@@ -59,7 +59,7 @@ class PreparedDataset:
 
         Raises ValueError if the file is not the one that the manifest names.
         """
-        tokenizer = Tokenizer.read(self.folder / "tokenizer.json")
+        tokenizer = Tokenizer.read(self.folder / TOKENIZER)
         if tokenizer.fingerprint != self.manifest["tokenizer"]:
             raise ValueError(
                 f"{self.folder}: its tokeniser was changed; remove the folder and prepare again"
@@ -76,24 +76,40 @@ class PreparedDataset:
         """Number of training rows."""
         return int(self.manifest["train"]["rows"])
 
+    @property
+    def source(self) -> Any:
+        """Document on what it was prepared from."""
+        return read_json(self.folder / f"source-{self.manifest['of']}.json")
+
+    def has_rows_of(self, data: DataIdentity) -> bool:
+        """Whether its tokeniser and validation rows are those of a plan's data."""
+        manifest = self.manifest
+        rows = (manifest["tokenizer"], manifest["validation"]["fingerprint"])
+        return rows == (data.tokenizer, data.validation)
+
     def files(self, part: str) -> list[dict[str, Any]]:
         """Return the manifest's entries of the files of "train" or "validation", in order."""
-        files: list[dict[str, Any]] = self.manifest[part]["files"]
-        return files
+        return list(self.manifest[part]["files"])
 
-    def blocks(self, part: str, rows: int | None = None) -> list[Block]:
+    def blocks(self, part: str, rows: float = math.inf) -> list[Block]:
         """Return the blocks of a part, or those that hold its first `rows` rows."""
         blocks: list[Block] = []
-        remaining = self.manifest[part]["rows"] if rows is None else rows
         block_rows = self.manifest["block_rows"]
         for file in self.files(part):
-            for number, digest in enumerate(file["blocks"]):
-                if remaining <= 0:
+            for start, digest in zip(range(0, file["rows"], block_rows), file["blocks"]):
+                if rows <= 0:
                     return blocks
-                size = min(block_rows, file["rows"] - number * block_rows)
+                size = min(block_rows, file["rows"] - start)
                 blocks.append(Block(file["file"], size, digest))
-                remaining -= size
+                rows -= size
         return blocks
+
+    def validation_documents(self, tokens: int = -1) -> list[NDArray[Any]]:
+        """Return the tokens after each `<|bos|>` of the validation rows, or of their first ones."""
+        path = self.folder / self.files("validation")[0]["file"]
+        ids = np.fromfile(path, self.manifest["dtype"], tokens)
+        documents = np.split(ids, np.flatnonzero(ids == self.tokenizer.bos))
+        return [document[1:] for document in documents]
 
     def identity(self, hp: Hyperparameters, rows: int | None = None) -> DataIdentity:
         """Return the identity of the rows that a run reads, of all or of the first `rows` rows.
@@ -102,20 +118,14 @@ class PreparedDataset:
         """
         available = self.train_rows if rows is None else rows
         needed = hp.train_rows
-        if needed > MAX_EPOCHS * available:
-            tokens = available * hp.sequence_length
-            raise ValueError(
-                f"depth {hp.depth} needs {hp.tokens:,} tokens; corpus {self.name} has "
-                f"{tokens:,}, enough for {MAX_EPOCHS} epochs of "
-                f"{MAX_EPOCHS * tokens:,}: give more text, or a shorter horizon"
-            )
+        check_epochs(hp, available, self.name)
         parts = [block.hash for block in self.blocks("train", min(needed, available))]
         if needed > available:
             parts.append(str(available))  # rows are read again from the first on
         return DataIdentity(
             corpus=self.name,
             tokenizer=self.manifest["tokenizer"],
-            train=fingerprint("".join(parts).encode()),
+            train=fingerprint("".join(parts)),
             validation=self.manifest["validation"]["fingerprint"],
             validation_rows=self.manifest["validation"]["rows"],
             rows=available,
@@ -127,28 +137,27 @@ class PreparedDataset:
         for part in PARTS:
             for file in self.files(part):
                 path = self.folder / file["file"]
-                if not path.exists():
+                if not path.exists() or path.stat().st_size != file["bytes"]:
+                    problem = "was changed" if path.exists() else "is missing"
                     raise ValueError(
-                        f"{path} is missing: remove {self.folder} and run `slm data prepare` again"
-                    )
-                if path.stat().st_size != file["bytes"]:
-                    raise ValueError(
-                        f"{path} was changed: remove {self.folder} and run `slm data prepare` again"
+                        f"{path} {problem}: remove {self.folder} and run `slm data prepare` again"
                     )
 
-    def verify_content(self, hp: Hyperparameters, parts: Sequence[str] = PARTS) -> None:
+    def verify_content(self, hp: Hyperparameters) -> None:
         """Raise ValueError unless the blocks that a run reads match the manifest's fingerprints."""
-        for part in parts:
-            self.verify_blocks(self.blocks(part, hp.train_rows if part == "train" else None))
+        self.verify_blocks(self.blocks("validation") + self.blocks("train", hp.train_rows))
 
     def verify_blocks(
-        self, blocks: Sequence[Block], report: Callable[[int], None] = lambda rows: None
+        self,
+        blocks: Sequence[Block],
+        report: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """Raise ValueError unless the leading blocks of a part match their fingerprints.
+        """Raise ValueError unless the leading blocks of parts match their fingerprints.
 
-        `report` gets the number of rows read.
+        `report` gets the number of rows read and of all rows.
         """
-        rows = 0
+        done = 0
+        total = sum(block.rows for block in blocks)
         row_bytes = self.manifest["row_tokens"] * np.dtype(self.manifest["dtype"]).itemsize
         for name, group in groupby(blocks, lambda block: block.file):
             with (self.folder / name).open("rb") as file:
@@ -158,8 +167,8 @@ class PreparedDataset:
                             f"{file.name} was changed: remove its folder and run "
                             "`slm data prepare` again"
                         )
-                    rows += block.rows
-                    report(rows)
+                    done += block.rows
+                    report(done, total)
 
     def verify_all(self, report: Callable[[int, int], None]) -> None:
         """Raise ValueError unless everything matches the manifest: tokeniser, files and every row.
@@ -168,17 +177,16 @@ class PreparedDataset:
         """
         self.verify()
         assert self.tokenizer
-        total = sum(self.manifest[part]["rows"] for part in PARTS)
-        done = 0
+        blocks: list[Block] = []
         for part in PARTS:
-            blocks = self.blocks(part)
-            hashes = "".join(block.hash for block in blocks)
-            if fingerprint(hashes.encode()) != self.manifest[part]["fingerprint"]:
+            part_blocks = self.blocks(part)
+            hashes = "".join(block.hash for block in part_blocks)
+            if fingerprint(hashes) != self.manifest[part]["fingerprint"]:
                 raise ValueError(
                     f"{self.folder / MANIFEST} was changed: remove its folder and prepare again"
                 )
-            self.verify_blocks(blocks, lambda rows, done=done: report(done + rows, total))  # type: ignore[misc]
-            done += self.manifest[part]["rows"]
+            blocks += part_blocks
+        self.verify_blocks(blocks, report)
 
 
 @dataclass(frozen=True)
@@ -205,40 +213,35 @@ class DatasetRequest:
 
     def datasets(self, source: str) -> list[PreparedDataset]:
         """Return the datasets of a source with this shape and tokeniser."""
-        tokenizer = self.tokenizer.fingerprint if self.tokenizer else None
-        key = (source, row_shape(self.hp), tokenizer)
-        names = ("source", "shape", "given_tokenizer")
+        key = {
+            "source": source,
+            "shape": row_shape(self.hp),
+            "given_tokenizer": self.tokenizer.fingerprint if self.tokenizer else None,
+        }
         return [
             dataset
             for dataset in list_datasets(self.home)
-            if tuple(dataset.manifest[name] for name in names) == key
+            if key.items() <= dataset.manifest.items()
         ]
 
     def folder(self, name: str, *content: Any) -> Path:
         """Return the folder of a new dataset, named by a hash of what it is prepared from."""
         tokenizer = [self.tokenizer.fingerprint] if self.tokenizer else []
         key = json.dumps([FORMAT, *content, *tokenizer])
-        return self.home / "data" / f"{name}-{fingerprint(key.encode())}"
+        return self.home / "data" / f"{name}-{fingerprint(key)}"
 
 
 def list_datasets(home: Path) -> list[PreparedDataset]:
     """Return the datasets of a home, by folder name, without those of another version."""
-    datasets = []
-    for path in sorted((home / "data").glob(f"*/{MANIFEST}")):
-        manifest = read_json(path)
-        if manifest.get("format") == FORMAT:
-            datasets.append(PreparedDataset(path.parent, manifest))
-    return datasets
+    paths = sorted((home / "data").glob(f"*/{MANIFEST}"))
+    datasets = [PreparedDataset(path.parent, read_json(path)) for path in paths]
+    return [dataset for dataset in datasets if dataset.manifest.get("format") == FORMAT]
 
 
 def row_shape(hp: Hyperparameters) -> dict[str, Any]:
     """Return the hyperparameters that decide the rows."""
-    return {
-        "vocab_size": hp.vocab_size,
-        "sequence_length": hp.sequence_length,
-        "validation_rows": hp.validation_rows,
-        "split_documents": hp.split_documents,
-    }
+    names = ("vocab_size", "sequence_length", "validation_rows", "split_documents")
+    return {name: getattr(hp, name) for name in names}
 
 
 def recipe_for(shape: dict[str, Any]) -> str | None:

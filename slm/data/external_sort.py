@@ -83,44 +83,43 @@ class Bucket:
 
     def documents(self, counts: Counter[str]) -> Iterator[str]:
         """Yield the texts by digest; `counts` gets duplicates."""
-        contents, total = self._read()
-        for digest in self._known_digests(contents):
-            del contents[digest]
-        counts["duplicates"] += total - len(contents)
-        order = sorted(contents)
-        if self.digests:
-            with replacing(self.digests) as temporary, temporary.open("wb") as file:
-                np.save(file, np.array(order, dtype=_DIGEST_TYPE))
-        for digest in order[: self.skip]:
-            del contents[digest]
-        for digest in order[self.skip :]:
-            yield contents.pop(digest).decode()
-
-    def _read(self) -> tuple[dict[bytes, bytes], int]:
-        """Return each text by its digest, and the number of texts with duplicates."""
         contents: dict[bytes, bytes] = {}
         total = 0
         for path in self.paths:
-            content = path.read_bytes()
-            offset = 0
-            while offset < len(content):
-                digest, size = _HEADER.unpack_from(content, offset)
-                offset += _HEADER.size + size
-                contents[digest] = content[offset - size : offset]
+            for digest, content in _texts_in(path):
+                contents[digest] = content
                 total += 1
-        return contents, total
+        order = sorted(contents.keys() - self._known_digests(contents))
+        counts["duplicates"] += total - len(order)
+        if self.digests:
+            with replacing(self.digests) as temporary, temporary.open("wb") as file:
+                np.save(file, np.array(order, dtype=_DIGEST_TYPE))
+        for number, digest in enumerate(order):
+            content = contents.pop(digest)
+            if number >= self.skip:
+                yield content.decode()
 
     def _known_digests(self, contents: Iterable[bytes]) -> set[bytes]:
         """Return the digests of `contents` that the corpus already has."""
-        digests = np.sort(np.array([*contents], dtype=_DIGEST_TYPE))
+        digests = np.array(sorted(contents), dtype=_DIGEST_TYPE)
         matches: set[bytes] = set()
         for path in self.known if len(digests) else ():
             known = np.load(path, mmap_mode="r")
             first = np.searchsorted(known, digests[0])
             last = np.searchsorted(known, digests[-1], "right")
-            common = digests[np.isin(digests, known[first:last])]
+            common = np.intersect1d(digests, known[first:last])
             matches |= {digest.ljust(DIGEST, b"\0") for digest in common.tolist()}
         return matches
+
+
+def _texts_in(path: Path) -> Iterator[tuple[bytes, bytes]]:
+    """Yield digest and content of each text that `spread` wrote to a file."""
+    content = path.read_bytes()
+    offset = 0
+    while offset < len(content):
+        digest, size = _HEADER.unpack_from(content, offset)
+        offset += _HEADER.size + size
+        yield digest, content[offset - size : offset]
 
 
 def in_buckets(folder: Path, written: int) -> list[Bucket]:

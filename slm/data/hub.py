@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from slm.data.builder import TOKENIZER_CHARACTERS, VALIDATION, DatasetBuilder, Report
+from slm.data.corpus import unique_texts_of
 from slm.data.dataset import FORMAT, DatasetRequest, PreparedDataset, row_shape
-from slm.data.shards import FileDocuments, fingerprint
-from slm.files import read_json, sha256_of, write_json
+from slm.files import fingerprint, read_json, sha256_of, write_json
 
 NAMED = {
     "climbmix": "hf:karpathy/climbmix-400b-shuffle",
@@ -53,36 +53,31 @@ class Shard:
 
     def documents(self, counts: Counter[str]) -> Iterator[str]:
         """Download the file, and yield its texts without duplicates."""
-        return FileDocuments(self.download()).documents(counts)
+        return unique_texts_of(self.download(), counts)
 
     def download(self) -> Path:
         """Return the complete file in the cache; a damaged one is downloaded once more.
 
         Raises RuntimeError, one line, if that fails.
         """
-        for again in (False, True):
-            path = self._fetch(again)
-            if path.stat().st_size == self.size and self.sha256 in ("", sha256_of(path)):
-                return path
-        raise RuntimeError(
-            f"{self.repo}/{self.path}: the download does not have the SHA-256 that the hub lists "
-            f"({self.sha256[:12]}…): try later"
-        )
-
-    def _fetch(self, again: bool) -> Path:
-        """Return the file in the cache, downloaded if it is missing, or in any case if `again`."""
         from huggingface_hub import hf_hub_download
 
-        with _translate_errors(f"{self.repo}/{self.path}"):
-            return Path(
-                hf_hub_download(
+        for again in (False, True):
+            with _translate_errors(f"{self.repo}/{self.path}"):
+                file = hf_hub_download(
                     self.repo,
                     self.path,
                     repo_type="dataset",
                     revision=self.revision,
                     force_download=again,
                 )
-            )
+            path = Path(file)
+            if path.stat().st_size == self.size and self.sha256 in ("", sha256_of(path)):
+                return path
+        raise RuntimeError(
+            f"{self.repo}/{self.path}: the download does not have the SHA-256 that the hub lists "
+            f"({self.sha256[:12]}…): try later"
+        )
 
 
 @dataclass(frozen=True)
@@ -112,10 +107,9 @@ class HubCorpus:
 
     def is_complete(self, dataset: PreparedDataset) -> bool:
         """Whether a dataset has rows for the horizon, or all that the hub has."""
-        files = len(dataset.files("train"))
-        return dataset.train_rows >= self._request.hp.train_rows or files == len(
-            _pinned(dataset).shards
-        )
+        if dataset.train_rows >= self._request.hp.train_rows:
+            return True
+        return len(dataset.files("train")) == len(_pinned(dataset).shards)
 
     @cached_property
     def files(self) -> Source:
@@ -139,26 +133,26 @@ class HubCorpus:
         """Prepare files until there are rows for the horizon, or no more files."""
         pinned = self.files
         key = [FORMAT, pinned.validation.repo, pinned.validation.revision]
-        of = fingerprint(json.dumps(key).encode())
-        write_json(builder.folder / f"source-{of}.json", asdict(pinned))
+        of = fingerprint(json.dumps(key))
         validation = _first(builder, pinned)
         files = builder.previous.files("train") if builder.previous else []
-        rows = sum(file["rows"] for file in files)
         required = builder.hp.train_rows
-        while rows < required and len(files) < len(pinned.shards):
+        while len(files) < len(pinned.shards):
+            rows = sum(file["rows"] for file in files)
+            if rows >= required:
+                break
             # The rows per file so far say how many more files are needed.
             more = math.ceil((required - rows) * len(files) / rows) if rows else 1
             shards = pinned.shards[len(files) : len(files) + more]
             size = sum(shard.size for shard in shards) / 1e9
             builder.report(f"fetching {len(shards):,} files of {builder.name}, {size:.3g} GB")
-            files = [*files, *builder.pack_shards(shards, len(files), of)]
-            rows = sum(file["rows"] for file in files)
-        builder.finish(validation, files, {}, of)
+            files += builder.pack_shards(shards, len(files), of)
+        builder.finish(validation, files, {}, of, asdict(pinned))
 
 
 def _pinned(dataset: PreparedDataset) -> Source:
     """Return the source that a dataset was prepared from."""
-    document = read_json(dataset.folder / f"source-{dataset.manifest['of']}.json")
+    document = dataset.source
     shards = tuple(Shard(**shard) for shard in document["shards"])
     return Source(document["name"], shards, Shard(**document["validation"]))
 
@@ -201,24 +195,24 @@ def _translate_errors(subject: str) -> Iterator[None]:
     """Raise the hub's errors in one line: ValueError for unknown names, RuntimeError otherwise."""
     from huggingface_hub import errors
 
-    unknown = (
+    cause: BaseException
+    try:
+        yield
+        return
+    except errors.LocalEntryNotFoundError as error:  # offline, and an EntryNotFoundError too
+        cause = error.__cause__ or error
+    except (
         errors.RepositoryNotFoundError,
         errors.RevisionNotFoundError,
         errors.EntryNotFoundError,
-    )
-    try:
-        yield
-    except (*unknown, errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
-        offline = isinstance(error, errors.LocalEntryNotFoundError)
-        if isinstance(error, unknown) and not offline:
-            raise ValueError(
-                f"{subject}: the hub has no such dataset or revision, or HF_TOKEN may not read it"
-            ) from None
-        cause = (error.__cause__ or error) if offline else error
-        reason = str(cause).strip().splitlines()[0]
-        raise RuntimeError(
-            f"{subject}: {reason}; try again, downloads resume where they stopped"
+    ):
+        raise ValueError(
+            f"{subject}: the hub has no such dataset or revision, or HF_TOKEN may not read it"
         ) from None
+    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
+        cause = error
+    reason = str(cause).strip().splitlines()[0]
+    raise RuntimeError(f"{subject}: {reason}; try again, downloads resume where they stopped")
 
 
 def _first(builder: DatasetBuilder, pinned: Source) -> dict[str, Any]:
@@ -231,10 +225,7 @@ def _first(builder: DatasetBuilder, pinned: Source) -> dict[str, Any]:
             f"fetching the first of {len(pinned.shards):,} files of {builder.name}, "
             "and the one for validation"
         )
-        if builder.tokenizer:
-            builder.save_tokenizer(builder.tokenizer)
-        else:
-            builder.learn_tokenizer(list(_first_texts(pinned.shards[0])))
+        builder.make_tokenizer(_first_texts(pinned.shards[0]))
         counts: Counter[str] = Counter()
         texts = pinned.validation.documents(counts)
         write_json(entry, builder.write_validation(texts, counts))

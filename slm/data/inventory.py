@@ -9,14 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from slm.data.dataset import FORMAT, MANIFEST, MAX_EPOCHS, PARTS, PreparedDataset, recipe_for
+from slm.data.dataset import FORMAT, MANIFEST, PARTS, PreparedDataset
 from slm.data.prepare import lock_folder
 from slm.data.tokenizer import Tokenizer, tokenizer_of
 from slm.files import lock_holder, read_json
 from slm.plan import Plan
-from slm.recipe import RECIPES, Hyperparameters
 from slm.run import plans
 
 SAMPLE_TOKENS = 2**22
@@ -45,14 +42,14 @@ def entries(home: Path) -> list[Entry]:
 
 def _entry(folder: Path) -> Entry:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else None
     dataset = None
     state = "unfinished"
-    if manifest:
-        state = "of another version"
-        if manifest.get("format") == FORMAT:
-            dataset = PreparedDataset(folder, manifest)
-            state = "prepared"
+    if (folder / MANIFEST).exists():
+        dataset = PreparedDataset(folder, read_json(folder / MANIFEST))
+        state = "prepared"
+        if dataset.manifest.get("format") != FORMAT:
+            dataset = None
+            state = "of another version"
     if lock_holder(folder / "lock"):
         state = "at work"
     return Entry(folder, dataset, state, size)
@@ -77,9 +74,7 @@ def find_entries(home: Path, name: str) -> list[Entry]:
 
 def plans_on(dataset: PreparedDataset, home: Path) -> list[Plan]:
     """Return the plans of a home that read these rows."""
-    manifest = dataset.manifest
-    rows = (manifest["tokenizer"], manifest["validation"]["fingerprint"])
-    return [plan for plan in plans(home) if (plan.data.tokenizer, plan.data.validation) == rows]
+    return [plan for plan in plans(home) if dataset.has_rows_of(plan.data)]
 
 
 def summary(entry: Entry, home: Path) -> dict[str, Any]:
@@ -105,77 +100,28 @@ def summary(entry: Entry, home: Path) -> dict[str, Any]:
     return document | {"runs": [plan.run_id for plan in plans_on(entry.dataset, home)]}
 
 
-def epochs(dataset: PreparedDataset, hp: Hyperparameters) -> dict[str, Any]:
-    """Return the tokens that a model would read, and in how many epochs."""
-    return {
-        "depth": hp.depth,
-        "tokens": hp.tokens,
-        "epochs": hp.train_rows / dataset.train_rows,
-    }
-
-
-def reach(dataset: PreparedDataset, max_depth: int) -> dict[str, Any] | None:
-    """Return the deepest compute-optimal models for one epoch, and for the maximum of epochs.
-
-    Models of up to `max_depth` layers are considered. None if no recipe has rows of this shape; a
-    depth is None if even one layer needs more rows.
-    """
-    recipe = recipe_for(dataset.manifest["shape"])
-    if recipe is None:
-        return None
-    needs = {
-        depth: RECIPES[recipe](depth).train_rows / dataset.train_rows
-        for depth in range(1, max_depth + 1)
-    }
-    deepest = {
-        limit: max((depth for depth, need in needs.items() if need <= limit), default=None)
-        for limit in (1, MAX_EPOCHS)
-    }
-    return {
-        "recipe": recipe,
-        "one_epoch": deepest[1],
-        "most_epochs": MAX_EPOCHS,
-        "at_most": deepest[MAX_EPOCHS],
-    }
-
-
 def compression(dataset: PreparedDataset, names: Sequence[str]) -> list[dict[str, Any]]:
     """Return bytes per token on the validation text, of the dataset's tokeniser and of others.
 
     A tokeniser that cannot be loaded has the reason under `missing`.
     """
-    texts = validation_texts(dataset)
-    rows = [_compression("its own", dataset.tokenizer, texts)]
+    documents = dataset.validation_documents(SAMPLE_TOKENS)
+    texts = [dataset.tokenizer.decode(ids.tolist()) for ids in documents]
+    rows = [{"tokenizer": "its own", **_compression(dataset.tokenizer, texts)}]
     for name in names:
         try:
-            rows.append(_compression(name, tokenizer_of(name), texts))
+            values = _compression(tokenizer_of(name), texts)
         except RuntimeError as error:
-            unknown = {"tokenizer": name, "vocab_size": None, "bytes_per_token": None}
-            rows.append(unknown | {"missing": str(error)})
+            values = {"vocab_size": None, "bytes_per_token": None, "missing": str(error)}
+        rows.append({"tokenizer": name, **values})
     return rows
 
 
-def _compression(name: str, tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, Any]:
-    return {
-        "tokenizer": name,
-        "vocab_size": tokenizer.vocab_size,
-        "bytes_per_token": bytes_per_token(tokenizer, texts),
-    }
-
-
-def validation_texts(dataset: PreparedDataset) -> list[str]:
-    """Return the texts after each `<|bos|>` of the first SAMPLE_TOKENS of the validation rows."""
-    tokenizer = dataset.tokenizer
-    path = dataset.folder / dataset.files("validation")[0]["file"]
-    ids = np.fromfile(path, dtype=dataset.manifest["dtype"], count=SAMPLE_TOKENS)
-    pieces = np.split(ids, np.flatnonzero(ids == tokenizer.bos))
-    return [tokenizer.decode(piece[1:].tolist()) for piece in pieces if len(piece) > 1]
-
-
-def bytes_per_token(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
-    """Return the UTF-8 bytes of texts divided by their tokens, `<|bos|>` left out."""
+def _compression(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, Any]:
+    """Return the size of a vocabulary, and bytes per token of texts without `<|bos|>`."""
+    size = sum(len(text.encode()) for text in texts)
     tokens = sum(len(tokenizer.encode_to_numpy(text)) for text in texts)
-    return sum(len(text.encode()) for text in texts) / tokens
+    return {"vocab_size": tokenizer.vocab_size, "bytes_per_token": size / tokens}
 
 
 def remove(entry: Entry) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +28,10 @@ class Rows:
         self._paths = paths
         self._row_tokens = row_tokens
         self._dtype = np.dtype(dtype)
-        sizes = [path.stat().st_size // (row_tokens * self._dtype.itemsize) for path in paths]
-        self._starts = np.cumsum([0, *sizes])
-        self._mapped: dict[int, NDArray[Any]] = {}
+        row_bytes = row_tokens * self._dtype.itemsize
+        rows = [path.stat().st_size // row_bytes for path in paths]
+        self._starts = np.cumsum([0, *rows])
+        self._file = lru_cache(MAX_MAPPED)(self._map)
 
     @classmethod
     def open(cls, dataset: PreparedDataset, part: str) -> Rows:
@@ -43,20 +45,18 @@ class Rows:
     def pair(self, indices: Indices) -> Pair:
         """Return inputs and targets of some rows, each (rows, T) int64, on the CPU."""
         files = np.searchsorted(self._starts, indices, "right") - 1
+        offsets = indices - self._starts[files]
         rows = np.empty((len(indices), self._row_tokens), np.int64)
         for file in np.unique(files).tolist():
             selected = files == file
-            rows[selected] = self._file(file)[indices[selected] - self._starts[file]]
+            mapped = self._file(file)
+            rows[selected] = mapped[offsets[selected]]
         tokens = torch.from_numpy(rows)
         return tokens[:, :-1], tokens[:, 1:]
 
-    def _file(self, number: int) -> NDArray[Any]:
-        if number not in self._mapped:
-            if len(self._mapped) == MAX_MAPPED:
-                del self._mapped[next(iter(self._mapped))]
-            rows = np.memmap(self._paths[number], dtype=self._dtype, mode="r")
-            self._mapped[number] = rows.reshape(-1, self._row_tokens)
-        return self._mapped[number]
+    def _map(self, file: int) -> NDArray[Any]:
+        rows = np.memmap(self._paths[file], dtype=self._dtype, mode="r")
+        return rows.reshape(-1, self._row_tokens)
 
 
 class Order:
@@ -65,31 +65,31 @@ class Order:
     def __init__(self, block_rows: Sequence[int], seed: int) -> None:
         self._starts = np.cumsum([0, *block_rows])
         self._seed = seed
-        self._permutations: dict[tuple[int, int], Indices] = {}
+        # A step reads the end of one block and the beginning of the next.
+        self._permutation = lru_cache(2)(self._permute)
 
     def step(self, step: int, batch_rows: int) -> Indices:
         """Return the indices (batch_rows,) of the rows of a step, counted from 0."""
         numbers = np.arange(step * batch_rows, (step + 1) * batch_rows)
         epochs, positions = np.divmod(numbers, self._starts[-1])
         blocks = np.searchsorted(self._starts, positions, "right") - 1
+        starts = self._starts[blocks]
         rows = np.empty(batch_rows, np.int64)
-        for turn in np.unique(epochs * len(self._starts) + blocks).tolist():
-            epoch, block = divmod(turn, len(self._starts))
+        turns = {*zip(epochs.tolist(), blocks.tolist())}
+        for epoch, block in sorted(turns):
             selected = (epochs == epoch) & (blocks == block)
-            start = self._starts[block]
-            rows[selected] = start + self._permutation(epoch, block)[positions[selected] - start]
-        return rows
+            offsets = positions[selected] - starts[selected]
+            permutation = self._permutation(epoch, block)
+            rows[selected] = permutation[offsets]
+        return starts + rows
 
-    def _permutation(self, epoch: int, block: int) -> Indices:
-        """Return the permutation of a block, and keep it with the one used before.
+    def _permute(self, epoch: int, block: int) -> Indices:
+        """Return the permutation of a block.
 
         It sorts raw 64-bit draws, which are the same in all versions of numpy, unlike its own
         permutations.
         """
-        if (epoch, block) not in self._permutations:
-            size = self._starts[block + 1] - self._starts[block]
-            seeds = np.random.SeedSequence([self._seed, epoch, block])
-            draws = np.random.PCG64(seeds).random_raw(size)
-            newest = list(self._permutations.items())[:1]
-            self._permutations = {(epoch, block): np.argsort(draws, kind="stable"), **dict(newest)}
-        return self._permutations[epoch, block]
+        size = self._starts[block + 1] - self._starts[block]
+        seeds = np.random.SeedSequence([self._seed, epoch, block])
+        draws = np.random.PCG64(seeds).random_raw(size)
+        return np.argsort(draws, kind="stable")

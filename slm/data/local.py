@@ -20,8 +20,8 @@ from slm.data.builder import TOKENIZER_CHARACTERS, VALIDATION, DatasetBuilder, R
 from slm.data.corpus import FileState, file_states, texts_of
 from slm.data.dataset import FORMAT, DatasetRequest, PreparedDataset, row_shape
 from slm.data.external_sort import Bucket, in_buckets, spread
-from slm.data.shards import fingerprint
-from slm.files import read_json, write_json
+from slm.files import fingerprint, read_json, write_json
+from slm.text import progress_lines
 
 TOKENIZER_SHARE = 0.8
 """Maximum share of a bucket that the tokeniser learns from."""
@@ -58,23 +58,19 @@ class LocalCorpus:
         """Return the folder to prepare, and report files that changed since they were prepared."""
         if self.dataset:
             return self.dataset.folder
-        if line := self._change():
-            report(line)
-        shape = row_shape(self._request.hp)
-        return self._request.folder(self.name, self.source, shape, self._states)
-
-    def _change(self) -> str | None:
         paths = {path for path, *_ in self._states}
         for dataset in self._request.datasets(self.source):
             changed = sorted(path for path, *_ in _files_of(dataset) - {*self._states})
             if changed:
                 change = "was changed" if changed[0] in paths else "is missing"
                 more = f", and {len(changed) - 1} more" if changed[1:] else ""
-                return (
+                report(
                     f"{changed[0]} {change} since it was prepared{more}: preparing a new dataset; "
                     f"{dataset.folder} keeps the old rows"
                 )
-        return None
+                break
+        shape = row_shape(self._request.hp)
+        return self._request.folder(self.name, self.source, shape, self._states)
 
     def fill(self, builder: DatasetBuilder) -> None:
         """Prepare the files that the dataset does not have yet; the manifest is written last.
@@ -82,13 +78,14 @@ class LocalCorpus:
         Raises ValueError for content that is not text, and for too little text.
         """
         previous = builder.previous
-        if previous and not _files_of(previous) <= {*self._states}:
+        prepared = _files_of(previous) if previous else set()
+        if not prepared <= {*self._states}:
             raise RuntimeError(
                 f"corpus {builder.name} changed while another preparation of it ran: try again"
             )
         # 1) sort the texts of new files into buckets
-        new = sorted({*self._states} - (_files_of(previous) if previous else set()))
-        of = fingerprint(json.dumps([FORMAT, new]).encode())
+        new = sorted({*self._states} - prepared)
+        of = fingerprint(json.dumps([FORMAT, new]))
         folder = builder.folder / f"buckets-{of}"
         left_out = _spread(builder, new, folder)
         buckets = in_buckets(folder, left_out.pop(WRITTEN))
@@ -102,30 +99,24 @@ class LocalCorpus:
         else:
             validation, skips = _first(builder, buckets)
         # 3) training rows
-        known = tuple(_digests(builder, number) for number in range(len(files)))
-        shards = [
-            replace(bucket, known=known, skip=skip, digests=_digests(builder, number))
-            for number, (bucket, skip) in enumerate(zip(buckets, skips), len(files))
+        digests = [
+            builder.folder / f"digests-{number:05d}.npy"
+            for number in range(len(files) + len(buckets))
         ]
-        files = [*files, *builder.pack_shards(shards, len(files), of)]
+        known = tuple(digests[: len(files)])
+        shards = [
+            replace(bucket, known=known, skip=skip, digests=path)
+            for bucket, skip, path in zip(buckets, skips, digests[len(files) :])
+        ]
+        files += builder.pack_shards(shards, len(files), of)
         # 4) finish
-        write_json(builder.folder / f"source-{of}.json", self._states)
-        builder.finish(validation, files, left_out, of)
+        builder.finish(validation, files, left_out, of, self._states)
         shutil.rmtree(folder)
-        for path in builder.folder.glob("source-*"):
-            if path.stem != f"source-{of}":
-                path.unlink()
 
 
 def _files_of(dataset: PreparedDataset) -> set[FileState]:
     """Return the states of the files that a dataset was prepared from."""
-    path = dataset.folder / f"source-{dataset.manifest['of']}.json"
-    return {(path, size, changed) for path, size, changed in read_json(path)}
-
-
-def _digests(builder: DatasetBuilder, number: int) -> Path:
-    """Return the file with the digests of a shard's documents, which tell old ones from new."""
-    return builder.folder / f"digests-{number:05d}.npy"
+    return {(path, size, changed) for path, size, changed in dataset.source}
 
 
 def _spread(builder: DatasetBuilder, new: Sequence[FileState], folder: Path) -> Counter[str]:
@@ -136,29 +127,32 @@ def _spread(builder: DatasetBuilder, new: Sequence[FileState], folder: Path) -> 
     if not folder.exists():
         counts: Counter[str] = Counter()
         unfinished = builder.folder / "buckets-unfinished"
+        size = sum(size for _, size, _ in new)
         try:
-            texts = _texts(builder, new, counts)
-            written = spread(texts, unfinished, sum(size for _, size, _ in new))
+            counts[WRITTEN] = spread(_texts(builder, new, size, counts), unfinished, size)
         except BaseException:
             shutil.rmtree(unfinished)
             raise
-        if not builder.previous and not written:
+        if not builder.previous and not counts[WRITTEN]:
             raise ValueError(f"corpus {builder.name!r} holds no text")
-        write_json(unfinished / "counts.json", counts | {WRITTEN: written})
+        write_json(unfinished / "counts.json", counts)
         unfinished.rename(folder)
     return Counter(read_json(folder / "counts.json"))
 
 
 def _texts(
-    builder: DatasetBuilder, states: Sequence[FileState], counts: Counter[str]
+    builder: DatasetBuilder,
+    states: Sequence[FileState],
+    total: int,
+    counts: Counter[str],
 ) -> Iterator[str]:
     builder.report(f"reading corpus {builder.name}: {len(states):,} files")
-    progress = builder.progress("reading", sum(size for _, size, _ in states), "bytes")
+    progress = progress_lines("bytes read", builder.report)
     done = 0
     for path, size, _ in states:
         yield from texts_of(Path(path), counts)
         done += size
-        progress(done)
+        progress(done, total)
 
 
 def _first(builder: DatasetBuilder, buckets: Sequence[Bucket]) -> tuple[dict[str, Any], list[int]]:
@@ -166,14 +160,9 @@ def _first(builder: DatasetBuilder, buckets: Sequence[Bucket]) -> tuple[dict[str
     entry = builder.folder / VALIDATION
     if not entry.exists():
         learned = [0] * len(buckets)
-        if builder.tokenizer:
-            builder.save_tokenizer(builder.tokenizer)
-        else:
-            texts, learned = _last_texts(buckets)
-            builder.learn_tokenizer(texts)
+        builder.make_tokenizer(_last_texts(buckets, learned))
         sizes: list[int] = []
-        texts_of_validation = _first_texts(buckets, learned, sizes)
-        validation = builder.write_validation(texts_of_validation, Counter())
+        validation = builder.write_validation(_first_texts(buckets, learned, sizes), Counter())
         remaining = validation["documents"]
         used = [0] * len(buckets)
         for number, size in enumerate(sizes):
@@ -184,10 +173,8 @@ def _first(builder: DatasetBuilder, buckets: Sequence[Bucket]) -> tuple[dict[str
     return document["validation"], document["taken"]
 
 
-def _last_texts(buckets: Sequence[Bucket]) -> tuple[list[str], list[int]]:
-    """Return the texts that the tokeniser learns from, and their number in each bucket."""
-    texts: list[str] = []
-    learned = [0] * len(buckets)
+def _last_texts(buckets: Sequence[Bucket], learned: list[int]) -> Iterator[str]:
+    """Yield the texts that the tokeniser learns from; `learned` gets their number by bucket."""
     remaining = float(TOKENIZER_CHARACTERS)
     for number in reversed(range(len(buckets))):
         documents = [*buckets[number].documents(Counter())]
@@ -197,11 +184,10 @@ def _last_texts(buckets: Sequence[Bucket]) -> tuple[list[str], list[int]]:
                 break
             budget -= len(text)
             remaining -= len(text)
-            texts.append(text)
             learned[number] += 1
+            yield text
         if remaining <= budget:
-            break
-    return texts, learned
+            return
 
 
 def _first_texts(

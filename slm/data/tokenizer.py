@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from slm.files import fingerprint
+
 if TYPE_CHECKING:
     import tiktoken
 
+TOKENIZER = "tokenizer.json"
+"""File of a tokeniser in a prepared folder."""
 PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"  # noqa: E501
 """GPT-4's split pattern with numbers in groups of at most two digits."""
 BOS = "<|bos|>"
@@ -46,7 +49,7 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """Number of ids, unused ones between text and special tokens included."""
-        return max(len(self.tokens), *(number + 1 for number in self.specials.values()))
+        return max(len(self.tokens), max(self.specials.values()) + 1)
 
     @cached_property
     def bos(self) -> int:
@@ -56,7 +59,7 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of everything that decides the encoding."""
-        return hashlib.sha256(json.dumps(self.document(), sort_keys=True).encode()).hexdigest()[:16]
+        return fingerprint(json.dumps(self.document(), sort_keys=True))
 
     @property
     def token_bytes(self) -> list[int]:
@@ -90,22 +93,18 @@ class Tokenizer:
             if len(text) < 2:
                 raise
             half = len(text) // 2
-            halves = [self.encode_to_numpy(part) for part in (text[:half], text[half:])]
-            ids = np.concatenate(halves)
+            halves = [text[:half], text[half:]]
+            ids = np.concatenate([self.encode_to_numpy(part) for part in halves])
         return ids
 
-    def encode_batch(self, texts: Sequence[str], threads: int) -> list[list[int]]:
-        """Encode each text as `encode` does."""
-        return self.encoding.encode_ordinary_batch(list(texts), num_threads=threads)
-
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: list[int]) -> str:
         """Return the text of token ids."""
-        return self.encoding.decode(list(ids))
+        return self.encoding.decode(ids)
 
     def document(self) -> dict[str, Any]:
         """Return the tokeniser as JSON."""
         tokens = [base64.b64encode(token).decode() for token in self.tokens]
-        special: list[Any] = [list(pair) for pair in self.special] or list(SPECIAL)
+        special = self.special or SPECIAL
         return {"pattern": self.pattern, "special": special, "tokens": tokens}
 
     @classmethod
@@ -113,10 +112,9 @@ class Tokenizer:
         """Read a JSON document of `document`. Raises ValueError if the file holds none."""
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
-            special: tuple[tuple[str, int], ...] = ()
-            if document["special"] != list(SPECIAL):
-                special = tuple((name, number) for name, number in document["special"])
             tokens = tuple(base64.b64decode(token, validate=True) for token in document["tokens"])
+            pairs = [] if document["special"] == list(SPECIAL) else document["special"]
+            special = tuple((name, number) for name, number in pairs)
             return _check(cls(tokens, document["pattern"], special), str(path))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no tokeniser: {error}") from None
@@ -142,7 +140,7 @@ def _read_ranks(path: Path) -> Tokenizer:
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except ValueError as error:
         raise ValueError(f"--tokenizer {path}: no lines of token and rank ({error})") from None
-    return _check(Tokenizer(_by_rank(ranks, str(path))), str(path))
+    return _from_ranks(ranks, str(path), PATTERN, ())
 
 
 def _load_encoding(name: str) -> Tokenizer:
@@ -162,27 +160,31 @@ def _load_encoding(name: str) -> Tokenizer:
             f"{name}: tiktoken could not download it ({reason}): give a .json or .tiktoken file"
         ) from None
     special = tuple(sorted(encoding._special_tokens.items(), key=lambda pair: pair[1]))
-    tokens = _by_rank(encoding._mergeable_ranks, name)
-    return _check(Tokenizer(tokens, encoding._pat_str, special), name)
+    return _from_ranks(encoding._mergeable_ranks, name, encoding._pat_str, special)
 
 
-def _by_rank(ranks: dict[bytes, int], source: str) -> tuple[bytes, ...]:
-    """Return the tokens in merge order. Raises ValueError unless the ranks count from 0."""
-    tokens = sorted(ranks, key=ranks.__getitem__)
-    if [ranks[token] for token in tokens] != list(range(len(tokens))):
-        raise ValueError(f"{source}: its ranks do not count from 0 to {len(tokens) - 1}")
-    return tuple(tokens)
+def _from_ranks(
+    ranks: dict[bytes, int],
+    source: str,
+    pattern: str,
+    special: tuple[tuple[str, int], ...],
+) -> Tokenizer:
+    """Return the tokeniser of merge ranks. Raises ValueError unless they count from 0."""
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError(f"{source}: its ranks do not count from 0 to {len(ranks) - 1}")
+    tokens = tuple(sorted(ranks, key=ranks.__getitem__))
+    return _check(Tokenizer(tokens, pattern, special), source)
 
 
 def _check(tokenizer: Tokenizer, source: str) -> Tokenizer:
     """Return a tokeniser. Raises ValueError unless it can encode and start any document."""
-    known = {*tokenizer.tokens}
-    if missing := [value for value in range(256) if bytes([value]) not in known]:
+    missing = {bytes([value]) for value in range(256)} - {*tokenizer.tokens}
+    if missing:
         raise ValueError(
             f"{source}: {len(missing)} single bytes are no tokens, "
             "so some texts could not be encoded"
         )
-    if not {*DOCUMENT_STARTS} & {*tokenizer.specials}:
+    if not tokenizer.specials.keys() & DOCUMENT_STARTS:
         raise ValueError(
             f"{source}: it has none of {' and '.join(DOCUMENT_STARTS)}, "
             "one of which starts every document"
@@ -218,10 +220,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         raise ValueError(
             f"vocab_size {vocab_size}: the text holds only {len(vocabulary) + len(SPECIAL)} tokens"
         )
-    bytes_of = _byte_by_character()
-    merges = sorted((rank, token) for token, rank in vocabulary.items() if len(token) > 1)
-    merged = [bytes(bytes_of[character] for character in token) for _, token in merges]
-    return Tokenizer((*(bytes([value]) for value in range(256)), *merged))
+    byte_of = _byte_by_character()
+    tokens = [bytes([value]) for value in range(256)]
+    for token in sorted(vocabulary, key=vocabulary.__getitem__):
+        if len(token) > 1:
+            tokens.append(bytes(byte_of[character] for character in token))
+    return Tokenizer(tuple(tokens))
 
 
 def _byte_by_character() -> dict[str, int]:
@@ -229,7 +233,11 @@ def _byte_by_character() -> dict[str, int]:
 
     Printable bytes are their own character, the others get characters from U+0100 on, in order.
     """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    characters = {chr(value): value for value in printable}
-    unprintable = [value for value in range(256) if value not in printable]
+    characters: dict[str, int] = {}
+    unprintable = []
+    for value in range(256):
+        if chr(value).isprintable() and chr(value) != " ":
+            characters[chr(value)] = value
+        else:
+            unprintable.append(value)
     return characters | {chr(256 + i): value for i, value in enumerate(unprintable)}

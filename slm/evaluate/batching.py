@@ -69,20 +69,20 @@ class Batch:
     """Position of each token in its row (N,)."""
     previous: Ints
     """Index of the token before it in its row (N,); its own index if it is the first."""
+    pieces: Ints
+    """Number within its sequence of the suffix of each token (N,), from 1; 0 for the prefix."""
     prefixes: Ints
     """Token indices of each sequence's prefix (B, P), padded with PAD."""
     suffixes: Ints
     """Token indices of each sequence's suffixes, one after another (B, S), padded with PAD."""
-    suffix_numbers: Ints
-    """Number within its sequence of the suffix of each of those tokens (B, S), padded with PAD."""
+    queries: Ints
+    """Token indices of each sequence's scored tokens (B, Q), padded with PAD."""
     rows: Ints
     """Row in the tokenized task of each scored token (A,)."""
     scored: Ints
     """Index of the token whose logits are needed (A,)."""
     targets: Ints
     """Id of the token that follows it (A,)."""
-    queries: Ints
-    """Indices into `scored` of each sequence's scored tokens (B, Q), padded with PAD."""
 
 
 def pack(tokenized: TokenizedTask, context: int) -> PackedTask:
@@ -104,7 +104,12 @@ def pack(tokenized: TokenizedTask, context: int) -> PackedTask:
     return PackedTask(sequences, np.logical_or.reduceat(crops > 0, examples), skipped)
 
 
-def _sequence(tokenized: TokenizedTask, prefix: int, rows: list[int], crop: int) -> PackedSequence:
+def _sequence(
+    tokenized: TokenizedTask,
+    prefix: int,
+    rows: list[int],
+    crop: int,
+) -> PackedSequence:
     suffixes = tokenized.suffixes[rows].tolist()
     prefix -= crop
     if len(rows) == 1:
@@ -144,90 +149,54 @@ def _longest_first(sequence: PackedSequence) -> tuple[int, int, tuple[int, ...]]
     return -sequence.length, -sequence.prefix, sequence.rows
 
 
-class BatchBuilder:
-    """Builds batches from the packed sequences of one tokenized task."""
+def build_batch(tokenized: TokenizedTask, sequences: Sequence[PackedSequence]) -> Batch:
+    """Return the batch of some sequences of a task.
 
-    def __init__(self, tokenized: TokenizedTask) -> None:
-        self._task = tokenized
-        first = tokenized.first_rows[:-1]
-        sizes = tokenized.suffixes.copy()
-        sizes[first] += tokenized.prefixes
-        ends = np.cumsum(sizes)
-        self._suffix_starts = ends - tokenized.suffixes
-        self._prefix_starts = (ends - sizes)[first]
-
-    def batch(self, sequences: Sequence[PackedSequence]) -> Batch:
-        """Return the batch of some sequences.
-
-        Its tokens are pieces one after another: for each sequence the prefix, read from its first
-        row, then every suffix.
-        """
-        count = len(sequences)
-        prefix = np.array([sequence.prefix for sequence in sequences])
-        crop = np.array([sequence.crop for sequence in sequences])
-        # 1) one entry per piece: its sequence, its number (0 for the prefix), row, length, begin
-        pieces = [(sequence.rows[0], *sequence.rows) for sequence in sequences]
-        sequence_of, number = _enumerate_groups([len(rows) for rows in pieces])
-        rows = np.concatenate(pieces)
-        is_prefix = number == 0
-        lengths = np.concatenate([(s.prefix, *s.suffixes) for s in sequences])
-        begins = np.cumsum(lengths) - lengths
-        prefix_begins = begins[is_prefix]
-        # 2) one entry per token: piece, sequence, position in its row, index of the previous token
-        piece, positions = _enumerate_groups(lengths)
-        token = np.arange(len(piece))
-        sequence = sequence_of[piece]
-        in_prefix = is_prefix[piece]
-        last_of_prefix = prefix_begins + prefix - 1
-        first_previous = np.where(in_prefix, token, last_of_prefix[sequence])
-        previous = np.where(positions > 0, token - 1, first_previous)
-        positions = positions + np.where(in_prefix, 0, prefix[sequence])
-        # 3) one entry per scored token: the row's span, shifted by one, in the prefix or the suffix
-        suffix_pieces = np.flatnonzero(~is_prefix)
-        which, offset = _enumerate_groups(self._task.spans[rows[suffix_pieces]])
-        scoring = suffix_pieces[which]
-        scored_rows = rows[scoring]
-        to = sequence_of[scoring]
-        target = self._task.starts[scored_rows] + offset
-        source = target - crop[to] - 1
-        base = np.where(
-            source < prefix[to],
-            prefix_begins[to],
-            begins[scoring] - prefix[to],
-        )
-        _, query = _enumerate_groups(np.bincount(to, minlength=count))
-        # 4) index tables per sequence
-        in_suffix = ~in_prefix
-        owner = sequence[in_suffix]
-        column = token[in_suffix] - last_of_prefix[owner] - 1
-        return Batch(
-            ids=self._tokens(rows[piece], positions + crop[sequence]),
-            positions=positions,
-            previous=previous,
-            prefixes=_table(
-                sequence[in_prefix],
-                positions[in_prefix],
-                token[in_prefix],
-                count,
-            ),
-            suffixes=_table(owner, column, token[in_suffix], count),
-            suffix_numbers=_table(owner, column, number[piece][in_suffix] - 1, count),
-            rows=scored_rows,
-            scored=base + source,
-            targets=self._tokens(scored_rows, target),
-            queries=_table(to, query, np.arange(len(to)), count),
-        )
-
-    def _tokens(self, rows: Ints, positions: Ints) -> Ints:
-        """Return the token ids of rows at positions counted before cropping."""
-        examples = self._task.example_of[rows]
-        in_suffix = positions - self._task.prefixes[examples]
-        index = np.where(
-            in_suffix < 0,
-            self._prefix_starts[examples] + positions,
-            self._suffix_starts[rows] + in_suffix,
-        )
-        return self._task.tokens[index].astype(np.int64)
+    Its tokens are pieces one after another: for each sequence the prefix, read from its first row,
+    then every suffix.
+    """
+    prefix = np.array([sequence.prefix for sequence in sequences])
+    crop = np.array([sequence.crop for sequence in sequences])
+    # 1) one entry per piece: its sequence, its number (0 for the prefix), row, length, begin
+    rows_of = [(sequence.rows[0], *sequence.rows) for sequence in sequences]
+    sequence_of, number = _enumerate_groups([len(rows) for rows in rows_of])
+    rows = np.concatenate(rows_of)
+    lengths = np.concatenate([(s.prefix, *s.suffixes) for s in sequences])
+    begins = np.cumsum(lengths) - lengths
+    prefix_begins = begins[number == 0]
+    # 2) one entry per token: piece, sequence, position in its row, index of the previous token
+    piece, positions = _enumerate_groups(lengths)
+    token = np.arange(len(piece))
+    sequence = sequence_of[piece]
+    in_prefix = number[piece] == 0
+    last_of_prefix = prefix_begins + prefix - 1
+    first_previous = np.where(in_prefix, token, last_of_prefix[sequence])
+    previous = np.where(positions > 0, token - 1, first_previous)
+    positions = positions + np.where(in_prefix, 0, prefix[sequence])
+    # 3) one entry per scored token: the row's span, shifted by one, in the prefix or the suffix
+    suffix_pieces = np.flatnonzero(number)
+    which, offset = _enumerate_groups(tokenized.spans[rows[suffix_pieces]])
+    scoring = suffix_pieces[which]
+    scored_rows = rows[scoring]
+    to = sequence_of[scoring]
+    target = tokenized.starts[scored_rows] + offset
+    source = target - crop[to] - 1
+    suffix_begins = begins[scoring] - prefix[to]
+    scored = source + np.where(source < prefix[to], prefix_begins[to], suffix_begins)
+    # 4) index tables per sequence
+    count = len(sequences)
+    return Batch(
+        ids=tokenized.at(rows[piece], positions + crop[sequence]),
+        positions=positions,
+        previous=previous,
+        pieces=number[piece],
+        prefixes=_table(sequence[in_prefix], token[in_prefix], count),
+        suffixes=_table(sequence[~in_prefix], token[~in_prefix], count),
+        queries=_table(to, scored, count),
+        rows=scored_rows,
+        scored=scored,
+        targets=tokenized.at(scored_rows, target),
+    )
 
 
 def _enumerate_groups(sizes: Sequence[int] | Ints) -> tuple[Ints, Ints]:
@@ -237,8 +206,12 @@ def _enumerate_groups(sizes: Sequence[int] | Ints) -> tuple[Ints, Ints]:
     return groups, np.arange(len(groups)) - np.repeat(starts, sizes)
 
 
-def _table(rows: Ints, columns: Ints, values: Ints, count: int) -> Ints:
-    """Return a table of `count` rows with the values at (row, column), PAD elsewhere."""
+def _table(rows: Ints, values: Ints, count: int) -> Ints:
+    """Return a table of `count` rows, each with its values from the left, then PAD.
+
+    `rows` are the ascending rows of the values.
+    """
+    _, columns = _enumerate_groups(np.bincount(rows, minlength=count))
     table = np.full((count, columns.max(initial=-1) + 1), PAD)
     table[rows, columns] = values
     return table

@@ -19,11 +19,13 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
+
+from slm.files import fingerprint
 
 INDEX = "core.yaml"
 BASELINES = "eval_meta_data.csv"
@@ -44,6 +46,9 @@ CORRECTED = {
     "agi_eval_lsat_ar": 0.25,
 }
 """Baselines that DCLM corrected after the csv of CORE's bundle was written."""
+LABEL = re.compile(r"\w[\w.-]*")
+PATH = re.compile(r"[\w-][\w.-]*([/\\][\w-][\w.-]*)*")
+"""A plain path: no part is empty or begins with a dot."""
 MAX_FILE_BYTES = 2**28
 MAX_TASKS = 1000
 NO_TASKS = "has no list icl_tasks of tasks with label, dataset_uri and num_fewshot"
@@ -90,7 +95,7 @@ class Bundle:
         Raises ValueError with file and line of a bad example.
         """
         path = self.folder / task.file
-        return _examples(task, path.read_bytes(), str(path))
+        return _examples(task, path.read_bytes(), path)
 
 
 def read(folder: Path) -> Bundle:
@@ -99,8 +104,8 @@ def read(folder: Path) -> Bundle:
     Raises ValueError if it is not a bundle, or if a file is missing or outside the folder.
     """
     root = _root(folder)
-    contents, tasks, name = _check(_folder_reader(root), str(root))
-    return Bundle(_id(contents), root, tasks, name)
+    bundle, _ = _load(_folder_reader(root), root)
+    return bundle
 
 
 def install(source: Path, home: Path) -> Bundle:
@@ -109,13 +114,13 @@ def install(source: Path, home: Path) -> Bundle:
     Raises ValueError, before anything is written, if it is not a complete bundle.
     """
     with _open(source) as content:
-        contents, tasks, name = _check(content, str(source))
-    for task in tasks:
+        bundle, contents = _load(content, source)
+    for task in bundle.tasks:
         _examples(task, contents[task.file], f"{source}: {task.file}")
-    bundle = Bundle(_id(contents), _bundles(home) / _id(contents), tasks, name)
-    if not bundle.folder.exists():
-        _write(contents, bundle.folder)
-    return bundle
+    folder = _bundles(home) / bundle.id
+    if not folder.exists():
+        _write(contents, folder)
+    return replace(bundle, folder=folder)
 
 
 def installed(home: Path, name: str | None = None) -> Bundle:
@@ -148,7 +153,7 @@ def installed(home: Path, name: str | None = None) -> Bundle:
 def names_of(home: Path) -> dict[str, str]:
     """Return the name of every bundle of a home by id. Raises ValueError for a bad core.yaml."""
     indices = sorted(_bundles(home).glob(f"[!.]*/{INDEX}"))
-    return {path.parent.name: _index(path.read_bytes(), str(path))[1] for path in indices}
+    return {path.parent.name: _index(path.read_bytes(), path)[1] for path in indices}
 
 
 def _bundles(home: Path) -> Path:
@@ -208,36 +213,42 @@ def _zip_reader(file: zipfile.ZipFile, source: Path) -> Read:
     root = min(indices, key=len).removesuffix(INDEX)
 
     def read_file(name: str) -> bytes:
-        try:
-            member = file.getinfo(root + name)
-        except KeyError:
-            raise ValueError(f"{source} has no {root + name}") from None
-        problem = None
-        if stat.S_ISLNK(member.external_attr >> 16):
-            problem = "is a link"
-        elif member.flag_bits & 1:
-            problem = "is encrypted"
-        elif member.file_size > MAX_FILE_BYTES:
-            problem = f"is larger than {MAX_FILE_BYTES:,} bytes"
-        if problem:
-            raise ValueError(f"{source}: {member.filename} {problem}")
+        path = root + name
+        if path not in file.namelist():
+            raise ValueError(f"{source} has no {path}")
+        member = file.getinfo(path)
+        problems = {
+            "is a link": stat.S_ISLNK(member.external_attr >> 16),
+            "is encrypted": member.flag_bits & 1,
+            f"is larger than {MAX_FILE_BYTES:,} bytes": member.file_size > MAX_FILE_BYTES,
+        }
+        _raise_first(problems, f"{source}: {path}")
         return file.read(member)
 
     return read_file
 
 
-def _check(content: Read, source: str) -> tuple[dict[str, bytes], tuple[Task, ...], str]:
-    """Return the contents of the files that CORE reads, the tasks, and the bundle's name."""
+def _load(content: Read, source: Path) -> tuple[Bundle, dict[str, bytes]]:
+    """Return the bundle at a source, and the contents of the files that CORE reads."""
     contents = {name: content(name) for name in (INDEX, BASELINES)}
     entries, name = _index(contents[INDEX], f"{source}: {INDEX}")
     baselines = _baselines(contents[BASELINES], f"{source}: {BASELINES}")
     tasks = _tasks(entries, baselines, f"{source}: {INDEX}")
-    for file in sorted({task.file for task in tasks}):
-        contents[file] = content(file)
-    return contents, tasks, name
+    for task in tasks:
+        if task.file not in contents:
+            contents[task.file] = content(task.file)
+    hashes = [[file, hashlib.sha256(contents[file]).hexdigest()] for file in sorted(contents)]
+    return Bundle(fingerprint(json.dumps(hashes)), source, tasks, name), contents
 
 
-def _index(text: bytes, source: str) -> tuple[list[Any], str]:
+def _raise_first(problems: dict[str, Any], subject: str) -> None:
+    """Raise ValueError with the first of the problems that a subject has."""
+    for problem, has_problem in problems.items():
+        if has_problem:
+            raise ValueError(f"{subject} {problem}")
+
+
+def _index(text: bytes, source: Path | str) -> tuple[list[Any], str]:
     """Return the entries of core.yaml, and the name that it gives the bundle."""
     try:
         document = yaml.safe_load(text)
@@ -274,20 +285,14 @@ def _task(entry: dict[str, Any], baselines: dict[str, float], source: str) -> Ta
     shots = entry["num_fewshot"]
     kind = entry.get("icl_task_type")
     is_count = isinstance(shots, list) and len(shots) == 1 and isinstance(shots[0], int)
-    parts = re.split(r"[/\\]", str(uri))
-    problem = None
-    if not re.fullmatch(r"\w[\w.-]*", str(label)):
-        problem = "has a name of more than letters, digits, _, - and ."
-    elif kind not in FIELDS:
-        problem = f"has type {kind!r}, which is none of {', '.join(FIELDS)}"
-    elif not is_count or shots[0] < 0:
-        problem = f"has num_fewshot {shots!r}, not a list of one number"
-    elif not all(re.fullmatch(r"[\w-][\w.-]*", part) for part in parts):
-        problem = f"reads {uri!r}, which is not a plain path below {EXAMPLES}"
-    elif label not in baselines:
-        problem = f"has no baseline in {BASELINES}"
-    if problem:
-        raise ValueError(f"{source}: task {label!r} {problem}")
+    problems = {
+        "has a name of more than letters, digits, _, - and .": not LABEL.fullmatch(str(label)),
+        f"has type {kind!r}, which is none of {', '.join(FIELDS)}": kind not in FIELDS,
+        f"has num_fewshot {shots!r}, not a list of one number": not is_count or shots[0] < 0,
+        f"reads {uri!r}, which is not a plain path below {EXAMPLES}": not PATH.fullmatch(str(uri)),
+        f"has no baseline in {BASELINES}": label not in baselines,
+    }
+    _raise_first(problems, f"{source}: task {label!r}")
     baseline = baselines[label]
     return Task(
         label=label,
@@ -315,7 +320,7 @@ def _baselines(text: bytes, source: str) -> dict[str, float]:
     return baselines
 
 
-def _examples(task: Task, content: bytes, source: str) -> list[Example]:
+def _examples(task: Task, content: bytes, source: Path | str) -> list[Example]:
     examples = []
     for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
@@ -352,11 +357,6 @@ def _problem(task: Task, example: Any) -> str | None:
         elif not isinstance(value, str):
             return f"{name!r} is not a text"
     return None
-
-
-def _id(contents: dict[str, bytes]) -> str:
-    hashes = [[name, hashlib.sha256(contents[name]).hexdigest()] for name in sorted(contents)]
-    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
 
 
 def _write(contents: dict[str, bytes], folder: Path) -> None:

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from slm.data.tokenizer import Tokenizer
 from slm.evaluate.batching import (
     PAD,
     Batch,
-    BatchBuilder,
     PackedSequence,
     PackedTask,
+    build_batch,
     group_sequences,
     pack,
 )
@@ -36,8 +37,6 @@ from slm.model.attention import attend, kernel
 from slm.model.gpt import GPT, Attended
 from slm.model.ranks import ALONE, Ranks
 
-PREFIX = -2
-"""Suffix number of the tokens of a prefix."""
 ALIGNMENT = 16
 """Lengths of index tables are multiples of it: attention kernels are slow at odd lengths."""
 COMPLETE, OUT_OF_MEMORY, INTERRUPTED = range(3)
@@ -83,8 +82,11 @@ class Scorer:
         stream = _stream(model, batch)
         targets = torch.from_numpy(batch.targets).to(self.device)
         size = logit_tokens(self.device.type, model.hp.vocab_size)
-        parts = zip(stream.split(size), targets.split(size), strict=True)
-        return torch.cat([score_logits(model.capped(x), y) for x, y in parts], dim=1)
+        scores = [
+            score_logits(model.capped(part), part_targets)
+            for part, part_targets in zip(stream.split(size), targets.split(size), strict=True)
+        ]
+        return torch.cat(scores, dim=1)
 
 
 def default_batch_tokens(device: torch.device) -> int:
@@ -125,8 +127,10 @@ def _stream(model: GPT, batch: Batch) -> Tensor:
         torch.from_numpy(array).to(model.wte.device) for array in arrays
     )
     embedded = model.embedded(ids[None])[0]
-    before = embedded[previous].masked_fill_((positions == 0)[:, None], 0)
-    x0 = model.smeared(torch.stack([before, embedded], dim=1))[:, 1]
+    is_first = (positions == 0)[:, None]
+    before = embedded[previous].masked_fill_(is_first, 0)
+    pairs = torch.stack([before, embedded], dim=1)
+    x0 = model.smeared(pairs)[:, 1]
     attention = _attention(model, batch, positions)
     return model.stream(ids[None], x0[None], positions, attention, scored)[0]
 
@@ -136,64 +140,45 @@ def _attention(model: GPT, batch: Batch, positions: Tensor) -> Attended:
 
     Windows are those of the layers. The last layer returns the scored tokens only.
     """
-    device = positions.device
     windows = model.hp.windows
     last = model.hp.depth - 1
-    # 1) index tables as tensors, aligned
-    scored = np.where(batch.queries == PAD, PAD, batch.scored[batch.queries])
-    suffix_of = np.full(len(batch.ids), PREFIX)
-    in_suffix = batch.suffixes != PAD
-    suffix_of[batch.suffixes[in_suffix]] = batch.suffix_numbers[in_suffix]
-    tables = (
-        batch.prefixes,
-        batch.suffixes,
-        scored,
-        batch.suffix_numbers,
-        suffix_of[scored],
+    # 1) index tables as tensors, aligned; the keys of a sequence are its prefix, then its suffixes
+    prefixes, suffixes, queries = (
+        torch.from_numpy(_aligned(table)).to(positions.device)
+        for table in (batch.prefixes, batch.suffixes, batch.queries)
     )
-    prefixes, suffixes, queries, numbers, query_numbers = (
-        torch.from_numpy(_aligned(table)).to(device) for table in tables
-    )
-    # 2) the way back from the tables to the row of tokens
+    pieces = torch.from_numpy(batch.pieces).to(positions.device)
     length = prefixes.size(1)
-    table = torch.cat([prefixes, suffixes], dim=1)
-    is_token = table != PAD
-    cells = is_token.flatten().nonzero()[:, 0]
+    keys = torch.cat([prefixes, suffixes], dim=1)
+    # 2) the way back from the tables to the row of tokens
+    cells = (keys != PAD).flatten().nonzero()[:, 0]
     cell_of_token = torch.empty_like(positions)
-    cell_of_token.scatter_(0, table[is_token], cells)
+    cell_of_token[keys[keys != PAD]] = cells
     query_cells = (queries != PAD).flatten().nonzero()[:, 0]
     # 3) one mask per window
-    keys = _Keys(prefixes, suffixes, numbers, positions)
     masks = {
-        window: keys.mask(suffixes, numbers, window).to(model.dtype)
+        window: _mask(suffixes, keys, pieces, positions, window).to(model.dtype)
         for window in {*windows[:last]}
         if suffixes.size(1)
     }
-    last_mask = keys.mask(queries, query_numbers, windows[last]).to(model.dtype)
+    last_mask = _mask(queries, keys, pieces, positions, windows[last]).to(model.dtype)
 
     def attended(layer: int, query_key: Tensor, values: Tensor) -> Tensor:
         heads = query_key.size(2) // 2
-        key = query_key[0, table, heads:].transpose(1, 2)
-        value = values[0, table].transpose(1, 2)
-        if layer == last:
-            query = query_key[0, queries, :heads].transpose(1, 2)
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=last_mask)
-            return _rows(mixed, query_cells)
-        query = query_key[0, table, :heads].transpose(1, 2)
+        key = query_key[0, keys, heads:].transpose(1, 2)
+        value = values[0, keys].transpose(1, 2)
         window = windows[layer]
-        mixed = _causal(
-            query[:, :, :length],
-            key[:, :, :length],
-            value[:, :, :length],
-            window,
-        )
+
+        def query(table: Tensor) -> Tensor:
+            return query_key[0, table, :heads].transpose(1, 2)
+
+        if layer == last:
+            mixed = scaled_dot_product_attention(query(queries), key, value, attn_mask=last_mask)
+            return _rows(mixed, query_cells)
+        mixed = _causal(query(prefixes), key[:, :, :length], value[:, :, :length], window)
         if suffixes.size(1):
-            of_suffixes = F.scaled_dot_product_attention(
-                query[:, :, length:],
-                key,
-                value,
-                attn_mask=masks[window],
-            )
+            mask = masks[window]
+            of_suffixes = scaled_dot_product_attention(query(suffixes), key, value, attn_mask=mask)
             mixed = torch.cat([mixed, of_suffixes], dim=2)
         return _rows(mixed, cell_of_token)
 
@@ -202,15 +187,22 @@ def _attention(model: GPT, batch: Batch, positions: Tensor) -> Attended:
 
 def _rows(mixed: Tensor, cells: Tensor) -> Tensor:
     """Return one row (1, n, d) of the cells of attention (B, h, T, q)."""
-    return mixed.transpose(1, 2).flatten(2).flatten(0, 1)[cells][None]
+    rows = mixed.transpose(1, 2).flatten(2)
+    return rows.flatten(0, 1)[cells][None]
 
 
 def _aligned(table: Ints) -> Ints:
     """Pad a table to a multiple of ALIGNMENT columns."""
-    return np.pad(table, ((0, 0), (0, -table.shape[1] % ALIGNMENT)), constant_values=PAD)
+    columns = -table.shape[1] % ALIGNMENT
+    return np.pad(table, ((0, 0), (0, columns)), constant_values=PAD)
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+def _causal(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int,
+) -> Tensor:
     """Attention within prefixes, as in training."""
     length = query.size(2)
     if window >= length - 1 or kernel(query.device, query.dtype) != "flex":
@@ -219,37 +211,30 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
     position = torch.arange(length, device=query.device)
     age = position[:, None] - position
     sees = (age >= 0) & (age <= window)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=sees)
+    return scaled_dot_product_attention(query, key, value, attn_mask=sees)
 
 
-@dataclass(frozen=True)
-class _Keys:
-    """The tokens that attention looks at: prefixes (B, P), then suffixes (B, S)."""
+def _mask(
+    queries: Tensor,
+    keys: Tensor,
+    pieces: Tensor,
+    positions: Tensor,
+    window: int,
+) -> Tensor:
+    """Return what is added to the scores (B, 1, Q, K) of queries (B, Q) and keys (B, K).
 
-    prefixes: Tensor
-    suffixes: Tensor
-    numbers: Tensor
-    """Suffix number of each token of `suffixes`."""
-    positions: Tensor
-    """Position of every token of the batch in its row (N,)."""
-
-    def mask(self, queries: Tensor, numbers: Tensor, window: int) -> Tensor:
-        """Return what is added to the scores (B, 1, Q, P + S) of queries: 0, or minus infinity.
-
-        `numbers` (B, Q) are the suffix numbers of the queries (B, Q).
-        """
-        of_queries = self.positions[queries].int()
-        device = of_queries.device
-        in_prefix = torch.arange(self.prefixes.size(1), dtype=torch.int32, device=device)
-        in_suffixes = self.positions[self.suffixes].int()
-        of_keys = torch.cat([in_prefix.expand(self.prefixes.shape), in_suffixes], dim=1)
-        age = of_queries[:, :, None] - of_keys[:, None]
-        is_prefix = (self.prefixes != PAD)[:, None].expand(-1, queries.size(1), -1)
-        is_own_suffix = self.numbers[:, None] == numbers[:, :, None]
-        sees = torch.cat([is_prefix, is_own_suffix], dim=2)
-        sees &= (age >= 0) & (age <= window)
-        mask = torch.zeros(sees.shape, device=device)
-        return mask.masked_fill_(~sees, -torch.inf)[:, None]
+    0 where the key is not padding, in the prefix or in the suffix of the query, and 0 to `window`
+    tokens before it; minus infinity elsewhere.
+    """
+    key_pieces = torch.where(keys == PAD, PAD, pieces[keys])[:, None]
+    query_pieces = pieces[queries][:, :, None]
+    key_positions = positions[keys].int()[:, None]
+    query_positions = positions[queries].int()[:, :, None]
+    age = query_positions - key_positions
+    sees = (key_pieces == 0) | (key_pieces == query_pieces)
+    sees &= (age >= 0) & (age <= window)
+    mask = torch.zeros(sees.shape, device=sees.device)
+    return mask.masked_fill_(~sees, -torch.inf)[:, None]
 
 
 def evaluate_bundle(
@@ -267,36 +252,40 @@ def evaluate_bundle(
     """
     ranks = scorer.ranks
     tasks = request.tasks_of(bundle)
-    files = {task.label: folder / f"{task.label}.json" for task in tasks}
+    files = {task: folder / f"{task.label}.json" for task in tasks}
+
+    def load(task: Task) -> TokenizedTask:
+        return load_or_tokenize(bundle, task, scorer.tokenizer, request.max_per_task)
 
     def tokenize_missing() -> list[Task]:
-        missing = [task for task in tasks if not files[task.label].exists()]
+        missing = [task for task in tasks if not files[task].exists()]
         for number, task in enumerate(missing, 1):
-            load_or_tokenize(bundle, task, scorer.tokenizer, request.max_per_task)
+            load(task)
             scorer.report(TASKS, number, len(missing))
         return missing
 
     # 1) rank 0 tokenizes and caches; the others load its files
     missing = ranks.broadcast_from_rank0(tokenize_missing, scorer.device, ERRORS)
-    documents = {task.label: read_json(files[task.label]) for task in tasks if task not in missing}
-    tokenized = [
-        load_or_tokenize(bundle, task, scorer.tokenizer, request.max_per_task) for task in missing
-    ]
-    packed = [pack(rows, scorer.context) for rows in tokenized]
+    tokenized = {task: load(task) for task in missing}
+    packed = {task: pack(rows, scorer.context) for task, rows in tokenized.items()}
     # 2) evaluate task by task, with progress over all of them
-    total = sum(sequences.tokens for sequences in packed) // ranks.world_size
+    total = sum(sequences.tokens for sequences in packed.values()) // ranks.world_size
     tokens = 0
-    for task, rows, sequences in zip(missing, tokenized, packed, strict=True):
+    results: dict[str, Any] = {}
+    for task in tasks:
+        if task not in packed:
+            results[task.label] = read_json(files[task])
+            continue
         task_scorer = replace(scorer, report=_with_offset(scorer.report, tokens, total))
         try:
-            documents[task.label] = evaluate_task(task_scorer, task, rows, sequences)
+            document = evaluate_task(task_scorer, task, tokenized[task], packed[task])
             if ranks.is_first:
-                _save(files[task.label], documents[task.label])
+                _save(files[task], document)
         except TaskError as error:
-            documents[task.label] = {"error": str(error)}
-        tokens += sequences.tokens // ranks.world_size
-    # 3) means over tasks, in the bundle's order
-    results = {task.label: documents[task.label] for task in tasks}
+            document = {"error": str(error)}
+        results[task.label] = document
+        tokens += packed[task].tokens // ranks.world_size
+    # 3) means over tasks
     complete = len(tasks) == len(bundle.tasks)
     return summary(tasks, results, complete) | {"tasks": results}
 
@@ -387,13 +376,13 @@ def sum_scores(
     device = scorer.device
     wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
     sums = torch.zeros(3, len(tokenized.suffixes), dtype=wide, device=device)
-    builder = BatchBuilder(tokenized)
-    total = sum(sequence.length for sequences in batches for sequence in sequences)
+    total = sum(sequence.length for sequence in chain.from_iterable(batches))
     done = 0
     for sequences in batches:
-        batch = builder.batch(sequences)
+        batch = build_batch(tokenized, sequences)
         rows = torch.from_numpy(batch.rows).to(device)
-        sums.index_add_(1, rows, scorer.score(batch).to(wide))
+        scores = scorer.score(batch)
+        sums.index_add_(1, rows, scores.to(wide))
         done += len(batch.ids)
         scorer.report(TOKENS, done, total)
     return sums

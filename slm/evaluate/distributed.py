@@ -59,7 +59,12 @@ def evaluate_core_on_ranks(
     return file.path
 
 
-def _launch(arguments: str, folder: Path, ranks: int, report: Report) -> str:
+def _launch(
+    arguments: str,
+    folder: Path,
+    ranks: int,
+    report: Report,
+) -> str:
     """Run torchrun, forward progress, and return how it ended.
 
     No rank outlives this process when it is interrupted.
@@ -125,7 +130,7 @@ def main() -> None:
         evaluate_core(
             weights.load_file(Path(arguments["weights"]), home),
             home,
-            CoreRequest.from_document(arguments["request"]),
+            CoreRequest(**arguments["request"]),
             device,
             ranks,
             _send if ranks.is_first else ignore,

@@ -6,13 +6,14 @@ slow line needs to resume.
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from slm.files import fingerprint
 
 CHUNK_BYTES = 2**18
 MAX_FAILURES = 3
@@ -46,8 +47,7 @@ def download(url: str, folder: Path, report: Report = lambda done, total: None) 
             raise RuntimeError(f"{url}: HTTP status {error.code} {error.reason}") from None
         except (OSError, http.client.HTTPException) as error:
             reason = str(error) or type(error).__name__
-        progressed = part is not None and _size(part) > size
-        failures = 0 if progressed else failures + 1
+        failures = 0 if part and _size(part) > size else failures + 1
     raise RuntimeError(
         f"{url} could not be downloaded completely ({reason}): "
         "run the command again to resume, or name a copy with --from"
@@ -69,10 +69,16 @@ def _part(url: str, folder: Path, answer: Any) -> tuple[Path, int]:
         raise RuntimeError(f"{url}: the server sends no Content-Length")
     tag = "|".join((url, length, answer.headers.get("ETag", "")))
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f".{hashlib.sha256(tag.encode()).hexdigest()[:16]}.part", int(length)
+    return folder / f".{fingerprint(tag)}.part", int(length)
 
 
-def _fill(url: str, part: Path, length: int, answer: Any, report: Report) -> None:
+def _fill(
+    url: str,
+    part: Path,
+    length: int,
+    answer: Any,
+    report: Report,
+) -> None:
     """Append to a partial file what it lacks; a file that grew too long is removed."""
     size = _size(part)
     if size == length:

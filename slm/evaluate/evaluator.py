@@ -6,7 +6,6 @@ repeated.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 import time
@@ -25,7 +24,7 @@ from slm.evaluate.request import ROWS, CoreRequest, Report, ignore
 from slm.files import read_json, sha256_of, write_json
 from slm.model.ranks import ALONE, Ranks
 from slm.model.weights import Weights, find_dataset
-from slm.plan import canonical, code_fingerprint
+from slm.plan import code_fingerprint, digest
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,11 @@ class EvaluationFile:
 
     @classmethod
     def locate(
-        cls, weights: Weights, metric: str, device: torch.device, settings: dict[str, Any]
+        cls,
+        weights: Weights,
+        metric: str,
+        device: torch.device,
+        settings: dict[str, Any],
     ) -> EvaluationFile:
         """Return the file of some weights, metric and settings.
 
@@ -52,7 +55,7 @@ class EvaluationFile:
             "tokenizer": weights.plan.data.tokenizer,
             **settings,
         }
-        key = hashlib.sha256(canonical(identity).encode()).hexdigest()[:12]
+        key = digest(identity)[:12]
         path = weights.run_folder / "evals" / f"{metric}-{weights.step:09d}-{key}.json"
         head = {
             "run_id": weights.plan.run_id,
@@ -75,7 +78,10 @@ class EvaluationFile:
 
 
 def evaluate_val_bpb(
-    weights: Weights, home: Path, device: torch.device, report: Report = ignore
+    weights: Weights,
+    home: Path,
+    device: torch.device,
+    report: Report = ignore,
 ) -> Path:
     """Return the file with the val_bpb of some weights on their plan's validation rows.
 
@@ -89,7 +95,7 @@ def evaluate_val_bpb(
     if file.exists:
         return file.path
     prepared = find_dataset(plan, home)
-    prepared.verify_content(hp, ["validation"])
+    prepared.verify_blocks(prepared.blocks("validation"))
     rows = Rows.open(prepared, "validation")
     token_bytes = bytes_of(prepared.tokenizer, hp.vocab_size, device)
     model = weights.model(device)
@@ -111,48 +117,39 @@ def evaluate_core(
     device: torch.device,
     ranks: Ranks = ALONE,
     report: Report = ignore,
+    load: Callable[[], Scorer] | None = None,
 ) -> Path:
     """Return the file with the results of some weights on the requested tasks, on every rank.
 
-    Tasks that an interrupted evaluation finished are not repeated. Raises ValueError if weights,
-    tokeniser or a task's file are missing or changed, or if examples are too few for the shots,
-    OutOfMemory if a single example does not fit into memory.
-    """
+    Tasks that an interrupted evaluation finished are not repeated; `seconds` in the file are those
+    since the last interruption. Only rank 0 reads and writes files, and only its `weights` count.
+    `load` returns the scorer of a model in memory, and is called only if there is no file yet.
 
-    def load() -> Scorer:
-        tokenizer = find_dataset(weights.plan, home).tokenizer
-        return Scorer(weights.model(device), tokenizer, ranks, report=report)
-
-    return evaluate_core_with(load, weights, home, request, device, ranks)
-
-
-def evaluate_core_with(
-    load: Callable[[], Scorer],
-    weights: Weights,
-    home: Path,
-    request: CoreRequest,
-    device: torch.device,
-    ranks: Ranks,
-) -> Path:
-    """Evaluate like `evaluate_core`, with a scorer that is loaded only if there is no file yet.
-
-    Only rank 0 reads and writes files, and only its `weights` count. `seconds` in the file are
-    those since the last interruption.
+    Raises ValueError if weights, tokeniser or a task's file are missing or changed, or if examples
+    are too few for the shots, OutOfMemory if a single example does not fit into memory.
     """
     bundle, file = ranks.broadcast_from_rank0(
         lambda: locate_core(weights, home, request, device), device, ERRORS
     )
-    if not file.exists:
+    if file.exists:
+        return file.path
+    if load:
         scorer = load()
-        start = time.perf_counter()
-        result = evaluate_bundle(scorer, bundle, request, file.parts)
-        if ranks.is_first:
-            file.write(result | {"seconds": time.perf_counter() - start})
+    else:
+        tokenizer = find_dataset(weights.plan, home).tokenizer
+        scorer = Scorer(weights.model(device), tokenizer, ranks, report=report)
+    start = time.perf_counter()
+    result = evaluate_bundle(scorer, bundle, request, file.parts)
+    if ranks.is_first:
+        file.write(result | {"seconds": time.perf_counter() - start})
     return file.path
 
 
 def locate_core(
-    weights: Weights, home: Path, request: CoreRequest, device: torch.device
+    weights: Weights,
+    home: Path,
+    request: CoreRequest,
+    device: torch.device,
 ) -> tuple[Bundle, EvaluationFile]:
     """Return the requested bundle, and the file of its evaluation.
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     Answers = dict[str, NDArray[Any]]
     """Share of correct answers per task and example; NaN for skipped examples."""
+    Run = tuple[int, list[EvaluationRecord]]
+    """Depth and evaluations of a run."""
 
 CODE = "core_not_compared"
 
@@ -28,10 +30,12 @@ class PairedDepth:
     """CORE of both sides at one depth."""
 
     depth: int
-    runs: tuple[int, int]
-    """Number of evaluated runs of base and candidate."""
-    means: tuple[float, float]
-    """Mean over tasks and runs of base and candidate."""
+    base_runs: int
+    """Number of evaluated runs of the base."""
+    candidate_runs: int
+    base: float
+    """Mean over tasks and runs of the base."""
+    candidate: float
     difference: Interval
     """Candidate minus base, with the interval over examples."""
 
@@ -56,15 +60,7 @@ class PairedCore:
             "core_key": self.key,
             "difference": _document(self.difference),
             "per_depth": [
-                {
-                    "depth": row.depth,
-                    "base_runs": row.runs[0],
-                    "candidate_runs": row.runs[1],
-                    "base": row.means[0],
-                    "candidate": row.means[1],
-                    "difference": _document(row.difference),
-                }
-                for row in self.per_depth
+                {**vars(row), "difference": _document(row.difference)} for row in self.per_depth
             ],
         }
 
@@ -73,9 +69,9 @@ class PairedCore:
         rows = [
             [
                 f"d{row.depth}",
-                f"{row.runs[0]} and {row.runs[1]}",
-                f"{row.means[0]:.4f}",
-                f"{row.means[1]:.4f}",
+                f"{row.base_runs} and {row.candidate_runs}",
+                f"{row.base:.4f}",
+                f"{row.candidate:.4f}",
                 difference_text(row.difference),
             ]
             for row in self.per_depth
@@ -96,9 +92,7 @@ def compare_core(
     """
     from slm.fits.points import Axes
 
-    base, candidate = (_read_side(home, frame) for frame in frames)
-    depths = sorted({run.depth for run in base} & {run.depth for run in candidate})
-    runs = [run for run in (*base, *candidate) if run.depth in depths]
+    base, candidate = sides = [_read_side(home, frame) for frame in frames]
     if not base and not candidate:
         return None, []
     if not base or not candidate:
@@ -106,94 +100,86 @@ def compare_core(
         return None, _warning(
             f"{evaluated} was evaluated on examples and {other} was not: run `slm eval RUN --core`"
         )
+    depths = sorted({depth for depth, _ in base} & {depth for depth, _ in candidate})
     if not depths:
         return None, _warning(f"no depth of both {' and '.join(names)} was evaluated on examples")
-    for record in runs[0].records:
-        if all(run.with_key(record.key) for run in runs):
-            return _compare(base, candidate, depths, record.key), []
-    differences = Axes.of_keys(run.records[0].key for run in runs).differences
+    evaluations = [records for depth, records in base + candidate if depth in depths]
+    keys = [[record.key for record in records] for records in evaluations]
+    for record in evaluations[0]:
+        if all(record.key in run_keys for run_keys in keys):
+            return _compare(sides, depths, record), []
+    differences = Axes.of_keys(first for first, *_ in keys).differences
     return None, _warning(
         f"the runs were not evaluated alike: {differences or 'they have no evaluation in common'}"
     )
 
 
-@dataclass(frozen=True)
-class _Run:
-    depth: int
-    records: list[EvaluationRecord]
-
-    def with_key(self, key: str) -> list[EvaluationRecord]:
-        return [record for record in self.records if record.key == key]
-
-
-def _read_side(home: Path, frame: pandas.DataFrame) -> list[_Run]:
+def _read_side(home: Path, frame: pandas.DataFrame) -> list[Run]:
     """Return the runs in a frame that have evaluation records."""
-    runs = [
-        _Run(int(depth), read_records(home / run_id))
-        for run_id, depth in zip(frame["run_id"], frame["depth"])
-    ]
-    return [run for run in runs if run.records]
+    records = [read_records(home / run_id) for run_id in frame["run_id"]]
+    return [run for run in zip(map(int, frame["depth"]), records) if run[1]]
 
 
-def _compare(base: list[_Run], candidate: list[_Run], depths: list[int], key: str) -> PairedCore:
+def _compare(
+    sides: Sequence[list[Run]], depths: list[int], reference: EvaluationRecord
+) -> PairedCore:
+    """Return the comparison of the evaluations with the key of a reference."""
+    tasks = reference.document["tasks"].items()
+    baselines = {label: task["baseline"] for label, task in tasks}
     rows: list[PairedDepth] = []
-    base_answers: list[Answers] = []
-    candidate_answers: list[Answers] = []
+    answers: list[list[Answers]] = []
     for depth in depths:
-        base_records = _records_at(base, depth, key)
-        candidate_records = _records_at(candidate, depth, key)
-        first = base_records[0]
-        base_answers.append(_mean_answers(base_records))
-        candidate_answers.append(_mean_answers(candidate_records))
+        base, candidate = (_documents_at(side, depth, reference.key) for side in sides)
+        answers.append([_answers(base), _answers(candidate)])
         rows.append(
             PairedDepth(
                 depth=depth,
-                runs=(len(base_records), len(candidate_records)),
-                means=(_mean_core(base_records), _mean_core(candidate_records)),
-                difference=_difference(base_answers[-1], candidate_answers[-1], first),
+                base_runs=len(base),
+                candidate_runs=len(candidate),
+                base=_mean_core(base),
+                candidate=_mean_core(candidate),
+                difference=_difference(answers[-1], baselines),
             )
         )
-    difference = _difference(_mean(base_answers), _mean(candidate_answers), first)
-    return PairedCore(first.name, key, tuple(rows), difference)
+    difference = _difference([_mean(side) for side in zip(*answers)], baselines)
+    return PairedCore(reference.name, reference.key, tuple(rows), difference)
 
 
-def _records_at(runs: list[_Run], depth: int, key: str) -> list[EvaluationRecord]:
-    records: list[EvaluationRecord] = []
-    for run in runs:
-        if run.depth == depth:
-            records += run.with_key(key)
-    return records
+def _documents_at(runs: list[Run], depth: int, key: str) -> list[dict[str, Any]]:
+    documents: list[dict[str, Any]] = []
+    for run_depth, records in runs:
+        if run_depth == depth:
+            documents += [record.document for record in records if record.key == key]
+    return documents
 
 
-def _mean_core(records: list[EvaluationRecord]) -> float:
-    return sum(record.document["centred"] for record in records) / len(records)
+def _mean_core(documents: list[dict[str, Any]]) -> float:
+    return sum(document["centred"] for document in documents) / len(documents)
 
 
-def _mean_answers(records: list[EvaluationRecord]) -> Answers:
-    return _mean(
-        [
-            {
-                label: np.array(task["each"]["correct"], float)
-                for label, task in record.document["tasks"].items()
-            }
-            for record in records
-        ]
-    )
+def _answers(documents: list[dict[str, Any]]) -> Answers:
+    """Return the mean answers of several evaluations."""
+    answers = []
+    for document in documents:
+        tasks = document["tasks"].items()
+        answers.append({label: np.array(task["each"]["correct"], float) for label, task in tasks})
+    return _mean(answers)
 
 
-def _mean(answers: list[Answers]) -> Answers:
+def _mean(answers: Sequence[Answers]) -> Answers:
     return {label: np.mean([each[label] for each in answers], 0) for label in answers[0]}
 
 
-def _difference(base: Answers, candidate: Answers, record: EvaluationRecord) -> Interval:
+def _difference(answers: Sequence[Answers], baselines: dict[str, float]) -> Interval:
+    """Return the difference of base and candidate on the examples that both answer."""
     from slm.fits import paired_core
 
-    answered = {label: ~np.isnan(base[label] + candidate[label]) for label in base}
-    return paired_core(
-        {label: base[label][answered[label]] for label in base},
-        {label: candidate[label][answered[label]] for label in base},
-        {label: task["baseline"] for label, task in record.document["tasks"].items()},
-    )
+    pairs = {}
+    for label in baselines:
+        pair = np.array([side[label] for side in answers])
+        pairs[label] = pair[:, ~np.isnan(pair).any(0)]
+    base, candidate = ({label: pair[side] for label, pair in pairs.items()} for side in (0, 1))
+    return paired_core(base, candidate, baselines)
 
 
 def difference_text(difference: Interval) -> str:

@@ -22,6 +22,7 @@ that simply continues has no format for them to teach.
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -52,7 +53,10 @@ MIN_EXAMPLES = 500
 CHOICES = 4
 MAX_PASSAGE = 96
 """Maximum tokens of a passage, if there is no cut before."""
-SPACES = b" \t\r\n\f\v"
+WORD_START = re.compile(rb"(?<=\S) (?=\S)")
+"""A single space between two words."""
+TEXT_END = re.compile(rb"(?<=\S)(?!\Z)((?<![\w\x80-\xff])|(?![\w\x80-\xff]))")
+"""After a character other than a space, and not inside a word; those outside ASCII are letters."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +83,8 @@ FORMS = (
 """Forms in the order in which they take their tokens from a window."""
 
 
-@dataclass(frozen=True)
-class Question:
-    """Two texts that follow each other in a window, with a space between them."""
-
-    passage: str
-    answer: str
+Question = tuple[str, str]
+"""Passage and answer: two texts that follow each other in a window, with a space between them."""
 
 
 def bundle_of(prepared: PreparedDataset, home: Path) -> Bundle:
@@ -111,7 +111,10 @@ def bundle_of(prepared: PreparedDataset, home: Path) -> Bundle:
 
 
 def bundle_for(
-    plan: Plan, home: Path, name: str | None, prepared: Callable[[], PreparedDataset]
+    plan: Plan,
+    home: Path,
+    name: str | None,
+    prepared: Callable[[], PreparedDataset],
 ) -> Bundle:
     """Return the bundle of a name or an id, or the default of the run's recipe: pocket-core or
     CORE.
@@ -119,44 +122,41 @@ def bundle_for(
     pocket-core is that of the run's own dataset, made if it is not installed. Raises ValueError as
     `bundle.installed` and `bundle_of` do.
     """
-    if name == NAME or (name is None and plan.recipe == RECIPE):
+    if is_pocket_core(name, plan.recipe):
         return bundle_of(prepared(), home)
     return bundle.installed(home, name)
 
 
+def is_pocket_core(name: str | None, recipe: str) -> bool:
+    """Whether the bundle of this name, None for the default of a recipe, is pocket-core."""
+    return name == NAME or (name is None and recipe == RECIPE)
+
+
 def _tasks(prepared: PreparedDataset) -> list[list[Example]]:
     """Return the examples of each form."""
-    windows = islice(_windows(prepared), MAX_WINDOWS)
-    columns = zip(*(_questions(ids, prepared.tokenizer) for ids in windows))
-    return [
-        _examples(form, [question for question in column if question])
-        for form, column in zip(FORMS, columns)
-    ]
+    questions: dict[Form, list[Question]] = {form: [] for form in FORMS}
+    for ids in islice(_windows(prepared), MAX_WINDOWS):
+        for form, question in _questions(ids, prepared.tokenizer):
+            questions[form].append(question)
+    return [_examples(form, questions[form]) for form in FORMS]
 
 
 def _windows(prepared: PreparedDataset) -> Iterator[list[int]]:
-    """Cut validation rows at `<|bos|>`, which is left out, and into at most WINDOW tokens."""
-    bos = prepared.tokenizer.bos
-    path = prepared.folder / prepared.files("validation")[0]["file"]
-    tokens = np.fromfile(path, prepared.manifest["dtype"])
-    for row in tokens.reshape(-1, prepared.manifest["row_tokens"]):
-        for text in np.split(row, np.flatnonzero(row == bos)):
-            ids = text[text != bos].tolist()
-            for start in range(0, len(ids), WINDOW):
-                yield ids[start : start + WINDOW]
+    """Cut the documents of the validation rows into at most WINDOW tokens."""
+    for document in prepared.validation_documents():
+        for start in range(0, len(document), WINDOW):
+            yield document[start : start + WINDOW].tolist()
 
 
-def _questions(ids: list[int], tokenizer: Tokenizer) -> list[Question | None]:
-    """Return the question of each form in a window, None if it has no room for one."""
+def _questions(ids: list[int], tokenizer: Tokenizer) -> Iterator[tuple[Form, Question]]:
+    """Yield the question of each form that has room for one in a window."""
     pieces = [tokenizer.tokens[token] for token in ids]
     text = b"".join(pieces)
     offsets = np.cumsum([0, *map(len, pieces)]).tolist()
-    words = _word_starts(text, offsets)
-    ends = _text_ends(text, offsets)
-    questions: list[Question | None] = []
+    words = [token for token, at in enumerate(offsets) if WORD_START.match(text, at)]
+    ends = [token for token, at in enumerate(offsets) if TEXT_END.match(text, at)]
     used = 0
     for form in FORMS:
-        questions.append(None)
         cuts = _cuts(form, words, ends, used)
         if cuts is None:
             continue
@@ -164,40 +164,16 @@ def _questions(ids: list[int], tokenizer: Tokenizer) -> list[Question | None]:
         passage = text[offsets[first] + 1 : offsets[middle]].decode()
         answer = text[offsets[middle] + 1 : offsets[end]].decode()
         if tokenizer.encode(f" {passage}") + tokenizer.encode(f" {answer}") == ids[first:end]:
-            questions[-1] = Question(passage, answer)
+            yield form, (passage, answer)
             used = end
-    return questions
 
 
-def _word_starts(text: bytes, offsets: list[int]) -> list[int]:
-    """Return the tokens that begin with a single space between two words."""
-    return [
-        token
-        for token, at in enumerate(offsets)
-        if 0 < at < len(text) - 1
-        and text[at] == ord(" ")
-        and text[at - 1] not in SPACES
-        and text[at + 1] not in SPACES
-    ]
-
-
-def _text_ends(text: bytes, offsets: list[int]) -> list[int]:
-    """Return the tokens that begin after a character other than a space, and not inside a word."""
-    return [
-        token
-        for token, at in enumerate(offsets)
-        if 0 < at < len(text)
-        and text[at - 1] not in SPACES
-        and not (_in_word(text[at - 1]) and _in_word(text[at]))
-    ]
-
-
-def _in_word(byte: int) -> bool:
-    """Whether a byte is of a letter, digit or underscore, or of a character outside ASCII."""
-    return byte > 127 or chr(byte).isalnum() or byte == ord("_")
-
-
-def _cuts(form: Form, words: list[int], ends: list[int], used: int) -> tuple[int, int, int] | None:
+def _cuts(
+    form: Form,
+    words: list[int],
+    ends: list[int],
+    used: int,
+) -> tuple[int, int, int] | None:
     """Return the tokens at which the passage begins, the answer begins and the answer ends."""
     start = used if form.starts_after_previous else 0
     first = next((token for token in words if token >= start), None)
@@ -215,22 +191,20 @@ def _cuts(form: Form, words: list[int], ends: list[int], used: int) -> tuple[int
 def _examples(form: Form, questions: list[Question]) -> list[Example]:
     """Return the examples of a form's questions, without groups that have equal choices."""
     if form.kind == "language_modeling":
-        return [{"context": q.passage, "continuation": q.answer} for q in questions]
+        return [{"context": passage, "continuation": answer} for passage, answer in questions]
     examples: list[Example] = []
     groups = len(questions) // CHOICES
     for start in range(groups):
-        group = questions[start : groups * CHOICES : groups]
-        passages = [question.passage for question in group]
-        answers = [question.answer for question in group]
+        passages, answers = zip(*questions[start : groups * CHOICES : groups])
         options = passages if form.kind == "schema" else answers
         if len(set(options)) < CHOICES:
             continue
         for gold in range(CHOICES):
+            example: Example = {"query": passages[gold], "choices": answers, "gold": gold}
             if form.kind == "schema":
-                example = {"context_options": passages, "continuation": answers[gold]}
-            else:
-                example = {"query": passages[gold], "choices": answers}
-            examples.append(example | {"gold": gold})
+                answer = answers[gold]
+                example = {"context_options": passages, "continuation": answer, "gold": gold}
+            examples.append(example)
     return examples
 
 

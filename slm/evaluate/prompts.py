@@ -16,14 +16,13 @@ nanochat implements them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,11 +31,11 @@ from numpy.typing import NDArray
 from slm.data.tokenizer import Tokenizer
 from slm.evaluate.bundle import Bundle, Example, Task
 from slm.evaluate.request import FORMAT
-from slm.files import replacing
+from slm.files import fingerprint, replacing
 from slm.hardware.devices import cores
 
 CHUNK = 256
-"""Examples whose texts are in memory at once."""
+"""Examples whose rows are in memory at once."""
 ARRAYS = ("tokens", "prompts", "tails", "starts", "first", "golds", "bytes")
 """Names in a cache file of the fields of TokenizedTask."""
 
@@ -64,13 +63,10 @@ class TokenizedTask:
     gold_bytes: Ints
     """UTF-8 bytes of the text in the correct row's span (E,)."""
 
-    def __len__(self) -> int:
-        return len(self.golds)
-
     @cached_property
     def example_of(self) -> Ints:
         """Example of each row (R,)."""
-        return np.repeat(np.arange(len(self)), np.diff(self.first_rows))
+        return np.repeat(np.arange(len(self.golds)), np.diff(self.first_rows))
 
     @cached_property
     def lengths(self) -> Ints:
@@ -81,6 +77,21 @@ class TokenizedTask:
     def spans(self) -> Ints:
         """Tokens of each row's span (R,)."""
         return self.lengths - self.starts
+
+    @cached_property
+    def suffix_starts(self) -> Ints:
+        """Index in `tokens` at which the suffix of each row begins (R,)."""
+        sizes = self.suffixes.copy()
+        sizes[self.first_rows[:-1]] += self.prefixes
+        return np.cumsum(sizes) - self.suffixes
+
+    def at(self, rows: Ints, positions: Ints) -> Ints:
+        """Return the token ids of rows at some positions."""
+        examples = self.example_of[rows]
+        in_suffix = positions - self.prefixes[examples]
+        # The prefix lies before the suffix of the first row.
+        rows = np.where(in_suffix < 0, self.first_rows[examples], rows)
+        return self.tokens[self.suffix_starts[rows] + in_suffix].astype(np.int64)
 
     def rows_of(self, example: int) -> range:
         """Return the row numbers of an example."""
@@ -94,9 +105,9 @@ def select_examples(
 
     Raises ValueError if too few remain for the shots.
     """
-    shuffled = list(examples)
-    random.Random(1337).shuffle(shuffled)
-    selected = shuffled[:maximum]
+    selected = list(examples)
+    random.Random(1337).shuffle(selected)
+    selected = selected[:maximum]
     if len(selected) <= task.shots:
         raise ValueError(
             f"task {task.label} needs {task.shots} shots: {len(selected)} examples are too few, "
@@ -119,7 +130,7 @@ def render(task: Task, examples: Sequence[Example], index: int) -> tuple[list[st
     shots = ""
     for shot in draw_shots(task, index, len(examples)):
         rows, _ = _render_example(task, examples[shot])
-        shots += rows[examples[shot].get("gold", 0)] + "\n\n"
+        shots += rows[_gold(examples[shot])] + "\n\n"
     rows, context = _render_example(task, examples[index])
     stripped = (shots + context).strip() if task.kind == "language_modeling" else ""
     return [shots + row for row in rows], stripped
@@ -148,13 +159,7 @@ def _span_starts(task: Task, rows: list[Row], context: Row) -> list[int]:
 
 def _common_prefix(rows: list[Row]) -> int:
     """Return the length of the longest prefix that all rows share."""
-    # All rows lie between the smallest and the greatest, so those two differ first.
-    low = min(rows)
-    high = max(rows)
-    for index, (a, b) in enumerate(zip(low, high)):
-        if a != b:
-            return index
-    return min(len(low), len(high))
+    return len(os.path.commonprefix(rows))  # noqa: RUF071 - of any sequences, not of paths
 
 
 def tokenize(
@@ -175,16 +180,19 @@ def tokenize(
     suffixes: list[int] = []
     starts: list[int] = []
     first_rows = [0]
-    for rows, span_starts in _encode(task, examples, indices, tokenizer):
-        shared = _common_prefix(rows)
-        tails = [token for row in rows for token in row[shared:]]
-        pieces.append(np.array(rows[0][:shared] + tails, np.uint32))
-        prefixes.append(shared)
-        suffixes += [len(row) - shared for row in rows]
-        starts += span_starts
-        first_rows.append(len(suffixes))
+    encode = partial(_encode, task, examples, tokenizer)
+    with ThreadPoolExecutor(cores()) as pool:
+        for start in range(0, len(indices), CHUNK):
+            for rows, span_starts in pool.map(encode, indices[start : start + CHUNK]):
+                shared = _common_prefix(rows)
+                pieces.append(np.array(rows[0][:shared], np.uint32))
+                pieces += [np.array(row[shared:], np.uint32) for row in rows]
+                prefixes.append(shared)
+                suffixes += [len(row) - shared for row in rows]
+                starts += span_starts
+                first_rows.append(len(suffixes))
     tokens = np.concatenate(pieces)
-    golds = [examples[index].get("gold", 0) for index in indices]
+    golds = [_gold(examples[index]) for index in indices]
     sizes = [_gold_bytes(task, examples[index]) for index in indices]
     counts = (prefixes, suffixes, starts, first_rows, golds, sizes)
     return TokenizedTask(
@@ -196,35 +204,33 @@ def tokenize(
 def _encode(
     task: Task,
     examples: Sequence[Example],
-    indices: Sequence[int],
     tokenizer: Tokenizer,
-) -> Iterator[tuple[list[list[int]], list[int]]]:
-    """Yield the tokens of each example's rows, and their span starts; encode on all cores."""
-    with ThreadPoolExecutor(cores()) as pool:
-        for start in range(0, len(indices), CHUNK):
-            chunk = indices[start : start + CHUNK]
-            rendered = [render(task, examples, index) for index in chunk]
-            texts = [text for rows, context in rendered for text in (*rows, context)]
-            encoded = pool.map(tokenizer.encode, texts)
-            for index, (row_texts, _) in zip(chunk, rendered, strict=True):
-                rows = [[tokenizer.bos, *next(encoded)] for _ in row_texts]
-                context = [tokenizer.bos, *next(encoded)]
-                if len(context) > 1:
-                    shared = _common_prefix([rows[0], context])
-                    if not len(context) == shared < len(rows[0]):
-                        raise ValueError(
-                            f"task {task.label}, example {index}: "
-                            "its continuation has no tokens of its own"
-                        )
-                yield rows, _span_starts(task, rows, context)
+    index: int,
+) -> tuple[list[list[int]], list[int]]:
+    """Return the tokens of an example's rows, and their span starts."""
+    texts, stripped = render(task, examples, index)
+    rows = [[tokenizer.bos, *tokenizer.encode(text)] for text in texts]
+    context = [tokenizer.bos, *tokenizer.encode(stripped)]
+    if len(context) > 1:
+        shared = _common_prefix([rows[0], context])
+        if not len(context) == shared < len(rows[0]):
+            raise ValueError(
+                f"task {task.label}, example {index}: its continuation has no tokens of its own"
+            )
+    return rows, _span_starts(task, rows, context)
 
 
 def _gold_bytes(task: Task, example: Example) -> int:
     """Return the UTF-8 bytes of the correct row's span, which is found in characters."""
     rows, context = _render_example(task, example)
-    gold = example.get("gold", 0)
+    gold = _gold(example)
     start = _span_starts(task, rows, context)[gold]
     return len(rows[gold][start:].encode())
+
+
+def _gold(example: Example) -> int:
+    """Return the number of the correct row."""
+    return int(example.get("gold", 0))
 
 
 def load_or_tokenize(
@@ -239,8 +245,7 @@ def load_or_tokenize(
     Raises ValueError as `select_examples` and `tokenize` do.
     """
     key = [FORMAT, bundle.id, task.label, tokenizer.fingerprint, maximum]
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    path = bundle.folder / "plans" / f"{task.label}-{name}.npz"
+    path = bundle.folder / "plans" / f"{task.label}-{fingerprint(json.dumps(key))}.npz"
     if path.exists():
         with np.load(path) as arrays:
             return TokenizedTask(*(arrays[name] for name in ARRAYS))

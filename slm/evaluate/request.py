@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,24 +35,15 @@ class CoreRequest:
     """Name, id or first digits of an id; None for the default of the run's recipe."""
     max_per_task: int | None = None
     """Maximum examples per task; None for all."""
-    tasks: tuple[str, ...] | None = None
+    tasks: Sequence[str] | None = None
     """Labels of the only tasks to evaluate; None for all."""
-    without: tuple[str, ...] = ()
+    without: Sequence[str] = ()
     """Labels of tasks to leave out."""
     every: int | None = None
     """Steps between two evaluations in training; None for the end only."""
 
-    @classmethod
-    def from_document(cls, document: dict[str, Any]) -> CoreRequest:
-        """Return the request in a JSON document, such as attempt.json."""
-        fields: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in document.items()
-        }
-        return cls(**fields)
-
     def document(self) -> dict[str, Any]:
-        """Return the request as attempt.json holds it."""
+        """Return the fields of the request that attempt.json holds."""
         return {
             "bundle": self.bundle,
             "every": self.every,
@@ -90,10 +81,9 @@ class CoreRequest:
 
         pocket-core is left out: it is made from that data.
         """
-        from slm.evaluate.pocket_core import NAME, RECIPE
+        from slm.evaluate.pocket_core import is_pocket_core
 
-        default = self.bundle is None and any(recipe != RECIPE for recipe in recipes)
-        if default or self.bundle not in (None, NAME):
+        if not all(is_pocket_core(self.bundle, recipe) for recipe in recipes):
             self.check(bundles.installed(home, self.bundle))
 
     def tasks_of(self, bundle: Bundle) -> list[Task]:

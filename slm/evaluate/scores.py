@@ -97,7 +97,10 @@ def mean_score(scores: Iterable[Score]) -> Score:
 
 
 def decide(
-    task: Task, tokenized: TokenizedTask, sums: Floats, packed: PackedTask
+    task: Task,
+    tokenized: TokenizedTask,
+    sums: Floats,
+    packed: PackedTask,
 ) -> list[Decision | None]:
     """Return the decision on every example, None for skipped ones.
 
@@ -110,16 +113,23 @@ def decide(
     ]
 
 
-def _decide_example(task: Task, tokenized: TokenizedTask, example: int, sums: Floats) -> Decision:
+def _decide_example(
+    task: Task,
+    tokenized: TokenizedTask,
+    example: int,
+    sums: Floats,
+) -> Decision:
     rows = tokenized.rows_of(example)
     nats, greedy, ties = sums[:, rows].tolist()
     tokens = tokenized.spans[rows].tolist()
     if not all(map(isfinite, nats)):
         raise TaskError(f"task {task.label}: the loss of example {example} is not finite")
     row = int(tokenized.golds[example])
-    gold = (nats[row], tokens[row], int(greedy[row]), int(tokenized.gold_bytes[example]))
+    size = int(tokenized.gold_bytes[example])
+    gold = (nats[row], tokens[row], int(greedy[row]), size)
     if task.kind == "language_modeling":
-        return Decision(greedy[0] == tokens[0], ties[0] > 0, None, *gold, None)
+        is_greedy = greedy[0] == tokens[0]
+        return Decision(is_greedy, ties[0] > 0, None, *gold, None)
     means = [total / count if count else nan for total, count in zip(nats, tokens)]
     choice = min(range(len(means)), key=means.__getitem__)
     if not all(tokens):
@@ -127,60 +137,57 @@ def _decide_example(task: Task, tokenized: TokenizedTask, example: int, sums: Fl
     best, second = sorted([*means, inf])[:2]
     tie = second - best <= TIE * best
     weights = [exp(best - mean) for mean in means]
-    return Decision(choice == row, tie, choice, *gold, weights[row] / sum(weights))
+    probability = weights[row] / sum(weights)
+    return Decision(choice == row, tie, choice, *gold, probability)
 
 
 def task_document(
     task: Task, decisions: list[Decision | None], packed: PackedTask
 ) -> dict[str, Any]:
     """Return a task's part of an evaluation record: totals, and the decision on each example."""
-    columns: dict[str, list[Any]] = {
-        name: [decision and getattr(decision, name) for decision in decisions]
-        for name in Decision.__annotations__
-    }
-    values = {
-        name: [value for value in column if value is not None] for name, column in columns.items()
-    }
-    totals = {name: sum(column) for name, column in values.items()}
-    examples = len(values["correct"])
-    score = accuracy(totals["correct"], examples)
-    size = totals["gold_bytes"]
-    tokens = totals["gold_tokens"]
+    decided = [decision for decision in decisions if decision]
+    correct, ties, nats, tokens, greedy, size = (
+        sum(getattr(decision, name) for decision in decided)
+        for name in ("correct", "tie", "gold_nats", "gold_tokens", "gold_greedy", "gold_bytes")
+    )
+    probabilities = [decision.gold_probability for decision in decided]
+    score = accuracy(correct, len(decided))
     return {
         "kind": task.kind,
         "shots": task.shots,
         "baseline": task.baseline,
-        "examples": examples,
+        "examples": len(decided),
         "cropped": int(packed.cropped.sum()),
         "skipped": int(packed.skipped.sum()),
-        "ties": totals["tie"],
+        "ties": ties,
         "accuracy": score.value,
         "standard_error": score.error,
         "centred": centred(score, task.baseline).value,
         "centred_corrected": centred(score, task.corrected).value,
-        "bits_per_byte": totals["gold_nats"] / log(2) / size if size else None,
-        "greedy_share": totals["gold_greedy"] / tokens if tokens else None,
-        "gold_probability": _mean(values["gold_probability"]),
-        "each": columns,
+        "bits_per_byte": nats / log(2) / size if size else None,
+        "greedy_share": greedy / tokens if tokens else None,
+        "gold_probability": _mean([value for value in probabilities if value is not None]),
+        "each": {
+            name: [decision and getattr(decision, name) for decision in decisions]
+            for name in Decision.__annotations__
+        },
     }
 
 
 def summary(
     tasks: Sequence[Task], documents: Mapping[str, Mapping[str, Any]], complete: bool
 ) -> dict[str, Any]:
-    """Return means and counts over tasks; the means are None if a task has an error.
+    """Return means and counts over tasks, whose documents are in the same order.
 
-    Only over a `complete` bundle is the mean its CORE.
+    The means are None if a task has an error. Only over a `complete` bundle is the mean its CORE.
     """
-    evaluated = [task for task in tasks if "error" not in documents[task.label]]
-    records = [documents[task.label] for task in evaluated]
+    records = [record for record in documents.values() if "error" not in record]
     counts = {name: sum(record[name] for record in records) for name in COUNTS}
-    if len(evaluated) < len(tasks):
+    if len(records) < len(tasks):
         return dict.fromkeys(MEANS) | counts
     scores = [Score(record["accuracy"], record["standard_error"]) for record in records]
-    pairs = list(zip(evaluated, scores))
-    published = mean_score(centred(score, task.baseline) for task, score in pairs)
-    corrected = mean_score(centred(score, task.corrected) for task, score in pairs)
+    published = mean_score(map(centred, scores, [task.baseline for task in tasks]))
+    corrected = mean_score(map(centred, scores, [task.corrected for task in tasks]))
     means = (
         published.value,
         published.error,
@@ -197,4 +204,6 @@ def summary(
 def _mean(values: Sequence[float | None]) -> float | None:
     """Return the mean; None if a value is None, or there are none."""
     known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
+    if not known or len(known) < len(values):
+        return None
+    return sum(known) / len(known)

@@ -4,27 +4,16 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 
 import store
 from slm import __version__
-from slm.exchange.archive import (
-    EXPORT_FORMAT,
-    Json,
-    complete_bytes,
-    copy_file,
-    exported_files,
-)
+from slm.exchange.archive import EXPORT_FORMAT, Json, exported_files
 from slm.files import read_json, sha256_of, write_json
+from slm.monitor.progress import Report, no_report
 from store import tables
-
-Report = Callable[[int, int], None]
-"""Called with the number of files done and their total."""
-
-
-def _no_report(done: int, total: int) -> None:
-    """Report nothing."""
 
 
 def export(
@@ -32,8 +21,8 @@ def export(
     folder: Path,
     experiments: Sequence[str] = (),
     weights: bool = False,
-    report_files: Report = _no_report,
-    report_tables: Report = _no_report,
+    report_files: Report = no_report,
+    report_tables: Report = no_report,
 ) -> Json:
     """Write results to a new folder: tables as Parquet, their dictionary, and the home's files.
 
@@ -63,38 +52,41 @@ def export(
         }
         write_json(unfinished / "export.json", document)
         unfinished.rename(folder)
-    except BaseException:
+    finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     return document
 
 
 def _describe_files(folder: Path, hashes: dict[str, str]) -> list[Json]:
     """Describe every file below a folder by name, size and SHA-256; `hashes` are those known."""
-    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
-    return [
-        {"name": name, "bytes": path.stat().st_size, "sha256": hashes.get(name) or sha256_of(path)}
-        for name, path in sorted(paths.items())
-        if path.is_file()
-    ]
+    files = []
+    for path in folder.rglob("*"):
+        if path.is_file():
+            name = path.relative_to(folder).as_posix()
+            sha256 = hashes.get(name) or sha256_of(path)
+            files.append({"name": name, "bytes": path.stat().st_size, "sha256": sha256})
+    return sorted(files, key=itemgetter("name"))
 
 
 def _select(
     home: Path, experiments: Sequence[str], weights: bool
 ) -> tuple[list[str], dict[str, list[str]] | None]:
     """Return the names of files to export, and the values that select rows of the tables."""
-    names = [name for name in exported_files(home) if weights or not name.endswith(".safetensors")]
+    names = exported_files(home)
+    if not weights:
+        names = [name for name in names if not name.endswith(".safetensors")]
     if not experiments:
         return names, None
     # 1) all experiments, swept and imported
-    swept = {path.stem: read_json(path)["runs"] for path in (home / "experiments").glob("*.json")}
-    imports = [read_json(path) for path in (home / "imports").glob("*/import.json")]
+    swept = {path.stem: read_json(path)["runs"] for path in home.glob("experiments/*.json")}
+    imports = [read_json(path) for path in home.glob("imports/*/import.json")]
     known = sorted({*swept, *(document["experiment"] for document in imports)})
-    for name in set(experiments) - set(known):
-        raise ValueError(f"no experiment {name!r}; there are {', '.join(known) or 'none'}")
+    for name in experiments:
+        if name not in known:
+            raise ValueError(f"no experiment {name!r}; there are {', '.join(known) or 'none'}")
     # 2) the parts of a home that belong to those selected
     imports = [document for document in imports if document["experiment"] in experiments]
-    fits = [path.stem for path in (home / "fits").glob("*.json") if _is_about(path, experiments)]
+    fits = [path.stem for path in home.glob("fits/*.json") if _is_about(path, experiments)]
     runs = {run for name in experiments for run in swept.get(name, ())}
     parts = {*runs, *(f"experiments/{name}.json" for name in experiments)}
     parts |= {f"fits/{name}.json" for name in fits}
@@ -125,9 +117,12 @@ def _copy_files(home: Path, folder: Path, names: Sequence[str], report: Report) 
     hashes = {}
     for number, name in enumerate(names):
         report(number, len(names))
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with (home / name).open("rb") as source, target.open("wb") as copy:
-            size = complete_bytes(source) if name.endswith("/events.jsonl") else None
-            hashes[f"runs/{name}"] = copy_file(source, copy, size)
+        copy = folder / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith("/events.jsonl"):
+            content = (home / name).read_bytes()
+            copy.write_bytes(content[: content.rfind(b"\n") + 1])
+        else:
+            shutil.copyfile(home / name, copy)
+        hashes[f"runs/{name}"] = sha256_of(copy)
     return hashes

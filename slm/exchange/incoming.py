@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from slm.exchange.archive import EXPORT_FORMAT, EXPORTED, NAME, Json, copy_file, run_of
+from slm.exchange.archive import EXPORT_FORMAT, EXPORTED, NAME, Json, has_plan
 from slm.files import read_json, replacing, sha256_of
+from slm.monitor.progress import Report
 from store.documents import rows_of, scan
 
-Report = Callable[[int, int], None]
-"""Called with the number of files done and their total."""
+MANIFEST_FILE = re.compile(
+    rf"runs/({EXPORTED.pattern})|tables/[a-z_]{{1,99}}\.parquet|columns\.json|README\.md"
+)
+"""Files that a manifest lists."""
 COPY_ORDER = ("events.jsonl", "exit.json", "import.json", "done.json", "plan.json")
 """Files copied last, in this order: an interrupted copy never claims more than it holds."""
 
@@ -54,20 +58,23 @@ class Export:
             return False
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            with (self.folder / name).open("rb") as source, temporary.open("wb") as copy:
-                sha256 = copy_file(source, copy)
-            if sha256 != self.hashes[name]:
+            shutil.copyfile(self.folder / name, temporary)
+            if sha256_of(temporary) != self.hashes[name]:
                 raise ValueError(f"{self.folder / name} changed during the merge: export it again")
         return True
 
     @cached_property
     def names(self) -> dict[str, list[str]]:
         """Return the files of each top-level folder, in the order to copy them."""
-        order = {name: position for position, name in enumerate(COPY_ORDER, 1)}
         names: defaultdict[str, list[str]] = defaultdict(list)
-        for name in sorted(self.hashes, key=lambda name: order.get(name.rpartition("/")[2], 0)):
+        for name in sorted(self.hashes, key=_copy_position):
             names[name.partition("/")[0]].append(name)
         return names
+
+
+def _copy_position(name: str) -> int:
+    file_name = name.rpartition("/")[2]
+    return COPY_ORDER.index(file_name) if file_name in COPY_ORDER else -1
 
 
 def verify_export(folder: Path, report: Report) -> tuple[str, dict[str, str]]:
@@ -76,14 +83,12 @@ def verify_export(folder: Path, report: Report) -> tuple[str, dict[str, str]]:
     Raises ValueError for a folder that is not an export, and for a damaged one.
     """
     home, files = _read_manifest(folder / "export.json")
+    hashes = {}
     for number, (name, (size, sha256)) in enumerate(files.items()):
         report(number, 2 * len(files))
         _check_file(folder, name, size, sha256)
-    hashes = {
-        name.removeprefix("runs/"): sha256
-        for name, (_, sha256) in files.items()
-        if name.startswith("runs/")
-    }
+        if name.startswith("runs/"):
+            hashes[name.removeprefix("runs/")] = sha256
     _check_documents(folder / "runs", hashes)
     return home, hashes
 
@@ -99,7 +104,7 @@ def _read_manifest(path: Path) -> tuple[str, dict[str, tuple[int, str]]]:
             raise ValueError(f"home id {home!r} is not valid")
         files = {row["name"]: (row["bytes"], row["sha256"]) for row in document["files"]}
         for name in files:
-            if not _is_valid_name(name):
+            if not MANIFEST_FILE.fullmatch(name):
                 raise ValueError(f"{name!r} is not the name of an exported file")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
@@ -107,17 +112,10 @@ def _read_manifest(path: Path) -> tuple[str, dict[str, tuple[int, str]]]:
     return home, files
 
 
-def _is_valid_name(name: str) -> bool:
-    if name.startswith("runs/"):
-        return EXPORTED.fullmatch(name.removeprefix("runs/")) is not None
-    return re.fullmatch(r"tables/[a-z_]{1,99}\.parquet|columns\.json|README\.md", name) is not None
-
-
 def _check_file(folder: Path, name: str, size: int, sha256: str) -> None:
     """Raise ValueError for a file that is missing, behind a link, or not what was exported."""
     path = folder / name
-    inside = [path, *path.parents][: len(Path(name).parts)]
-    if any(part.is_symlink() for part in inside):
+    if path.resolve() != folder.resolve() / name:
         raise ValueError(f"{path} is a link: an export has none")
     if not path.is_file():
         raise ValueError(f"{path} is missing: the export is incomplete, copy it again")
@@ -127,7 +125,7 @@ def _check_file(folder: Path, name: str, size: int, sha256: str) -> None:
         )
 
 
-def _check_documents(folder: Path, names: Iterable[str]) -> None:
+def _check_documents(folder: Path, names: Collection[str]) -> None:
     """Raise ValueError for documents that the store cannot read, and for unsafe names in them."""
     for file in scan(folder):
         if file.kind != "events" and file.name in names:
@@ -137,8 +135,7 @@ def _check_documents(folder: Path, names: Iterable[str]) -> None:
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise ValueError(f"{file.path}: {error}") from None
     for name in names:
-        run = run_of(name)
-        if run and f"{run}/plan.json" not in names:
+        if not has_plan(name, names):
             raise ValueError(f"{folder / name}: the run has no plan.json in this export")
 
 

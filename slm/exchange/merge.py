@@ -8,30 +8,31 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 import store
-from slm.exchange.archive import run_of, sha256_of_beginning
+from slm.exchange.archive import FOLDERS
 from slm.exchange.incoming import Export, MergeResult, verify_export
 from slm.exchange.merge_records import merge_experiments, merge_fits, merge_imports
 from slm.files import hold_lock, read_json, sha256_of
+from slm.monitor.progress import Report, no_report
 from slm.monitor.run_progress import last_events
 from slm.plan import canonical
 from slm.run import checkpoint_step
+from slm.sweep import slurm
 from slm.sweep.orchestrator import sweep_lock
 from slm.text import plural
 from store.paths import ensure_home_id
 
-Report = Callable[[int, int], None]
-"""Called with the number of files done and their total."""
 RUN_OUTCOMES = ("new", "further", "replaced", "kept", "same", "waiting")
-RECORD = ("plan.json", "attempts/*/*.json", "attempts/*/events.jsonl", "done.json")
-"""Files that record a run's training. Attempts are numbered, so those of two homes cannot mix."""
+Record = dict[str, Path]
+"""Files that record a run's training, by name."""
+RECORD_FILES = ("plan.json", "attempts/*/*.json", "attempts/*/events.jsonl", "done.json")
+"""Patterns of a record's files. Attempts are numbered, so those of two homes cannot mix."""
 
 
-def merge(folder: Path, home: Path, report: Report = lambda done, total: None) -> MergeResult:
+def merge(folder: Path, home: Path, report: Report = no_report) -> MergeResult:
     """Merge an export into a home.
 
     Every name and hash is checked before anything is written; an interrupted merge continues when
@@ -50,12 +51,10 @@ def merge(folder: Path, home: Path, report: Report = lambda done, total: None) -
     with sweep_lock(home) as is_held:
         ensure_home_id(home)
         export = Export(folder / "runs", home, home_id, hashes, is_held)
-        runs = sorted({run for name in hashes if (run := run_of(name))})
+        runs = sorted(export.names.keys() - set(FOLDERS))
         for number, run in enumerate(runs):
             report(len(hashes) + number, len(hashes) + len(runs))
-            outcome, line = _merge_run(export, run)
-            result.counts[outcome] += 1
-            result.lines.extend([line] if line else [])
+            result.counts[_merge_run(export, run, result.lines)] += 1
             result.counts["evaluations"] += _merge_evaluations(export, run)
             result.counts["weights"] += _merge_weights(export, run)
         renamed = merge_imports(export, result) | merge_experiments(export, result)
@@ -68,46 +67,49 @@ def merge(folder: Path, home: Path, report: Report = lambda done, total: None) -
 def _summary(counts: Counter[str]) -> str:
     parts = []
     for name, count in counts.items():
-        if count:
-            parts.append(
-                plural(count, f"{name} run") if name in RUN_OUTCOMES else f"{count} {name}"
-            )
+        if name in RUN_OUTCOMES and count:
+            parts.append(plural(count, f"{name} run"))
+        elif count:
+            parts.append(f"{count} {name}")
     return ", ".join(parts) or "nothing new"
 
 
-def _merge_run(export: Export, run: str) -> tuple[str, str | None]:
-    """Merge the record of a run; return the outcome, and a message where one is due."""
+def _merge_run(export: Export, run: str, lines: list[str]) -> str:
+    """Merge the record of a run; return the outcome, and add a message where one is due."""
     folder = export.home / run
     # 1) a run that is new here, or the same, or behind
     if not (folder / "plan.json").exists():
         _take_record(export, run)
-        return "new", None
+        return "new"
     local = _record(folder)
     incoming = _record(export.folder / run)
     if _extends(local, incoming):
-        return "same" if _extends(incoming, local) else "kept", None
+        return "same" if _extends(incoming, local) else "kept"
     with ExitStack() as stack:
         # 2) only while nobody trains it
         locks = (folder / "lock", folder / "train.lock")
         is_free = export.holds_sweep_lock and all(_hold(stack, lock) for lock in locks)
-        if not is_free or _is_queued(folder):
-            return "waiting", f"{run}: running here, left unchanged; merge again when it has ended"
+        if not is_free or slurm.jobs_of([folder]):
+            lines.append(f"{run}: running here, left unchanged; merge again when it has ended")
+            return "waiting"
         # 3) a run that has trained further there
         if _extends(incoming, local):
             _take_record(export, run)
-            return "further", None
+            return "further"
         # 4) two different records: one of them wins
         reason = _reason_to_keep(folder, local, incoming)
         if reason is not None:
-            return "kept", f"{run}: {reason}; this home's record is kept"
+            lines.append(f"{run}: {reason}; this home's record is kept")
+            return "kept"
         line = f"{run}: {_describe(incoming)} there, {_describe(local)} here: theirs is taken"
         aside = _move_aside(folder, incoming)
         _take_record(export, run)
-        return "replaced", f"{line}, ours is in {aside}"
+        lines.append(f"{line}, ours is in {aside}")
+        return "replaced"
 
 
-def _record(folder: Path) -> dict[str, Path]:
-    paths = (path for pattern in RECORD for path in folder.glob(pattern))
+def _record(folder: Path) -> Record:
+    paths = (path for pattern in RECORD_FILES for path in folder.glob(pattern))
     return {path.relative_to(folder).as_posix(): path for path in paths}
 
 
@@ -127,28 +129,22 @@ def _hold(stack: ExitStack, lock: Path) -> bool:
     return True
 
 
-def _is_queued(run_folder: Path) -> bool:
-    from slm.sweep import slurm
-
-    return bool(slurm.jobs_of([run_folder]))
-
-
-def _extends(longer: dict[str, Path], shorter: dict[str, Path]) -> bool:
+def _extends(longer: Record, shorter: Record) -> bool:
     """Whether a record holds all of another: its files, with its events as their beginning."""
-    return all(name in longer and _begins(longer[name], path) for name, path in shorter.items())
+    if not shorter.keys() <= longer.keys():
+        return False
+    return all(_begins(longer[name], path) for name, path in shorter.items())
 
 
 def _begins(path: Path, beginning: Path) -> bool:
     """Whether a file is the same as another; an event file may continue it."""
-    size = beginning.stat().st_size
-    own_size = path.stat().st_size
-    if own_size < size or (beginning.suffix != ".jsonl" and own_size != size):
-        return False
-    with path.open("rb") as a, beginning.open("rb") as b:
-        return sha256_of_beginning(a, size) == sha256_of_beginning(b, size)
+    content = path.read_bytes()
+    if path.suffix == ".jsonl":
+        return content.startswith(beginning.read_bytes())
+    return content == beginning.read_bytes()
 
 
-def _reason_to_keep(folder: Path, local: dict[str, Path], incoming: dict[str, Path]) -> str | None:
+def _reason_to_keep(folder: Path, local: Record, incoming: Record) -> str | None:
     """Return why this home's record wins over a different one, None where the other wins."""
     is_unfinished = "done.json" not in local and "done.json" not in incoming
     if is_unfinished and checkpoint_step(folder):
@@ -158,39 +154,44 @@ def _reason_to_keep(folder: Path, local: dict[str, Path], incoming: dict[str, Pa
     return None
 
 
-def _rank(record: dict[str, Path]) -> tuple[bool, float, str]:
+def _rank(record: Record) -> tuple[bool, float, str]:
     """Sort key of records, the winner first: finished, and earliest; else most steps."""
-    tie_breaker = canonical({name: sha256_of(path) for name, path in record.items()})
+    hashes = {name: sha256_of(path) for name, path in record.items()}
+    tie_breaker = canonical(hashes)
     done = record.get("done.json")
     if done:
         return False, float(read_json(done).get("time") or 0), tie_breaker
     return True, -_steps(record), tie_breaker
 
 
-def _steps(record: dict[str, Path]) -> int:
+def _steps(record: Record) -> int:
     """Return the number of steps that the attempts of a record reached."""
-    logs = [path for name, path in record.items() if name.endswith("/events.jsonl")]
-    return max((event.get("step") or 0 for log in logs for event in last_events(log)), default=0)
+    steps = [0]
+    for path in record.values():
+        if path.name == "events.jsonl":
+            steps += [event.get("step") or 0 for event in last_events(path)]
+    return max(steps)
 
 
-def _describe(record: dict[str, Path]) -> str:
+def _describe(record: Record) -> str:
     if "done.json" in record:
         return f"finished with val_bpb {read_json(record['done.json'])['val_bpb']}"
     return f"unfinished at step {_steps(record):,}"
 
 
-def _move_aside(folder: Path, incoming: dict[str, Path]) -> Path:
+def _move_aside(folder: Path, incoming: Record) -> Path:
     """Move the record of a run out of the way, its result first.
 
     Weights stay where both results have the same ones.
     """
-    number = 1 + max((int(path.name) for path in (folder / "aside").glob("[0-9]*")), default=0)
+    numbers = [int(path.name) for path in folder.glob("aside/[0-9]*")]
+    number = max(numbers, default=0) + 1
     aside = folder / "aside" / f"{number:03d}"
     aside.mkdir(parents=True)
     shutil.copyfile(folder / "plan.json", aside / "plan.json")
     names = ["done.json", "attempts", "checkpoints"]
-    incoming_done = incoming.get("done.json")
-    if incoming_done is None or _weights_hash(incoming_done) != _weights_hash(folder / "done.json"):
+    local_hash = _weights_hash(folder / "done.json")
+    if "done.json" not in incoming or _weights_hash(incoming["done.json"]) != local_hash:
         names.append("model.safetensors")
     for name in names:
         if (folder / name).exists():
@@ -207,13 +208,13 @@ def _merge_evaluations(export: Export, run: str) -> int:
     """Take the evaluation records of a run, the earlier of two of the same; return their number."""
     count = 0
     for name in export.names[run]:
-        if not name.startswith(f"{run}/evals/"):
-            continue
         path = export.home / name
+        if path.parent.name != "evals":
+            continue
         if path.exists():
             if _age(path) <= _age(export.folder / name):
                 continue
-            aside = path.parent.parent / "aside" / "evals"
+            aside = export.home / run / "aside" / "evals"
             aside.mkdir(parents=True, exist_ok=True)
             path.rename(aside / path.name)
         count += export.take(name)
@@ -224,11 +225,12 @@ def _age(evaluation: Path) -> tuple[float, str]:
     return float(read_json(evaluation).get("time") or 0), sha256_of(evaluation)
 
 
-def _merge_weights(export: Export, run: str) -> int:
+def _merge_weights(export: Export, run: str) -> bool:
     """Take a run's final weights if they were exported and belong to the result in this home."""
     name = f"{run}/model.safetensors"
-    if (export.home / name).exists() or name not in export.hashes:
-        return 0
-    if export.hashes[name] != _weights_hash(export.home / run / "done.json"):
-        return 0
-    return int(export.take(name))
+    sha256 = export.hashes.get(name)
+    if not sha256 or (export.home / name).exists():
+        return False
+    if sha256 != _weights_hash(export.home / run / "done.json"):
+        return False
+    return export.take(name)

@@ -19,29 +19,28 @@ def merge_experiments(export: Export, result: MergeResult) -> dict[str, str]:
     for name in export.names["experiments"]:
         path = export.home / name
         incoming = read_json(export.folder / name)
-        local: Json | None = read_json(path) if path.exists() else None
+        local = read_json(path) if path.exists() else None
         # 1) an experiment that is new here is copied
-        is_other = path.stem in imported or (
-            local and not _same_question(export.home, local, incoming)
-        )
-        if not is_other and local is None:
+        if local is None and path.stem not in imported:
             result.counts["experiments"] += export.take(name)
             continue
-        # 2) another question gets another name, the same question the members of both
-        if is_other or local is None:
-            renamed[path.stem] = f"{path.stem}@{export.home_id}"
-            result.lines.append(
-                f"experiment {path.stem} asks another question here: theirs is {renamed[path.stem]}"
-            )
-            merged = incoming | {"name": renamed[path.stem]}
-            path = path.with_name(f"{renamed[path.stem]}.json")
-        else:
+        # 2) the same question has the members of both, another question gets another name
+        if local and path.stem not in imported and _same_question(export.home, local, incoming):
             merged = _union(export.home, local, incoming)
-        if path.exists() and read_json(path) == merged:
-            continue
-        if local is not None and not is_other:
+            if merged == local:
+                continue
             added = len(merged["runs"]) - len(local["runs"])
             result.lines.append(f"experiment {path.stem}: {added} more runs")
+        else:
+            new_name = f"{path.stem}@{export.home_id}"
+            renamed[path.stem] = new_name
+            result.lines.append(
+                f"experiment {path.stem} asks another question here: theirs is {new_name}"
+            )
+            merged = incoming | {"name": new_name}
+            path = path.with_name(f"{new_name}.json")
+            if path.exists() and read_json(path) == merged:
+                continue
         path.parent.mkdir(exist_ok=True)
         write_json(path, merged)
         result.counts["experiments"] += 1
@@ -53,20 +52,20 @@ def _same_question(home: Path, local: Json, incoming: Json) -> bool:
 
     It has the same words, recipes and data, and runs of the same trainers on the same tokens.
     """
-    our_declaration = local.get("declared") or {}
-    their_declaration = incoming.get("declared") or {}
+    first = local.get("declared") or {}
+    second = incoming.get("declared") or {}
     if local.get("question") != incoming.get("question"):
         return False
-    if our_declaration.get("data") != their_declaration.get("data"):
+    if first.get("data") != second.get("data"):
         return False
-    our_recipes = our_declaration.get("recipes") or {}
-    their_recipes = their_declaration.get("recipes") or {}
-    shared = our_recipes.keys() & their_recipes.keys()
-    if any(our_recipes[name] != their_recipes[name] for name in shared):
-        return False
-    our_kinds = _kinds(home, local)
-    their_kinds = _kinds(home, incoming)
-    return our_kinds <= their_kinds or their_kinds <= our_kinds
+    first_recipes = first.get("recipes") or {}
+    second_recipes = second.get("recipes") or {}
+    for name in first_recipes.keys() & second_recipes.keys():
+        if first_recipes[name] != second_recipes[name]:
+            return False
+    first_kinds = _kinds(home, local)
+    second_kinds = _kinds(home, incoming)
+    return first_kinds <= second_kinds or second_kinds <= first_kinds
 
 
 def _kinds(home: Path, experiment: Json) -> set[tuple[str, ...]]:
@@ -76,7 +75,8 @@ def _kinds(home: Path, experiment: Json) -> set[tuple[str, ...]]:
         path = home / run / "plan.json"
         if path.exists():
             plan = read_json(path)
-            kinds.add((plan["code"], plan["data"]["tokenizer"], plan["data"]["validation"]))
+            data = plan["data"]
+            kinds.add((plan["code"], data["tokenizer"], data["validation"]))
     return kinds
 
 
@@ -86,13 +86,12 @@ def _union(home: Path, local: Json, incoming: Json) -> Json:
         (local, incoming),
         key=lambda document: (float(document.get("created") or 0), canonical(document)),
     )
-    first_declared = first.get("declared") or {}
-    second_declared = second.get("declared") or {}
-    declared = second_declared | first_declared
-    for name in first_declared.keys() & second_declared.keys():
-        declared[name] = _union_values(first_declared[name], second_declared[name])
-    runs = sorted({*local["runs"], *incoming["runs"]}, key=lambda run: (_flops(home / run), run))
-    return first | {"declared": declared, "runs": runs}
+    declared = dict(second.get("declared") or {})
+    for name, value in (first.get("declared") or {}).items():
+        declared[name] = _union_values(value, declared.get(name))
+    runs = {*local["runs"], *incoming["runs"]}
+    cheapest_first = sorted(runs, key=lambda run: (_flops(home / run), run))
+    return first | {"declared": declared, "runs": cheapest_first}
 
 
 def _union_values(first: Any, second: Any) -> Any:
@@ -109,7 +108,8 @@ def _flops(run_folder: Path) -> float:
     if not path.exists():
         return float("inf")
     hp = read_json(path)["hyperparameters"]
-    return float(hp["flops_per_token"]) * float(hp["batch_tokens"]) * float(hp["steps"])
+    flops: float = hp["flops_per_token"] * hp["batch_tokens"] * hp["steps"]
+    return flops
 
 
 def merge_imports(export: Export, result: MergeResult) -> dict[str, str]:
@@ -130,12 +130,11 @@ def merge_imports(export: Export, result: MergeResult) -> dict[str, str]:
         if experiment not in names:
             export.take(name)
             continue
-        renamed[experiment] = f"{experiment}@{export.home_id}"
-        result.lines.append(
-            f"import {experiment} is another one here: theirs is {renamed[experiment]}"
-        )
+        new_name = f"{experiment}@{export.home_id}"
+        renamed[experiment] = new_name
+        result.lines.append(f"import {experiment} is another one here: theirs is {new_name}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, document | {"experiment": renamed[experiment]})
+        write_json(path, document | {"experiment": new_name})
     return renamed
 
 

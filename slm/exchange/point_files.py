@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
 from slm.exchange.importers.readers import read_table
+from slm.exchange.importers.types import Names
 from slm.fits.compare.trials import Trial
 from slm.fits.points import Point
 
-POINT_COLUMNS = ("params", "tokens", "flops", "loss")
-POINT_OPTIONAL = (
+REQUIRED_OF_POINTS = ("params", "tokens", "flops", "loss")
+OPTIONAL_OF_POINTS = (
     "budget",
     "core",
     "depth",
@@ -25,63 +26,29 @@ POINT_OPTIONAL = (
     "outlier",
     "comparison_key",
 )
-TRIAL_COLUMNS = ("recipe", "depth", "flops", "loss")
-TRIAL_OPTIONAL = ("seed", "seconds", "run", "comparison_key")
+REQUIRED_OF_TRIALS = ("recipe", "depth", "flops", "loss")
+OPTIONAL_OF_TRIALS = ("seed", "seconds", "run", "comparison_key")
+TEXTS = ("run", "recipe", "outlier", "comparison_key")
+"""Columns of text; the others hold numbers."""
+COUNTS = ("depth", "seed")
+"""Columns of whole numbers."""
 BUDGET_TOLERANCE = 0.03
 """FLOPs closer than this are one budget, in a file without budgets."""
 YES = ("1", "true", "yes")
 NO = ("", "0", "false", "no")
+Run = TypeVar("Run")
 
 
 @dataclass(frozen=True)
 class PointFile:
     """Runs of a file."""
 
-    points: tuple[Point, ...]
-    outliers: tuple[Point, ...]
+    points: list[Point]
+    outliers: list[Point]
     """Runs that the file marks as outliers."""
 
 
-@dataclass(frozen=True)
-class Line:
-    """Non-empty cells of one line, by column."""
-
-    number: int
-    cells: dict[str, str]
-
-    def number_of(self, name: str) -> float:
-        """Return a cell as a number. Raises ValueError naming the line."""
-        text = self.cells[name]
-        try:
-            return float(text)
-        except ValueError:
-            raise ValueError(f"line {self.number}: {name} is {text!r}, not a number") from None
-
-    def optional(self, name: str) -> float | None:
-        """Return a cell as a number, None if it is empty."""
-        return self.number_of(name) if name in self.cells else None
-
-    def count_of(self, name: str, default: int) -> int:
-        """Return a cell as a whole number. Raises ValueError naming the line."""
-        value = self.number_of(name) if name in self.cells else float(default)
-        if not value.is_integer():
-            text = self.cells[name]
-            raise ValueError(f"line {self.number}: {name} is {text!r}, not a whole number")
-        return int(value)
-
-    @property
-    def is_outlier(self) -> bool:
-        """Whether the line is marked as an outlier. Raises ValueError for an unknown mark."""
-        text = self.cells.get("outlier", "").lower()
-        if text not in YES + NO:
-            known = f"{', '.join(YES)} and {', '.join(NO[1:])}"
-            raise ValueError(f"line {self.number}: outlier is {text!r}; known are {known}")
-        return text in YES
-
-
-def read_points(
-    path: Path, names: Mapping[str, str] | None = None, budgets: bool = True
-) -> PointFile:
+def read_points(path: Path, names: Names | None = None, budgets: bool = True) -> PointFile:
     """Read runs from a table with the columns params, tokens, flops and loss.
 
     Optional columns: budget, core, depth, seed, run, recipe, weight, outlier, comparison_key. Other
@@ -93,27 +60,27 @@ def read_points(
     Raises ValueError for a missing or repeated column, a cell that is not a number (with its line),
     no runs, and FLOPs that do not form clear budgets.
     """
-    lines, columns = _read_lines(path, dict(names or {}), POINT_COLUMNS, POINT_OPTIONAL)
-    outliers = tuple(_point(line, path.stem) for line in lines if line.is_outlier)
-    points = [_point(line, path.stem) for line in lines if not line.is_outlier]
+    runs, columns = _read_runs(path, names or {}, REQUIRED_OF_POINTS, OPTIONAL_OF_POINTS, _point)
+    outliers = [point for point, is_outlier in runs if is_outlier]
+    points = [point for point, is_outlier in runs if not is_outlier]
     if not points:
         raise ValueError(f"{path}: every run is marked as an outlier, so none remains to fit")
     if "budget" not in columns and budgets:
         points = _assign_budgets(points)
-    return PointFile(tuple(points), outliers)
+    return PointFile(points, outliers)
 
 
-def read_trials(path: Path, names: Mapping[str, str] | None = None) -> dict[str, list[Trial]]:
+def read_trials(path: Path, names: Names | None = None) -> dict[str, list[Trial]]:
     """Read the runs of two recipes from a table, the first recipe of the file first.
 
     Columns: recipe, depth, flops and loss, optionally seed, seconds, run and comparison_key; others
     are ignored. `names` and defaults are as in `read_points`. Raises ValueError for every defect of
     the file, and for any number of recipes but two.
     """
-    lines, _ = _read_lines(path, dict(names or {}), TRIAL_COLUMNS, TRIAL_OPTIONAL)
+    runs, _ = _read_runs(path, names or {}, REQUIRED_OF_TRIALS, OPTIONAL_OF_TRIALS, _trial)
     trials: dict[str, list[Trial]] = {}
-    for line in lines:
-        trials.setdefault(line.cells["recipe"], []).append(_trial(line, path.stem))
+    for recipe, trial in runs:
+        trials.setdefault(recipe, []).append(trial)
     if len(trials) != 2:
         raise ValueError(
             f"{path}: a comparison takes two recipes; the file has {', '.join(trials)}"
@@ -121,102 +88,102 @@ def read_trials(path: Path, names: Mapping[str, str] | None = None) -> dict[str,
     return trials
 
 
-def _read_lines(
-    path: Path, names: dict[str, str], required: tuple[str, ...], optional: tuple[str, ...]
-) -> tuple[list[Line], list[str]]:
-    """Return the lines under the project's column names, and the names the file has."""
-    # 1) the table
-    known = required + optional
-    unknown = sorted(set(names) - set(known))
-    if unknown:
-        raise ValueError(f"no column is called {unknown[0]!r}; known are {', '.join(known)}")
+def _read_runs(
+    path: Path,
+    names: Names,
+    required: tuple[str, ...],
+    optional: tuple[str, ...],
+    make: Callable[..., Run],
+) -> tuple[list[Run], Names]:
+    """Make a run of the values of each line; return the file's columns by name, too."""
     try:
         table = read_table(path.read_text(encoding="utf-8-sig"))
+        columns = _columns(table.header, names, required, optional)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    # 2) its columns
-    for name in (*required, *names):
-        source = names.get(name, name)
-        if source not in table.header:
-            alias = f" (for {name})" if source != name else ""
-            there_are = ", ".join(table.header)
-            raise ValueError(f"{path}: no column {source!r}{alias}; there are {there_are}")
-    columns = {
-        name: names.get(name, name) for name in known if names.get(name, name) in table.header
-    }
-    # 3) its lines
     if table.ragged:
         raise ValueError(f"line {table.ragged[0]}: more or fewer cells than the header")
-    lines = []
+    runs = []
     for number, row in table.lines:
-        cells = {name: row[source] for name, source in columns.items() if row[source]}
-        empty = [name for name in required if name not in cells]
-        if empty:
-            raise ValueError(f"line {number}: {empty[0]} is empty")
-        lines.append(Line(number, cells))
-    return lines, list(columns)
+        values: dict[str, Any] = {"run": f"line {number}", "depth": 1, "seed": 0}
+        values |= {"recipe": path.stem, "comparison_key": path.stem}
+        try:
+            for name, source in columns.items():
+                if row[source]:
+                    values[name] = _value(name, row[source])
+                elif name in required:
+                    raise ValueError(f"{name} is empty")
+            runs.append(make(**values))
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from None
+    return runs, columns
 
 
-def _trial(line: Line, file_name: str) -> Trial:
-    with _naming_line(line):
-        return Trial(
-            run_id=line.cells.get("run", f"line {line.number}"),
-            depth=line.count_of("depth", 1),
-            seed=line.count_of("seed", 0),
-            flops=line.number_of("flops"),
-            loss=line.number_of("loss"),
-            seconds=line.optional("seconds"),
-            comparison_key=line.cells.get("comparison_key", file_name),
-        )
+def _columns(
+    header: Sequence[str],
+    names: Names,
+    required: tuple[str, ...],
+    optional: tuple[str, ...],
+) -> dict[str, str]:
+    """Return the file's column of each name that it has."""
+    columns = {name: names.get(name, name) for name in (*required, *optional)}
+    for name in (*names, *required):
+        if name not in columns:
+            raise ValueError(f"no column is called {name!r}; known are {', '.join(columns)}")
+        source = columns[name]
+        if source not in header:
+            alias = f" (for {name})" if source != name else ""
+            raise ValueError(f"no column {source!r}{alias}; there are {', '.join(header)}")
+    return {name: source for name, source in columns.items() if source in header}
 
 
-def _point(line: Line, file_name: str) -> Point:
-    with _naming_line(line):
-        return Point(
-            run_id=line.cells.get("run", f"line {line.number}"),
-            recipe=line.cells.get("recipe", file_name),
-            depth=line.count_of("depth", 1),
-            params=line.number_of("params"),
-            tokens=line.number_of("tokens"),
-            flops=line.number_of("flops"),
-            loss=line.number_of("loss"),
-            seed=line.count_of("seed", 0),
-            budget=line.optional("budget"),
-            comparison_key=line.cells.get("comparison_key", file_name),
-            weight=line.number_of("weight") if "weight" in line.cells else 1.0,
-            core=line.optional("core"),
-        )
-
-
-@contextmanager
-def _naming_line(line: Line) -> Iterator[None]:
-    """Name the line in errors about its run."""
+def _value(name: str, text: str) -> str | float:
+    if name in TEXTS:
+        return text
     try:
-        yield
-    except ValueError as error:
-        text = str(error)
-        prefix = "" if text.startswith("line ") else f"line {line.number}: "
-        raise ValueError(f"{prefix}{text}") from None
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"{name} is {text!r}, not a number") from None
+    if name not in COUNTS:
+        return value
+    if not value.is_integer():
+        raise ValueError(f"{name} is {text!r}, not a whole number")
+    return int(value)
+
+
+def _point(
+    run: str, outlier: str = "", budget: float | None = None, **values: Any
+) -> tuple[Point, bool]:
+    """Return a run, and whether it is marked as an outlier."""
+    if outlier.lower() not in YES + NO:
+        known = f"{', '.join(YES)} and {', '.join(NO[1:])}"
+        raise ValueError(f"outlier is {outlier.lower()!r}; known are {known}")
+    return Point(run_id=run, budget=budget, **values), outlier.lower() in YES
+
+
+def _trial(run: str, recipe: str, **values: Any) -> tuple[str, Trial]:
+    return recipe, Trial(run_id=run, **values)
 
 
 def _assign_budgets(points: Sequence[Point]) -> list[Point]:
     """Give runs the budget they share with their neighbours in FLOPs, if their sizes differ."""
-    order = sorted(range(len(points)), key=lambda k: points[k].flops)
-    flops = np.array([points[k].flops for k in order])
-    breaks = np.flatnonzero(np.diff(np.log(flops)) > np.log1p(BUDGET_TOLERANCE)) + 1
+    flops = np.array([point.flops for point in points])
+    order = np.argsort(flops, kind="stable")
+    steps = np.diff(np.log(flops[order]))
+    breaks = np.flatnonzero(steps > np.log1p(BUDGET_TOLERANCE)) + 1
     result = list(points)
-    for group in np.split(np.array(order, int), breaks):
-        members = [points[k] for k in group]
-        low = members[0].flops
-        high = members[-1].flops
+    for group in np.split(order, breaks):
+        low = flops[group[0]]
+        high = flops[group[-1]]
         if high > low * (1 + BUDGET_TOLERANCE):
             raise ValueError(
                 f"FLOPs from {low:.4g} to {high:.4g} are within {BUDGET_TOLERANCE:.0%} of a "
                 "neighbour but not of each other, so the budgets are not clear: give the file a "
                 "column budget, or read it without (--map budget=none)"
             )
-        if len({point.params for point in members}) > 1:
-            budget = float(np.exp(np.mean(np.log([point.flops for point in members]))))
+        if len({points[k].params for k in group}) > 1:
+            mean_log = np.mean(np.log(flops[group]))
+            budget = float(np.exp(mean_log))
             for k in group:
                 result[k] = replace(points[k], budget=budget)
     return result

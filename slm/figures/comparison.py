@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from slm.figures import style
-from slm.fits import Comparison, DepthEffect, Interval, Trial
+from slm.fits import Comparison, DepthEffect, Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-AXES = {"flops": "training compute (FLOPs)", "seconds": "training time (s)"}
+AXES = {"flops": style.COMPUTE, "seconds": "training time (s)"}
 CUT = 3.0
 """Largest ratio of an interval's reach to that of the estimates, in logarithms; a longer interval
 is cut."""
@@ -28,69 +28,74 @@ def plot_comparison(comparison: Comparison) -> Figure:
     """
     with style.page(style.PAGE_WIDTH, 3.6, comparison.decision.sentence) as figure:
         losses, multipliers = figure.subplots(1, 2)
-        trials = _draw_losses(losses, comparison)
-        if comparison.per_depth:
-            _draw_multipliers(multipliers, comparison.per_depth, comparison.multiplier)
-            name = "compute" if comparison.axis == "flops" else "time"
-            multipliers.set_ylabel(f"{name} multiplier")
-            multipliers.set_title(f"over all depths: {comparison.multiplier.text('.3g')}")
-        else:
-            multipliers.remove()
-        style.legend(figure)
-        style.freeze_layout(figure)
-        by_loss = sorted(trials, key=lambda drawn: -drawn[1].loss)
-        lowest = {trial.depth: (x, trial.loss) for x, trial in by_loss}
-        labels = [(f"d{depth}", *lowest[depth]) for depth in sorted(lowest)]
-        style.place_labels(losses, labels, [(x, trial.loss) for x, trial in trials])
+        _draw_losses(losses, comparison)
+        _draw_multipliers(multipliers, comparison)
+        style.lay_out(figure)
+        _label_depths(losses, comparison)
         return figure
 
 
-def _draw_losses(axes: Axes, comparison: Comparison) -> list[tuple[float, Trial]]:
-    """Draw every run of both recipes; return each with its x."""
-    axes.set_xscale("log")
-    axes.set_xlabel(AXES[comparison.axis])
+def _draw_losses(axes: Axes, comparison: Comparison) -> None:
+    """Draw every run of both recipes."""
+    x = comparison.axis
+    trials = (*comparison.base_trials, *comparison.candidate_trials)
+    compute = [getattr(trial, x) for trial in trials]
+    style.log_axis(axes, min(compute) / 2, max(compute) * 1.6, AXES[x])
     axes.set_ylabel("validation loss")
-    hollow = style.markers(style.INK, comparison.base, mfc="white", mec=style.INK, ms=5.5)
+    style.leave_room(axes, [trial.loss for trial in trials], 0.2, 0.08)
+    hollow = style.markers(
+        style.INK,
+        comparison.base,
+        mfc="white",
+        mec=style.INK,
+        ms=5.5,
+    )
+    style.draw_runs(axes, comparison.base_trials, "loss", "o", hollow, x)
     filled = style.markers(style.SURFACE, comparison.candidate)
-    drawn: list[tuple[float, Trial]] = []
-    for trials, look in (
-        (comparison.base_trials, hollow),
-        (comparison.candidate_trials, filled),
-    ):
-        located = [
-            (x, trial) for trial in trials if (x := getattr(trial, comparison.axis)) is not None
-        ]
-        losses = [trial.loss for _, trial in located]
-        axes.plot([x for x, _ in located], losses, "o", **look)
-        drawn += located
-    x = np.array([x for x, _ in drawn])
-    y = np.array([trial.loss for _, trial in drawn])
-    height = np.ptp(y) or 0.1 * y.max()
-    axes.set_xlim(x.min() / 2, x.max() * 1.6)
-    axes.set_ylim(y.min() - 0.2 * height, y.max() + 0.08 * height)
-    style.flops_ticks(axes)
-    return drawn
+    style.draw_runs(axes, comparison.candidate_trials, "loss", "o", filled, x)
 
 
-def _draw_multipliers(axes: Axes, rows: Sequence[DepthEffect], overall: Interval) -> None:
+def _label_depths(axes: Axes, comparison: Comparison) -> None:
+    """Label each depth at its lowest run."""
+    lowest: dict[int, tuple[float, float]] = {}
+    runs = []
+    for trial in (*comparison.base_trials, *comparison.candidate_trials):
+        run = getattr(trial, comparison.axis), trial.loss
+        runs.append(run)
+        if trial.depth not in lowest or trial.loss <= lowest[trial.depth][1]:
+            lowest[trial.depth] = run
+    labels = [(f"d{depth}", *run) for depth, run in sorted(lowest.items())]
+    style.place_labels(axes, labels, runs)
+
+
+def _draw_multipliers(axes: Axes, comparison: Comparison) -> None:
     """Draw the multiplier of each depth, its FLOPs below it, over that of all depths."""
+    rows = comparison.per_depth
+    overall = comparison.multiplier
     axes.set_yscale("log")
     axes.set_ylim(*_multiplier_limits(rows, overall))
     _tick_factors(axes)
+    axes.set_ylabel("compute multiplier" if comparison.axis == "flops" else "time multiplier")
     axes.set_xlim(-0.6, len(rows) - 0.4)
     ticks = [f"d{row.depth}\n{style.one_digit(row.flops)}" for row in rows]
     axes.set_xticks(range(len(rows)), ticks)
     axes.set_xlabel("depth, FLOPs")
-    line: dict[str, Any] = {"linewidth": 0.9, "zorder": 1}
-    axes.axhline(1, color=style.TEXT, linestyle=style.DASHED, label="no difference", **line)
+    axes.set_title(f"over all depths: {overall.text('.3g')}")
+    dashed = style.line(style.TEXT, 0.9, 1, linestyle=style.DASHED)
+    axes.axhline(1, label="no difference", **dashed)
     if overall.estimate is not None:
-        low = overall.low or axes.get_ylim()[0]
-        high = overall.high or axes.get_ylim()[1]
+        low, high = axes.get_ylim()
         band = style.band(style.SURFACE_BAND, "over all depths") | {"alpha": 0.6, "zorder": 0}
-        axes.axhspan(low, high, **band)
-        axes.axhline(overall.estimate, color=style.SURFACE, **line)
+        axes.axhspan(overall.low or low, overall.high or high, **band)
+        axes.axhline(overall.estimate, **style.line(style.SURFACE, 0.9, 1))
     label = "at a depth, 95 % interval"
-    look = style.markers(style.INK, label, ms=5, marker="o", linestyle="")
+    look = style.markers(
+        style.INK,
+        label,
+        ms=5,
+        marker="o",
+        linestyle="",
+    )
     for k, row in enumerate(rows):
         style.draw_interval(axes, k, row.multiplier, look)
 

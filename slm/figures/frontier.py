@@ -4,13 +4,13 @@ and ladder."""
 from __future__ import annotations
 
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from slm.figures import style
 from slm.figures.style import Array
-from slm.fits import CurveFit, Interval, IsoFlopFit, Point, Surface
+from slm.fits import CurveFit, Interval, IsoFlopFit, Surface
 from slm.fits.power_law import REACH
 
 if TYPE_CHECKING:
@@ -37,96 +37,102 @@ def plot_frontier(fit: CurveFit, title: str = "") -> Figure:
     law, blue the surface's optimum with its interval, dots the runs of the ladder; dashed beyond
     the runs.
     """
-    runs = [point for point in fit.points if point.budget is None]
-    with style.page(style.PAGE_WIDTH, 3.5, style.titled(title, fit.mixed)) as figure:
+    with style.page(style.PAGE_WIDTH, 3.5, title, fit.mixed) as figure:
         panels = dict(zip(("params", "tokens"), figure.subplots(1, 2)))
         for name, axes in panels.items():
-            _draw_panel(axes, fit, runs, name)
-        style.legend(figure)
-        style.freeze_layout(figure)
+            _draw_panel(axes, fit, name)
+        style.lay_out(figure)
         for name, axes in panels.items():
-            labels = style.depth_labels(runs, attrgetter(name), MAX_LABELS)
+            labels = style.depth_labels(fit.points, attrgetter(name), MAX_LABELS)
             lines = np.concatenate([line.get_xydata() for line in axes.lines])
             style.place_labels(axes, labels, lines, rising=True)
         return figure
 
 
-def _draw_panel(axes: Axes, fit: CurveFit, runs: list[Point], name: str) -> None:
+def _draw_panel(axes: Axes, fit: CurveFit, name: str) -> None:
     """Draw one panel; `name` is "params" or "tokens"."""
-    style.compute_axis(axes)
+    flops = [point.flops for point in fit.points]
+    ends = min(flops), max(flops)
+    style.log_axis(axes, ends[0] / 1.8, REACH * ends[1])
     axes.set_yscale("log")
     axes.set_ylabel(f"parameters N ({fit.convention})" if name == "params" else "tokens D")
-    flops = [point.flops for point in fit.points]
-    axes.set_xlim(min(flops) / 1.8, REACH * max(flops))
-    style.flops_ticks(axes)
-    style.shade_beyond(axes, max(flops) * 1.12)
-    if runs:
-        color = style.INK if style.is_depth_ladder(runs) else style.FAINT
-        look = style.markers(color, style.ladder_label(runs), zorder=3)
-        axes.plot([run.flops for run in runs], [getattr(run, name) for run in runs], "o", **look)
-    within = np.geomspace(min(flops), max(flops), 60)
-    beyond = np.geomspace(max(flops), REACH * max(flops), 30)
+    style.shade_beyond(axes, ends[1])
+    ladder = style.ladder_of(fit.points)
+    color = style.INK if style.is_depth_ladder(ladder) else style.FAINT
+    look = style.markers(color, style.ladder_label(ladder), zorder=3)
+    style.draw_runs(axes, ladder, name, "o", look)
     surface = _surface(fit)
     if surface:
-        _draw_surface_optimum(axes, surface, fit, name, within, beyond)
+        _draw_surface_optimum(axes, surface, fit, name, ends)
     if fit.isoflop:
-        _draw_minima(axes, fit.isoflop, name, within, beyond)
+        _draw_minima(axes, fit.isoflop, name, ends)
     heights = np.concatenate([line.get_ydata() for line in axes.lines])
     axes.set_ylim(heights.min() / ROOM, heights.max() * ROOM)
     style.count_ticks(axes.yaxis)
     axes.set_title(_exponents(fit, name))
 
 
-def _draw_minima(axes: Axes, grid: IsoFlopFit, name: str, within: Array, beyond: Array) -> None:
+def _draw_minima(
+    axes: Axes,
+    grid: IsoFlopFit,
+    name: str,
+    ends: tuple[float, float],
+) -> None:
     """Draw the minima and, through two or more, their power law."""
     label = "isoFLOP minimum, 95 % interval"
-    look = style.markers(style.LAW, label, ms=8, marker="*", linestyle="", zorder=7)
+    look = style.markers(
+        style.LAW,
+        label,
+        ms=8,
+        marker="*",
+        linestyle="",
+        zorder=7,
+    )
     for curve in grid.curves:
-        if curve.minimum:
-            style.draw_interval(axes, curve.flops, grid.intervals(curve)[name], look)
+        style.draw_interval(axes, curve.flops, grid.intervals(curve)[name], look)
     exponent = grid.params_exponent if name == "params" else grid.tokens_exponent
     if exponent is None or exponent.estimate is None:
         return
-    center = np.log([best.flops for best in grid.minima]).mean()
+    estimate = exponent.estimate
+    centre = np.log([best.flops for best in grid.minima]).mean()
     level = np.log([getattr(best, name) for best in grid.minima]).mean()
 
     def law(flops: Array) -> Array:
-        return np.exp(level + exponent.estimate * (np.log(flops) - center))
+        return np.asarray(np.exp(level + estimate * (np.log(flops) - centre)))
 
-    line: dict[str, Any] = {"color": style.LAW, "linewidth": 1.2, "zorder": 5}
-    axes.plot(within, law(within), label="power law of the minima", **line)
-    axes.plot(beyond, law(beyond), linestyle=style.DASHED, **line)
+    line = style.line(style.LAW, 1.2, 5, label="power law of the minima")
+    style.draw_curve(axes, ends, law, line)
 
 
 def _draw_surface_optimum(
-    axes: Axes, surface: Surface, fit: CurveFit, name: str, within: Array, beyond: Array
+    axes: Axes,
+    surface: Surface,
+    fit: CurveFit,
+    name: str,
+    ends: tuple[float, float],
 ) -> None:
     """Draw the surface's optimum with its interval."""
-    flops = np.concatenate([within, beyond])
+
+    def optimum(flops: Array) -> Array:
+        return np.array([getattr(surface.optimum(compute), name) for compute in flops])
+
+    label = f"{surface.form} surface's optimum, 95 % interval"
+    look = style.line(style.SURFACE, 1.2, 4, label=label)
+    flops = style.draw_curve(axes, ends, optimum, look)
     low, high = _interval_of_optimum(fit, flops)
     if name == "tokens":
-        low, high = flops / surface.kappa / high, flops / surface.kappa / low
+        product = flops / surface.kappa
+        low, high = product / high, product / low
     axes.fill_between(flops, low, high, **style.band(style.SURFACE_BAND))
-    optimum = np.array([getattr(surface.optimum(compute), name) for compute in flops])
-    split = len(within)
-    line: dict[str, Any] = {"color": style.SURFACE, "linewidth": 1.2, "zorder": 4}
-    label = f"{surface.form} surface's optimum, 95 % interval"
-    axes.plot(within, optimum[:split], label=label, **line)
-    axes.plot(beyond, optimum[split:], linestyle=style.DASHED, **line)
 
 
 def _interval_of_optimum(fit: CurveFit, flops: Array) -> tuple[Array, Array]:
     """Return the ends of N*'s interval, interpolated in logarithms; NaN next to an open end."""
     optima = fit.parametric.frontier
     known = np.log([best.flops for best, _ in optima])
-
-    def interpolate(ends: list[float | None]) -> Array:
-        values = np.log([np.nan if end is None else end for end in ends])
-        return np.exp(np.interp(np.log(flops), known, values))
-
-    low = interpolate([interval.low for _, interval in optima])
-    high = interpolate([interval.high for _, interval in optima])
-    return low, high
+    ends = np.array([[interval.low, interval.high] for _, interval in optima], float)
+    low, high = (np.interp(np.log(flops), known, end) for end in np.log(ends).T)
+    return np.exp(low), np.exp(high)
 
 
 def _exponents(fit: CurveFit, name: str) -> str:
@@ -147,10 +153,8 @@ def _exponents(fit: CurveFit, name: str) -> str:
 
 
 def _one_minus(interval: Interval) -> Interval:
-    estimate, low, high = (
-        None if end is None else 1 - end for end in (interval.estimate, interval.high, interval.low)
-    )
-    return Interval(estimate, low, high, identifiable=True)
+    ends = (interval.estimate, interval.high, interval.low)
+    return Interval.of_ends(*(None if end is None else 1 - end for end in ends))
 
 
 def _surface(fit: CurveFit) -> Surface | None:

@@ -9,14 +9,15 @@ import numpy as np
 
 from slm.figures import style
 from slm.figures.style import Array
-from slm.fits import CurveFit, Law, Minimum, Point, Surface
+from slm.fits import CurveFit, Law, Point, Surface
+from slm.fits.ladder import columns_of, law_runs
 from slm.text import flops as flops_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-AXES = {"flops": "training compute (FLOPs)", "params": "parameters N", "tokens": "tokens D"}
+AXES = {"flops": style.COMPUTE, "params": "parameters N", "tokens": "tokens D"}
 CUT = 10.0
 """Largest residual drawn, in multiples of the noise; one beyond it is a triangle at the edge."""
 EDGE = 0.95
@@ -32,18 +33,17 @@ def plot_residuals(fit: CurveFit, title: str = "") -> Figure:
     """
     law = fit.law
     surface = fit.parametric.surface
-    rows, columns = 1, 1
+    rows, columns, width = 1, 1, style.PANEL_WIDTH
     if surface:
         rows, columns = (2, 2) if law else (1, 3)
-    width = style.PAGE_WIDTH if surface else style.PANEL_WIDTH
-    with style.page(width, 0.9 + 2.0 * rows, style.titled(title, fit.mixed)) as figure:
+        width = style.PAGE_WIDTH
+    with style.page(width, 0.9 + 2.0 * rows, title, fit.mixed) as figure:
         panels = list(figure.subplots(rows, columns, squeeze=False).flat)
         if surface:
             for axes, name in zip(panels[-3:], AXES):
                 _draw_surface_panel(axes, surface, fit.points, name)
         labels = _draw_law_panel(panels[0], law, fit) if law else []
-        style.legend(figure)
-        style.freeze_layout(figure)
+        style.lay_out(figure)
         style.place_labels(panels[0], labels, [(x, y) for _, x, y in labels])
         return figure
 
@@ -51,70 +51,90 @@ def plot_residuals(fit: CurveFit, title: str = "") -> Figure:
 def _draw_law_panel(axes: Axes, law: Law, fit: CurveFit) -> list[style.Label]:
     """Draw residuals of the fitted runs, or of the minima, and return the labels of their
     depths."""
-    ladder = [point for point in fit.points if point.budget is None]
-    minima = fit.isoflop.minima if fit.isoflop else []
-    runs: Sequence[Point | Minimum] = ladder or minima
-    flops = np.array([run.flops for run in runs])
-    residuals = _residuals(runs, law.loss(flops))
-    _draw_frame(axes, flops, residuals, law.noise.sigma)
+    ladder = style.ladder_of(fit.points)
+    flops, losses = columns_of(law_runs(fit.points, fit.isoflop.curves if fit.isoflop else ()))
+    residuals = style.percent_off(losses, law.loss(flops))
+    _draw_frame(axes, flops, residuals, law.noise.sigma, AXES["flops"])
     label = style.ladder_label(ladder) if ladder else "isoFLOP minima"
     _draw_runs(axes, flops, residuals, style.INK, label)
-    axes.set_xlabel(AXES["flops"])
     axes.set_title("law " + law.form.replace("*C^-p", "·C⁻ᵖ"))
-    heights = dict(zip([run.run_id for run in ladder], residuals.tolist()))
+    heights = dict(zip([run.run_id for run in ladder], residuals))
     return style.depth_labels(ladder, lambda run: heights[run.run_id])
 
 
-def _draw_surface_panel(axes: Axes, surface: Surface, points: Sequence[Point], name: str) -> None:
+def _draw_surface_panel(
+    axes: Axes,
+    surface: Surface,
+    points: Sequence[Point],
+    name: str,
+) -> None:
     """Draw residuals of all runs against one of AXES, each budget in its shade."""
-    sizes = np.array([point.params for point in points])
-    tokens = np.array([point.tokens for point in points])
+    columns = np.array([(point.params, point.tokens, point.loss) for point in points])
+    sizes, tokens, losses = columns.T
     x = np.array([getattr(point, name) for point in points])
-    residuals = _residuals(points, surface.loss(sizes, tokens))
-    _draw_frame(axes, x, residuals, surface.noise.sigma)
-    without_budget = np.array([point.budget is None for point in points])
-    label = style.ladder_label([point for point in points if point.budget is None])
-    _draw_runs(axes, x[without_budget], residuals[without_budget], style.INK, label)
+    residuals = style.percent_off(losses, surface.loss(sizes, tokens))
+    _draw_frame(axes, x, residuals, surface.noise.sigma, AXES[name])
+    if name != "flops":
+        style.count_ticks(axes.xaxis)
     budgets = np.array([point.budget or 0.0 for point in points])
-    known = sorted({point.budget for point in points if point.budget})
+    in_ladder = budgets == 0
+    label = style.ladder_label(style.ladder_of(points))
+    _draw_runs(axes, x[in_ladder], residuals[in_ladder], style.INK, label)
+    known = np.unique(budgets[~in_ladder])
     for budget, shade in zip(known, style.shades(len(known))):
         at_budget = budgets == budget
         label = f"{flops_text(budget)} FLOPs"
         _draw_runs(axes, x[at_budget], residuals[at_budget], shade, label)
-    axes.set_xlabel(AXES[name])
-    if name != "flops":
-        style.count_ticks(axes.xaxis)
     axes.set_title(f"{surface.form} surface")
 
 
-def _draw_frame(axes: Axes, x: Array, residuals: Array, sigma: float) -> None:
+def _draw_frame(
+    axes: Axes,
+    x: Array,
+    residuals: Array,
+    sigma: float,
+    label: str,
+) -> None:
     """Set the limits and draw the band of twice the noise."""
     noise = 200 * sigma
     largest = min(float(np.abs(residuals).max()), CUT * noise / 2 or np.inf)
     reach = max(largest, noise, 1e-6)
-    axes.set_xscale("log")
-    axes.set_xlim(x.min() / 1.4, x.max() * 1.4)
+    style.log_axis(axes, x.min() / 1.4, x.max() * 1.4, label)
     axes.set_ylim(-1.25 * reach, 1.25 * reach)
-    style.flops_ticks(axes)
     axes.set_ylabel("residual (%)")
-    axes.axhspan(-noise, noise, color=style.NOISE, linewidth=0, zorder=0, label="twice the noise")
-    axes.axhline(0, color=style.FAINT, linewidth=0.8, zorder=1)
+    axes.axhspan(
+        -noise,
+        noise,
+        color=style.NOISE,
+        linewidth=0,
+        zorder=0,
+        label="twice the noise",
+    )
+    axes.axhline(0, **style.line(style.FAINT, 0.8, 1))
     if (np.abs(residuals) > EDGE * axes.get_ylim()[1]).any():
-        axes.plot([], [], "^", color=style.INK, ms=4, label="beyond the panel")
+        axes.plot(
+            [],
+            [],
+            "^",
+            color=style.INK,
+            ms=4,
+            label="beyond the panel",
+        )
 
 
-def _draw_runs(axes: Axes, x: Array, residuals: Array, color: str | Array, label: str) -> None:
+def _draw_runs(
+    axes: Axes,
+    x: Array,
+    residuals: Array,
+    color: str | Array,
+    label: str,
+) -> None:
     edge = EDGE * axes.get_ylim()[1]
     heights = np.clip(residuals, -edge, edge)
-    inside = np.abs(residuals) <= edge
     above = residuals > edge
     below = residuals < -edge
+    inside = ~(above | below)
     for marker, chosen in (("o", inside), ("^", above), ("v", below)):
         if chosen.any():
             look = style.markers(color, label if marker == "o" else None)
             axes.plot(x[chosen], heights[chosen], marker, **look)
-
-
-def _residuals(runs: Sequence[Point | Minimum], expected: Array) -> Array:
-    """Return log residuals in per cent."""
-    return np.asarray(100 * np.log([run.loss for run in runs] / expected))

@@ -20,8 +20,9 @@ Every interval comes from one set of draws. CORE rises with compute, so {CORE x 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -36,10 +37,11 @@ from slm.fits.core_sigmoid import (
     draw_jointly,
     fit_sigmoid,
     run_error,
+    sigmoid,
 )
-from slm.fits.intervals import Interval, crossing
+from slm.fits.intervals import Interval, crossing, exponential_end
 from slm.fits.points import Axes, Point, check
-from slm.fits.power_law import Law
+from slm.fits.power_law import Law, root_mean_square
 from slm.fits.types import Array, FitWarning, to_json
 
 GPT2 = {
@@ -113,6 +115,10 @@ class CoreFit:
     """Runs with a CORE."""
     at_chance: tuple[Point, ...]
     """Points that the sigmoid cannot tell from chance. Together they weigh as one run."""
+    law: Law
+    """Loss from compute."""
+    centre: float
+    """L0, the mean loss of the points."""
     draws: CoreDraws
     scale: float
     """Noise of a run around the sigmoid, in units of `run_error`."""
@@ -123,35 +129,31 @@ class CoreFit:
     evaluation: float | None = None
     """Standard error of a point over examples; None for that of the CORE tasks."""
 
-    @property
-    def law(self) -> Law:
-        """Loss from compute."""
-        return self.draws.law
-
     def core(self, loss: Array | float) -> Array:
         """Return the median CORE at a loss; any shape."""
         losses = np.asarray(loss, float)
-        cores = self.draws.at_loss(losses.reshape(1, -1))
-        return np.asarray(np.median(cores, 0).reshape(losses.shape))
+        cores = self._at_loss(losses.reshape(1, -1))
+        return np.median(cores, 0).reshape(losses.shape)
 
     def at(self, flops: float) -> Interval:
         """Return CORE of the family at C."""
-        return _interval(self.draws.at_compute(np.array([flops])))
+        return _interval(self._at_compute(np.array([flops])))
 
     def curve(self, flops: Array) -> Array:
         """Return the medians of `at`, (n,)."""
-        return np.asarray(np.median(self.draws.at_compute(flops), 0))
+        return np.median(self._at_compute(flops), 0)
 
     def band(self, flops: Array) -> tuple[Array, Array]:
         """Return the ends of `at`, (n,) each."""
-        low, high = np.quantile(self.draws.at_compute(flops), (TAIL, 1 - TAIL), axis=0)
+        low, high = np.quantile(self._at_compute(flops), (TAIL, 1 - TAIL), axis=0)
         return low, high
 
     def prediction(self, flops: float) -> Interval:
         """Return CORE of one further run at C, with the noise of its seed and evaluation."""
-        cores = self.draws.at_compute(np.array([flops]))[:, 0]
+        cores = self._at_compute(np.array([flops]))[:, 0]
         unit = np.random.default_rng(1).standard_normal(len(cores))
-        return _interval(cores + self.draws.noise * run_error(cores, self.evaluation) * unit)
+        noise = self.draws.noise * run_error(cores, self.evaluation)
+        return _interval(cores + noise * unit)
 
     def reach(self, core: float) -> Reach:
         """Return the compute at which the family reaches a CORE.
@@ -165,21 +167,21 @@ class CoreFit:
         first = np.log(self.law.smallest / BELOW)
         last = np.log(self.law.largest * BEYOND)
 
-        def excess(logc: float, quantile: float) -> float:
-            return float(np.quantile(self.draws.at_compute(np.exp([logc])), quantile)) - core
+        def end(quantile: float) -> float | None:
+            def excess(logc: float) -> float:
+                cores = self._at_compute(np.exp([logc]))
+                return np.quantile(cores, quantile) - core
 
-        ends: list[float | None] = []
-        for quantile in reversed(QUANTILES):
-            end = None
-            if excess(first, quantile) <= 0:
-                end = crossing(partial(excess, quantile=quantile), first, last, 2.0)
-            ends.append(None if end is None else float(np.exp(end)))
-        low, middle, high = ends
+            if excess(first) > 0:
+                return None
+            return exponential_end(crossing(excess, first, last, 2.0))
+
+        high, middle, low = map(end, QUANTILES)
         largest = min(self._largest, self.law.largest)
         return Reach(
             core=core,
             flops=Interval.of_ends(middle, low, high),
-            probability_never=self.draws.share_below(core),
+            probability_never=self._share_below(core),
             extrapolated=high is None or high > largest,
         )
 
@@ -198,22 +200,22 @@ class CoreFit:
         """CORE at no loss, within TOPS; identifiable if the runs exclude both ends of it."""
         top = _interval(self.draws.parameters[:, 3])
         held = (top.low or 0.0) > TOPS[0] and (top.high or 1.0) < TOPS[-1]
-        return Interval(top.estimate, top.low, top.high, bool(held))
+        return replace(top, identifiable=bool(held))
 
     @property
     def midpoint(self) -> Interval:
         """Loss halfway from floor to top; identifiable if the runs have it on both sides."""
-        a, b, *_ = self.draws.parameters.T
-        middle = _interval(self.draws.centre + a / b)
+        a, b, _, _ = self.draws.parameters.T
+        middle = _interval(self.centre + a / b)
         losses = [point.loss for point in self.points]
         held = min(losses) < (middle.estimate or 0.0) < max(losses)
-        return Interval(middle.estimate, middle.low, middle.high, held)
+        return replace(middle, identifiable=held)
 
     @property
     def gain(self) -> Interval:
         """CORE per unit of loss at the lowest loss of the points: -dCORE/dL."""
         a, b, floor, top = self.draws.parameters.T
-        share = special.expit(a + b * (self.draws.centre - self._lowest))
+        share = special.expit(a + b * (self.centre - self._lowest))
         return _interval((top - floor) * b * share * (1 - share))
 
     @property
@@ -246,27 +248,47 @@ class CoreFit:
         """Return the fit as JSON; null is unknown, compute in FLOPs."""
         flops = np.geomspace(self.law.smallest, 10 * self.law.largest, 41)
         low, high = self.band(flops)
+        band = {"flops": flops, "core": self.curve(flops), "low": low, "high": high}
         levels = GPT2 if self.name == "CORE" else {}
-        return {
-            "metric": self.name,
-            "core_key": self.points[0].core_key,
-            "n": len(self.points),
-            "at_chance": sorted(point.run_id for point in self.at_chance),
-            "floor": to_json(self.floor),
-            "top": to_json(self.top),
-            "midpoint": to_json(self.midpoint),
-            "gain": to_json(self.gain),
-            "noise": self.scale * float(run_error(self.core(self._lowest), self.evaluation)),
-            "noise_scale": self.scale,
-            "band": {
-                "flops": flops.tolist(),
-                "core": self.curve(flops).tolist(),
-                "low": low.tolist(),
-                "high": high.tolist(),
-                "extrapolated_from": self._largest,
-            },
-            "reach": {name: self.reach(core).document() for name, core in levels.items()},
-        }
+        return to_json(
+            {
+                "metric": self.name,
+                "core_key": self.points[0].core_key,
+                "n": len(self.points),
+                "at_chance": sorted(point.run_id for point in self.at_chance),
+                "floor": self.floor,
+                "top": self.top,
+                "midpoint": self.midpoint,
+                "gain": self.gain,
+                "noise": self.scale * run_error(self.core(self._lowest), self.evaluation),
+                "noise_scale": self.scale,
+                "band": band | {"extrapolated_from": self._largest},
+                "reach": {name: self.reach(core) for name, core in levels.items()},
+            }
+        )
+
+    def _at_loss(self, losses: Array) -> Array:
+        """Return draws of CORE at losses, (1 or DRAWS, n) -> (DRAWS, n)."""
+        return sigmoid(self.draws.parameters.T[..., None], self.centre - losses)
+
+    def _at_compute(self, flops: Array) -> Array:
+        """Return draws of CORE at compute, (n,) -> (DRAWS, n)."""
+        low, high = self.law.band(flops)
+        return self._at_loss(self._losses(self.law.loss(flops), low, high))
+
+    def _losses(self, best: Array, low: Array, high: Array) -> Array:
+        """Return losses (DRAWS, n) with the law's 95 % interval, a t distribution per side."""
+        position = self.draws.law_t / stats.t.ppf(1 - TAIL, self.law.free)
+        width = np.where(position > 0, high - best, best - low)
+        return np.maximum(best + position * width, 0.0)
+
+    def _share_below(self, core: float) -> float | None:
+        """Return the share of draws that never reach `core`; None for a law without a floor."""
+        floor = self.law.E
+        if floor.estimate is None or floor.low is None or floor.high is None:
+            return None
+        losses = self._losses(*np.array([[floor.estimate], [floor.low], [floor.high]]))
+        return (self._at_loss(losses) < core).mean()
 
     @property
     def _lowest(self) -> float:
@@ -283,7 +305,9 @@ def _interval(values: Array) -> Interval:
 
 
 def fit_core(
-    points: Sequence[Point], law: Law | None, allow_mixed: bool = False
+    points: Sequence[Point],
+    law: Law | None,
+    allow_mixed: bool = False,
 ) -> CoreFit | NoCoreFit:
     """Fit CORE to the loss of the runs with a CORE, of any budget; the law gives the loss.
 
@@ -294,12 +318,13 @@ def fit_core(
     # 1) runs with a CORE, of one kind
     check(points, allow_mixed)
     measured = tuple(point for point in points if point.core is not None)
-    keys = {point.core_key or "" for point in measured}
+    keys = [point.core_key or "" for point in measured]
     name = " and ".join(sorted({point.core_name for point in measured})) or "CORE"
     refuse = partial(NoCoreFit, name=name)
-    if len(keys) > 1 and not allow_mixed:
-        differences = Axes.of_keys(point.core_key or "" for point in measured).differences
-        why = f"the runs have {len(keys)} evaluation settings and are not one curve: {differences}"
+    count = len(set(keys))
+    if count > 1 and not allow_mixed:
+        differences = Axes.of_keys(keys).differences
+        why = f"the runs have {count} evaluation settings and are not one curve: {differences}"
         return refuse("several_core_keys", why)
     if law is None:
         return refuse("too_few_runs", f"there is no law of the loss, so no {name} of compute")
@@ -313,9 +338,9 @@ def fit_core(
     # 2) runs at chance agree on the answers they prefer, so together they weigh as one run
     losses = np.array([point.loss for point in measured])
     cores = np.array([point.core for point in measured], float)
-    centre = float(losses.mean())
-    gained = losses.mean() - losses
-    errors = np.array([float(run_error(point.core or 0.0, point.core_error)) for point in measured])
+    centre = losses.mean()
+    gained = centre - losses
+    errors = np.array([run_error(point.core or 0.0, point.core_error) for point in measured])
     chance = at_chance(gained, cores, errors)
     above = int((~chance).sum())
     if above < MIN_RUNS:
@@ -328,19 +353,22 @@ def fit_core(
 
     # 3) profile the top; residuals are the runs above chance, those at chance as one, and the prior
     # of chance, less the parameters a, b and floor
-    fits = [fit_sigmoid(gained, cores, errors, float(top)) for top in TOPS]
+    fits = [fit_sigmoid(gained, cores, errors, top) for top in TOPS]
     free = above + int(chance.any()) + 1 - 3
+    pooled_free = NOISE_FREE + free
     least = min(fit.objective for fit in fits)
-    scale = float(np.sqrt((NOISE_FREE + least) / (NOISE_FREE + free)))
+    scale = np.sqrt((NOISE_FREE + least) / pooled_free)
     steepness = min(fit.steepness for fit in fits)
-    if steepness < scale * stats.t.ppf(1 - TAIL, NOISE_FREE + free):
+    if steepness < scale * stats.t.ppf(1 - TAIL, pooled_free):
         return refuse("core_flat", f"the runs do not show that a lower loss gives a higher {name}")
     return CoreFit(
         points=measured,
-        at_chance=tuple(point for point, low in zip(measured, chance) if low),
-        draws=draw_jointly(fits, scale, NOISE_FREE + free, law, centre),
+        at_chance=tuple(compress(measured, chance)),
+        law=law,
+        centre=centre,
+        draws=draw_jointly(fits, scale, pooled_free, law.free),
         scale=scale,
-        misfit=float(stats.chi2.sf(least, free)),
+        misfit=stats.chi2.sf(least, free),
         name=name,
         evaluation=_evaluation(measured),
     )
@@ -349,4 +377,4 @@ def fit_core(
 def _evaluation(measured: Sequence[Point]) -> float | None:
     """Return the root mean square of the points' standard errors; None if a point has none."""
     errors = [point.core_error for point in measured if point.core_error is not None]
-    return float(np.sqrt(np.mean(np.square(errors)))) if len(errors) == len(measured) else None
+    return root_mean_square(np.array(errors)) if len(errors) == len(measured) else None

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, special, stats
+from scipy import optimize, special
 
 from slm.fits.intervals import LEVEL
-from slm.fits.power_law import Law
 from slm.fits.types import Array
 
 TASKS = np.array(
@@ -75,10 +74,11 @@ def evaluation_error(core: Array | float, per_task: int | None = None) -> Array:
     .0143 at 100 per task; this gives .0072, .0086 and .0147.
     """
     examples, chance = TASKS.T
-    accuracy = chance + (1 - chance) * np.clip(np.asarray(core, float)[..., None], 0, 1)
+    centred = np.clip(core, 0, 1)[..., None]
+    accuracy = chance + (1 - chance) * centred
     examples = np.minimum(examples, per_task or np.inf)
     variance = accuracy * (1 - accuracy) / examples / (1 - chance) ** 2
-    return np.asarray(np.sqrt(variance.sum(-1)) / len(TASKS))
+    return np.sqrt(variance.sum(-1)) / len(TASKS)
 
 
 def run_error(core: Array | float, evaluation: Array | float | None = None) -> Array:
@@ -94,7 +94,7 @@ def run_error(core: Array | float, evaluation: Array | float | None = None) -> A
 def sigmoid(parameters: Array, gained: Array) -> Array:
     """Return CORE from (a, b, floor, top) and L0 - L."""
     a, b, floor, top = parameters
-    return np.asarray(floor + (top - floor) * special.expit(a + b * gained))
+    return floor + (top - floor) * special.expit(a + b * gained)
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,15 @@ class SigmoidFit:
     @property
     def steepness(self) -> float:
         """b in units of its standard error."""
-        return float(self.best[1] / np.sqrt(self.covariance[1, 1]))
+        return self.best[1] / np.sqrt(self.covariance[1, 1])
 
 
-def fit_sigmoid(gained: Array, cores: Array, errors: Array, top: float) -> SigmoidFit:
+def fit_sigmoid(
+    gained: Array,
+    cores: Array,
+    errors: Array,
+    top: float,
+) -> SigmoidFit:
     """Fit (a, b, floor) to the CORE of runs whose losses are `gained` (n,) below L0.
 
     The prior of the floor at CHANCE is one more residual.
@@ -127,8 +132,9 @@ def fit_sigmoid(gained: Array, cores: Array, errors: Array, top: float) -> Sigmo
         return np.append(misfit, (theta[2] - CHANCE) / CHANCE_ERROR)
 
     def jacobian(theta: Array) -> Array:
-        share = special.expit(theta[0] + theta[1] * gained)
-        steep = (top - theta[2]) * share * (1 - share)
+        a, b, floor = theta
+        share = special.expit(a + b * gained)
+        steep = (top - floor) * share * (1 - share)
         rows = np.stack([steep, steep * gained, 1 - share], 1) / errors[:, None]
         return np.vstack([rows, [0, 0, 1 / CHANCE_ERROR]])
 
@@ -137,11 +143,12 @@ def fit_sigmoid(gained: Array, cores: Array, errors: Array, top: float) -> Sigmo
         misfit = residuals(theta)
         size = np.abs(misfit)
         inner = np.minimum(size, DELTA)
-        return np.asarray(np.sign(misfit) * np.sqrt(inner * (2 * size - inner)))
+        return np.sign(misfit) * np.sqrt(inner * (2 * size - inner))
 
     def huber_jacobian(theta: Array) -> Array:
         size = np.maximum(np.abs(residuals(theta)), DELTA)
-        return np.asarray(jacobian(theta) * np.sqrt(DELTA / (2 * size - DELTA))[:, None])
+        factor = np.sqrt(DELTA / (2 * size - DELTA))
+        return jacobian(theta) * factor[:, None]
 
     share = np.clip((cores - CHANCE) / (top - CHANCE), 0.01, 0.99)
     steepness = 1 / gained.std() if np.ptp(gained) > 0 else 1.0
@@ -153,27 +160,23 @@ def fit_sigmoid(gained: Array, cores: Array, errors: Array, top: float) -> Sigmo
         x_scale="jac",
     )
     rows = jacobian(best.x)
-    weights = np.minimum(1, DELTA / np.maximum(np.abs(residuals(best.x)), DELTA))
-    curvature = (rows.T * weights) @ rows + RIDGE * np.eye(3)
-    covariance: Array = np.linalg.inv(curvature).astype(float)
-    return SigmoidFit(best.x, covariance, float(2 * best.cost), top)
+    size = np.maximum(np.abs(residuals(best.x)), DELTA)
+    curvature = (rows.T * np.minimum(1, DELTA / size)) @ rows + RIDGE * np.eye(3)
+    covariance = np.asarray(np.linalg.inv(curvature), float)
+    return SigmoidFit(best.x, covariance, 2 * best.cost, top)
 
 
 def at_chance(gained: Array, cores: Array, errors: Array) -> NDArray[np.bool_]:
     """Return which runs (n,) are at chance by the curve, which a low draw alone is not."""
-    top = float(TOPS.mean())
-    best = fit_sigmoid(gained, cores, errors, top).best
-    return np.asarray(sigmoid(np.append(best, top), gained) < CHANCE_LIMIT)
+    top = TOPS.mean()
+    fit = fit_sigmoid(gained, cores, errors, top)
+    return sigmoid(np.append(fit.best, top), gained) < CHANCE_LIMIT
 
 
 @dataclass(frozen=True)
 class CoreDraws:
     """Joint draws of the sigmoid and of the law."""
 
-    law: Law
-    """Loss from compute."""
-    centre: float
-    """L0, the mean loss of the points."""
     parameters: Array
     """(DRAWS, 4): a, b, floor, top."""
     noise: Array
@@ -181,43 +184,29 @@ class CoreDraws:
     law_t: Array
     """(DRAWS, 1) position of the law in its band, t-distributed."""
 
-    def at_loss(self, losses: Array) -> Array:
-        """Return CORE at losses, (1 or DRAWS, n) -> (DRAWS, n)."""
-        return sigmoid(self.parameters.T[..., None], self.centre - losses)
-
-    def at_compute(self, flops: Array) -> Array:
-        """Return CORE at compute, (n,) -> (DRAWS, n)."""
-        return self.at_loss(self._losses(self.law.loss(flops), *self.law.band(flops)))
-
-    def share_below(self, core: float) -> float | None:
-        """Return the share of draws that never reach `core`; None for a law without a floor."""
-        floor = self.law.E
-        ends = [end for end in (floor.estimate, floor.low, floor.high) if end is not None]
-        if len(ends) < 3:
-            return None
-        losses = self._losses(*(np.array([end]) for end in ends))
-        return float((self.at_loss(losses) < core).mean())
-
-    def _losses(self, best: Array, low: Array, high: Array) -> Array:
-        """Return losses (DRAWS, n) with the law's 95 % interval, a t distribution per side."""
-        position = self.law_t / stats.t.ppf(1 - TAIL, self.law.free)
-        width = np.where(position > 0, high - best, best - low)
-        return np.maximum(best + position * width, 0.0)
-
 
 def draw_jointly(
-    fits: Sequence[SigmoidFit], scale: float, free: int, law: Law, centre: float
+    fits: Sequence[SigmoidFit],
+    scale: float,
+    free: int,
+    law_free: int,
 ) -> CoreDraws:
-    """Draw a top by its likelihood, (a, ln b, floor) and the law by t distributions."""
+    """Draw a top by its likelihood, (a, ln b, floor) and the law by t distributions.
+
+    `free` and `law_free` are the degrees of freedom of the sigmoid and of the law.
+    """
     random = np.random.default_rng(0)
-    likelihood = np.exp(-np.array([fit.objective for fit in fits]) / scale**2 / 2)
-    chosen = random.choice(len(fits), DRAWS, p=likelihood / likelihood.sum())
+    objectives = np.array([fit.objective for fit in fits])
+    likelihood = np.exp(-objectives / scale**2 / 2)
+    share = likelihood / likelihood.sum()
+    chosen = [fits[k] for k in random.choice(len(fits), DRAWS, p=share)]
     noise = scale * np.sqrt(free / random.chisquare(free, DRAWS))
-    roots = np.array([np.linalg.cholesky(fit.covariance) for fit in fits])[chosen]
-    moved = noise[:, None] * np.einsum("mij,mj->mi", roots, random.standard_normal((DRAWS, 3)))
-    a, b, floor = np.array([fit.best for fit in fits])[chosen].T
-    tops = np.array([fit.top for fit in fits])[chosen]
+    roots = np.linalg.cholesky([fit.covariance for fit in chosen])
+    normal = random.standard_normal((DRAWS, 3))
+    moved = noise[:, None] * np.einsum("mij,mj->mi", roots, normal)
+    a, b, floor = np.array([fit.best for fit in chosen]).T
+    tops = [fit.top for fit in chosen]
     steepness = b * np.exp(moved[:, 1] / b)
     parameters = np.column_stack([a + moved[:, 0], steepness, floor + moved[:, 2], tops])
-    law_t = random.standard_t(law.free, DRAWS)[:, None]
-    return CoreDraws(law, centre, parameters, noise, law_t)
+    law_t = random.standard_t(law_free, DRAWS)[:, None]
+    return CoreDraws(parameters, noise, law_t)

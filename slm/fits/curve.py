@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 from slm.fits.checks.diagnostics import fit_warnings
@@ -109,39 +110,38 @@ class CurveFit:
         selection = self.selection
         surface = self.parametric.surface
         mixed = self.mixed
-        return {
-            "points": {
-                "n": len(self.points),
-                "run_ids": sorted(point.run_id for point in self.points),
-                "excluded": self._excluded(),
-                "metric": self.metric,
-                "convention": self.convention,
-                "recipe": None if mixed else first.recipe,
-                "comparison_key": None if mixed else first.comparison_key,
-            },
-            "mixed": mixed,
-            "isoflop": to_json(self.isoflop),
-            "power_law": self._law_document(selection.law),
-            "rival": self._law_document(selection.rival),
-            "parametric": self.parametric.document(),
-            "selected": {
-                "form": selection.law.form if selection.law else None,
-                "why": selection.why,
-                "errors": selection.errors,
-                "surface": surface.form if surface else None,
-                "surface_why": self.parametric.why,
-            },
-            "validation": [
-                *(
-                    hold_out.document() | {"predicted": hold_out.run_documents()}
-                    for hold_out in selection.hold_outs
-                ),
-                *self.parametric.validation,
-            ],
-            "core": to_json(self.core),
-            "sensitivity": to_json(self.sensitivity),
-            "warnings": to_json(self.warnings),
-        }
+        validation = []
+        for hold_out in selection.hold_outs:
+            validation.append(hold_out.document() | {"predicted": hold_out.run_documents()})
+        return to_json(
+            {
+                "points": {
+                    "n": len(self.points),
+                    "run_ids": sorted(point.run_id for point in self.points),
+                    "excluded": self._excluded(),
+                    "metric": self.metric,
+                    "convention": self.convention,
+                    "recipe": None if mixed else first.recipe,
+                    "comparison_key": None if mixed else first.comparison_key,
+                },
+                "mixed": mixed,
+                "isoflop": self.isoflop,
+                "power_law": self._law_document(selection.law),
+                "rival": self._law_document(selection.rival),
+                "parametric": self.parametric,
+                "selected": {
+                    "form": selection.law.form if selection.law else None,
+                    "why": selection.why,
+                    "errors": selection.errors,
+                    "surface": surface.form if surface else None,
+                    "surface_why": self.parametric.why,
+                },
+                "validation": validation + self.parametric.validation,
+                "core": self.core,
+                "sensitivity": self.sensitivity,
+                "warnings": self.warnings,
+            }
+        )
 
     def _law_document(self, law: Law | None) -> dict[str, Any] | None:
         return law.document() | {"through": self.through} if law else None
@@ -149,18 +149,16 @@ class CurveFit:
     def _excluded(self) -> list[dict[str, str]]:
         """Return the runs that no number stands on, with reasons."""
         curves = self.isoflop.curves if self.isoflop else ()
-        excluded: list[dict[str, str]] = []
-
-        def exclude(points: Sequence[Point], reason: str) -> None:
-            excluded.extend({"run_id": point.run_id, "reason": reason} for point in points)
-
-        for curve in curves:
-            exclude(curve.left_out, "far from the lowest loss of its budget")
+        reasons = [(curve.left_out, "far from the lowest loss of its budget") for curve in curves]
         for curve in curves:
             if curve.parabola is None:
-                exclude(curve.points, curve.reason or "")
-        exclude(self.unsized, "no params")
-        return excluded
+                reasons.append((curve.points, curve.reason or ""))
+        reasons.append((self.unsized, "no params"))
+        return [
+            {"run_id": point.run_id, "reason": reason}
+            for points, reason in reasons
+            for point in points
+        ]
 
 
 def fit_curves(
@@ -198,10 +196,10 @@ def fit_curves(
     parametric = _fit_parametric(sized, form, paper)
     unsized = _unsized(points, needed=bool(isoflop or parametric.surface))
     if unsized:
-        used = [k for k, point in enumerate(points) if point not in unsized]
-        points = [points[k] for k in used]
+        used = [point not in unsized for point in points]
+        points = list(compress(points, used))
         other_counts = {
-            name: [counts[k] for k in used] for name, counts in (other_counts or {}).items()
+            name: list(compress(counts, used)) for name, counts in (other_counts or {}).items()
         }
     # 3) fit L(C) and CORE
     runs = law_runs(points, isoflop.curves if isoflop else ())

@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from slm.fits.optimize import Centre, solve_each
 from slm.fits.points import Axes, Point, check
-from slm.fits.posterior import SPREADS, Cell, information, log_losses, rows_of, sample_posterior
+from slm.fits.posterior import PRECISION, Cell, information, log_losses, rows_of, sample_posterior
 from slm.fits.power_law import REACH, Noise
 from slm.fits.surface import loss_data, obstacle, quantities
 from slm.fits.types import Array, FitWarning, to_json
@@ -100,6 +101,15 @@ class NextRun:
     after: float
     """Standard deviation of the target after this run."""
 
+    def document(self) -> dict[str, Any]:
+        """Return the run as JSON."""
+        return {
+            **to_json(self.candidate),
+            "repeat": self.repeat,
+            "sd_before": self.before,
+            "sd_after": self.after,
+        }
+
 
 @dataclass(frozen=True)
 class Design:
@@ -133,12 +143,9 @@ class Design:
 
     def document(self) -> dict[str, Any]:
         """Return the design as JSON; compute in FLOPs."""
+        target = {"text": self.target.text, **to_json(self.target), "estimate": self.estimate}
         return {
-            "target": {
-                "text": self.target.text,
-                **to_json(self.target),
-                "estimate": self.estimate,
-            },
+            "target": target,
             "model": "coupled surface with a weak prior",
             "budget": self.budget,
             "flops": self.flops,
@@ -151,15 +158,7 @@ class Design:
             "mixed": list(self.mixed),
             "sigma": self.noise.sigma,
             "sigma_from": self.noise.source,
-            "picks": [
-                {
-                    **to_json(run.candidate),
-                    "repeat": run.repeat,
-                    "sd_before": run.before,
-                    "sd_after": run.after,
-                }
-                for run in self.runs
-            ],
+            "picks": to_json(self.runs),
             "warnings": to_json(self.warnings),
         }
 
@@ -183,23 +182,30 @@ class DesignProblem:
 
     def variance(self, counts: Array) -> float:
         """Return the variance of the target with `counts` (k,) seeds, geometric mean over s."""
-        solved = np.linalg.solve(self._precision(counts), self.gradients[:, :, None])[:, :, 0]
-        return float(np.exp(np.log((self.gradients * solved).sum(1)).mean()))
+        solved = solve_each(self._precision(counts), self.gradients)
+        variances = (self.gradients * solved).sum(1)
+        return np.exp(np.log(variances).mean())
 
     def deviation(self, counts: Array) -> float:
         """Return the standard deviation of the target."""
-        return float(np.sqrt(self.variance(counts)))
+        return np.sqrt(self.variance(counts))
 
     def removed(self, counts: Array) -> Array:
         """Return the share of the variance that one more of each run removes, (k,), mean over s."""
         covariance = np.linalg.inv(self._precision(counts))
         pulled = covariance @ self.gradients[:, :, None]
+        variances = (self.gradients[:, None] @ pulled)[:, :, 0]
         leverage = (self.slopes @ covariance * self.slopes).sum(2)
         more = information(counts + 1, self.sigma) - information(counts, self.sigma)
         gains = (self.slopes @ pulled)[:, :, 0] ** 2 * more / (1 + more * leverage)
-        return np.asarray((gains / (self.gradients[:, None] @ pulled)[:, :, 0]).mean(0))
+        return (gains / variances).mean(0)
 
-    def fill(self, counts: Array, power: float, excluded: int | None = None) -> Array:
+    def fill(
+        self,
+        counts: Array,
+        power: float,
+        excluded: int | None = None,
+    ) -> Array:
         """Return `counts` with runs added by variance removed over FLOPs**power.
 
         Adds runs, but none of `excluded`, until the budget is spent or there are MAX_RUNS.
@@ -224,8 +230,7 @@ class DesignProblem:
         best = min((self.fill(self.made, power) for power in POWERS), key=self.variance)
         for _ in range(MAX_EXCHANGES):
             trials = []
-            for k in np.flatnonzero(best > self.made).tolist():
-                fewer = np.where(np.arange(len(best)) == k, best - 1, best)
+            for k, fewer in self._one_fewer(best).items():
                 trials += [self.fill(fewer, power, excluded=k) for power in POWERS[::2]]
             better = min(trials, key=self.variance, default=best)
             if self.variance(better) >= self.variance(best) * (1 - 1e-4):
@@ -236,14 +241,17 @@ class DesignProblem:
     def trim(self, counts: Array) -> Array:
         """Return `counts` without runs worth TRIMMED_SHARE of the variance together."""
         limit = self.variance(counts) * (1 + TRIMMED_SHARE)
-        while True:
-            fewer = [
-                counts - (np.arange(len(counts)) == k) for k in np.flatnonzero(counts > self.made)
-            ]
-            least = min(fewer, key=self.variance, default=self.made)
-            if self.variance(least) > limit or not fewer:
-                return counts
+        while fewer := self._one_fewer(counts):
+            least = min(fewer.values(), key=self.variance)
+            if self.variance(least) > limit:
+                break
             counts = least
+        return counts
+
+    def _one_fewer(self, counts: Array) -> dict[int, Array]:
+        """Return the designs with one run less, by the run left out."""
+        units = np.eye(len(counts))
+        return {k: counts - units[k] for k in np.flatnonzero(counts > self.made).tolist()}
 
     def in_order(self, best: Array, candidates: Sequence[Candidate | None]) -> tuple[NextRun, ...]:
         """Return the runs of a design by variance removed per FLOP; `candidates` are the k runs."""
@@ -262,7 +270,7 @@ class DesignProblem:
 
     def _precision(self, counts: Array) -> Array:
         scaled = self.slopes * information(counts, self.sigma)[:, None]
-        return np.asarray(scaled.transpose(0, 2, 1) @ self.slopes + np.diag(SPREADS**-2))
+        return scaled.mT @ self.slopes + PRECISION
 
 
 def next_runs(
@@ -307,7 +315,7 @@ def next_runs(
     design = Design(
         target=target,
         budget=budget,
-        estimate=float(_values(target, mode, centre)[0]),
+        estimate=_values(target, mode, centre)[0],
         runs=problem.in_order(best, runs),
         prior=problem.deviation(0 * problem.made),
         before=problem.deviation(problem.made),
@@ -378,7 +386,7 @@ def _counts(cells: Sequence[Cell], runs: Sequence[Point] | Sequence[Candidate]) 
     return np.array([float(counts[cell]) for cell in cells])
 
 
-def _gradient(target: Goal, theta: Array, centre: tuple[float, float]) -> Array:
+def _gradient(target: Goal, theta: Array, centre: Centre) -> Array:
     """Return the gradient of the target at theta by central differences, (6,)."""
     step = 1e-5 * np.eye(len(theta))
     above = _values(target, theta + step, centre)
@@ -386,7 +394,7 @@ def _gradient(target: Goal, theta: Array, centre: tuple[float, float]) -> Array:
     return (above - below) / 2e-5
 
 
-def _values(target: Goal, thetas: Array, centre: tuple[float, float]) -> Array:
+def _values(target: Goal, thetas: Array, centre: Centre) -> Array:
     """Return the target at each theta, (m, 6) -> (m,)."""
     if target.at is None:
         return quantities(rows_of(thetas), centre)[target.kind]

@@ -6,9 +6,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 from scipy import optimize, stats
 
 LEVEL = 0.95
+
+Ends = tuple[float | None, float | None]
+"""Low and high end; None if unbounded or unknown."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +46,26 @@ class Interval:
         return f"[{low}, {high}]"
 
 
+def exponential_end(end: float | None) -> float | None:
+    """Return e^end; None for an open end, and for one that overflows."""
+    return None if end is None or abs(end) > 600 else float(np.exp(end))
+
+
 def allowance(free: int, level: float = LEVEL) -> float:
     """Return the factor over the least objective up to which a value is inside.
 
     `free` is n - p, the degrees of freedom.
     """
     assert free > 0
-    return 1 + float(stats.f.ppf(level, 1, free)) / free
+    return 1 + stats.f.ppf(level, 1, free) / free
 
 
-def prediction_interval(curve: Interval, sigma: float, free: int, level: float = LEVEL) -> Interval:
+def prediction_interval(
+    curve: Interval,
+    sigma: float,
+    free: int,
+    level: float = LEVEL,
+) -> Interval:
     """Return the interval of a further run: y ± t·sqrt(g'Vg + sigma²) in ln y, each side by itself.
 
     `curve` is the interval of the curve, g'Vg; `sigma` the standard deviation of ln y around it,
@@ -60,7 +74,7 @@ def prediction_interval(curve: Interval, sigma: float, free: int, level: float =
     if curve.estimate is None:
         return curve
     estimate = curve.estimate
-    noise = float(stats.t.ppf((1 + level) / 2, free)) * sigma
+    noise = stats.t.ppf((1 + level) / 2, free) * sigma
 
     def widened(end: float | None, side: float) -> float | None:
         if end is None:
@@ -85,7 +99,7 @@ def crossing(
     while inside != end:
         outside = min(inside + stride, end) if end > start else max(inside - stride, end)
         if excess(outside) > 0:
-            return float(optimize.brentq(excess, inside, outside, xtol=tolerance, rtol=1e-9))
+            return optimize.brentq(excess, inside, outside, xtol=tolerance, rtol=1e-9)
         inside = outside
         stride *= 2
     return None

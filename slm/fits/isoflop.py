@@ -7,6 +7,7 @@ the window around the lowest loss.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy import optimize
 
-from slm.fits.intervals import Interval, allowance, crossing
+from slm.fits.intervals import Ends, Interval, allowance, crossing, exponential_end
 from slm.fits.points import Point
 from slm.fits.types import Array, to_json
 
@@ -22,6 +23,11 @@ WINDOW = 12.0
 """Largest factor in N from the lowest loss; nanochat's grid, 10 wide, stays whole."""
 MIN_SIZES = 4
 """Distinct sizes that a parabola and its interval need."""
+
+Quantity = Callable[[Point], float]
+"""A number read off a run."""
+SizeOf = Callable[[float], float]
+"""ln N of a budget as a function of ln N or ln D."""
 
 
 @dataclass(frozen=True)
@@ -47,31 +53,35 @@ class Parabola:
 
     def at(self, size: Array | float) -> Array:
         """Return the loss at ln N."""
-        return np.asarray(np.polyval(self.coefficients[::-1], np.asarray(size) - self.centre))
+        a, b, c = self.coefficients
+        v = np.asarray(size) - self.centre
+        return a + v * (b + v * c)
 
     @property
     def vertex(self) -> float:
         """ln N of the minimum."""
         _, b, c = self.coefficients
-        return float(self.centre - b / (2 * c))
+        return self.centre - b / (2 * c)
 
     def error_at(self, size: float) -> float:
         """Return the standard error of the loss at ln N for noise of the size of the loss."""
-        powers = np.array([1.0, size - self.centre, (size - self.centre) ** 2])
-        return float(self.level * np.sqrt(powers @ self.covariance @ powers))
+        v = size - self.centre
+        powers = np.array([1.0, v, v**2])
+        return self.level * np.sqrt(powers @ self.covariance @ powers)
 
-    def vertex_ends(self, rise: float) -> tuple[float | None, float | None]:
+    def vertex_ends(self, rise: float) -> Ends:
         """Return the ln N to which the vertex can move while `residual` rises by `rise`.
 
         Roots of Fieller's quadratic; None for an open end.
         """
         _, b, c = self.coefficients / self.level
-        square = (c * c - rise * self.covariance[2, 2]) * 4
-        half = (b * c - rise * self.covariance[1, 2]) * 2
-        rest = b * b - rise * self.covariance[1, 1]
-        root = float(np.sqrt(max(half * half - square * rest, 0.0)))
-        roots = (self.centre + (-half - root) / square, self.centre + (-half + root) / square)
-        first, second = sorted(roots)
+        _, (_, bb, bc), (_, _, cc) = self.covariance
+        square = (c * c - rise * cc) * 4
+        half = (b * c - rise * bc) * 2
+        rest = b * b - rise * bb
+        root = np.sqrt(max(half * half - square * rest, 0.0))
+        roots = np.array([-half - root, -half + root]) / square
+        first, second = sorted((self.centre + roots).tolist())
         if square > 0:
             return first, second
         if root == 0:
@@ -122,36 +132,38 @@ class IsoFlopCurve:
         vertex = self.parabola.vertex
         return Minimum(
             flops=self.flops,
-            params=float(np.exp(vertex)),
+            params=np.exp(vertex),
             tokens=self.read(_tokens, vertex),
             ratio=self.read(_ratio, vertex),
             loss=float(self.parabola.at(vertex)),
         )
 
-    def read(self, quantity: Callable[[Point], float], size: float) -> float:
+    def read(self, quantity: Quantity, size: float) -> float:
         """Interpolate a quantity of the runs at ln N, linearly in ln N.
 
         D is read thus instead of C/(6·N), because FLOPs per token vary with the size.
         """
-        return float(np.interp(size, *self._by_size(quantity)))
+        return np.interp(size, *self._by_size(quantity))
 
-    def size_at_tokens(self) -> Callable[[float], float]:
+    def size_at_tokens(self) -> SizeOf:
         """Return the function ln D -> ln N at this budget, linear beyond the runs."""
         sizes, tokens = self._by_size(_tokens)
-        fine = np.linspace(sizes[0], sizes[-1], 400)
+        smallest, largest = sizes[[0, -1]]
+        fine = np.linspace(smallest, largest, 400)
         log_tokens = np.log(np.interp(fine, sizes, tokens))
-        rise = 50 * ((log_tokens[-1] - log_tokens[0]) / (fine[-1] - fine[0]))
-        fine = np.concatenate([[fine[0] - 50], fine, [fine[-1] + 50]])
-        log_tokens = np.concatenate([[log_tokens[0] - rise], log_tokens, [log_tokens[-1] + rise]])
+        first, last = log_tokens[[0, -1]]
+        rise = 50 * ((last - first) / (largest - smallest))
+        fine = np.concatenate([[smallest - 50], fine, [largest + 50]])
+        log_tokens = np.concatenate([[first - rise], log_tokens, [last + rise]])
         return lambda u: float(np.interp(u, log_tokens[::-1], fine[::-1]))
 
-    def _by_size(self, quantity: Callable[[Point], float]) -> tuple[Array, Array]:
+    def _by_size(self, quantity: Quantity) -> tuple[Array, Array]:
         """Return ln N, ascending, and the mean of the quantity at each."""
-        sizes = sorted({point.params for point in self.points})
-        means = []
-        for size in sizes:
-            means.append(np.mean([quantity(run) for run in self.points if run.params == size]))
-        return np.log(sizes), np.array(means)
+        groups: dict[float, list[float]] = defaultdict(list)
+        for point in self.points:
+            groups[point.params].append(quantity(point))
+        means = [np.mean(values) for values in groups.values()]
+        return np.log(list(groups)), np.array(means)
 
 
 def _tokens(point: Point) -> float:
@@ -182,10 +194,6 @@ class IsoFlopFit:
         """Minima of the resolved budgets."""
         return minima_of(self.curves)
 
-    def interval(self, curve: IsoFlopCurve) -> Interval:
-        """Return N of the minimum."""
-        return self.intervals(curve)["params"]
-
     def intervals(self, curve: IsoFlopCurve) -> dict[str, Interval]:
         """Return params, tokens, ratio and loss of the minimum.
 
@@ -197,34 +205,34 @@ class IsoFlopFit:
         if best is None or parabola is None or self.noise is None:
             return {name: Interval(None) for name in ("params", "tokens", "ratio", "loss")}
         rise = self.free * (allowance(self.free) - 1)  # in units of the noise's variance
-        ends = parabola.vertex_ends(self.noise**2 * rise)
+        low, high = parabola.vertex_ends(self.noise**2 * rise)
 
-        def read(value: float, quantity: Callable[[Point], float]) -> Interval:
-            high, low = (  # both quantities fall with N
-                curve.read(quantity, end)
-                if end is not None and parabola.lowest <= end <= parabola.highest
-                else None
-                for end in ends
-            )
-            return Interval.of_ends(value, low, high)
+        def read(quantity: Quantity, end: float | None) -> float | None:
+            if end is None or not parabola.lowest <= end <= parabola.highest:
+                return None
+            return curve.read(quantity, end)
 
-        sizes = (None if end is None or abs(end) > 600 else float(np.exp(end)) for end in ends)
-        half = self.noise * parabola.error_at(parabola.vertex) * float(np.sqrt(rise))
+        half = self.noise * parabola.error_at(parabola.vertex) * np.sqrt(rise)
+        ends = (exponential_end(low), exponential_end(high))
+        tokens = (read(_tokens, high), read(_tokens, low))
+        ratios = (read(_ratio, high), read(_ratio, low))
         return {
-            "params": Interval.of_ends(best.params, *sizes),
-            "tokens": read(best.tokens, _tokens),
-            "ratio": read(best.ratio, _ratio),
+            "params": Interval.of_ends(best.params, *ends),
+            "tokens": Interval.of_ends(best.tokens, *tokens),  # which fall with N
+            "ratio": Interval.of_ends(best.ratio, *ratios),
             "loss": Interval(best.loss, best.loss - half, best.loss + half, True),
         }
 
     def document(self) -> dict[str, Any]:
         """Return the JSON document."""
-        return {
-            "params_exponent": to_json(self.params_exponent),
-            "tokens_exponent": to_json(self.tokens_exponent),
-            "noise": self.noise,
-            "optima": [self._optimum(curve) for curve in self.curves],
-        }
+        return to_json(
+            {
+                "params_exponent": self.params_exponent,
+                "tokens_exponent": self.tokens_exponent,
+                "noise": self.noise,
+                "optima": [self._optimum(curve) for curve in self.curves],
+            }
+        )
 
     def _optimum(self, curve: IsoFlopCurve) -> dict[str, Any]:
         intervals = self.intervals(curve)
@@ -233,7 +241,7 @@ class IsoFlopFit:
             **{name: interval.estimate for name, interval in intervals.items()},
             "status": "ok" if curve.minimum else "unresolved",
             "reason": curve.reason,
-            "intervals": to_json(intervals) if curve.minimum else None,
+            "intervals": intervals if curve.minimum else None,
         }
 
 
@@ -251,13 +259,19 @@ def fit_isoflop(points: Sequence[Point]) -> IsoFlopFit | None:
     parabolas = [curve.parabola for curve in curves if curve.parabola is not None]
     residual = sum(parabola.residual for parabola in parabolas)
     free = sum(parabola.free for parabola in parabolas)
-    noise = float(np.sqrt(residual / free)) if free else None
+    noise = np.sqrt(residual / free) if free else None
     resolved = [curve for curve in curves if curve.code is None]
     if len(resolved) < 2:
         return IsoFlopFit(curves, noise, free, None, None)
-    sizes = _exponent(resolved, [lambda u: u for _ in resolved], residual, free)
-    tokens = _exponent(resolved, [curve.size_at_tokens() for curve in resolved], residual, free)
-    return IsoFlopFit(curves, noise, free, sizes, tokens)
+    at_sizes: list[SizeOf] = [lambda size: size] * len(resolved)
+    at_tokens = [curve.size_at_tokens() for curve in resolved]
+    return IsoFlopFit(
+        curves=curves,
+        noise=noise,
+        free=free,
+        params_exponent=_exponent(resolved, at_sizes, residual, free),
+        tokens_exponent=_exponent(resolved, at_tokens, residual, free),
+    )
 
 
 def minima_of(curves: Sequence[IsoFlopCurve]) -> list[Minimum]:
@@ -267,40 +281,42 @@ def minima_of(curves: Sequence[IsoFlopCurve]) -> list[Minimum]:
 
 def fit_isoflop_curves(points: Sequence[Point]) -> tuple[IsoFlopCurve, ...]:
     """Fit the curve of every budget by itself, by budget."""
-    budgets = sorted({point.budget for point in points if point.budget is not None})
-    return tuple(
-        _curve(budget, [point for point in points if point.budget == budget]) for budget in budgets
-    )
+    groups: dict[float, list[Point]] = defaultdict(list)
+    for point in points:
+        if point.budget is not None:
+            groups[point.budget].append(point)
+    return tuple(_curve(budget, groups[budget]) for budget in sorted(groups))
 
 
 def _curve(budget: float, points: list[Point]) -> IsoFlopCurve:
     centre = min(points, key=lambda point: (point.loss, point.params)).params
     window = [point for point in points if 1 / WINDOW <= point.params / centre <= WINDOW]
-    inside = tuple(sorted(window, key=lambda point: (point.params, point.run_id)))
-    outside = tuple(point for point in points if point not in inside)
-    flops = float(np.exp(np.mean([np.log(point.flops) for point in points])))
-    sizes = len({point.params for point in inside})
-    parabola = _parabola(inside) if sizes >= MIN_SIZES else None
+    window.sort(key=lambda point: (point.params, point.run_id))
+    outside = tuple(point for point in points if point not in window)
+    flops = np.exp(np.log([point.flops for point in points]).mean())
+    sizes = len({point.params for point in window})
+    parabola = _parabola(window) if sizes >= MIN_SIZES else None
     code, reason = _unresolved(sizes, parabola)
-    return IsoFlopCurve(budget, flops, inside, outside, code, reason, parabola)
+    return IsoFlopCurve(budget, flops, tuple(window), outside, code, reason, parabola)
 
 
 def _parabola(points: Sequence[Point]) -> Parabola:
     sizes = np.log([point.params for point in points])
     losses = np.array([point.loss for point in points])
-    centre = float(sizes.mean())
+    centre = sizes.mean()
     design = np.vander(sizes - centre, 3, increasing=True)
     coefficients: Array = np.linalg.lstsq(design, losses)[0]
-    level = float(losses.mean())
+    squares = (losses - design @ coefficients) ** 2
+    level = losses.mean()
     return Parabola(
         centre=centre,
         coefficients=coefficients,
-        covariance=np.asarray(np.linalg.inv(design.T @ design), float),
+        covariance=np.linalg.inv(design.T @ design),
         level=level,
-        residual=float(((losses - design @ coefficients) ** 2).sum()) / level**2,
+        residual=squares.sum() / level**2,
         free=len(points) - 3,
-        lowest=float(sizes.min()),
-        highest=float(sizes.max()),
+        lowest=sizes.min(),
+        highest=sizes.max(),
     )
 
 
@@ -310,24 +326,18 @@ def _unresolved(sizes: int, parabola: Parabola | None) -> tuple[str | None, str 
         return "too_few_runs", f"{sizes} different sizes where a parabola needs {MIN_SIZES}"
     if parabola.coefficients[2] <= 0:
         return "wrong_curvature", "the loss does not curve upwards in size: there is no minimum"
+    smallest, largest = np.exp([parabola.lowest, parabola.highest])
+    reason = None
     if parabola.vertex > parabola.highest:
-        largest = np.exp(parabola.highest)
-        return (
-            "vertex_outside",
-            f"the minimum lies beyond the largest size, {largest:.3g}: run larger ones",
-        )
+        reason = f"the minimum lies beyond the largest size, {largest:.3g}: run larger ones"
     if parabola.vertex < parabola.lowest:
-        smallest = np.exp(parabola.lowest)
-        return (
-            "vertex_outside",
-            f"the minimum lies below the smallest size, {smallest:.3g}: run smaller ones",
-        )
-    return None, None
+        reason = f"the minimum lies below the smallest size, {smallest:.3g}: run smaller ones"
+    return "vertex_outside" if reason else None, reason
 
 
 def _exponent(
     curves: Sequence[IsoFlopCurve],
-    sizes: Sequence[Callable[[float], float]],
+    sizes: Sequence[SizeOf],
     residual: float,
     free: int,
 ) -> Interval:
@@ -339,9 +349,10 @@ def _exponent(
     compute = np.log([curve.flops for curve in curves])
     compute -= compute.mean()
     parabolas = [curve.parabola for curve in curves if curve.parabola is not None]
-    minima = np.array([_inverse(size, parabola.vertex) for size, parabola in zip(sizes, parabolas)])
+    vertices = [parabola.vertex for parabola in parabolas]
+    minima = np.array(list(map(_inverse, sizes, vertices)))
     weights = compute / (compute @ compute)
-    estimate = float(weights @ minima)
+    estimate = weights @ minima
     # 2) moving the minima along `compute` sets the slope; moves across it are profiled out
     across = np.linalg.svd(weights[None, :])[2][1:]
     scale = np.sqrt(residual / free) + 1e-12
@@ -350,24 +361,28 @@ def _exponent(
     centre = np.array([parabola.centre for parabola in parabolas])
     b, c = np.array([parabola.coefficients[1:] / parabola.level for parabola in parabolas]).T
     covariance = np.array([parabola.covariance for parabola in parabolas])
-    bb, bc, cc = covariance[:, 1, 1], covariance[:, 1, 2], covariance[:, 2, 2]
+    bb = covariance[:, 1, 1]
+    bc = covariance[:, 1, 2]
+    cc = covariance[:, 2, 2]
 
     def excess(slope: float) -> float:
         moved = minima + (slope - estimate) * compute
 
         def misfits(theta: Array) -> Array:
-            v = np.array([size(u) for size, u in zip(sizes, moved + theta @ across)]) - centre
-            return np.asarray((b + 2 * c * v) / np.sqrt(bb + 4 * v * bc + 4 * v * v * cc) / scale)
+            at = moved + theta @ across
+            v = np.array([size(u) for size, u in zip(sizes, at)]) - centre
+            errors = np.sqrt(bb + 4 * v * bc + 4 * v * v * cc)
+            return (b + 2 * c * v) / errors / scale
 
         start = np.zeros(len(across))
         best = optimize.least_squares(misfits, start, method="lm", ftol=1e-7, max_nfev=500)
-        return float(2 * best.cost - limit)
+        return 2 * best.cost - limit
 
     low = crossing(excess, estimate, estimate - 5, 0.05)
     high = crossing(excess, estimate, estimate + 5, 0.05)
     return Interval.of_ends(estimate, low, high)
 
 
-def _inverse(size: Callable[[float], float], vertex: float) -> float:
+def _inverse(size: SizeOf, vertex: float) -> float:
     """Return the u whose ln N is the vertex."""
-    return float(optimize.brentq(lambda u: size(u) - vertex, -100, 200))
+    return optimize.brentq(lambda u: size(u) - vertex, -100, 200)

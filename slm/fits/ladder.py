@@ -16,10 +16,10 @@ from slm.fits.power_law import (
     Law,
     Noise,
     aicc,
-    best_parameters,
+    best_law,
     fit_law,
     noise_of,
-    predict,
+    root_mean_square,
 )
 from slm.fits.select import (
     HOLD_OUT_LEVEL,
@@ -77,10 +77,10 @@ def select_law(runs: Sequence[Run], through: str) -> Selection:
         return Selection(None, None, why, "too_few_runs")
     noise = _noise(runs)
     form, why, errors = _select_form(flops, losses, noise)
-    rival = {ADDITIVE: PURE, PURE: ADDITIVE}[form] if errors else None
+    rival = PURE if form == ADDITIVE else ADDITIVE
     return Selection(
         law=fit_law(form, flops, losses, noise),
-        rival=fit_law(rival, flops, losses, noise) if rival else None,
+        rival=fit_law(rival, flops, losses, noise) if errors else None,
         why=why,
         errors=errors,
         hold_outs=_hold_outs(runs, flops),
@@ -97,7 +97,9 @@ def law_runs(
 
 def columns_of(runs: Sequence[Run]) -> tuple[Array, Array]:
     """Return FLOPs and losses of the runs, (n,) each."""
-    return np.array([run.flops for run in runs], float), np.array([run.loss for run in runs], float)
+    flops = np.array([run.flops for run in runs], float)
+    losses = np.array([run.loss for run in runs], float)
+    return flops, losses
 
 
 def _noise(runs: Sequence[Run]) -> Noise:
@@ -113,22 +115,22 @@ def _select_form(
     if count_computes(flops) <= PARAMETERS[ADDITIVE]:
         return PURE, "3 computes do not hold a floor: that takes 4", None
     held = np.log(flops.max() / flops) <= SAME_COMPUTE
-    errors: dict[str, float] = {}
-    criteria: dict[str, float | None] = {}
+    errors = {}
+    criteria = {}
     for form, parameters in PARAMETERS.items():
-        predicted = predict(form, flops[~held], losses[~held], noise, flops[held])
-        errors[form] = float(np.sqrt(np.mean(np.log(predicted / losses[held]) ** 2)))
-        _, best, objective = best_parameters(form, flops, losses, noise)
-        criteria[form] = aicc(objective, len(flops), parameters)
+        smaller = best_law(form, flops[~held], losses[~held], noise)
+        errors[form] = root_mean_square(np.log(smaller.loss(flops[held]) / losses[held]))
+        law = best_law(form, flops, losses, noise)
+        criteria[form] = aicc(law.objective, law.n, parameters)
         if form == ADDITIVE:
-            floor, scale, _ = best
+            floor, scale, _ = law.best
     if floor == 0:
         return PURE, "the best floor is 0", errors
     if scale == 0:
         return PURE, "the loss does not fall with compute", errors
-    return *preferred_form(
-        errors, criteria, noise.sigma, "runs of the largest compute", PURE
-    ), errors
+    held_out = "runs of the largest compute"
+    form, why = preferred_form(errors, criteria, noise.sigma, held_out, PURE)
+    return form, why, errors
 
 
 def _hold_outs(runs: Sequence[Run], flops: Array) -> tuple[HoldOut, ...]:
@@ -137,8 +139,8 @@ def _hold_outs(runs: Sequence[Run], flops: Array) -> tuple[HoldOut, ...]:
     With one, an interval is so wide that covering a run proves nothing.
     """
     limits = [
-        float(limit)
-        for limit in hold_out_limits(flops)[PARAMETERS[PURE] :]
+        limit
+        for limit in hold_out_limits(flops)[PARAMETERS[PURE] :].tolist()
         if (flops <= limit).sum() >= PARAMETERS[PURE] + 2
     ]
     return tuple(_hold_out(runs, limit) for limit in evenly_chosen(limits, MAX_HOLD_OUTS))
@@ -150,9 +152,9 @@ def _hold_out(runs: Sequence[Run], limit: float) -> HoldOut:
     noise = _noise(smaller)
     form, *_ = _select_form(flops, losses, noise)
     law = fit_law(form, flops, losses, noise, level=HOLD_OUT_LEVEL)
-    predicted = tuple(
+    predicted = [
         HeldOutRun(run.flops, run.loss, law.prediction(run.flops))
         for run in runs
         if run.flops > limit
-    )
-    return HoldOut(limit, len(smaller), form, predicted)
+    ]
+    return HoldOut(limit, law.n, form, tuple(predicted))

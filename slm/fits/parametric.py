@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slm.fits.intervals import Interval
+from slm.fits.intervals import Ends, Interval
 from slm.fits.isoflop import Minimum
 from slm.fits.optimize import levenberg_marquardt
 from slm.fits.points import Point
@@ -34,7 +35,6 @@ from slm.fits.surface import (
     obstacle,
     predict_runs,
     quantities,
-    weights_of,
 )
 from slm.fits.types import to_json
 
@@ -58,7 +58,7 @@ class Bootstrap:
     """Number of budgets drawn within; 1 if the runs have none."""
     errors: dict[str, float | None]
     """Standard errors of QUANTITIES; those of A and B have long tails, or are None."""
-    ends: dict[str, tuple[float | None, float | None]]
+    ends: dict[str, Ends]
     """2.5 and 97.5 % quantiles of QUANTITIES; None if unbounded."""
 
 
@@ -112,17 +112,18 @@ class ParametricFit:
                 "why": self.why,
                 "alternatives": [],
             }
-        return {
-            **self.surface.document(),
-            "why": self.why,
-            "validation": self.validation,
-            "bootstrap": to_json(self.bootstrap),
-            "frontier": [
-                to_json(model) | {"params_interval": to_json(interval)}
-                for model, interval in self.frontier
-            ],
-            "alternatives": to_json(self.surfaces),
-        }
+        frontier = []
+        for model, interval in self.frontier:
+            frontier.append(to_json(model) | {"params_interval": interval})
+        return self.surface.document() | to_json(
+            {
+                "why": self.why,
+                "validation": self.validation,
+                "bootstrap": self.bootstrap,
+                "frontier": frontier,
+                "alternatives": self.surfaces,
+            }
+        )
 
 
 def fit_parametric(
@@ -145,9 +146,9 @@ def fit_parametric(
     if form not in surfaces:
         form, why = _select_form(surfaces, hold_outs, noise)
     selected = surfaces[form]
-    enough = len(points) >= MIN_RESAMPLED_RUNS
     flops = [point.flops for point in points]
     models = frontier(points, selected, np.geomspace(min(flops), REACH * max(flops), 5))
+    enough = len(points) >= MIN_RESAMPLED_RUNS
     return ParametricFit(
         surface=selected,
         surfaces=tuple(surfaces.values()),
@@ -167,7 +168,7 @@ def hold_out(points: Sequence[Point], delta: float) -> tuple[HoldOuts, ...]:
     fitted = []
     for limit in hold_out_limits(computes):
         below = computes <= limit * 1.001
-        smaller = [point for point, is_below in zip(points, below) if is_below]
+        smaller = list(compress(points, below))
         if obstacle(smaller) is None and len(smaller) > FORMS["coupled"]:
             fitted.append(below)
     if len(fitted) > MAX_HOLD_OUTS:
@@ -180,35 +181,33 @@ def hold_out(points: Sequence[Point], delta: float) -> tuple[HoldOuts, ...]:
 def _hold_out(points: Sequence[Point], fitted: NDArray[np.bool_], delta: float) -> HoldOuts:
     """Fit every form to some of the runs and predict the others."""
     data = loss_data(points, delta)
-    weights = np.where(fitted, weights_of(points), 0.0)
+    data = replace(data, weights=np.where(fitted, data.weights, 0.0))
     count = int(fitted.sum())
-    largest = max(point.flops for point, is_fitted in zip(points, fitted) if is_fitted)
+    largest = max(point.flops for point in compress(points, fitted))
     by_form = {}
     for form, parameters in FORMS.items():
-        row, objective, *_ = fit_row(data, weights, form)
-        hessian = data.hessian(row, weights, range(parameters))
+        row, objective, *_ = fit_row(data, form)
+        hessian = data.hessian(row, range(parameters))
         predicted = predict_runs(data, row, hessian, objective, count - parameters, HOLD_OUT_LEVEL)
-        runs = tuple(
-            HeldOutRun(
-                point.flops, point.loss, Interval(float(loss), float(low), float(high), True)
-            )
-            for point, is_fitted, loss, low, high in zip(points, fitted, *predicted)
-            if not is_fitted
-        )
-        by_form[form] = HoldOut(largest, count, form, runs)
+        held_out = [
+            HeldOutRun(point.flops, point.loss, prediction)
+            for point, prediction in compress(zip(points, predicted), ~fitted)
+        ]
+        by_form[form] = HoldOut(largest, count, form, tuple(held_out))
     return by_form
 
 
 def _select_form(
     surfaces: Mapping[str, Surface], hold_outs: Sequence[HoldOuts], noise: Noise
 ) -> tuple[str, str]:
-    decisive = _decisive(hold_outs)
     criteria = {
         form: aicc(surface.objective, surface.n, FORMS[form]) for form, surface in surfaces.items()
     }
-    errors = _errors(decisive) if decisive else None
+    decisive = _decisive(hold_outs)
+    errors = None
     held_out = "runs of the largest compute"
     if decisive:
+        errors = _errors(decisive)
         held_out = f"{len(decisive['additive'].predicted)} {held_out}"
     return preferred_form(errors, criteria, noise.sigma, held_out, "additive")
 
@@ -216,8 +215,9 @@ def _select_form(
 def _decisive(hold_outs: Sequence[HoldOuts]) -> HoldOuts | None:
     """Return the smallest hold-out of at least DECISIVE_SHARE of the runs."""
     for by_form in reversed(hold_outs):
-        held = len(by_form["additive"].predicted)
-        if held >= DECISIVE_SHARE * (held + by_form["additive"].fitted):
+        hold_out = by_form["additive"]
+        held = len(hold_out.predicted)
+        if held >= DECISIVE_SHARE * (held + hold_out.fitted):
             return by_form
     return None
 
@@ -227,29 +227,32 @@ def _errors(by_form: HoldOuts) -> dict[str, float]:
 
 
 def bootstrap(
-    points: Sequence[Point], surface: Surface, resamples: int = RESAMPLES, seed: int = 0
+    points: Sequence[Point],
+    surface: Surface,
+    resamples: int = RESAMPLES,
 ) -> Bootstrap:
     """Refit the surface to resampled runs, all draws in one batch that starts from the surface."""
     # 1) draw run counts, within the budgets if all runs have one
-    budgets = [point.budget or 0.0 for point in points]
-    groups = budgets if all(budgets) else [0.0] * len(points)
-    strata = np.unique(groups, return_inverse=True)[1]
-    draw = np.random.default_rng(seed)
+    budgets = np.array([point.budget or 0.0 for point in points])
+    if not budgets.all():
+        budgets[:] = 0.0
+    strata = np.unique(budgets)
+    draw = np.random.default_rng(0)
     counts = np.zeros((resamples, len(points)))
-    for stratum in np.unique(strata):
-        members = np.flatnonzero(strata == stratum)
+    for budget in strata:
+        members = np.flatnonzero(budgets == budget)
         shares = np.full(len(members), 1 / len(members))
         counts[:, members] = draw.multinomial(len(members), shares, resamples)
     # 2) fit all draws, counts being weights
+    data = loss_data(points, surface.delta, surface.raw)
     rows, _ = levenberg_marquardt(
-        loss_data(points, surface.delta, surface.raw),
+        replace(data, weights=counts * data.weights),
         np.tile(surface.row, (resamples, 1)),
-        counts * weights_of(points),
         range(FORMS[surface.form]),
     )
     # 3) spread of the quantities; A and B from their logarithms, which may overflow
     errors: dict[str, float | None] = {}
-    ends: dict[str, tuple[float | None, float | None]] = {}
+    ends: dict[str, Ends] = {}
     with np.errstate(over="ignore", invalid="ignore"):
         for name, values in quantities(rows, surface.centre).items():
             if name in "AB":
@@ -257,4 +260,4 @@ def bootstrap(
             low, high = np.quantile(values, (0.025, 0.975))
             errors[name] = to_json(values.std())
             ends[name] = (to_json(low), to_json(high))
-    return Bootstrap(resamples, len(np.unique(strata)), errors, ends)
+    return Bootstrap(resamples, len(strata), errors, ends)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from slm.fits.optimize import LossData
+from slm.fits.optimize import LossData, solve_each
 from slm.fits.points import Point
 from slm.fits.power_law import ROUNDING, Noise, seed_noise
 from slm.fits.types import Array
@@ -28,6 +28,8 @@ EXPONENTS = (0.35, 0.35, 0.75)
 SPREADS = np.array([1.0, 1.0, 1.0, 0.45, 0.45, 0.4])
 """Prior standard deviations of theta. Twice these include the coupled surfaces of Epoch, Llama 3
 and nanochat: p and q from .14 to .86, and a floor down to next to none."""
+PRECISION = np.diag(SPREADS**-2)
+"""Inverse prior covariance of theta."""
 TAU = 7e-4
 """Relative misfit of the coupled surface to nanochat's 28 runs, whose seeds differ by 2e-4."""
 SIGMA = 2e-3
@@ -48,36 +50,49 @@ def sample_posterior(points: Sequence[Point]) -> tuple[Array, Array, Noise]:
     # 1) one mean loss per cell
     groups: dict[Cell, list[float]] = defaultdict(list)
     for point in points:
-        groups[point.params, point.tokens].append(float(np.log(point.loss)))
+        groups[point.params, point.tokens].append(np.log(point.loss))
     centre = np.log([(point.params, point.tokens) for point in points]).mean(0)
     positions = np.log(list(groups)) - centre
     logs = np.array([np.mean(losses) for losses in groups.values()])
     seeds = np.array([len(losses) for losses in groups.values()])
     # 2) prior mean and noise
-    mean = np.concatenate([logs.mean() + np.log(SHARES), np.log(EXPONENTS)])
+    shares = logs.mean() + np.log(SHARES)
+    mean = np.concatenate([shares, np.log(EXPONENTS)])
     noise = seed_noise(points) or _residual_noise(positions, logs, seeds, mean)
     # 3) the mode, and the modes for randomised losses and prior means
     scale = np.sqrt(information(seeds, noise.sigma))
     draw = np.random.default_rng(0)
-    random_logs = logs + draw.standard_normal((DRAWS, len(logs))) / scale
+    shifts = draw.standard_normal((DRAWS, len(logs))) / scale
     random_means = mean + SPREADS * draw.standard_normal((DRAWS, len(mean)))
     mode = _modes(positions, logs[None], scale, mean[None])
-    return mode, _modes(positions, random_logs, scale, random_means), noise
+    return mode, _modes(positions, logs + shifts, scale, random_means), noise
 
 
-def _residual_noise(positions: Array, logs: Array, seeds: Array, mean: Array) -> Noise:
+def _residual_noise(
+    positions: Array,
+    logs: Array,
+    seeds: Array,
+    mean: Array,
+) -> Noise:
     """Return the spread around the mode, over its degrees of freedom, with SIGMA as two more."""
     scale = np.sqrt(information(seeds, SIGMA))
     mode = _modes(positions, logs[None], scale, mean[None])
     (predicted,), (slopes,) = log_losses(mode, positions)
     scaled = slopes * scale[:, None]
     gram = scaled.T @ scaled
-    free = len(logs) - np.linalg.solve(gram + np.diag(SPREADS**-2), gram).trace()
+    used = np.linalg.solve(gram + PRECISION, gram).trace()
+    free = len(logs) - used
     squares = seeds @ (predicted - logs) ** 2
-    return Noise(float(np.sqrt((squares + 2 * SIGMA**2) / (free + 2))), "residuals and a prior")
+    variance = (squares + 2 * SIGMA**2) / (free + 2)
+    return Noise(np.sqrt(variance), "residuals and a prior")
 
 
-def _modes(positions: Array, logs: Array, scale: Array, means: Array) -> Array:
+def _modes(
+    positions: Array,
+    logs: Array,
+    scale: Array,
+    means: Array,
+) -> Array:
     """Return the theta (s, 6) that minimise |scale·(ln L - logs)|² + |(theta - means)/SPREADS|².
 
     `logs` is (s, k), `means` (s, 6). Levenberg-Marquardt in theta, a batch with a damping each;
@@ -94,25 +109,25 @@ def _modes(positions: Array, logs: Array, scale: Array, means: Array) -> Array:
 
     thetas = means
     damping = np.full(len(means), 1e-2)
-    values, misfits, slopes = evaluate(thetas)
-    done = np.zeros(len(values), bool)
+    done = np.zeros(len(means), bool)
     for _ in range(MAX_STEPS):
         # 1) damped normal equations of data and prior; no step beyond one prior deviation
-        normal = slopes.transpose(0, 2, 1) @ slopes + np.diag(prior)
+        values, misfits, slopes = evaluate(thetas)
+        pull = (misfits[:, None] @ slopes)[:, 0]
+        gradient = pull + prior * (thetas - means)
+        normal = slopes.mT @ slopes + PRECISION
         diagonal = np.einsum("skk->sk", normal)[:, None] * np.eye(len(prior))
-        gradient = (misfits[:, None] @ slopes)[:, 0] + prior * (thetas - means)
         damped = normal + damping[:, None, None] * diagonal
-        step = np.linalg.solve(damped, gradient[:, :, None])[:, :, 0]
-        trial = thetas - step / np.maximum(np.abs(step / SPREADS).max(1, keepdims=True), 1.0)
+        step = solve_each(damped, gradient)
+        longest = np.abs(step / SPREADS).max(1, keepdims=True)
+        trial = thetas - step / np.maximum(longest, 1.0)
         # 2) accept what is no worse, and stop once all fits have stopped gaining
-        trial_values, trial_misfits, trial_slopes = evaluate(trial)
-        better = trial_values <= values
+        trial_values, *_ = evaluate(trial)
+        gain = values - trial_values
+        better = gain >= 0
         damping = np.where(better, damping / 5, damping * 5)
-        done |= better & (values - trial_values <= 1e-8 * values)
         thetas = np.where(better[:, None], trial, thetas)
-        values = np.where(better, trial_values, values)
-        misfits = np.where(better[:, None], trial_misfits, misfits)
-        slopes = np.where(better[:, None, None], trial_slopes, slopes)
+        done |= better & (gain <= 1e-8 * values)
         if done.all():
             break
     return thetas
@@ -123,10 +138,10 @@ def log_losses(thetas: Array, positions: Array) -> tuple[Array, Array]:
 
     Positions are ln N and ln D from the centre of the runs.
     """
-    data = LossData(positions[:, 0], positions[:, 1], np.ones(len(positions)), (0.0, 0.0), np.inf)
+    data = LossData.unmeasured(*positions.T)
     logs, slopes = data.residuals(rows_of(thetas))
     slopes[:, 3:] *= np.exp(thetas[:, 3:, None])
-    return logs, slopes.transpose(0, 2, 1)
+    return logs, slopes.mT
 
 
 def rows_of(thetas: Array) -> Array:
@@ -136,4 +151,4 @@ def rows_of(thetas: Array) -> Array:
 
 def information(counts: Array, sigma: float) -> Array:
     """Return the weight (k,) of so many seeds of a run: 1/(tau² + sigma²/m), 0 for none."""
-    return np.asarray(counts / (counts * TAU**2 + sigma**2 + ROUNDING**2))
+    return counts / (counts * TAU**2 + sigma**2 + ROUNDING**2)

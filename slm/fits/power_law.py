@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize
 
-from slm.fits.intervals import LEVEL, Interval, allowance, crossing, prediction_interval
+from slm.fits.intervals import LEVEL, Ends, Interval, allowance, crossing, prediction_interval
 from slm.fits.points import Point
 from slm.fits.types import Array, to_json
 
@@ -68,7 +68,7 @@ class Law:
     best: Array
     """(floor, scale, exponent)."""
     region: Array
-    """(m, 3): the best parameters and points of the boundary of the 95 % region."""
+    """(m, 3): the best parameters first, then points of the boundary of the 95 % region."""
     open_low: bool
     """Whether the exponent has no lower end above 0."""
     open_high: bool
@@ -92,13 +92,12 @@ class Law:
     @property
     def scatter(self) -> float:
         """Standard deviation of ln loss around the law, runs beyond delta counted by their loss."""
-        return float(np.sqrt(2 * self.objective / self.free))
+        return np.sqrt(2 * self.objective / self.free)
 
     def loss(self, flops: Array | float) -> Array:
         """Return the law at C, of the shape of `flops`."""
-        return np.asarray(
-            _losses(self.best[None], np.log(np.asarray(flops, float) / self.reference))[0]
-        )
+        logc = np.log(np.asarray(flops) / self.reference)
+        return _losses(self.best, logc)
 
     def band(self, flops: Array) -> tuple[Array, Array]:
         """Return the ends of the 95 % interval of the law, not of a further run, at C."""
@@ -107,8 +106,8 @@ class Law:
 
     def at(self, flops: float) -> Interval:
         """Return the law at C with its interval."""
-        low, high = self.band(np.array([flops]))
-        return Interval(float(self.loss(flops)), float(low[0]), float(high[0]), True)
+        logc = np.log(flops / self.reference)
+        return self.interval(lambda rows: _losses(rows, logc))
 
     def prediction(self, flops: float) -> Interval:
         """Predict the loss of a further run at C."""
@@ -117,13 +116,13 @@ class Law:
     def interval(self, value: Callable[[Array], Array]) -> Interval:
         """Return estimate and extremes of a function of rows (m, 3) of (floor, scale, exponent)."""
         values = value(self.region)
-        best = float(value(self.best[None])[0])
-        return Interval(best, float(values.min()), float(values.max()), True)
+        return Interval(float(values[0]), float(values.min()), float(values.max()), True)
 
     @property
     def p(self) -> Interval:
         """Exponent of compute."""
-        return self._opened(self.interval(lambda rows: rows[:, 2]))
+        exponent = self.interval(lambda rows: rows[:, 2])
+        return self._opened(exponent)
 
     @property
     def E(self) -> Interval:  # noqa: N802
@@ -136,7 +135,8 @@ class Law:
     @property
     def K(self) -> Interval:  # noqa: N802
         """Reducible loss at one FLOP, in the unit of the loss; identifiable if p is."""
-        return self._opened(self.interval(lambda rows: rows[:, 1] * self.reference ** rows[:, 2]))
+        scale = self.interval(lambda rows: rows[:, 1] * self.reference ** rows[:, 2])
+        return self._opened(scale)
 
     def document(self) -> dict[str, Any]:
         """Return the JSON document; losses in the unit of the runs."""
@@ -187,70 +187,96 @@ class Law:
         return self.interval(lambda rows: 1 - 2 ** self._slopes(rows, flops))
 
     def _slopes(self, rows: Array, flops: float) -> Array:
-        reducible = rows[:, 1] * (flops / self.reference) ** -rows[:, 2]
-        return np.asarray(-rows[:, 2] * reducible / (rows[:, 0] + reducible))
+        floor, scale, exponent = rows.T
+        reducible = scale * (flops / self.reference) ** -exponent
+        return -exponent * reducible / (floor + reducible)
 
 
-def fit_law(form: str, flops: Array, losses: Array, noise: Noise, level: float = LEVEL) -> Law:
+def fit_law(
+    form: str,
+    flops: Array,
+    losses: Array,
+    noise: Noise,
+    level: float = LEVEL,
+) -> Law:
     """Fit one form to (n,) runs, at least one more than it has parameters."""
-    problem = _Problem.of_runs(form, flops, losses, noise)
-    best, objective = problem.best()
-    limit = (objective + len(flops) * ROUNDING**2) * allowance(len(flops) - PARAMETERS[form], level)
-    low, high = problem.exponent_ends(best[2], limit)
-    region = problem.boundary(limit, problem.exponents_between(low, high))
-    residuals = problem.z - np.log(_losses(best[None], problem.logc)[0])
-    return Law(
-        form=form,
-        reference=problem.reference,
-        smallest=float(flops.min()),
-        largest=float(flops.max()),
-        best=best,
-        region=np.vstack([best, region]),
+    law = best_law(form, flops, losses, noise)
+    problem = _Problem(form, np.log(flops / law.reference), np.log(losses), noise.delta)
+    limit = (law.objective + law.n * ROUNDING**2) * allowance(law.free, level)
+    low, high = problem.exponent_ends(law.best[2], limit)
+    exponents = problem.exponents_between(low, high)
+    return replace(
+        law,
+        region=np.vstack([law.best, problem.boundary(limit, exponents)]),
         open_low=low is None,
         open_high=high is None,
-        objective=objective,
-        noise=noise,
-        residual_rms=float(np.sqrt(np.mean(residuals**2))),
-        n=len(flops),
         level=level,
     )
 
 
-def predict(form: str, flops: Array, losses: Array, noise: Noise, at: Array) -> Array:
-    """Return the loss at compute `at` by a law through as many runs as parameters, or more."""
-    reference, best, _ = best_parameters(form, flops, losses, noise)
-    return np.asarray(_losses(best[None], np.log(at / reference))[0])
+def best_law(
+    form: str,
+    flops: Array,
+    losses: Array,
+    noise: Noise,
+) -> Law:
+    """Fit one form to as many runs as it has parameters, or more, without intervals.
+
+    The region of the law is its best parameters alone.
+    """
+    reference = np.exp(np.log(flops).mean())
+    problem = _Problem(form, np.log(flops / reference), np.log(losses), noise.delta)
+    best, objective = problem.best()
+    predicted = _losses(best, problem.logc)
+    return Law(
+        form=form,
+        reference=reference,
+        smallest=float(flops.min()),
+        largest=float(flops.max()),
+        best=best,
+        region=best[None],
+        open_low=True,
+        open_high=True,
+        objective=objective,
+        noise=noise,
+        residual_rms=root_mean_square(problem.z - np.log(predicted)),
+        n=len(flops),
+        level=LEVEL,
+    )
 
 
-def best_parameters(
-    form: str, flops: Array, losses: Array, noise: Noise
-) -> tuple[float, Array, float]:
-    """Return C0, the best (floor, scale, exponent) and its objective, without intervals."""
-    problem = _Problem.of_runs(form, flops, losses, noise)
-    return problem.reference, *problem.best()
+def root_mean_square(errors: Array) -> float:
+    """Return the root of the mean square of log errors."""
+    return np.sqrt(np.mean(errors**2))
 
 
-def noise_of(points: Sequence[Point], flops: Array, losses: Array, form: str) -> Noise:
+def noise_of(
+    points: Sequence[Point],
+    flops: Array,
+    losses: Array,
+    form: str,
+) -> Noise:
     """Return the noise of ln loss: of replicate seeds, else around the least-squares law."""
     noise = seed_noise(points)
     if noise:
         return noise
-    return mad_noise(np.log(losses / predict(form, flops, losses, LEAST_SQUARES, flops)))
+    predicted = best_law(form, flops, losses, LEAST_SQUARES).loss(flops)
+    return mad_noise(np.log(losses / predicted))
 
 
 def seed_noise(points: Sequence[Point]) -> Noise | None:
     """Return the noise of ln loss among replicates; None below two degrees of freedom."""
     groups: dict[tuple[float, ...], list[float]] = defaultdict(list)
     for point in points:
-        groups[point.setting].append(float(np.log(point.loss)))
+        groups[point.setting].append(np.log(point.loss))
     free = sum(len(group) - 1 for group in groups.values())
-    squares = sum(float(np.var(group)) * len(group) for group in groups.values())
-    return Noise(float(np.sqrt(squares / free)), "replicate seeds") if free >= 2 else None
+    squares = sum(np.var(group) * len(group) for group in groups.values())
+    return Noise(np.sqrt(squares / free), "replicate seeds") if free >= 2 else None
 
 
 def mad_noise(residuals: Array) -> Noise:
     """Return the noise of log residuals, robust to a few outliers."""
-    return Noise(float(1.4826 * np.median(np.abs(residuals))), "1.4826*MAD")
+    return Noise(1.4826 * np.median(np.abs(residuals)), "1.4826*MAD")
 
 
 def aicc(objective: float, runs: int, parameters: int) -> float | None:
@@ -262,20 +288,26 @@ def aicc(objective: float, runs: int, parameters: int) -> float | None:
     if runs <= count + 1:
         return None
     fit = runs * np.log(2 * objective / runs + ROUNDING**2)
-    return float(fit + 2 * count + 2 * count * (count + 1) / (runs - count - 1))
+    correction = 2 * count * (count + 1) / (runs - count - 1)
+    return fit + 2 * count + correction
 
 
-def huber(residuals: Array, delta: float, weights: Array | float = 1.0) -> Array:
+def huber(
+    residuals: Array,
+    delta: float,
+    weights: Array | float = 1.0,
+) -> Array:
     """Return the weighted sum of Huber losses over the last axis."""
     size = np.abs(residuals)
     inner = np.minimum(size, delta)
-    return np.asarray((weights * inner * (size - inner / 2)).sum(-1))
+    return (weights * inner * (size - inner / 2)).sum(-1)
 
 
 def _losses(rows: Array, logc: Array) -> Array:
-    """Return the losses (m, *c.shape) of parameters (m, 3) at c = ln(C/C0)."""
-    floor, scale, exponent = (rows[:, k].reshape(-1, *[1] * np.ndim(logc)) for k in range(3))
-    return np.asarray(floor + scale * np.exp(-exponent * logc))
+    """Return the losses (..., *c.shape) of parameters (..., 3) at c = ln(C/C0)."""
+    shape = (3, *rows.shape[:-1], *[1] * logc.ndim)
+    floor, scale, exponent = rows.T.reshape(shape)
+    return floor + scale * np.exp(-exponent * logc)
 
 
 @dataclass(frozen=True)
@@ -283,19 +315,12 @@ class _Problem:
     """Fit of one form to ln loss over ln(C/C0)."""
 
     form: str
-    reference: float
-    """C0, FLOPs."""
     logc: Array
     """(n,) ln(C/C0)."""
     z: Array
     """(n,) ln loss."""
     delta: float
     """Threshold of the Huber loss."""
-
-    @classmethod
-    def of_runs(cls, form: str, flops: Array, losses: Array, noise: Noise) -> _Problem:
-        reference = float(np.exp(np.log(flops).mean()))
-        return cls(form, reference, np.log(flops / reference), np.log(losses), noise.delta)
 
     def solve(self, exponents: Array) -> tuple[Array, Array]:
         """Return the best (floor, scale) >= 0 at each exponent as rows (P, 3), and objectives.
@@ -310,8 +335,11 @@ class _Problem:
             a = 1 / model
             b = x / model
             target = self.z - np.log(model) + 1
-            aa, ab, bb = ((weights * u * v).sum(-1) for u, v in ((a, a), (a, b), (b, b)))
-            at, bt = ((weights * u * target).sum(-1) for u in (a, b))
+            aa = (weights * a * a).sum(-1)
+            ab = (weights * a * b).sum(-1)
+            bb = (weights * b * b).sum(-1)
+            at = (weights * a * target).sum(-1)
+            bt = (weights * b * target).sum(-1)
             # 2) their solution; a parameter that would be negative is 0 and the other solved alone
             floor = np.zeros_like(bb)
             scale = bt / bb
@@ -340,69 +368,80 @@ class _Problem:
         """
         grid, objectives = self.solve(EXPONENTS[self.form])
         order = objectives.argsort()
-        starts = dict.fromkeys([*order[grid[order, 0] == 0][:1], order[0]])
-        fits = [(grid[k], float(objectives[k])) for k in starts]
+        without_floor = order[grid[order, 0] == 0]
+        starts = dict.fromkeys([*without_floor[:1], order[0]])
+        fits = [(grid[k], objectives[k]) for k in starts]
         fits += [self._polish(grid[k]) for k in starts if grid[k, 1] > 0]
         # A floor must pay for itself by more than rounding.
         best, objective = min(fits, key=lambda fit: fit[1] * (1 + 1e-9 * (fit[0][0] > 0)))
-        no_floor = best[0] < 1e-9 * np.exp(self.z.min())
-        return np.where([no_floor, False, False], 0.0, best), objective
+        if best[0] < 1e-9 * np.exp(self.z.min()):
+            best = best * [0, 1, 1]
+        return best, objective
 
     def _polish(self, start: Array) -> tuple[Array, float]:
         """Refine all parameters at once by a trust region; a floor of 0 stays 0."""
         columns = [0, 1, 2] if start[0] > 0 else [1, 2]
-        unit = self.delta if np.isfinite(self.delta) else 1e-3
-        low = np.array([0, 0, EXPONENTS[self.form][0]])[columns]
-        high = np.array([np.inf, np.inf, EXPONENTS[self.form][-1]])[columns]
+        least_squares = np.isinf(self.delta)
+        unit = 1e-3 if least_squares else self.delta
+        lowest, *_, highest = EXPONENTS[self.form]
+        low = np.array([0, 0, lowest])[columns]
+        high = np.array([np.inf, np.inf, highest])[columns]
 
         def row(theta: Array) -> Array:
             full = np.zeros(3)
             full[columns] = theta
-            return full[None]
+            return full
 
         def residuals(theta: Array) -> Array:
-            return np.asarray((np.log(_losses(row(theta), self.logc)[0]) - self.z) / unit)
+            losses = _losses(row(theta), self.logc)
+            return (np.log(losses) - self.z) / unit
 
         def jacobian(theta: Array) -> Array:
-            _, scale, exponent = row(theta)[0]
+            _, scale, exponent = row(theta)
+            losses = _losses(row(theta), self.logc)
             x = np.exp(-exponent * self.logc)
-            slopes = np.stack([np.ones_like(x), x, -scale * self.logc * x], 1)[:, columns]
-            return np.asarray(slopes / _losses(row(theta), self.logc)[0][:, None] / unit)
+            slopes = np.stack([np.ones_like(x), x, -scale * self.logc * x], 1)
+            return slopes[:, columns] / losses[:, None] / unit
 
         best = optimize.least_squares(
             residuals,
             np.clip(start[columns], low + 1e-9, high - 1e-9),
             jac=jacobian,
             bounds=(low, high),
-            loss="huber" if np.isfinite(self.delta) else "linear",
+            loss="linear" if least_squares else "huber",
             x_scale="jac",
             xtol=1e-13,
             ftol=1e-15,
             gtol=1e-13,
             max_nfev=500,
         )
-        return row(best.x)[0], float(huber(residuals(best.x) * unit, self.delta))
+        objective = huber(residuals(best.x) * unit, self.delta)
+        return row(best.x), float(objective)
 
-    def exponent_ends(self, best: float, limit: float) -> tuple[float | None, float | None]:
+    def exponent_ends(self, best: float, limit: float) -> Ends:
         """Return the ends of the exponent's profile; None if it is inside up to the grid's end."""
 
         def excess(exponent: float) -> float:
             if exponent == best:
                 return -limit
-            return float(self.solve(np.array([exponent]))[1][0]) - limit
+            _, objectives = self.solve(np.array([exponent]))
+            return objectives[0] - limit
 
         first, last = EXPONENTS[self.form][[0, -1]]
         stride = (abs(best) + 0.01) / 20
-        return crossing(excess, best, first, stride), crossing(excess, best, last, stride)
+        low = crossing(excess, best, first, stride)
+        high = crossing(excess, best, last, stride)
+        return low, high
 
     def exponents_between(self, low: float | None, high: float | None) -> Array:
         """Return 41 exponents from end to end, denser near the ends, where the region closes."""
         first = EXPONENTS[self.form][0] if low is None else low
         last = EXPONENTS[self.form][-1] if high is None else high
-        share = (1 - np.cos(np.linspace(0, np.pi, 41))) / 2
+        angles = np.linspace(0, np.pi, 41)
+        share = (1 - np.cos(angles)) / 2
         if self.form == PURE:
-            return np.asarray(first + (last - first) * share)
-        return np.asarray(first * (last / first) ** share)
+            return first + (last - first) * share
+        return first * (last / first) ** share
 
     def boundary(self, limit: float, exponents: Array) -> Array:
         """Return points (m, 3) of the boundary of the region {S <= limit}.
@@ -414,19 +453,24 @@ class _Problem:
         centre = self.solve(exponents)[0][:, :2, None]
         rays = self._rays(centre[..., 0], x)
         with np.errstate(divide="ignore", invalid="ignore"):
-            wall = np.nanmin(np.where(rays < 0, -centre / rays, np.inf), 1) * (1 - 1e-9)
+            walls = np.where(rays < 0, -centre / rays, np.inf)
+            wall = np.nanmin(walls, 1) * (1 - 1e-9)
+
+        def ends(radius: Array) -> Array:
+            return np.moveaxis(centre + radius[:, None] * rays, 1, 0)
 
         def inside(radius: Array) -> NDArray[np.bool_]:
-            floor, scale = np.moveaxis(centre + radius[:, None] * rays, 1, 0)
+            floor, scale = ends(radius)
             losses = floor[..., None] + scale[..., None] * x[:, None]
             return huber(np.log(losses) - self.z, self.delta) <= limit
 
         # 2) the radius at which each ray leaves the region
-        radius = _largest_inside(inside, wall, np.sqrt(2 * limit))
-        floor, scale = np.moveaxis(centre + radius[:, None] * rays, 1, 0)
+        floor, scale = ends(_largest_inside(inside, wall, np.sqrt(2 * limit)))
         # 3) a floor that is next to none is none
-        floor = np.where(floor < 1e-6 * np.exp(self.z.min()), 0.0, floor)
-        return np.stack(np.broadcast_arrays(floor, scale, exponents[:, None]), -1).reshape(-1, 3)
+        negligible = 1e-6 * np.exp(self.z.min())
+        floor = np.where(floor < negligible, 0.0, floor)
+        columns = np.broadcast_arrays(floor, scale, exponents[:, None])
+        return np.stack(columns, -1).reshape(-1, 3)
 
     def _rays(self, centres: Array, x: Array) -> Array:
         """Return directions (P, 2, rays) of (floor, scale).
@@ -437,11 +481,12 @@ class _Problem:
         jacobian = np.stack([np.ones_like(x), x], -1) / model[..., None]
         if self.form == PURE:
             unit = 1 / np.sqrt((jacobian[..., 1] ** 2).sum(-1))
-            return np.stack([np.zeros((len(unit), 2)), np.stack([unit, -unit], 1)], 1)
+            scales = np.stack([unit, -unit], 1)
+            return np.stack([np.zeros_like(scales), scales], 1)
         angles = np.linspace(0, 2 * np.pi, 48, endpoint=False)
-        lower = np.linalg.cholesky(np.swapaxes(jacobian, 1, 2) @ jacobian)
         circle = np.stack([np.cos(angles), np.sin(angles)])
-        return np.linalg.solve(np.swapaxes(lower, 1, 2), circle[None])
+        lower = np.linalg.cholesky(jacobian.mT @ jacobian)
+        return np.linalg.solve(lower.mT, circle[None])
 
 
 def _largest_inside(

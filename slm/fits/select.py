@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from slm.fits.intervals import Interval
+from slm.fits.power_law import root_mean_square
 from slm.fits.types import Array, to_json
 
 HOLD_OUT_LEVEL = 0.9
@@ -67,12 +68,12 @@ class HoldOut:
     @property
     def error(self) -> float:
         """Root mean square error of ln loss."""
-        return float(np.sqrt(np.mean(self.log_errors**2)))
+        return root_mean_square(self.log_errors)
 
     @property
     def bias(self) -> float:
         """Mean error of ln loss; positive predicts too high a loss."""
-        return float(self.log_errors.mean())
+        return self.log_errors.mean()
 
     def document(self) -> dict[str, Any]:
         """Return the JSON document, without the single runs."""
@@ -156,7 +157,7 @@ def hold_out_limits(flops: Array) -> Array:
     A hold-out fits the runs up to such a limit and predicts the rest.
     """
     rising = np.sort(flops)
-    return np.asarray(rising[:-1][np.diff(np.log(rising)) > SAME_COMPUTE])
+    return rising[:-1][np.diff(np.log(rising)) > SAME_COMPUTE]
 
 
 def evenly_chosen(values: Sequence[T], count: int) -> list[T]:

@@ -11,18 +11,35 @@ kappa = FLOPs/(N·D).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
-from slm.fits.intervals import LEVEL, Interval, allowance, crossing
+from slm.fits.intervals import LEVEL, Ends, Interval, allowance, crossing, exponential_end
 from slm.fits.isoflop import Minimum
-from slm.fits.optimize import EXPONENT, GAMMA, LossData, levenberg_marquardt, polish
+from slm.fits.optimize import (
+    EXPONENT,
+    GAMMA,
+    Centre,
+    LossData,
+    levenberg_marquardt,
+    polish,
+    predict,
+    solve_each,
+)
 from slm.fits.points import Point
-from slm.fits.power_law import LEAST_SQUARES, ROUNDING, Noise, mad_noise, seed_noise
+from slm.fits.power_law import (
+    LEAST_SQUARES,
+    ROUNDING,
+    Noise,
+    mad_noise,
+    root_mean_square,
+    seed_noise,
+)
 from slm.fits.types import Array, to_json
 
 FORMS = {"additive": 5, "coupled": 6}
@@ -62,7 +79,7 @@ class Surface:
     """`additive` or `coupled`."""
     row: Array
     """(e, a, b, p, q, gamma) as in `slm.fits.optimize`."""
-    centre: tuple[float, float]
+    centre: Centre
     """Means of ln N and ln D, the origin of the row."""
     kappa: float
     """FLOPs/(N·D), geometric mean of the runs; 6 by the usual rule."""
@@ -88,54 +105,66 @@ class Surface:
     """JᵀWJ at the row, over the parameters of the form."""
 
     @property
+    def free(self) -> int:
+        """Degrees of freedom."""
+        return self.n - FORMS[self.form]
+
+    @property
+    def limit(self) -> float:
+        """Objective up to which a row is inside the 95 % region."""
+        return (self.objective + self.n * ROUNDING**2) * allowance(self.free)
+
+    @property
     def exponents(self) -> tuple[float, float]:
         """Best alpha and beta, whether or not the runs hold them."""
-        return float(self.row[3] / self.row[5]), float(self.row[4] / self.row[5])
+        p, q, gamma = self.row[3:].tolist()
+        return p / gamma, q / gamma
 
     @property
     def unidentified(self) -> list[str]:
         """Exponents whose intervals lack an end."""
-        return [
-            name
-            for name in ("alpha", "beta", "gamma", "params_exponent")
-            if not self.intervals[name].identifiable
-        ]
+        names = ("alpha", "beta", "gamma", "params_exponent")
+        return [name for name in names if not self.intervals[name].identifiable]
 
     def loss(self, params: Array | float, tokens: Array | float) -> Array:
         """Return the loss at N and D of one shape."""
-        n, d = np.broadcast_arrays(np.log(params) - self.centre[0], np.log(tokens) - self.centre[1])
-        data = LossData(n.ravel(), d.ravel(), np.ones(n.size), self.centre, np.inf)
-        return np.asarray(data.predict(self.row[None])[0].reshape(n.shape))
+        losses, _ = predict(self.row, *self._centred(params, tokens))
+        return losses
 
     def optimum(self, flops: float) -> Minimum:
         """Return the compute-optimal model at C."""
+        _, a, b, *_, gamma = self.row
         alpha, beta = self.exponents
         product = np.log(flops / self.kappa)
-        log_ratio = (
-            (self.row[1] - self.row[2]) / self.row[5]
-            + alpha * self.centre[0]
-            - beta * self.centre[1]
-        )
+        log_ratio = (a - b) / gamma + alpha * self.centre[0] - beta * self.centre[1]
         size = (np.log(alpha / beta) + log_ratio + beta * product) / (alpha + beta)
         params = float(np.exp(size))
         tokens = float(np.exp(product - size))
-        return Minimum(flops, params, tokens, tokens / params, float(self.loss(params, tokens)))
+        return Minimum(
+            flops=flops,
+            params=params,
+            tokens=tokens,
+            ratio=tokens / params,
+            loss=float(self.loss(params, tokens)),
+        )
 
-    def prediction(self, params: float, tokens: float, level: float = LEVEL) -> Interval:
+    def prediction(self, params: float, tokens: float) -> Interval:
         """Predict the loss of a further run at N and D.
 
         The interval is y ± t·sqrt(g'Vg + sigma²) in ln loss, V from the curvature of the objective.
         """
-        n = np.log([params]) - self.centre[0]
-        d = np.log([tokens]) - self.centre[1]
-        data = LossData(n, d, np.ones(1), self.centre, 0)
-        free = self.n - FORMS[self.form]
-        loss, low, high = predict_runs(data, self.row, self.hessian, self.objective, free, level)
-        return Interval(float(loss[0]), float(low[0]), float(high[0]), True)
+        data = LossData.unmeasured(*self._centred([params], [tokens]))
+        (prediction,) = predict_runs(data, self.row, self.hessian, self.objective, self.free, LEVEL)
+        return prediction
+
+    def _centred(self, params: ArrayLike, tokens: ArrayLike) -> tuple[Array, Array]:
+        """Return ln N and ln D from the means of the runs."""
+        return np.log(params) - self.centre[0], np.log(tokens) - self.centre[1]
 
     def document(self) -> dict[str, Any]:
         """Return the JSON document."""
-        identified = not self.unidentified
+        not_held = self.unidentified
+        identified = not not_held
         return {
             "form": self.form,
             **to_json(self.intervals),
@@ -149,7 +178,7 @@ class Surface:
             "status": self.status,
             "residual_rms": self.residual_rms,
             "identifiable": identified,
-            "identifiability": {"identified": identified, "not_held": self.unidentified},
+            "identifiability": {"identified": identified, "not_held": not_held},
         }
 
 
@@ -178,10 +207,12 @@ def _width(points: Sequence[Point]) -> float:
     """
     positions = np.log([[point.params, point.tokens] for point in points])
     positions -= positions.mean(0)
-    along, across = (positions @ np.linalg.svd(positions, full_matrices=False)[2].T).T
+    _, _, axes = np.linalg.svd(positions, full_matrices=False)
+    along, across = (positions @ axes.T).T
     terms = 3 if len(points) > FORMS["additive"] + 1 else 2
     design = np.vander(along / np.abs(along).max(), terms)
-    return float(np.sqrt(np.mean((across - design @ np.linalg.lstsq(design, across)[0]) ** 2)))
+    coefficients, *_ = np.linalg.lstsq(design, across)
+    return root_mean_square(across - design @ coefficients)
 
 
 def fit_surface(
@@ -206,56 +237,70 @@ def fit_surface(
         raise ValueError(f"{len(points)} runs; {form} takes {FORMS[form] + 1}")
     noise = noise or noise_around(points)
     data = loss_data(points, noise.delta if delta is None else delta, raw)
-    weights = weights_of(points)
-    row, objective, agreeing, status = fit_row(data, weights, form)
-    residuals = np.log(data.predict(row[None])[0][0] / data.losses)
+    row, objective, agreeing, status = fit_row(data, form)
+    predicted, _ = predict(row, data.n, data.d)
     log_kappas = [np.log(point.flops / point.params / point.tokens) for point in points]
-    return Surface(
+    surface = Surface(
         form=form,
         row=row,
         centre=data.centre,
-        kappa=float(np.exp(np.mean(log_kappas))),
-        intervals=_intervals(data, weights, form, row, objective),
+        kappa=np.exp(np.mean(log_kappas)),
+        intervals={},
         objective=objective,
         noise=noise,
         delta=data.delta,
         raw=raw,
         starts_agreeing=agreeing,
         status=status,
-        residual_rms=float(np.sqrt(np.mean(residuals**2))),
+        residual_rms=root_mean_square(np.log(predicted / data.losses)),
         n=len(points),
-        hessian=data.hessian(row, weights, range(FORMS[form])),
+        hessian=data.hessian(row, range(FORMS[form])),
     )
+    return replace(surface, intervals=_intervals(data, surface))
 
 
 def predict_runs(
-    data: LossData, row: Array, hessian: Array, objective: float, free: int, level: float
-) -> tuple[Array, Array, Array]:
-    """Predict further runs at the N and D of `data`: losses, and low and high ends, (m,) each.
+    data: LossData,
+    row: Array,
+    hessian: Array,
+    objective: float,
+    free: int,
+    level: float,
+) -> list[Interval]:
+    """Predict further runs at the N and D of `data`.
 
     `hessian` is JᵀWJ of the fitted runs, `objective` and `free` their objective and degrees of
     freedom.
     """
-    losses, _ = data.predict(row[None])
-    slopes = data.residuals(row[None])[1][0, : len(hessian)]
+    losses, _ = predict(row, data.n, data.d)
+    _, (jacobian,) = data.residuals(row[None])
+    slopes = jacobian[: len(hessian)]
     errors = (slopes * np.linalg.solve(_ridged(hessian), slopes)).sum(0)
     variance = 2 * objective / free * (1 + errors)
-    reach = np.exp(stats.t.ppf((1 + level) / 2, free) * np.sqrt(variance))
-    return losses[0], losses[0] / reach, losses[0] * reach
+    quantile = stats.t.ppf((1 + level) / 2, free)
+    reach = np.exp(quantile * np.sqrt(variance))
+    ends = np.column_stack([losses, losses / reach, losses * reach])
+    return [Interval(loss, low, high, True) for loss, low, high in ends.tolist()]
 
 
-def loss_data(points: Sequence[Point], delta: float, raw: bool = False) -> LossData:
+def loss_data(
+    points: Sequence[Point],
+    delta: float,
+    raw: bool = False,
+) -> LossData:
     """Return the runs with their logarithms centred."""
     n = np.log([point.params for point in points])
     d = np.log([point.tokens for point in points])
-    losses = np.array([point.loss for point in points])
-    centre = (float(n.mean()), float(d.mean()))
-    return LossData(n - n.mean(), d - d.mean(), losses, centre, delta, raw)
-
-
-def weights_of(points: Sequence[Point]) -> Array:
-    """Return the weights of the runs, (m,)."""
-    return np.array([point.weight for point in points])
+    centre = (n.mean(), d.mean())
+    return LossData(
+        n=n - centre[0],
+        d=d - centre[1],
+        losses=np.array([point.loss for point in points]),
+        weights=np.array([point.weight for point in points]),
+        centre=centre,
+        delta=delta,
+        raw=raw,
+    )
 
 
 def noise_around(points: Sequence[Point]) -> Noise:
@@ -270,46 +315,45 @@ def noise_around(points: Sequence[Point]) -> Noise:
     noise = LEAST_SQUARES
     for _ in range(2):
         data = loss_data(points, noise.delta)
-        row, *_ = fit_row(data, weights_of(points), form)
-        noise = mad_noise(data.residuals(row[None])[0][0])
+        row, *_ = fit_row(data, form)
+        residuals, _ = data.residuals(row[None])
+        noise = mad_noise(residuals)
     return noise
 
 
-def fit_row(data: LossData, weights: Array, form: str) -> tuple[Array, float, float, str]:
+def fit_row(data: LossData, form: str) -> tuple[Array, float, float, str]:
     """Return the best row, its objective, the share of starts that reach it, and the status."""
-    starts = _starts(data, weights)
+    starts = _starts(data)
     if form == "coupled":
-        at_gamma = [np.where(np.arange(6) == 5, gamma, starts) for gamma in TEMPERATURES]
-        starts = np.concatenate(at_gamma)
+        is_gamma = np.arange(6) == 5
+        starts = np.concatenate([np.where(is_gamma, gamma, starts) for gamma in TEMPERATURES])
     columns = range(FORMS[form])
-    all_weights = np.broadcast_to(weights, (len(starts), weights.size))
-    rows, objectives = levenberg_marquardt(data, starts, all_weights, columns)
-    best = rows[int(objectives.argmin())]
-    row, objective, status = polish(data, best, weights, columns)
-    rounding = weights.sum() * ROUNDING**2
+    rows, objectives = levenberg_marquardt(data, starts, columns)
+    row, objective, status = polish(data, rows[objectives.argmin()], columns)
+    rounding = data.weights.sum() * ROUNDING**2
     agreeing = objectives <= objective * (1 + 1e-6) + rounding
-    return row, objective, float(agreeing.mean()), status
+    return row, objective, agreeing.mean(), status
 
 
-def _starts(data: LossData, weights: Array) -> Array:
+def _starts(data: LossData) -> Array:
     """Return the best cell of each block of the grid of exponents as a row: (BLOCKS², 6)."""
     # 1) solve the linear part (E, A, B) at every cell of the grid
     grid = np.geomspace(0.03, 2.0, BLOCKS * CELLS)
-    p, q = (axis.reshape(-1, 1) for axis in np.meshgrid(grid, grid, indexing="ij"))
+    p = np.repeat(grid, len(grid))[:, None]
+    q = np.tile(grid, len(grid))[:, None]
     x = np.exp(-p * data.n)
     y = np.exp(-q * data.d)
-    linear = _linear(np.stack([np.ones_like(x), x, y], 1) / data.losses, weights)
+    design = np.stack([np.ones_like(x), x, y], 1)
+    linear = _linear(design / data.losses, data.weights)
     rows = np.column_stack([np.log(linear), p, q, np.ones(len(p))])
-    # 2) find the best cell of each block
+    # 2) take the best cell of each block
     predicted = linear[:, :1] + linear[:, 1:2] * x + linear[:, 2:] * y
-    objectives = data.objective(np.log(predicted / data.losses), weights)
-    by_block = objectives.reshape(BLOCKS, CELLS, BLOCKS, CELLS).transpose(0, 2, 1, 3)
-    best = by_block.reshape(BLOCKS**2, CELLS**2).argmin(1)
-    # 3) take the rows of these cells
-    blocks = np.arange(BLOCKS**2)
-    first = blocks // BLOCKS * CELLS + best // CELLS
-    second = blocks % BLOCKS * CELLS + best % CELLS
-    return np.asarray(rows[first * BLOCKS * CELLS + second])
+    residuals = np.log(predicted / data.losses)
+    objectives = data.objective(residuals, data.weights)
+    cells = np.arange(len(rows)).reshape(BLOCKS, CELLS, BLOCKS, CELLS)
+    by_block = cells.transpose(0, 2, 1, 3).reshape(BLOCKS**2, CELLS**2)
+    best = objectives[by_block].argmin(1)
+    return rows[by_block[np.arange(BLOCKS**2), best]]
 
 
 def _linear(design: Array, weights: Array) -> Array:
@@ -317,41 +361,33 @@ def _linear(design: Array, weights: Array) -> Array:
 
     `design` is (g, 3, m); the coefficients are (g, 3) and positive.
     """
-    gram = (design * weights) @ design.transpose(0, 2, 1)
+    gram = (design * weights) @ design.mT
+    diagonal = np.einsum("gkk->gk", gram)[:, :, None]
+    gram = gram + 1e-10 * diagonal * np.eye(3)
     right = design @ weights
-    gram = gram + 1e-10 * np.einsum("gkk->gk", gram)[:, :, None] * np.eye(3)
-    with_floor = np.linalg.solve(gram, right[:, :, None])[:, :, 0]
-    terms = np.linalg.solve(gram[:, 1:, 1:], right[:, 1:, None])[:, :, 0]
-    without_floor = np.column_stack([np.zeros(len(terms)), terms])
+    with_floor = solve_each(gram, right)
+    without_floor = np.zeros_like(with_floor)
+    without_floor[:, 1:] = solve_each(gram[:, 1:, 1:], right[:, 1:])
     coefficients = np.where(with_floor[:, :1] > 0, with_floor, without_floor)
     return np.maximum(coefficients, 1e-3 / np.abs(design).max(2))
 
 
-def _intervals(
-    data: LossData, weights: Array, form: str, row: Array, objective: float
-) -> dict[str, Interval]:
+def _intervals(data: LossData, surface: Surface) -> dict[str, Interval]:
     """Return the profile-likelihood intervals of QUANTITIES, all ends searched in one batch."""
-    names = [name for name in QUANTITIES if name != "gamma" or form == "coupled"]
-    profile = _Profile(data, weights, form, row, objective)
-    best = quantities(row[None], data.centre)
-    intervals = {"gamma": Interval(1.0, 1.0, 1.0, True)}
-    for name, (low, high) in zip(names, profile.ends(names)):
-        outward = np.exp if name in ("A", "B") else float
-        low = None if low is None else float(outward(low))
-        high = None if high is None else float(outward(high))
+    names = [name for name in QUANTITIES if name != "gamma" or surface.form == "coupled"]
+    best = quantities(surface.row[None], data.centre)
+    intervals = {name: Interval(1.0, 1.0, 1.0, True) for name in QUANTITIES}
+    for name, (low, high) in zip(names, _Profile(data, surface).ends(names)):
         value = float(best[name][0])
         lowest, highest = QUANTITIES[name]
         identified = low is not None and high is not None and lowest <= value <= highest
-        estimate = float(outward(value)) if identified or name == "E" else None
+        estimate = value if identified or name == "E" else None
+        if name in ("A", "B"):
+            estimate, low, high = map(exponential_end, (estimate, low, high))
         if name == "E" and low is None:
             low = 0.0
         intervals[name] = Interval(estimate, low, high, identified)
-    return {name: intervals[name] for name in QUANTITIES}
-
-
-def _limit(objective: float, runs: int, form: str) -> float:
-    """Return the objective up to which a row is inside the 95 % region."""
-    return (objective + runs * ROUNDING**2) * allowance(runs - FORMS[form])
+    return intervals
 
 
 def frontier(
@@ -362,48 +398,47 @@ def frontier(
     The interval of its D is C/(kappa·N).
     """
     data = loss_data(points, surface.delta, surface.raw)
-    weights = weights_of(points)
-    limit = _limit(surface.objective, weights.size, surface.form)
+    limit = surface.limit
     columns = [column for column in range(FORMS[surface.form]) if column != 1]
     models = []
     for compute in flops:
-        product = float(np.log(compute / surface.kappa))
+        product = np.log(compute / surface.kappa)
         best = surface.optimum(float(compute))
 
         def excess(size: float, product: float = product) -> float:
             tie = partial(_tied, size, product, data.centre)
-            return polish(data, surface.row, weights, columns, tie)[1] - limit
+            _, objective, _ = polish(data, surface.row, columns, tie)
+            return objective - limit
 
-        size = float(np.log(best.params))
-        low, high = (
-            crossing(excess, size, size + reach, 0.02, 1e-5)
-            for reach in (-SEARCH_REACH, SEARCH_REACH)
-        )
-        models.append((best, Interval.of_ends(best.params, _exp(low), _exp(high))))
+        size = np.log(best.params)
+        low = crossing(excess, size, size - SEARCH_REACH, 0.02, 1e-5)
+        high = crossing(excess, size, size + SEARCH_REACH, 0.02, 1e-5)
+        ends = (exponential_end(low), exponential_end(high))
+        models.append((best, Interval.of_ends(best.params, *ends)))
     return models
 
 
-def _exp(end: float | None) -> float | None:
-    return None if end is None else float(np.exp(end))
-
-
 def _tied(
-    size: float, product: float, centre: tuple[float, float], row: Array
+    size: float,
+    product: float,
+    centre: Centre,
+    row: Array,
 ) -> tuple[Array, Array]:
     """Return the row with the a that makes ln N = size optimal, and the slopes (6,) of a.
 
     `product` is ln(N·D). The optimum has alpha·A·N^-alpha = beta·B·D^-beta.
     """
-    tied = row.copy()
     n, d = centre
-    lowest = [-np.inf, -np.inf, -np.inf, EXPONENT[0], EXPONENT[0], GAMMA[0]]
-    _, _, b, p, q, gamma = np.maximum(row, lowest)
-    tied[1] = b + p * (size - n) - q * (product - size - d) - gamma * np.log(p / q)
-    slopes = [0, 0, 1, size - n - gamma / p, size + d - product + gamma / q, -np.log(p / q)]
-    return tied, np.array(slopes)
+    p, q, gamma = np.maximum(row[3:], [EXPONENT[0], EXPONENT[0], GAMMA[0]])
+    log_ratio = np.log(p / q)
+    tied = row.copy()
+    tied[1] = row[2] + p * (size - n) - q * (product - size - d) - gamma * log_ratio
+    p_slope = size - n - gamma / p
+    q_slope = size + d - product + gamma / q
+    return tied, np.array([0, 0, 1, p_slope, q_slope, -log_ratio])
 
 
-def quantities(rows: Array, centre: tuple[float, float]) -> dict[str, Array]:
+def quantities(rows: Array, centre: Centre) -> dict[str, Array]:
     """Return QUANTITIES of rows (R, 6), (R,) each; A and B as logarithms."""
     e, a, b, p, q, gamma = rows.T
     return {
@@ -417,7 +452,7 @@ def quantities(rows: Array, centre: tuple[float, float]) -> dict[str, Array]:
     }
 
 
-def _condition(name: str, value: float, centre: tuple[float, float]) -> tuple[Array, float]:
+def _condition(name: str, value: float, centre: Centre) -> tuple[Array, float]:
     """Return normal (6,) and constant of normal·row = constant, true where the quantity is `value`.
 
     Both are affine in the value, for E in its logarithm.
@@ -425,7 +460,7 @@ def _condition(name: str, value: float, centre: tuple[float, float]) -> tuple[Ar
     normal = np.zeros(6)
     if name == "E":
         normal[0] = 1.0
-        return normal, float(np.log(value))
+        return normal, np.log(value)
     if name == "gamma":
         normal[5] = 1.0
         return normal, value
@@ -439,106 +474,115 @@ def _condition(name: str, value: float, centre: tuple[float, float]) -> tuple[Ar
     return normal, 0.0
 
 
+@dataclass(frozen=True)
 class _Profile:
     """Profile likelihoods of one fitted surface."""
 
-    def __init__(
-        self, data: LossData, weights: Array, form: str, row: Array, objective: float
-    ) -> None:
-        self.data = data
-        self.weights = weights
-        self.columns = list(range(FORMS[form]))
-        self.row = row
-        self.objective = objective
-        self.allowed = _limit(objective, weights.size, form) - objective
-        hessian = data.hessian(row, weights, self.columns)
-        self.metric: Array = np.linalg.inv(_ridged(hessian)).astype(float)
-        """Covariance of the form's parameters at unit noise."""
+    data: LossData
+    surface: Surface
 
-    def ends(self, names: Sequence[str]) -> list[list[float | None]]:
-        """Return [low, high] of each quantity, where its profile crosses the limit; None if open.
+    @cached_property
+    def allowed(self) -> float:
+        """Excess of the objective at the limit."""
+        return self.surface.limit - self.surface.objective
+
+    @cached_property
+    def covariance(self) -> Array:
+        """Covariance of the form's parameters at unit noise."""
+        return np.asarray(np.linalg.inv(_ridged(self.surface.hessian)), float)
+
+    def ends(self, names: Sequence[str]) -> list[Ends]:
+        """Return the ends of each quantity, where its profile crosses the limit; None if open.
 
         The root of the excess is nearly straight in the quantity, also in E but not in ln E, so
         secants find the crossing.
         """
         # 1) one task per quantity and side, from the best value outwards
-        tasks = [(name, side) for name in names for side in (-1.0, 1.0)]
-        values = quantities(self.row[None], self.data.centre)
-        best = np.array([values[name][0] for name, _ in tasks])
-        first = np.array([side * self._quadratic_reach(name) for name, side in tasks])
-        low, high = np.array([self._bounds(name) for name, _ in tasks]).T
-        inner = best.copy()
+        row = self.surface.row
+        tasks = np.repeat(names, 2).tolist()
+        values = quantities(row[None], self.data.centre)
+        best = np.array([values[name][0] for name in tasks])
+        sides = np.tile([-1.0, 1.0], len(names))
+        first = sides * [self._quadratic_reach(name, values[name][0]) for name in tasks]
+        low, high = np.array([self._bounds(name) for name in tasks]).T
+        inner = best
         inner_depth = np.zeros(len(tasks))
-        rows = np.tile(self.row, (len(tasks), 1))
+        rows = np.tile(row, (len(tasks), 1))
         outer = np.full(len(tasks), np.nan)
-        outer_depth = np.full(len(tasks), np.nan)
-        weights = np.tile(self.weights, (len(tasks), 1))
+        outer_depth = outer
         for _ in range(PROFILE_ROUNDS):
             # 2) fit with each quantity held at its next value
-            u = np.clip(
-                _next_values(best, first, inner, inner_depth, outer, outer_depth), low, high
-            )
-            moved, normals = self._moved(rows, [name for name, _ in tasks], u)
-            moved, objectives = levenberg_marquardt(
-                self.data, moved, weights, self.columns, normals
-            )
+            following = _next_values(best, first, inner, inner_depth, outer, outer_depth)
+            following = np.clip(following, low, high)
+            moved, normals = self._moved(rows, tasks, following)
+            columns = range(len(self.covariance))
+            moved, objectives = levenberg_marquardt(self.data, moved, columns, normals)
             # 3) narrow the bracket: depth is the root of the excess, 1 at the limit
-            depth = np.sqrt(np.maximum(objectives - self.objective, 0) / self.allowed)
+            excess = np.maximum(objectives - self.surface.objective, 0)
+            depth = np.sqrt(excess / self.allowed)
             inside = depth <= 1
-            inner = np.where(inside, u, inner)
+            inner = np.where(inside, following, inner)
             inner_depth = np.where(inside, depth, inner_depth)
-            outer = np.where(inside, outer, u)
+            outer = np.where(inside, outer, following)
             outer_depth = np.where(inside, outer_depth, depth)
             rows = np.where(inside[:, None], moved, rows)
         # 4) interpolate the crossing; an end that was never passed is open
-        crossed = inner + (1 - inner_depth) / (outer_depth - inner_depth) * (outer - inner)
-        ends = [None if np.isnan(end) else float(end) for end in crossed]
-        return [ends[k : k + 2] for k in range(0, len(ends), 2)]
+        share = (1 - inner_depth) / (outer_depth - inner_depth)
+        crossed = inner + share * (outer - inner)
+        return to_json(crossed.reshape(-1, 2))
 
     def _bounds(self, name: str) -> tuple[float, float]:
         if name == "E":
-            return float(np.exp(self.data.log_floor)), float(self.data.losses.max())
+            return np.exp(self.data.log_floor), self.data.losses.max()
         return QUANTITIES[name]
 
     def _moved(self, rows: Array, names: Sequence[str], values: Array) -> tuple[Array, Array]:
         """Return the nearest rows with these values, and the normals that hold them."""
-        width = len(self.metric)
+        width = len(self.covariance)
         conditions = [
             _condition(name, value, self.data.centre) for name, value in zip(names, values)
         ]
         normals = np.array([normal for normal, _ in conditions])
         missing = (normals * rows).sum(1) - [constant for _, constant in conditions]
+        pull = normals[:, :width] @ self.covariance
         moved = rows.copy()
-        pull = normals[:, :width] @ self.metric
-        moved[:, :width] -= pull * (missing / (pull * normals[:, :width]).sum(1))[:, None]
+        distance = missing / (pull * normals[:, :width]).sum(1)
+        moved[:, :width] -= pull * distance[:, None]
         # E moves alone: where it hardly counts ln E moves far, and would drag the exponents along.
         floors = np.array([name == "E" for name in names])
         moved[floors] = rows[floors]
         moved[floors, 0] -= missing[floors]
-        moved[:, 0] = np.clip(moved[:, 0], self.data.log_floor, np.log(self.data.losses.max()))
+        highest = np.log(self.data.losses.max())
+        moved[:, 0] = np.clip(moved[:, 0], self.data.log_floor, highest)
         return moved, normals
 
-    def _quadratic_reach(self, name: str) -> float:
+    def _quadratic_reach(self, name: str, value: float) -> float:
         """Return the half-width of the interval if the objective were a parabola."""
         centre = self.data.centre
-        value = float(quantities(self.row[None], centre)[name][0])
         normal, _ = _condition(name, value, centre)
         half = value / 1000 if name == "E" else 0.5
         above, above_constant = _condition(name, value + half, centre)
         below, below_constant = _condition(name, value - half, centre)
-        change = (above - below) @ self.row - (above_constant - below_constant)
+        change = (above - below) @ self.surface.row - (above_constant - below_constant)
         rate = abs(change) / (2 * half)
-        direction = normal[: len(self.metric)]
-        return float(np.sqrt(2 * self.allowed * (direction @ self.metric @ direction)) / rate)
+        direction = normal[: len(self.covariance)]
+        variance = direction @ self.covariance @ direction
+        return float(np.sqrt(2 * self.allowed * variance) / rate)
 
 
 def _next_values(
-    best: Array, first: Array, inner: Array, inner_depth: Array, outer: Array, outer_depth: Array
+    best: Array,
+    first: Array,
+    inner: Array,
+    inner_depth: Array,
+    outer: Array,
+    outer_depth: Array,
 ) -> Array:
     """Return the next value of each search: outwards until outside, then where a secant crosses."""
     # 1) outwards: extrapolate the depth, by a tenth to thrice the distance so far
     distance = np.abs(inner - best)
-    pace = np.where(inner_depth > 0.05, distance / np.maximum(inner_depth, 0.05), np.inf)
+    steady = distance / np.maximum(inner_depth, 0.05)
+    pace = np.where(inner_depth > 0.05, steady, np.inf)
     longest = 3 * np.maximum(distance, np.abs(first))
     stride = np.clip(pace * (1.02 - inner_depth), 0.1 * distance, longest)
     stride = np.where(distance > 0, stride, np.abs(first))
@@ -551,4 +595,4 @@ def _next_values(
 
 
 def _ridged(hessian: Array) -> Array:
-    return np.asarray(hessian + 1e-9 * np.trace(hessian) * np.eye(len(hessian)))
+    return hessian + 1e-9 * np.trace(hessian) * np.eye(len(hessian))

@@ -50,7 +50,7 @@ def _query_gpus(field: str) -> tuple[str, ...]:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         return ()
-    values = tuple(line.strip() for line in result.stdout.splitlines() if line.strip())
+    values = tuple(filter(None, map(str.strip, result.stdout.splitlines())))
     visible = _visible_gpus()
     return values if visible is None else values[: len(visible)]
 
@@ -62,13 +62,15 @@ def _visible_gpus() -> tuple[str, ...] | None:
     entries = os.environ.get("CUDA_VISIBLE_DEVICES")
     if entries is None:
         return None
-    names = (entry.strip() for entry in entries.split(","))
+    names = map(str.strip, entries.split(","))
     return tuple(takewhile(lambda name: name and not name.startswith("-"), names))
 
 
 def gpus() -> tuple[str, ...]:
     """Return the NVIDIA GPUs that this process may use, each as CUDA_VISIBLE_DEVICES names it."""
-    return (_visible_gpus() or tuple(map(str, range(gpu_count()))))[: gpu_count()]
+    count = gpu_count()
+    numbers = tuple(map(str, range(count)))
+    return (_visible_gpus() or numbers)[:count]
 
 
 def gpu_names() -> tuple[str, ...]:
@@ -111,43 +113,50 @@ def memory_kills(root: Path = Path("/")) -> int:
     """Return how many processes the kernel has killed for lack of memory, in this control group,
     else on the machine.
     """
-    files = [*(folder / "memory.events" for folder in _control_groups(root)), root / "proc/vmstat"]
-    lines = next((file.read_text().splitlines() for file in files if file.is_file()), [])
-    return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+    files = [folder / "memory.events" for folder in _control_groups(root)]
+    contents = map(_lines, [*files, root / "proc/vmstat"])
+    counters = next(filter(None, contents), [])
+    return sum(int(line.split()[1]) for line in counters if line.startswith("oom_kill "))
 
 
 def _group_limits(root: Path) -> list[int]:
     """Return the memory limits, in bytes, of this process's control group and of its parents."""
-    files = [folder / "memory.max" for folder in _control_groups(root)]
-    limits = [file.read_text().strip() for file in files if file.is_file()]
-    return [int(limit) for limit in limits if limit.isdigit()]
+    limits = []
+    for folder in _control_groups(root):
+        limits += [int(line) for line in _lines(folder / "memory.max") if line.isdigit()]
+    return limits
 
 
 def _control_groups(root: Path) -> list[Path]:
     """Return the folders of this process's control group (version 2) and of its parents, innermost
     first.
     """
-    table = root / "proc/self/cgroup"
-    lines = table.read_text().splitlines() if table.exists() else []
-    names = [line.removeprefix("0::/") for line in lines if line.startswith("0::/")]
-    group = root / "sys/fs/cgroup" / next(iter(names), "")
+    prefix = "0::/"
+    table = _lines(root / "proc/self/cgroup")
+    names = (line.removeprefix(prefix) for line in table if line.startswith(prefix))
+    group = root / "sys/fs/cgroup" / next(names, "")
     return [group, *group.parents]
+
+
+def _lines(file: Path) -> list[str]:
+    """Return the lines of a file of the kernel, [] without that file."""
+    return file.read_text().splitlines() if file.is_file() else []
 
 
 def cores() -> int:
     """Return the number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def name(device: str) -> str:
     """Return the name of this machine's "cpu", "cuda" or "mps" device, as people know it."""
     if device == "cuda":
         return gpu_names()[0]
-    return _cpu_name() + (" GPU" if device == "mps" else "")
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or platform.machine())
+    models = [line for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
+    if models:
+        cpu = models[0].split(":", 1)[1].strip()
+    else:
+        cpu = platform.processor() or platform.machine()
+    return f"{cpu} GPU" if device == "mps" else cpu

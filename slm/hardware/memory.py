@@ -37,13 +37,12 @@ Neither has been measured on a device yet.
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 
 from slm.hardware.block_sizes import (
-    ATTENTION_BLOCK,
     EVALUATION_TOKENS,
     SHARED_ELEMENTS,
+    banded_pairs,
     logit_tokens,
 )
 from slm.recipe import Hyperparameters
@@ -57,8 +56,15 @@ no room for equal ones with their alignment."""
 PROCESS = 2**29
 """Bytes of a rank that has no tensors yet: torch, its libraries, on a GPU the context."""
 
+_cached_pairs = cache(banded_pairs)
 
-def peak_memory(hp: Hyperparameters, rows: int, device: str, ranks: int = 1) -> int:
+
+def peak_memory(
+    hp: Hyperparameters,
+    rows: int,
+    device: str,
+    ranks: int = 1,
+) -> int:
     """Return the peak bytes of tensors on one rank, in training with `rows` a pass.
 
     `device` is "cpu", "cuda" or "mps". On a CPU within 15 % of the allocator's peak above 500 MB;
@@ -67,7 +73,12 @@ def peak_memory(hp: Hyperparameters, rows: int, device: str, ranks: int = 1) -> 
     return RankMemory(hp, rows, device, ranks).peak()
 
 
-def largest_micro_batch(hp: Hyperparameters, memory: int, device: str, ranks: int = 1) -> int:
+def largest_micro_batch(
+    hp: Hyperparameters,
+    memory: int,
+    device: str,
+    ranks: int = 1,
+) -> int:
     """Return the most rows a pass that fit into `memory` bytes of one rank.
 
     It is all the rank's rows of a step, or a power of two, so that passes are even wherever the
@@ -77,85 +88,84 @@ def largest_micro_batch(hp: Hyperparameters, memory: int, device: str, ranks: in
     """
 
     def peak(rows: int) -> int:
-        return peak_memory(hp, rows, device, ranks)
+        return PROCESS + peak_memory(hp, rows, device, ranks)
 
-    if (need := PROCESS + peak(1)) > memory:
+    one_row = peak(1)
+    if one_row > memory:
         raise ValueError(
-            f"depth {hp.depth}: one row of {hp.sequence_length} tokens needs {need / 1e9:.3g} GB a "
-            f"rank, and there are {memory / 1e9:.3g}: take fewer ranks on a machine, more "
+            f"depth {hp.depth}: one row of {hp.sequence_length} tokens needs {one_row / 1e9:.3g} "
+            f"GB a rank, and there are {memory / 1e9:.3g}: take fewer ranks on a machine, more "
             "machines, or a smaller depth"
         )
     share = -(-hp.batch_rows // ranks)
-    choices = [*(2**power for power in range((share - 1).bit_length())), share]
-    usable = USABLE_SHARE[device] * (memory - PROCESS)
+    powers = [2**power for power in range((share - 1).bit_length())]
+    choices = [*powers, share]
+    usable = PROCESS + USABLE_SHARE[device] * (memory - PROCESS)
     fitting = bisect_right(choices, usable, key=peak)
     return choices[max(1, fitting) - 1]
 
 
-@dataclass(frozen=True)
 class RankMemory:
     """The terms of the account above, in bytes, for one rank and `rows` a pass."""
 
-    hp: Hyperparameters
-    rows: int
-    device: str
-    ranks: int = 1
+    def __init__(self, hp: Hyperparameters, rows: int, device: str, ranks: int = 1) -> None:
+        self.hp = hp
+        self.rows = rows
+        self.device = device
+        self.ranks = ranks
+        self.on_cuda = device == "cuda"
+        self.element = ELEMENT_BYTES[device]
+        """Bytes of one number of the computation."""
+        self.square = hp.width**2
+        """Numbers of one square matrix, W."""
+        self.matrices = 12 * self.square * hp.depth
+        """Numbers of the matrices of all layers."""
+        self.tokens = rows * hp.sequence_length
+        """Tokens of a pass, n."""
+        self.stream = self.tokens * hp.width * self.element
+        """A tensor (B, T, d)."""
+        self.cast_matrices = 2 * self.matrices if self.on_cuda else 0
+        """The matrices in bfloat16, on CUDA."""
+        self.below_layers = 2 * self.stream + self.cast_matrices
+        """x0, the token's norm, and the cast matrices, which live below all layers."""
+        self.gradients = (self.matrices + hp.parameters.value_embeds) * self.element
+        """Gradients of matrices and value embeddings, which live until all layers are through."""
 
     def peak(self) -> int:
         """Return the resident memory and the largest of the phases."""
-        phases = (
+        return self.resident() + max(
             self.backward(),
             self.backward_end(),
             self.head(),
             self.update(),
             self.evaluation(),
         )
-        return self.resident() + max(phases)
 
     def resident(self) -> int:
         """Parameters, gradients and the state of both optimisers."""
         counts = self.hp.parameters
-        matrices = 12 * self.square * self.hp.depth
-        scalars_and_gates = counts.transformer_matrices - matrices + counts.scalars
+        scalars_and_gates = counts.transformer_matrices - self.matrices + counts.scalars
         return (
-            self._buffer(matrices // 3, self.square, moments=1)
-            + self._buffer(2 * matrices // 3, 4 * self.square, moments=1)
+            self._buffer(self.matrices // 3, self.square, moments=1)
+            + self._buffer(2 * self.matrices // 3, 4 * self.square, moments=1)
             + self._buffer(scalars_and_gates)
             + self._buffer(counts.lm_head)
             + self._buffer(counts.wte + counts.value_embeds, size=self.element)
         )
 
-    def _buffer(self, numbers: int, unit: int = 1, size: int = 4, moments: int = 2) -> int:
+    def _buffer(
+        self,
+        numbers: int,
+        unit: int = 1,
+        size: int = 4,
+        moments: int = 2,
+    ) -> int:
         """A buffer and its gradients, and `moments` of the size of this rank's part of it."""
+        ranks = self.ranks
         if numbers < SHARED_ELEMENTS:
-            return numbers * size * (2 + moments)
-        part = -(-numbers // (self.ranks * unit)) * unit
-        return part * size * (2 * self.ranks + moments)
-
-    @cached_property
-    def element(self) -> int:
-        """Bytes of one number of the computation."""
-        return ELEMENT_BYTES[self.device]
-
-    @cached_property
-    def square(self) -> int:
-        """Numbers of one square matrix, W."""
-        return self.hp.width**2
-
-    @cached_property
-    def stream(self) -> int:
-        """A tensor (B, T, d)."""
-        return self.rows * self.hp.sequence_length * self.hp.width * self.element
-
-    @cached_property
-    def cast_matrices(self) -> int:
-        """The matrices in bfloat16, on CUDA."""
-        return 24 * self.square * self.hp.depth if self.device == "cuda" else 0
-
-    @cached_property
-    def below_layers(self) -> int:
-        """x0, the token's norm, and the cast matrices, which live below all layers."""
-        return 2 * self.stream + self.cast_matrices
+            ranks = unit = 1
+        part = -(-numbers // (ranks * unit)) * unit
+        return part * size * (2 * ranks + moments)
 
     def layer(self, layer: int) -> int:
         """Tensors that a layer saves for the backward pass."""
@@ -163,9 +173,8 @@ class RankMemory:
         has_table = layer in hp.value_layers
         streams = 11 + has_table - (layer == 0)
         factors = 2 + 2 * hp.heads + has_table * hp.heads
-        tokens = self.rows * hp.sequence_length
         attention = self.attention_weights(hp.windows[layer])
-        return streams * self.stream + 4 * tokens * factors + attention
+        return streams * self.stream + 4 * self.tokens * factors + attention
 
     def attention_weights(self, window: int) -> int:
         """Softmax weights where they exist, else one sum of exponentials a query."""
@@ -174,25 +183,22 @@ class RankMemory:
         if self.device == "mps":
             return heads * length**2 * self.element
         if self.device == "cpu" and window < length - 1:
-            return 4 * heads * _band_pairs(length, window)
+            return 4 * heads * _cached_pairs(length, window)
         return 4 * heads * length
-
-    @cached_property
-    def gradients(self) -> int:
-        """Gradients of matrices and value embeddings, which live until all layers are through."""
-        numbers = 12 * self.square * self.hp.depth + self.hp.parameters.value_embeds
-        return numbers * self.element
 
     def backward(self) -> int:
         """The worst layer: activations up to it, its passage, and gradients of later layers."""
         hp = self.hp
+        matrices = 12 * self.square * self.element
         table = hp.vocab_size * hp.width * self.element
         activations = 0
         gradients = self.gradients
         worst = 0
         for layer in range(hp.depth):
             activations += self.layer(layer)
-            gradients -= 12 * self.square * self.element + (layer in hp.value_layers) * table
+            gradients -= matrices
+            if layer in hp.value_layers:
+                gradients -= table
             worst = max(worst, activations + gradients)
         passage = 8 * self.stream + 4 * self.square * self.element
         return self.below_layers + worst + passage
@@ -206,14 +212,13 @@ class RankMemory:
     def head(self) -> int:
         """The logits of a chunk above everything that the layers save."""
         hp = self.hp
-        on_cuda = self.device == "cuda"
-        tokens = self.rows * hp.sequence_length
+        logit_bytes = 20 if self.on_cuda else 16
+        cast = 2 * hp.parameters.lm_head if self.on_cuda else 0
         chunk = logit_tokens(self.device, hp.vocab_size)
-        logits = (20 if on_cuda else 16) * min(chunk, tokens) * hp.vocab_size
-        if tokens <= chunk:
+        logits = logit_bytes * min(chunk, self.tokens) * hp.vocab_size
+        if self.tokens <= chunk:
             logits //= 2
-        activations = sum(self.layer(layer) for layer in range(hp.depth))
-        cast = 2 * hp.parameters.lm_head if on_cuda else 0
+        activations = sum(map(self.layer, range(hp.depth)))
         gradient = 4 * hp.parameters.lm_head
         top = max(cast + logits, self.stream)
         return self.below_layers + activations + 2 * self.stream + gradient + top
@@ -221,23 +226,15 @@ class RankMemory:
     def update(self) -> int:
         """Muon's temporaries, and gloo's copies where ranks are on CPUs."""
         matrices = -(-2 * self.hp.depth // self.ranks)
-        stack = 4 * self.square * matrices * (12 if self.device == "cuda" else 14)
-        copies = 4 * self.hp.parameters.total if self.device == "cpu" and self.ranks > 1 else 0
+        stack = 4 * self.square * matrices * (12 if self.on_cuda else 14)
+        if self.device != "cpu" or self.ranks == 1:
+            return stack
+        copies = 4 * self.hp.parameters.total
         return copies + max(copies, stack)
 
     def evaluation(self) -> int:
         """A forward pass of an evaluation, with rows of its own."""
         rows = max(1, EVALUATION_TOKENS // self.hp.sequence_length)
         batch = RankMemory(self.hp, rows, self.device)
-        weights = max(batch.attention_weights(window) for window in self.hp.windows)
+        weights = max(map(batch.attention_weights, self.hp.windows))
         return self.cast_matrices + max(20 * batch.stream, 14 * batch.stream + weights)
-
-
-@cache
-def _band_pairs(length: int, window: int) -> int:
-    """Return the query-key pairs that the blocks of a band compute."""
-    pairs = 0
-    for start in range(0, length, ATTENTION_BLOCK):
-        stop = min(start + ATTENTION_BLOCK, length)
-        pairs += (stop - start) * (stop - max(0, start - window))
-    return pairs

@@ -23,9 +23,9 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -64,7 +64,8 @@ class DevicePrior:
         peak = devices.peak_flops(name) or self.peak
         speed_up = workers**self.efficiency
         rate = self.share * peak * speed_up * run.width / (run.width + self.half_width)
-        return self.warm_up + run.steps * run.depth * self.layer_seconds + run.flops / rate
+        overhead = run.steps * run.depth * self.layer_seconds
+        return self.warm_up + overhead + run.flops / rate
 
 
 PRIORS = {
@@ -126,23 +127,24 @@ class FinishedRun:
         try:
             done = read_json(folder / "done.json")
             hp = read_json(folder / "plan.json")["hyperparameters"]
-            numbers = range(1, int(done["attempt"]) + 1)
-            paths = [folder / "attempts" / f"{number:03d}" / "attempt.json" for number in numbers]
-            attempts = [read_json(path) for path in paths]
+            attempts = []
+            for number in range(1, done["attempt"] + 1):
+                path = folder / "attempts" / f"{number:03d}" / "attempt.json"
+                attempts.append(read_json(path))
             setups = {(item["device_name"], item["ranks"], item["threads"]) for item in attempts}
             ((name, ranks, threads),) = setups
             estimate = attempts[0].get("estimated_seconds") if len(attempts) == 1 else None
             run = cls(
-                flops=float(done["flops"]),
-                width=int(hp["width"]),
-                depth=int(hp["depth"]),
-                batch_tokens=int(hp["batch_tokens"]),
-                steps=int(hp["steps"]),
+                flops=done["flops"],
+                width=hp["width"],
+                depth=hp["depth"],
+                batch_tokens=hp["batch_tokens"],
+                steps=hp["steps"],
                 device_name=name,
                 ranks=ranks,
                 threads=threads,
-                wall_seconds=float(done["wall_seconds"]),
-                estimated_seconds=estimate and float(estimate),
+                wall_seconds=done["wall_seconds"],
+                estimated_seconds=estimate,
             )
             positive = (run.flops, run.width, run.batch_tokens, run.workers, run.wall_seconds)
             return run if all(0 < number < math.inf for number in positive) else None
@@ -150,24 +152,31 @@ class FinishedRun:
             return None
 
 
+@dataclass(frozen=True)
 class Throughput:
     """Run times from the priors of devices and from finished runs."""
 
-    def __init__(self, runs: Sequence[FinishedRun]) -> None:
-        self._runs: defaultdict[str, list[FinishedRun]] = defaultdict(list)
-        for run in runs:
-            self._runs[run.device_name].append(run)
+    runs: Sequence[FinishedRun]
+
+    def _runs_on(self, device_name: str) -> list[FinishedRun]:
+        return [run for run in self.runs if run.device_name == device_name]
 
     def seconds(
-        self, hp: Hyperparameters, device: str, device_name: str, ranks: int, threads: int = 1
+        self,
+        hp: Hyperparameters,
+        device: str,
+        device_name: str,
+        ranks: int,
+        threads: int = 1,
     ) -> float:
         """Return the seconds of a whole run on "cpu", "cuda" or "mps", start-up included."""
         prior = PRIORS[device]
-        seconds = prior.seconds(hp, device_name, ranks * threads)
-        point = _coordinates(hp, ranks * threads)
+        workers = ranks * threads
+        seconds = prior.seconds(hp, device_name, workers)
+        point = _coordinates(hp, workers)
         errors = []
         differences = []
-        for run in self._runs.get(device_name, ()):
+        for run in self._runs_on(device_name):
             error = run.wall_seconds / prior.seconds(run, device_name, run.workers)
             errors.append(math.log(error))
             run_point = _coordinates(run, run.workers)
@@ -177,9 +186,10 @@ class Throughput:
 
     def basis(self, device: str, device_name: str) -> str:
         """Return the basis of a device's estimates: "5 runs", "its peak", or "a guess"."""
-        if count := len(self._runs.get(device_name, ())):
-            return text.plural(count, "run")
-        return "its peak" if device == "cuda" and devices.peak_flops(device_name) else "a guess"
+        if runs := self._runs_on(device_name):
+            return text.plural(len(runs), "run")
+        is_known = device == "cuda" and devices.peak_flops(device_name)
+        return "its peak" if is_known else "a guess"
 
 
 class RuntimeModel:
@@ -188,9 +198,9 @@ class RuntimeModel:
     def __init__(self, home: Path) -> None:
         self._home = home
         self._runs: dict[str, FinishedRun] = {}
-        self._seconds: dict[tuple[Hyperparameters, Slot], float] = {}
         self.throughput = Throughput([])
         """The model fitted to the finished runs."""
+        self._seconds = cache(self.throughput.seconds)
         self.learn()
 
     @property
@@ -205,15 +215,12 @@ class RuntimeModel:
             if run := FinishedRun.read(self._home / name):
                 self._runs[name] = run
         self.throughput = Throughput(self.runs)
-        self._seconds.clear()
+        self._seconds = cache(self.throughput.seconds)
 
     def __call__(self, hp: Hyperparameters, slot: Slot) -> float:
         """Return the seconds of a whole run on a slot."""
-        if (hp, slot) not in self._seconds:
-            self._seconds[hp, slot] = self.throughput.seconds(
-                hp, slot.device, slot.device_name, slot.ranks_of(hp), slot.threads
-            )
-        return self._seconds[hp, slot]
+        ranks = slot.ranks_of(hp)
+        return self._seconds(hp, slot.device, slot.device_name, ranks, slot.threads)
 
 
 def _coordinates(run: Hyperparameters | FinishedRun, workers: int) -> tuple[float, float, float]:
@@ -230,10 +237,12 @@ def _level(errors: list[float], differences: list[list[float]]) -> float:
     # terms are in units of the prior's deviations, so that their prior precision is the identity
     terms = np.column_stack([np.full(len(y), LEVEL), x * SLOPES])
     variance = NOISE**2 * (1 + (x**2).sum(1))
-    mean = np.array([np.median(y) / LEVEL, *(0.0 for _ in SLOPES)])
+    mean = np.zeros(1 + len(SLOPES))
+    mean[0] = np.median(y) / LEVEL
     for _ in range(ROUNDS):
         # the weights of Student's distribution with one degree of freedom
-        weights = 2 / (1 + (y - terms @ mean) ** 2 / variance) / variance
+        residuals = y - terms @ mean
+        weights = 2 / (1 + residuals**2 / variance) / variance
         precision = terms.T @ (weights[:, None] * terms) + np.eye(len(mean))
         mean = np.linalg.solve(precision, terms.T @ (weights * y))
     return float(mean[0] * LEVEL)

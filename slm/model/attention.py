@@ -10,7 +10,7 @@ backward pass. On a GPU the kernel depends on the device and on the packages tha
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slm.hardware.block_sizes import ATTENTION_BLOCK
+from slm.hardware.block_sizes import ATTENTION_BLOCK, attention_blocks, banded_pairs
 
 FLEX_HEAD_DIM = 16
 """The smallest head that FlexAttention supports."""
@@ -26,7 +26,12 @@ FLEX_HEAD_DIM = 16
 _kernels: dict[tuple[str, torch.dtype], str] = {}
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int,
+) -> Tensor:
     """Return attention (B, h, T, q) of query, key and value of that shape, with scores divided by
     √q.
 
@@ -54,9 +59,10 @@ def kernel(device: torch.device, dtype: torch.dtype) -> str:
     """Return the attention kernel of a device and dtype, chosen once per process: "flash3", "flex",
     "banded", "sdpa".
     """
-    if (device.type, dtype) not in _kernels:
-        _kernels[device.type, dtype] = _choose(device, dtype)
-    return _kernels[device.type, dtype]
+    key = device.type, dtype
+    if key not in _kernels:
+        _kernels[key] = _choose(device, dtype)
+    return _kernels[key]
 
 
 def _choose(device: torch.device, dtype: torch.dtype) -> str:
@@ -78,7 +84,12 @@ def _is_visible(query: Tensor, key: Tensor, window: int) -> Tensor:
     return (query >= key) & (query - key <= window)
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, window: tuple[int, int]) -> Tensor:
+def _flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: tuple[int, int],
+) -> Tensor:
     """Return attention by FlashAttention 3, which takes (B, T, h, q)."""
     from flash_attn_interface import flash_attn_func
 
@@ -89,7 +100,12 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, window: tuple[int, int]) -
     return attended.transpose(1, 2)
 
 
-def _flex(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+def _flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int,
+) -> Tensor:
     """Return attention by FlexAttention over the blocks that the window meets.
 
     FlexAttention must be compiled, on its own or with its caller.
@@ -101,13 +117,18 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
         mask = _flex_mask(length, window, query.device)
         return flex_attention(query, key, value, block_mask=mask)
     mask = _cached_flex_mask(length, window, query.device)
-    return _compiled_flex()(query, key, value, block_mask=mask)
+    return _compiled(flex_attention)(query, key, value, block_mask=mask)
 
 
 def _flex_mask(length: int, window: int, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    def is_visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def is_visible(
+        row: Tensor,
+        head: Tensor,
+        query: Tensor,
+        key: Tensor,
+    ) -> Tensor:
         return _is_visible(query, key, window)
 
     return create_block_mask(is_visible, None, None, length, length, device=str(device))
@@ -117,10 +138,8 @@ _cached_flex_mask = functools.cache(_flex_mask)
 
 
 @functools.cache
-def _compiled_flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
+def _compiled(function: Callable[..., Any]) -> Any:
+    return torch.compile(function, dynamic=False)
 
 
 # The band is a custom operator, so that compiling does not unroll it. Its forward pass also returns
@@ -137,7 +156,12 @@ torch.library.define(
 
 
 @torch.library.impl("slm::banded", "CPU")
-def _banded(query: Tensor, key: Tensor, value: Tensor, window: int) -> tuple[Tensor, Tensor]:
+def _banded(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int,
+) -> tuple[Tensor, Tensor]:
     """Return attention, and the softmax weights of every block."""
     mask = _block_mask(query, window)
     weights = _empty_weights(query, window)
@@ -153,12 +177,18 @@ def _banded(query: Tensor, key: Tensor, value: Tensor, window: int) -> tuple[Ten
         scores += mask[:size, window - before : window + size]
         torch.softmax(scores, dim=-1, out=scores)
         out[:, block] = torch.bmm(scores, values[:, reach])
-    return attended.copy_(out.view_as(query)), weights
+    attended.copy_(out.view_as(query))
+    return attended, weights
 
 
 @torch.library.impl("slm::banded_backward", "CPU")
 def _banded_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, window: int
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Tensor,
+    window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value.
 
@@ -179,13 +209,11 @@ def _banded_backward(
         query_grad[:, block] = torch.bmm(score_grad, keys[:, reach])
         key_grad[:, reach] += torch.bmm(score_grad.mT, queries[:, block])
     query_grad *= query.size(3) ** -0.5
-    return query_grad.view_as(query), key_grad.view_as(query), value_grad.view_as(query)
-
-
-def _spans(length: int, window: int) -> Iterator[tuple[int, int, int]]:
-    """Yield each block's first query, the query after its last, and the first key in its reach."""
-    for start in range(0, length, ATTENTION_BLOCK):
-        yield start, min(start + ATTENTION_BLOCK, length), max(0, start - window)
+    return (
+        query_grad.view_as(query),
+        key_grad.view_as(query),
+        value_grad.view_as(query),
+    )
 
 
 def _blocks(weights: Tensor, queries: Tensor, window: int) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -194,11 +222,12 @@ def _blocks(weights: Tensor, queries: Tensor, window: int) -> Iterator[tuple[sli
     """
     heads, length, _ = queries.shape
     offset = 0
-    for start, stop, first in _spans(length, window):
-        shape = (heads, stop - start, stop - first)
-        part = weights[offset:].as_strided(shape, (shape[1] * shape[2], shape[2], 1))
+    for start, stop, first_key in attention_blocks(length, window):
+        size = stop - start
+        reach = stop - first_key
+        part = weights[offset:].as_strided((heads, size, reach), (size * reach, reach, 1))
         offset += part.numel()
-        yield slice(start, stop), slice(first, stop), part
+        yield slice(start, stop), slice(first_key, stop), part
 
 
 def _block_mask(query: Tensor, window: int) -> Tensor:
@@ -208,21 +237,22 @@ def _block_mask(query: Tensor, window: int) -> Tensor:
     """
     row = torch.arange(ATTENTION_BLOCK)[:, None] + window
     column = torch.arange(window + ATTENTION_BLOCK)
-    mask = query.new_full((ATTENTION_BLOCK, window + ATTENTION_BLOCK), -torch.inf)
-    return mask.masked_fill_(_is_visible(row, column, window), 0)
+    is_visible = _is_visible(row, column, window)
+    mask = query.new_full(is_visible.shape, -torch.inf)
+    return mask.masked_fill_(is_visible, 0)
 
 
 def _scaled(query: Tensor) -> Tensor:
     """Return the queries over √q, (B·h, T, q)."""
     scaled = query.new_empty(query.shape)
-    return torch.mul(query, query.size(3) ** -0.5, out=scaled).flatten(0, 1)
+    torch.mul(query, query.size(3) ** -0.5, out=scaled)
+    return scaled.flatten(0, 1)
 
 
 def _empty_weights(query: Tensor, window: int) -> Tensor:
     """Allocate the softmax weights of every block."""
     rows, heads, length, _ = query.shape
-    pairs = sum((stop - start) * (stop - first) for start, stop, first in _spans(length, window))
-    return query.new_empty(rows * heads * pairs)
+    return query.new_empty(rows * heads * banded_pairs(length, window))
 
 
 def _empty_output(query: Tensor) -> Tensor:
@@ -230,24 +260,31 @@ def _empty_output(query: Tensor) -> Tensor:
     return query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)
 
 
-def _fake_banded(query: Tensor, key: Tensor, value: Tensor, window: int) -> tuple[Tensor, Tensor]:
+def _fake_banded(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int,
+) -> tuple[Tensor, Tensor]:
     return _empty_output(query), _empty_weights(query, window)
 
 
-def _fake_banded_backward(grad: Tensor, query: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape)
+def _fake_banded_backward(grad: Tensor, query: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(query.new_empty(query.shape) for _ in range(3))
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     # the weights have no gradient: they are an output for the backward pass alone
     *tensors, ctx.window = inputs
+    _, weights = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(weights)
+    ctx.save_for_backward(*tensors, weights)
 
 
 def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    return *torch.ops.slm.banded_backward(grad, *ctx.saved_tensors, ctx.window), None
+    gradients = torch.ops.slm.banded_backward(grad, *ctx.saved_tensors, ctx.window)
+    return *gradients, None
 
 
 torch.library.register_fake("slm::banded", _fake_banded)

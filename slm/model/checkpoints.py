@@ -116,4 +116,6 @@ def _damage(path: Path) -> str | None:
         digest = sha256_of(path)[:HASH_DIGITS]
     except OSError as error:
         return error.strerror
-    return None if digest == path.name.split(".")[1] else f"the hash of its content is {digest}"
+    if digest == path.name.split(".")[1]:
+        return None
+    return f"the hash of its content is {digest}"

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slm.model import layers
+from slm.model import layers, logits
 from slm.model.attention import attend
 from slm.recipe import Hyperparameters
 
@@ -67,21 +67,22 @@ class GPT(nn.Module):
         draw = torch.Generator().manual_seed(seed)
         std = self.hp.width**-0.5
 
-        def uniform(parameter: Tensor, bound: float, low: float | None = None) -> None:
-            values = torch.empty(parameter.shape)
-            values.uniform_(-bound if low is None else low, bound, generator=draw)
-            parameter.copy_(values)
+        bound = 3**0.5 * std
+
+        def uniform(parameter: Tensor, low: float, high: float) -> None:
+            parameter.copy_(torch.empty(parameter.shape).uniform_(low, high, generator=draw))
 
         def normal(parameter: Tensor, deviation: float) -> None:
             parameter.copy_(torch.empty(parameter.shape).normal_(0.0, deviation, generator=draw))
 
         normal(self.wte, 0.8)
         normal(self.lm_head, 0.001)
-        uniform(self.attention_in, 3**0.5 * std)
-        uniform(self.mlp_up, 0.4 * 3**0.5 * std)
-        uniform(self.value_embeds, 3**0.5 * std)
-        uniform(self.value_gates, 0.02, low=0.0)
-        uniform(self.smear_gate, 0.02, low=0.0)
+        uniform(self.attention_in, -bound, bound)
+        up_bound = 0.4 * 3**0.5 * std
+        uniform(self.mlp_up, -up_bound, up_bound)
+        uniform(self.value_embeds, -bound, bound)
+        uniform(self.value_gates, 0.0, 0.02)
+        uniform(self.smear_gate, 0.0, 0.02)
         self.attention_out.zero_()
         self.mlp_down.zero_()
         self.smear.zero_()
@@ -104,15 +105,15 @@ class GPT(nn.Module):
 
     def capped(self, stream: Tensor) -> Tensor:
         """Return the soft-capped logits (..., V), float32, of the stream (..., d)."""
-        return layers.softcapped(stream, self.lm_head.to(self.dtype))
+        return logits.softcapped(stream, self.lm_head.to(self.dtype))
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Return the summed cross-entropy, in nats, of the targets (B, T)."""
-        return layers.cross_entropy(self.features(ids), self.lm_head, targets)
+        return logits.cross_entropy(self.features(ids), self.lm_head, targets)
 
     def losses(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Return the cross-entropy of every target (B, T), in nats, without gradients."""
-        return layers.losses(self.features(ids), self.lm_head.to(self.dtype), targets)
+        return logits.losses(self.features(ids), self.lm_head.to(self.dtype), targets)
 
     def features(self, ids: Tensor) -> Tensor:
         """Return the stream (B, T, d) that the head reads."""
@@ -144,9 +145,9 @@ class GPT(nn.Module):
         cos = self.cos[positions]
         sin = self.sin[positions]
         x = x0.view_as(x0)  # torch.compile rejects a function that gets one tensor twice
-        value_gates = self.value_gates.to(dtype)
-        tables = dict(zip(self.hp.value_layers, zip(self.value_embeds, value_gates), strict=True))
-        attention_in = self.attention_in.to(dtype).unbind()
+        value_embeds = dict(zip(self.hp.value_layers, self.value_embeds, strict=True))
+        value_gates = dict(zip(self.hp.value_layers, self.value_gates.to(dtype), strict=True))
+        attention_in = self.attention_in.to(dtype).flatten(1, 2).unbind()
         attention_out = self.attention_out.to(dtype).unbind()
         mlp_up = self.mlp_up.to(dtype).unbind()
         mlp_down = self.mlp_down.to(dtype).unbind()
@@ -155,12 +156,17 @@ class GPT(nn.Module):
         backout = x
         for layer in range(self.hp.depth):
             x, normed, query_key, values = layers.attention_inputs(
-                x, x0, resid[layer], x0_scale[layer], attention_in[layer].flatten(0, 1), cos, sin
+                x,
+                x0,
+                resid[layer],
+                x0_scale[layer],
+                attention_in[layer],
+                cos,
+                sin,
             )
-            if layer in tables:
-                table, gate = tables[layer]
-                embedded = F.embedding(ids, table).to(dtype).view_as(values)
-                values = layers.gated(values, embedded, normed, gate)
+            if layer in value_embeds:
+                embedded = F.embedding(ids, value_embeds[layer]).to(dtype).view_as(values)
+                values = layers.gated(values, embedded, normed, value_gates[layer])
             mixed = attended(layer, query_key, values).flatten(0, 1)
             if selected is not None and layer == self.hp.depth - 1:
                 x = x[:, selected]
@@ -190,6 +196,8 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 def _rotation(length: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """Return the cosine and sine (T, 1, q/2) of the rotary embedding."""
-    frequencies = ROPE_BASE ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies).unsqueeze(1)
+    channels = torch.arange(0, head_dim, 2, dtype=torch.float32)
+    frequencies = ROPE_BASE ** -(channels / head_dim)
+    positions = torch.arange(length, dtype=torch.float32)
+    angles = torch.outer(positions, frequencies).unsqueeze(1)
     return angles.cos(), angles.sin()

@@ -24,7 +24,6 @@ class KVCache:
         self.length = 0
         """Tokens of each row."""
         self._model = model
-        self._windows = hp.windows
         shape = (hp.depth, rows, hp.heads, hp.sequence_length, hp.head_dim)
         self._keys = model.wte.new_zeros(shape, dtype=model.dtype)
         self._values = torch.zeros_like(self._keys)
@@ -42,26 +41,29 @@ class KVCache:
         positions = slice(self.length, self.length + ids.size(1))
         assert positions.stop <= model.hp.sequence_length
         embedded = torch.cat([self._last, model.embedded(ids)], dim=1)
-        stream = model.stream(ids, model.smeared(embedded)[:, 1:], positions, self._attended)
+        x0 = model.smeared(embedded)[:, 1:]
+        stream = model.stream(ids, x0, positions, self._attended)
         self._last = embedded[:, -1:]
         self.length = positions.stop
         return stream
 
     def _attended(self, layer: int, query_key: Tensor, values: Tensor) -> Tensor:
         """Return attention (B, n, d) of new tokens over all tokens within the layer's window."""
-        window = self._windows[layer]
+        window = self._model.hp.windows[layer]
         start = self.length
         stop = start + query_key.size(1)
         first = max(0, start - window)
         query, key = query_key.transpose(1, 2).chunk(2, dim=1)
-        self._keys[layer, :, :, start:stop] = key
-        self._values[layer, :, :, start:stop] = values.transpose(1, 2)
+        all_keys = self._keys[layer, :, :, :stop]
+        all_values = self._values[layer, :, :, :stop]
+        all_keys[:, :, start:] = key
+        all_values[:, :, start:] = values.transpose(1, 2)
         position = torch.arange(first, stop, device=query.device)
         age = position[start - first :, None] - position
         attended = F.scaled_dot_product_attention(
             query,
-            self._keys[layer, :, :, first:stop],
-            self._values[layer, :, :, first:stop],
+            all_keys[:, :, first:],
+            all_values[:, :, first:],
             attn_mask=(age >= 0) & (age <= window),
         )
         return attended.transpose(1, 2).flatten(2)
@@ -85,10 +87,12 @@ def generate(
     cache = KVCache(model, len(seeds))
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     ended = [False] * len(seeds)
-    logits = cache.logits(torch.tensor([prompt] * len(seeds), device=model.wte.device))
+    prompts = torch.tensor([prompt] * len(seeds), device=model.wte.device)
+    logits = cache.logits(prompts)
     while cache.length < model.hp.sequence_length:
         chances = torch.cat([torch.rand(1, generator=generator) for generator in generators])
-        ids = draw(logits[:, : end + 1].cpu(), chances, temperature, top_k)
+        choices = logits[:, : end + 1].cpu()
+        ids = draw(choices, chances, temperature, top_k)
         tokens = ids.tolist()
         yield [None if over else token for token, over in zip(tokens, ended, strict=True)]
         ended = [over or token == end for token, over in zip(tokens, ended, strict=True)]
@@ -97,7 +101,12 @@ def generate(
         logits = cache.logits(ids[:, None].to(logits.device))
 
 
-def draw(logits: Tensor, chances: Tensor, temperature: float, top_k: int | None) -> Tensor:
+def draw(
+    logits: Tensor,
+    chances: Tensor,
+    temperature: float,
+    top_k: int | None,
+) -> Tensor:
     """Draw an id (B,) from each row of logits (B, V) by its chance (B,), float32 in [0, 1).
 
     The probabilities are softmax(logits / temperature) over the top_k greatest logits; temperature
@@ -106,9 +115,11 @@ def draw(logits: Tensor, chances: Tensor, temperature: float, top_k: int | None)
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.double()
-    least = logits.topk(min(top_k or logits.size(-1), logits.size(-1))).values[:, -1:]
     scores = (logits - logits.amax(-1, keepdim=True)) / temperature
-    sums = scores.masked_fill(logits < least, -torch.inf).softmax(-1).cumsum(-1)
+    if top_k and top_k < logits.size(-1):
+        least = logits.topk(top_k).values[:, -1:]
+        scores = scores.masked_fill(logits < least, -torch.inf)
+    sums = scores.softmax(-1).cumsum(-1)
     # A float32 below 1 is so far below it that the product stays below the last sum: a probability
     # of zero is never drawn.
     targets = chances.double()[:, None] * sums[:, -1:]

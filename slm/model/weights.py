@@ -76,9 +76,10 @@ def load_run(folder: Path) -> Weights:
 
     Raises ValueError when there are none, or when they are another run's.
     """
-    if (folder / "done.json").exists():
-        return _of_run(folder / FINAL, folder, *_read(folder / FINAL))
-    path, damaged = checkpoints.newest(folder / "checkpoints")
+    path: Path | None = folder / FINAL
+    damaged: list[str] = []
+    if not (folder / "done.json").exists():
+        path, damaged = checkpoints.newest(folder / "checkpoints")
     if path is None:
         raise ValueError(
             f"run {folder.name} has no weights yet: it is not finished and has no good checkpoint"
@@ -136,11 +137,7 @@ def find_dataset(plan: Plan, home: Path) -> PreparedDataset:
     Raises ValueError with the command that prepares it when there is none.
     """
     for prepared in list_datasets(home):
-        manifest = prepared.manifest
-        if (
-            manifest["tokenizer"] == plan.data.tokenizer
-            and manifest["validation"]["fingerprint"] == plan.data.validation
-        ):
+        if prepared.has_rows_of(plan.data):
             return prepared
     corpus = plan.data.corpus
     recipe = recipe_for(row_shape(plan.hyperparameters))

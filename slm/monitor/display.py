@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.constrain import Constrain
@@ -20,18 +20,27 @@ from rich.table import Table
 from rich.text import Text
 
 from slm.monitor.console import error_console, is_live
-from slm.monitor.run_progress import ActiveRun, RunProgress, SweepProgress
+from slm.monitor.run_progress import ActiveRun, Event, RunProgress, SweepProgress
 from slm.plan import Plan
 from slm.run import read_attempt, run_label
 from slm.text import duration, one_line
 
 LINE_SECONDS = 15.0
 """Seconds between plain lines about active runs, which are reported in turn."""
-COLUMNS = ("run", "bar", "step", "loss", "curve", "tok/s", "MFU", "GB", "left")
+COLUMNS = {
+    "run": 3,
+    "bar": 8,
+    "step": 4,
+    "loss": 5,
+    "curve": 8,
+    "tok/s": 7,
+    "MFU": 5,
+    "GB": 5,
+    "left": 11,
+}
+"""Columns in their order, and the characters that each takes at least, so that it does not jump."""
 DROPPED = ("GB", "MFU", "tok/s", "curve", "bar", "loss", "step")
 """Columns that a narrow terminal does not show, the first to go first."""
-MIN_WIDTHS = {"bar": 8, "loss": 5, "curve": 8, "tok/s": 7, "MFU": 5, "GB": 5, "left": 11}
-"""Characters of columns whose texts change, so that the columns stay in position."""
 STRETCHED = ("bar", "curve")
 """Columns that share the rest of the width."""
 GAP = 2
@@ -77,12 +86,12 @@ class Display:
         if adopted:
             line += ", already running,"
         line += f" on {document['ranks']} x {run.device}"
-        sweep = [*self._progress.flops]
+        sweep = list(self._progress.flops)
         if plan.run_id in sweep:
             line += f" (run {sweep.index(plan.run_id) + 1} of {len(sweep)})"
         self._print(plan, line)
 
-    def event(self, plan: Plan, event: dict[str, Any]) -> None:
+    def event(self, plan: Plan, event: Event) -> None:
         """Show an event of a trainer."""
         self._progress.update(plan, event)
         if event["event"] == "started" and event["resumed_from"]:
@@ -132,12 +141,13 @@ class Display:
             widths = [max(1, Segment.get_line_length(line)) for line in lines]
             wrapped = sum((width - 1) // size.columns for width in widths)
             erase = (ControlType.ERASE_IN_LINE, 2)
-            self._console.control(Control(erase, *((ControlType.CURSOR_UP, 1), erase) * wrapped))
+            erase_above = ((ControlType.CURSOR_UP, 1), erase)
+            self._console.control(Control(erase, *erase_above * wrapped))
         self._console.size = size
 
     def _block(self) -> RenderableType:
         """Return a line for each active run that fits, and one for the sweep."""
-        runs = [*self._progress.active.values()]
+        runs = list(self._progress.active.values())
         room = max(1, self._console.height - OTHER_LINES)
         visible = runs if len(runs) <= room else runs[: max(1, room - 1)]
         width = self._console.width - 1
@@ -151,12 +161,14 @@ class Display:
 
     def _sweep_line(self) -> Table:
         line = Table.grid(padding=(0, GAP))
-        line.add_column(no_wrap=True)
-        line.add_column(no_wrap=True)
+        for _ in range(2):
+            line.add_column(no_wrap=True)
         line.add_column()
-        bar = _bar(self._progress.share, width=min(20, self._console.width // 5))
+        width = min(20, self._console.width // 5)
+        bar = _bar(self._progress.share, width)
         summary = self._progress.summary(time.time())
-        line.add_row(self._progress.counts(), bar, Text(summary, no_wrap=True, overflow="ellipsis"))
+        text = Text(summary, no_wrap=True, overflow="ellipsis")
+        line.add_row(self._progress.counts(), bar, text)
         return line
 
 
@@ -174,19 +186,19 @@ def _run_table(runs: Sequence[ActiveRun], width: int) -> Table:
     """Return a table of runs with the columns that fit into `width` characters."""
     rows = [_cells(run) for run in runs]
     names = _columns(rows, width)
-    stretched = any(name in names for name in STRETCHED)
-    table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, expand=stretched)
-    table.header_style = "dim"
+    table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="dim")
     for name in names:
+        is_stretched = name in STRETCHED
+        table.expand = table.expand or is_stretched
         table.add_column(
             "" if name == "bar" else name,
-            justify="left" if name in ("run", *STRETCHED) else "right",
-            ratio=1 if name in STRETCHED else None,
-            min_width=MIN_WIDTHS.get(name),
+            justify="left" if is_stretched or name == "run" else "right",
+            ratio=1 if is_stretched else None,
+            min_width=COLUMNS[name],
             no_wrap=True,
         )
-    for run, row in zip(runs, rows):
-        cells: dict[str, RenderableType] = {**row}
+    for run, texts in zip(runs, rows):
+        cells: dict[str, RenderableType] = {**texts}
         cells["bar"] = _bar(run.progress.share)
         cells["curve"] = _Sparkline(run.progress)
         table.add_row(*(cells.get(name, "") for name in names))
@@ -195,23 +207,26 @@ def _run_table(runs: Sequence[ActiveRun], width: int) -> Table:
 
 def _cells(run: ActiveRun) -> dict[str, str]:
     """Return the texts of a run's row; bar and curve are drawn later."""
-    figures = run.figures
-    if run.progress.activity:
-        figures["left"] = _activity(run)
-    return {"run": run_label(run.plan.document()), "bar": "", "curve": "", **figures}
+    label = run_label(run.plan.document())
+    cells = {"run": label, "bar": "", "curve": "", **run.figures}
+    activity = run.progress.activity
+    if activity:
+        seconds = cells["left"]
+        cells["left"] = f"{activity}, {seconds} left" if seconds else activity
+    return cells
 
 
 def _columns(rows: Sequence[Mapping[str, str]], width: int) -> list[str]:
     """Return the names of the columns that fit into `width` characters."""
     widths = {}
-    for name in COLUMNS:
-        texts = [row[name] for row in rows if name in row]
-        if texts:
-            widths[name] = max(MIN_WIDTHS.get(name, len(name)), *map(len, texts))
+    for name, minimum in COLUMNS.items():
+        lengths = [len(row[name]) for row in rows if name in row]
+        if lengths:
+            widths[name] = max(minimum, *lengths)
     for name in DROPPED:
         if sum(widths.values()) + GAP * (len(widths) - 1) > width:
             widths.pop(name, None)
-    return [*widths]
+    return list(widths)
 
 
 def _bar(share: float, width: int | None = None) -> ProgressBar:
@@ -240,16 +255,9 @@ def _core(progress: RunProgress) -> str:
 
 def _describe(run: ActiveRun) -> str:
     """Describe an active run in one line."""
-    parts = [f"{name} {text}" for name, text in run.figures.items() if text]
-    if run.progress.activity:
-        parts.insert(0, run.progress.activity)
+    parts = [run.progress.activity] if run.progress.activity else []
+    parts += [f"{name} {text}" for name, text in run.figures.items() if text]
     return ", ".join(parts)
-
-
-def _activity(run: ActiveRun) -> str:
-    """Describe what a run does instead of steps, with the seconds left if known."""
-    seconds = run.figures["left"]
-    return f"{run.progress.activity}, {seconds} left" if seconds else f"{run.progress.activity}"
 
 
 def _terminal_size(console: Console) -> os.terminal_size:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from slm import events
+from slm.monitor.run_progress import Event
 from slm.plan import Plan
 from slm.run import last_attempt, run_state
 
@@ -21,7 +22,7 @@ class View(Protocol):
     def run_started(self, plan: Plan, attempt: Path, adopted: bool) -> None:
         """Show that a run trains in an attempt, a new one or one that was `adopted` alive."""
 
-    def event(self, plan: Plan, event: dict[str, Any]) -> None:
+    def event(self, plan: Plan, event: Event) -> None:
         """Show an event of a trainer."""
 
     def run_ended(self, plan: Plan, outcome: str, message: str | None) -> None:
@@ -69,8 +70,7 @@ class Follower:
             self.step = max(self.step, event.get("step", 0))
             self.advanced |= kind == "checkpoint"
             if kind != "failed":
-                evaluates = kind == "working" and event["what"] in ("evaluation", "core")
-                self.evaluating = evaluates
+                self.evaluating = event.get("what") in ("evaluation", "core")
             self._view.event(self.plan, event)
 
 

@@ -8,17 +8,20 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from slm.text import duration
+from slm.text import progress_lines
 
 if TYPE_CHECKING:  # rich loads where there is a terminal
     from rich.progress import Progress, TaskID
 
 Report = Callable[[int, int], None]
 """Called with the number of units done and the number of all."""
-LINE_SECONDS = 5.0
-"""Shortest time between two plain lines."""
+
 DRAW_SECONDS = 0.1
 """Shortest time between two drawings of the bars."""
+
+
+def no_report(done: int, total: int) -> None:
+    """Report nothing."""
 
 
 class ProgressBars:
@@ -44,7 +47,7 @@ class ProgressBars:
 
     def add(self, unit: str) -> Report:
         """Return a function to report how many of these units are done."""
-        return _bar(self._bars, unit) if self._bars else _lines(unit)
+        return _bar(self._bars, unit) if self._bars else progress_lines(unit, report_line)
 
 
 def _rich_progress() -> Progress:
@@ -75,22 +78,6 @@ def _bar(bars: Progress, unit: str) -> Report:
         if done == total or time.monotonic() - drawn > DRAW_SECONDS:
             drawn = time.monotonic()
             bars.refresh()
-
-    return report
-
-
-def _lines(unit: str) -> Report:
-    began = printed = time.monotonic()
-
-    def report(done: int, total: int) -> None:
-        nonlocal began, printed
-        now = time.monotonic()
-        if done == 0:
-            began = now
-        elif now - printed > LINE_SECONDS:
-            printed = now
-            seconds = (now - began) / done * (total - done)
-            report_line(f"{done:,} of {total:,} {unit}, {duration(seconds)} left")
 
     return report
 

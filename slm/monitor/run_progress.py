@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
     from slm.plan import Plan
     from slm.run import AttemptDocument
 
+Event = dict[str, Any]
+"""A line of an attempt's events.jsonl."""
 RATE_EVENTS = 20
 """Logged steps over which speed is averaged, with the checkpoints and evaluations between them."""
 CURVE_POINTS = 64
@@ -49,32 +50,40 @@ class RunProgress:
         """Peak of the attempt."""
         self.activity: str | None = "starting"
         """Text for what the trainer does; None while it trains."""
-        self.finished: dict[str, Any] | None = None
+        self.finished: Event | None = None
         """The `finished` event."""
-        self.core: dict[str, Any] | None = None
+        self.core: Event | None = None
         """The last `core` event."""
-        self._working: list[dict[str, Any]] = []
-        self._recent: deque[tuple[float, int]] = deque(maxlen=RATE_EVENTS)
+        self._working_on: str | None = None
+        self._shares: list[tuple[float, float]] = []
+        """Time and share done, from each event of the activity."""
+        self._recent: deque[tuple[float, float]] = deque(maxlen=RATE_EVENTS)
+        """Time and step of the last logged steps."""
         self._curve: list[tuple[float, float]] = []
 
-    def update(self, event: dict[str, Any]) -> None:
+    def update(self, event: Event) -> None:
         """Take the next event into account."""
         kind = event["event"]
-        if kind != "working":
-            self._working = []
+        if event.get("what") != self._working_on:
+            self._working_on = event.get("what")
+            self._shares = []
         if kind == "train":
             self._train(event)
         elif kind == "working":
-            self._work(event)
+            share = event.get("share")
+            self.activity = ACTIVITIES[event["what"]]
+            if share is not None:
+                self.activity += f" {share:.0%}"
+                self._shares.append((event["time"], share))
         elif kind == "started":
             self.step = event["step"]
             self.activity = "starting"
             self._recent.clear()
             self._curve = [(step, loss) for step, loss in self._curve if step <= self.step]
         elif kind in ("checkpoint", "eval", "core"):
+            self._reach(event["step"])
             if kind == "core":
                 self.core = event
-            self._reach(event["step"])
         elif kind == "finished":
             self.step = event["step"]
             self.finished = event
@@ -83,7 +92,7 @@ class RunProgress:
         self.step = step
         self.activity = "ending" if step == self.steps else None
 
-    def _train(self, event: dict[str, Any]) -> None:
+    def _train(self, event: Event) -> None:
         self._reach(event["step"])
         self.loss = event["loss"]
         self.memory_bytes = event.get("memory_bytes")
@@ -91,34 +100,19 @@ class RunProgress:
         if math.isfinite(event["loss"]):
             self._curve.append((self.step, event["loss"]))
         if len(self._curve) == 2 * CURVE_POINTS:
-            self._curve = [_mean(*pair) for pair in pairwise(self._curve)][::2]
-
-    def _work(self, event: dict[str, Any]) -> None:
-        share = event.get("share")
-        same = self._working and self._working[0]["what"] == event["what"] and share is not None
-        self._working = [self._working[0], event] if same else [event]
-        self.activity = ACTIVITIES[event["what"]] + ("" if share is None else f" {share:.0%}")
+            pairs = zip(self._curve[::2], self._curve[1::2])
+            self._curve = [_middle(*pair) for pair in pairs]
 
     @property
     def activity_seconds_left(self) -> float | None:
         """Seconds left of the activity at its rate so far; None if unknown."""
-        if len(self._working) < 2:
-            return None
-        first, last = self._working
-        if first["share"] is None or last["share"] <= first["share"]:
-            return None
-        seconds = last["time"] - first["time"]
-        return (1 - last["share"]) * seconds / (last["share"] - first["share"])
+        rate = _rate(self._shares)
+        return (1 - self._shares[-1][1]) / rate if rate else None
 
     @property
     def steps_per_second(self) -> float | None:
         """Steps per second over the last RATE_EVENTS logged steps; None before two of them."""
-        if len(self._recent) < 2:
-            return None
-        (first_time, first_step), (last_time, last_step) = self._recent[0], self._recent[-1]
-        if last_time <= first_time or last_step <= first_step:
-            return None
-        return (last_step - first_step) / (last_time - first_time)
+        return _rate(self._recent)
 
     @property
     def seconds_left(self) -> float | None:
@@ -135,24 +129,40 @@ class RunProgress:
         """Return the loss over the steps so far, as `width` characters of LEVELS."""
         if not self._curve:
             return ""
-        first, last = self._curve[0][0], self._curve[-1][0]
-        bins: list[list[float]] = [[] for _ in range(width)]
+        first, _ = self._curve[0]
+        last, _ = self._curve[-1]
+        bins: defaultdict[int, list[float]] = defaultdict(list)
         for step, loss in self._curve:
-            bins[int((step - first) / (last - first + 1) * width)].append(loss)
-        heights: list[float] = []
-        for losses in bins:
-            heights.append(sum(losses) / len(losses) if losses else heights[-1])
+            share = (step - first) / (last - first + 1)
+            bins[int(share * width)].append(loss)
+        heights = []
+        losses = bins[0]
+        for column in range(width):
+            losses = bins.get(column, losses)
+            heights.append(sum(losses) / len(losses))
         low = min(heights)
         span = (max(heights) - low) or 1.0
         top = len(LEVELS) - 1
-        return "".join(LEVELS[round((height - low) / span * top)] for height in heights)
+        levels = [round((height - low) / span * top) for height in heights]
+        return "".join(LEVELS[level] for level in levels)
 
 
-def _mean(one: tuple[float, float], two: tuple[float, float]) -> tuple[float, float]:
+def _rate(values: Sequence[tuple[float, float]]) -> float | None:
+    """Return the increase per second over pairs of time and value; None if nothing increased."""
+    if len(values) < 2:
+        return None
+    first_time, first = values[0]
+    last_time, last = values[-1]
+    if last_time <= first_time or last <= first:
+        return None
+    return (last - first) / (last_time - first_time)
+
+
+def _middle(one: tuple[float, float], two: tuple[float, float]) -> tuple[float, float]:
     return (one[0] + two[0]) / 2, (one[1] + two[1]) / 2
 
 
-def last_events(path: Path, size: int = TAIL_BYTES) -> list[dict[str, Any]]:
+def last_events(path: Path, size: int = TAIL_BYTES) -> list[Event]:
     """Return the events in the last `size` bytes of an events.jsonl; [] without one.
 
     Only whole lines of JSON count.
@@ -182,26 +192,19 @@ class ActiveRun:
     """Monotonic time of its last plain line, seconds."""
 
     @property
-    def tokens_per_second(self) -> float | None:
-        """Tokens per second at the present rate."""
-        rate = self.progress.steps_per_second
-        return rate and rate * self.plan.hyperparameters.batch_tokens
+    def tokens_per_second(self) -> float:
+        """Tokens per second at the present rate; 0 if unknown."""
+        return (self.progress.steps_per_second or 0.0) * self.plan.hyperparameters.batch_tokens
 
     @property
-    def flops_per_second(self) -> float | None:
-        """FLOPs per second at the present rate."""
-        rate = self.tokens_per_second
-        return rate and rate * self.plan.hyperparameters.flops_per_token
+    def flops_per_second(self) -> float:
+        """FLOPs per second at the present rate; 0 if unknown."""
+        return self.tokens_per_second * self.plan.hyperparameters.flops_per_token
 
     @property
     def device(self) -> str:
         """Name of its devices."""
         return self.attempt["device_name"] or self.attempt["device"]
-
-    @property
-    def mfu(self) -> float | None:
-        """Model FLOPs utilisation; None if the speed or the devices' peak is unknown."""
-        return devices.mfu(self.flops_per_second, self.device, self.attempt["ranks"])
 
     @property
     def figures(self) -> dict[str, str]:
@@ -212,17 +215,17 @@ class ActiveRun:
         progress = self.progress
         rate = self.tokens_per_second
         seconds = progress.activity_seconds_left if progress.activity else progress.seconds_left
-        mfu = self.mfu
         figures = {
             "step": f"{progress.step:,}/{progress.steps:,}",
             "loss": "" if progress.loss is None else f"{progress.loss:.3f}",
             "tok/s": f"{rate:,.0f}" if rate else "",
-            "MFU": f"{mfu:.1%}" if mfu else "",
-            "GB": f"{progress.memory_bytes / 1e9:.2f}" if progress.memory_bytes else "",
-            "left": "" if seconds is None else duration(seconds),
         }
-        if devices.peak_flops(self.device) is None:
-            del figures["MFU"]
+        if devices.peak_flops(self.device):
+            mfu = devices.mfu(self.flops_per_second, self.device, self.attempt["ranks"])
+            figures["MFU"] = f"{mfu:.1%}" if mfu else ""
+        memory = progress.memory_bytes
+        figures["GB"] = f"{memory / 1e9:.2f}" if memory else ""
+        figures["left"] = "" if seconds is None else duration(seconds)
         return figures
 
 
@@ -236,10 +239,7 @@ class SweepProgress:
         """Outcomes of the runs that ended, by run_id."""
         self.active: dict[str, ActiveRun] = {}
         self.began = began
-        self._flops_left = {
-            run_id: 0.0 if run_id in done else flops for run_id, flops in self.flops.items()
-        }
-        self._progress: dict[str, RunProgress] = {}
+        self._progress = {plan.run_id: RunProgress(plan.hyperparameters.steps) for plan in plans}
         self._flops_per_second: float | None = None
 
     def start(self, plan: Plan, attempt: AttemptDocument) -> ActiveRun:
@@ -253,28 +253,31 @@ class SweepProgress:
             self.began = min(self.began, attempt["created"])
         return self.active[run_id]
 
-    def update(self, plan: Plan, event: dict[str, Any]) -> None:
+    def update(self, plan: Plan, event: Event) -> None:
         """Take an event of an active run into account."""
         run = self.active.get(plan.run_id)
-        if run is None:
-            return
-        run.progress.update(event)
-        if plan.run_id in self._flops_left:
-            self._flops_left[plan.run_id] = plan.hyperparameters.flops * (1 - run.progress.share)
+        if run:
+            run.progress.update(event)
 
     def end(self, plan: Plan, outcome: str) -> ActiveRun | None:
         """Remove a run that ended; its FLOPs count as done unless it will be trained further."""
-        if outcome not in ("retried", "interrupted") and plan.run_id in self._flops_left:
+        if outcome not in ("retried", "interrupted") and plan.run_id in self.flops:
             self.outcomes[plan.run_id] = outcome
-            self._flops_left[plan.run_id] = 0.0
         return self.active.pop(plan.run_id, None)
+
+    @property
+    def flops_left(self) -> float:
+        """FLOPs of the steps that are neither done nor given up."""
+        return sum(
+            flops * (1 - self._progress[run_id].share)
+            for run_id, flops in self.flops.items()
+            if run_id not in self.outcomes
+        )
 
     @property
     def share(self) -> float:
         """Share of the FLOPs that is done or given up."""
-        if not self.flops:
-            return 1.0
-        return 1 - sum(self._flops_left.values()) / sum(self.flops.values())
+        return 1 - self.flops_left / sum(self.flops.values()) if self.flops else 1.0
 
     def seconds_left(self) -> float | None:
         """Return the FLOPs left over the sum of the present rates; None if unknown.
@@ -283,18 +286,17 @@ class SweepProgress:
         the last sum holds. Runs of other sweeps do not count.
         """
         active = [run for run_id, run in self.active.items() if run_id in self.flops]
-        rates = [run.flops_per_second for run in active]
-        known = [rate for rate in rates if rate]
+        known = [run.flops_per_second for run in active if run.flops_per_second]
         if known:
             self._flops_per_second = sum(known) * len(active) / len(known)
-        flops_left = sum(self._flops_left.values())
-        return (
-            flops_left / self._flops_per_second if self._flops_per_second and flops_left else None
-        )
+        flops_left = self.flops_left
+        if not self._flops_per_second or not flops_left:
+            return None
+        return flops_left / self._flops_per_second
 
     def counts(self) -> str:
         """Return the number of finished runs: "2/6 runs done"."""
-        finished = Counter(self.outcomes.values())["finished"]
+        finished = [*self.outcomes.values()].count("finished")
         return f"{finished}/{len(self.flops)} runs done"
 
     def summary(self, now: float) -> str:
@@ -303,7 +305,8 @@ class SweepProgress:
         seconds = self.seconds_left()
         if seconds is not None:
             parts.append(f"{duration(seconds)} left")
-        outcomes = Counter(self.outcomes.values())
-        parts += [f"{n} {outcome}" for outcome, n in outcomes.items() if outcome != "finished"]
+        for outcome, count in Counter(self.outcomes.values()).items():
+            if outcome != "finished":
+                parts.append(f"{count} {outcome}")
         parts.append(f"{duration(now - self.began)} elapsed")
         return ", ".join(parts)

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from slm.files import read_json
 from slm.monitor.run_progress import RunProgress, last_events
-from slm.run import DoneDocument, RunState, list_attempts, list_runs, run_state
+from slm.run import RunState, list_attempts, list_runs, run_state
+from slm.text import duration, one_line
 
 ORDER = ("flops_planned", "recipe", "depth", "seed", "run_id")
 """Fields that rows are sorted by."""
+REASON_WIDTH = 60
+"""Characters of a reason in the table."""
+COLUMNS = {
+    "run_id": "run",
+    "recipe": "recipe",
+    "depth": "d",
+    "horizon": "horizon",
+    "seed": "seed",
+    "status": "status",
+    "progress": "step",
+    "left": "left",
+    "val_bpb": "val_bpb",
+    "flops": "FLOPs",
+    "train_seconds": "s",
+    "why": "why",
+}
+"""Columns of the table with their headings; `left` and `why` are shown if any run has them."""
+NO_REASON = ("finished", "planned", "running", "queued")
+"""States that need no reason."""
 
 
 class StatusRow(TypedDict):
@@ -52,18 +73,42 @@ def status_rows(run_folders: Sequence[Path]) -> tuple[list[StatusRow], list[str]
             problems.append(f"{folder}: its documents lack {error}")
         except (OSError, ValueError) as error:
             problems.append(str(error))
-    return sorted(rows, key=_order), problems
+    return sorted(rows, key=itemgetter(*ORDER)), problems
 
 
-def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ORDER)
+def status_table(rows: Sequence[StatusRow]) -> tuple[list[str], list[list[str | None]]]:
+    """Return the headings and the cells of the table of `slm status`."""
+    cells = [_cells(row) for row in rows]
+    names = [
+        name for name in COLUMNS if name not in ("left", "why") or any(row[name] for row in cells)
+    ]
+    return [COLUMNS[name] for name in names], [[row[name] for name in names] for row in cells]
+
+
+def _cells(row: StatusRow) -> dict[str, str | None]:
+    formats = {"val_bpb": ".4f", "flops": ".3g", "train_seconds": ".1f"}
+    cells: dict[str, str | None] = {}
+    for name, value in row.items():
+        cells[name] = None if value is None else format(value, formats.get(name, ""))
+    seconds = row["seconds_left"]
+    reason = "" if row["status"] in NO_REASON else one_line(row["message"] or "")
+    if len(reason) > REASON_WIDTH:
+        reason = f"{reason[:REASON_WIDTH]}…"
+    return cells | {
+        "progress": f"{row['step']:,}/{row['steps']:,}",
+        "left": None if seconds is None else duration(seconds),
+        "why": reason or None,
+    }
 
 
 def _row(folder: Path, job: str | None) -> StatusRow:
     plan = read_json(folder / "plan.json")  # not as a Plan: any version of slm may have written it
     hp = plan["hyperparameters"]
     state = run_state(folder, job)
-    row: StatusRow = {
+    is_finished = state.status == "finished"
+    done = read_json(folder / "done.json") if is_finished else {}
+    progress = None if is_finished else run_progress(folder, hp["steps"])
+    return {
         "run_id": folder.name,
         "recipe": plan["recipe"],
         "horizon": plan["horizon"],
@@ -74,22 +119,12 @@ def _row(folder: Path, job: str | None) -> StatusRow:
         "status": state.status,
         "reason": state.reason,
         "message": state.message,
-        "val_bpb": None,
-        "flops": None,
-        "train_seconds": None,
-        "step": hp["steps"],
-        "seconds_left": None,
+        "val_bpb": done.get("val_bpb"),
+        "flops": done.get("flops"),
+        "train_seconds": done.get("train_seconds"),
+        "step": progress.step if progress else hp["steps"],
+        "seconds_left": progress.seconds_left if progress and state.status == "running" else None,
     }
-    if state.status == "finished":
-        done: DoneDocument = read_json(folder / "done.json")
-        row["val_bpb"] = done.get("val_bpb")
-        row["flops"] = done.get("flops")
-        row["train_seconds"] = done.get("train_seconds")
-    else:
-        progress = run_progress(folder, hp["steps"])
-        row["step"] = progress.step
-        row["seconds_left"] = progress.seconds_left if state.status == "running" else None
-    return row
 
 
 def run_progress(run_folder: Path, steps: int) -> RunProgress:
@@ -108,7 +143,8 @@ def job_states(run_folders: Sequence[Path]) -> dict[str, str | None]:
     """
     from slm.sweep import slurm
 
-    return {folder.name: job.status for folder, job in slurm.jobs_of(run_folders).items()}
+    jobs = slurm.jobs_of(run_folders)
+    return {folder.name: job.status for folder, job in jobs.items()}
 
 
 def run_states(run_folders: Sequence[Path]) -> dict[Path, RunState]:

@@ -18,8 +18,10 @@ from typing import Any
 from slm.files import read_json
 from slm.hardware import devices
 from slm.monitor.follow import View
+from slm.monitor.run_progress import Event
 from slm.plan import Plan
-from slm.run import AttemptDocument, DoneDocument, read_attempt, run_label
+from slm.run import AttemptDocument, read_attempt, run_label
+from slm.text import one_line
 
 NAMES = {
     "loss": "train/loss",
@@ -96,7 +98,7 @@ class WandbLogger:
         self._view.run_started(plan, attempt, adopted)
         self._jobs.put((self._start, plan, attempt))
 
-    def event(self, plan: Plan, event: dict[str, Any]) -> None:
+    def event(self, plan: Plan, event: Event) -> None:
         """Log the values of an event."""
         self._view.event(plan, event)
         self._jobs.put((self._log, plan, event))
@@ -131,7 +133,7 @@ class WandbLogger:
             job(plan, value)
         except Exception as error:
             self._runs[plan] = None
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(str(error)) or type(error).__name__
             self._warnings.put(
                 f"run {plan.run_id} is no longer logged to Weights & Biases: {reason}"
             )
@@ -158,12 +160,12 @@ class WandbLogger:
             config=config,
         )
 
-    def _log(self, plan: Plan, event: dict[str, Any]) -> None:
-        values: dict[str, float] = {}
-        for field in NAMES:
-            if event.get(field) is not None:
-                values[_name(field, event)] = event[field]
-        if self._runs[plan] is None or not values:
+    def _log(self, plan: Plan, event: Event) -> None:
+        run = self._runs[plan]
+        values = {
+            _name(field, event): event[field] for field in NAMES if event.get(field) is not None
+        }
+        if run is None or not values:
             return
         if "tokens_per_second" in event:
             attempt = self._attempts[plan]
@@ -171,20 +173,20 @@ class WandbLogger:
             mfu = devices.mfu(speed, attempt["device_name"], attempt["ranks"])
             if mfu is not None:
                 values["train/mfu"] = 100 * mfu
-        self._runs[plan].log({"step": event["step"], **values}, step=event["step"])
+        run.log({"step": event["step"], **values}, step=event["step"])
 
     def _finish(self, plan: Plan, outcome: str) -> None:
         run = self._runs.pop(plan, None)
         if not run:
             return
         if outcome == "finished":
-            done: DoneDocument = read_json(self._home / plan.run_id / "done.json")
-            scores = {"val_bpb": done["val_bpb"], "core": done["core"]}
-            run.summary.update({NAMES[name]: v for name, v in scores.items() if v is not None})
+            done = read_json(self._home / plan.run_id / "done.json")
+            scores = [name for name in ("val_bpb", "core") if done[name] is not None]
+            run.summary.update({NAMES[name]: done[name] for name in scores})
         run.finish(exit_code=EXIT_CODES.get(outcome, 1))
 
 
-def _name(field: str, event: dict[str, Any]) -> str:
+def _name(field: str, event: Event) -> str:
     """Return the name of an event's field: core_metric is CORE of all examples alone."""
     if field != "core" or (event["metric"], event["mode"]) == ("core", "full"):
         return NAMES[field]

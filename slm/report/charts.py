@@ -31,14 +31,13 @@ CAPTIONS = {
 def drawings(fit: CurveFit, suffix: str, curves: Sequence[Curve]) -> list[Drawing]:
     """Return all figures of a fit, with file names that end in `suffix` and the name of the
     figure."""
+    alts = {**ALTS, "curve": _alt(fit)}
+    captions = {**CAPTIONS, "curve": _caption(fit)}
     drawn = []
     for name in figure_names(fit):
         figure = plot_fit(fit, name, curves, title="")
-        if name == "curve":
-            drawn.append(Drawing(name, suffix, figure, _alt(fit), _caption(fit)))
-        else:
-            ending = f"{suffix}-{name}"
-            drawn.append(Drawing(name, ending, figure, ALTS[name], CAPTIONS[name]))
+        ending = suffix if name == "curve" else f"{suffix}-{name}"
+        drawn.append(Drawing(name, ending, figure, alts[name], captions[name]))
     return drawn
 
 

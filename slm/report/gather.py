@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slm.fits import CurveFit
+from slm.fits.points import Axes
 from slm.report.render import Drawing
 from slm.selection import budget_of, parsed, records
 from slm.text import plural
@@ -31,9 +32,9 @@ class Family:
     drawings: Sequence[Drawing] = ()
     """The curve first, then the others that the fit has."""
 
-    def drawings_named(self, name: str) -> list[Drawing]:
-        """Return the figure of a name, if the fit has it."""
-        return [drawing for drawing in self.drawings if drawing.name == name]
+    def drawings_named(self, *names: str) -> list[Drawing]:
+        """Return those figures that the fit has."""
+        return [drawing for drawing in self.drawings if drawing.name in names]
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,15 @@ class ExperimentData:
         return [row for row in self.rows if row["status"] == "finished"]
 
     @property
+    def scored(self) -> list[Row]:
+        """Rows with a result and a score of a benchmark."""
+        return [row for row in self.finished if row["core"] is not None]
+
+    @property
     def core_name(self) -> str:
-        """Name of the benchmark of the finished runs; CORE is that of the full bundle alone."""
-        return core_name(self.finished)
+        """Name of that benchmark, several joined by commas; CORE is that of the full bundle."""
+        names = {str(row["core_metric"]) for row in self.rows if row["core_metric"]} or {"core"}
+        return ", ".join(sorted("CORE" if name == "core" else name for name in names))
 
 
 def gather(name: str, home: Path, allow_mixed: bool) -> ExperimentData:
@@ -76,31 +83,26 @@ def gather(name: str, home: Path, allow_mixed: bool) -> ExperimentData:
         raise ValueError(
             f"experiment {name!r} has no runs left: run the same sweep again to plan them"
         )
-    owner = str(frame["home"].iloc[0])
+    key = [str(frame["home"].iloc[0]), name]
     query = "select question, declared from experiments where home = ? and name = ?"
-    (experiment,) = records(store.sql(query, [owner, name], home=home))
+    (experiment,) = records(store.sql(query, key, home=home))
     query = """select attempts.* from attempts join memberships using (home, run_id)
                where home = ? and experiment = ? order by run_id, attempt"""
-    attempts = records(store.sql(query, [owner, name], home=home))
-    rows = sorted(records(frame), key=_order)
-    if not allow_mixed:
-        _check_axes(rows)
-    declared = parsed(experiment["declared"])
-    return ExperimentData(name, experiment["question"] or "", declared, rows, attempts)
+    data = ExperimentData(
+        name=name,
+        question=experiment["question"] or "",
+        declared=parsed(experiment["declared"]),
+        rows=sorted(records(frame), key=_order),
+        attempts=records(store.sql(query, key, home=home)),
+    )
+    Axes.of_keys(row["comparison_key"] for row in data.finished).require_one(allow_mixed)
+    return data
 
 
 def _order(row: Row) -> tuple[float, int, str, int]:
     """Sort by budget, then by depth, recipe and seed."""
     budget = budget_of(row["horizon"] or "") or 0.0
     return budget, row["depth"] or 0, row["recipe"] or "", row["seed"] or 0
-
-
-def _check_axes(rows: Sequence[Row]) -> None:
-    """Raise NotComparable if the losses of finished runs are on several axes."""
-    from slm.fits.points import Axes
-
-    keys = [row["comparison_key"] for row in rows if row["status"] == "finished"]
-    Axes.of_keys(keys).require_one()
 
 
 def replicates(rows: Sequence[Row]) -> list[list[Row]]:
@@ -111,12 +113,6 @@ def replicates(rows: Sequence[Row]) -> list[list[Row]]:
         if row["val_bpb"] is not None and row["seed"] is not None:
             groups[tuple(row[name] for name in names)].append(row)
     return [group for group in groups.values() if len(group) > 1]
-
-
-def core_name(rows: Sequence[Row]) -> str:
-    """Return the name of the benchmark in `core`, several joined by commas."""
-    names = {str(row["core_metric"]) for row in rows if row["core_metric"]} or {"core"}
-    return ", ".join(sorted("CORE" if name == "core" else name for name in names))
 
 
 def distinct(rows: Sequence[Row], name: str) -> list[str]:
@@ -136,7 +132,7 @@ def depth_label(row: Row) -> str:
     return f"d{row['depth']:g}" if row["depth"] is not None else str(row["label"] or row["run_id"])
 
 
-def run_label(row: Row) -> str:
+def row_label(row: Row) -> str:
     """Return a run's depth, and its horizon and seed where they are not the default."""
     words = [depth_label(row)]
     if row["horizon"] and row["horizon"] != "compute-optimal":
@@ -146,9 +142,9 @@ def run_label(row: Row) -> str:
     return " ".join(words)
 
 
-def run_labels(rows: Sequence[Row]) -> str:
+def row_labels(rows: Sequence[Row]) -> str:
     """Name up to four runs, count more."""
-    return ", ".join(map(run_label, rows)) if len(rows) <= 4 else plural(len(rows), "run")
+    return ", ".join(map(row_label, rows)) if len(rows) <= 4 else plural(len(rows), "run")
 
 
 def devices_of(row: Row) -> str:

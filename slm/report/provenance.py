@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from slm.recipe import RECIPES
-from slm.report.gather import ExperimentData, Row, devices_of, run_labels
+from slm.report.gather import ExperimentData, Row, devices_of, row_labels
 from slm.report.render import Part
 from slm.selection import parsed
 from slm.text import plural
@@ -23,6 +23,7 @@ def provenance(data: ExperimentData) -> list[Part]:
     rows = data.rows
     versions = [{**row, **parsed(row["versions"])} for row in rows]
     packages = [(name, _values(versions, name)) for name in PACKAGES]
+    imported = [row for row in rows if row["source"] != "run"]
     facts = {
         "commit": _values(rows, _commit),
         "trainer's code": _values(rows, "code"),
@@ -38,7 +39,7 @@ def provenance(data: ExperimentData) -> list[Part]:
         "comparison key": _values(rows, "comparison_key"),
         "evaluation": _values(rows, "core_key"),
         "fits": ", ".join(family.record["hash"] for family in data.families if family.record),
-        "source": _values([row for row in rows if row["source"] != "run"], "source"),
+        "source": _values(imported, "source"),
     }
     return [Part(facts=[(name, text) for name, text in facts.items() if text])]
 
@@ -52,7 +53,7 @@ def _values(rows: Sequence[Row], column: str | Callable[[Row], str | None]) -> s
             groups[str(value)].append(row)
     if len(groups) == 1:
         return next(iter(groups))
-    return "; ".join(f"{value} ({run_labels(group)})" for value, group in groups.items())
+    return "; ".join(f"{value} ({row_labels(group)})" for value, group in groups.items())
 
 
 def _commit(row: Row) -> str | None:
@@ -79,16 +80,14 @@ def repetition(data: ExperimentData) -> list[Part]:
     declared = data.declared
     report = f"slm report {data.name}"
     if declared.get("plans"):
-        words = ["slm", "sweep"]
+        words = []
         for run in declared["plans"]:
             words += ["--plan", f"{run}/plan.json"]
-        command = shlex.join([*words, "--name", data.name])
-        return [Part(text="In the folder of runs:", commands=[command])]
+        return [Part(text="In the folder of runs:", commands=[_sweep(data.name, words)])]
     if not declared.get("depths"):
         return []
-    recipe = _default_recipe(declared)
-    if recipe:
-        return [Part(commands=[_sweep(data.name, recipe, declared), report])]
+    if _is_default(declared):
+        return [Part(commands=[_sweep(data.name, _options(declared)), report])]
     text = (
         "It was declared in a file, with recipes or seeds that no option sets. With that file, "
         "else run by run from the folder of runs:"
@@ -97,21 +96,17 @@ def repetition(data: ExperimentData) -> list[Part]:
     return [Part(text=text, commands=["slm sweep FILE.py", by_run, report])]
 
 
-def _default_recipe(declared: Mapping[str, Any]) -> str | None:
-    """Return the recipe if `slm sweep` can ask for the same: one unchanged recipe, seeds from 0
-    on."""
-    seeds = list(declared["seeds"])
-    if len(declared["recipes"]) != 1 or seeds != list(range(len(seeds))):
-        return None
-    ((name, recipe),) = declared["recipes"].items()
-    if name not in RECIPES or recipe != json.loads(json.dumps(asdict(RECIPES[name]))):
-        return None
-    return str(name)
+def _is_default(declared: Mapping[str, Any]) -> bool:
+    """Whether options of `slm sweep` set all of it: one unchanged recipe, seeds from 0 on."""
+    seeds = declared["seeds"]
+    known = {name: json.loads(json.dumps(asdict(recipe))) for name, recipe in RECIPES.items()}
+    is_known = declared["recipes"].items() <= known.items()
+    return is_known and len(declared["recipes"]) == 1 and seeds == list(range(len(seeds)))
 
 
-def _sweep(name: str, recipe: str, declared: Mapping[str, Any]) -> str:
-    words = ["slm", "sweep", "--recipe", recipe, "--depths"]
-    words.append(",".join(map(str, declared["depths"])))
+def _options(declared: Mapping[str, Any]) -> list[str]:
+    (recipe,) = declared["recipes"]
+    words = ["--recipe", recipe, "--depths", ",".join(map(str, declared["depths"]))]
     for option in ("flops", "ratios"):
         if declared[option]:
             words += [f"--{option}", ",".join(f"{value:g}" for value in declared[option])]
@@ -121,4 +116,8 @@ def _sweep(name: str, recipe: str, declared: Mapping[str, Any]) -> str:
         words += ["--seeds", str(len(declared["seeds"]))]
     if declared["data"] != "python":
         words += ["--data", declared["data"]]
-    return shlex.join([*words, "--name", name])
+    return words
+
+
+def _sweep(name: str, options: Sequence[str]) -> str:
+    return shlex.join(["slm", "sweep", *options, "--name", name])

@@ -47,8 +47,7 @@ class Table:
     def classes(self) -> list[str]:
         """CSS class of each column: number, long, or none."""
         classes = []
-        for k in range(len(self.headers)):
-            cells = [row[k] for row in self.rows]
+        for cells in zip(*self.rows):
             if all(NUMBER.fullmatch(cell) for cell in cells):
                 classes.append("number")
             else:

@@ -4,7 +4,6 @@ failures."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from statistics import fmean, stdev
 from typing import Any
 
@@ -13,15 +12,14 @@ from slm.hardware import devices
 from slm.report.gather import (
     ExperimentData,
     Row,
-    core_name,
     depth_label,
     devices_of,
     distinct,
     replicates,
-    run_label,
+    row_label,
 )
 from slm.report.render import Part, Table
-from slm.text import duration, flops, plural
+from slm.text import duration, flops, one_line, plural
 
 Columns = dict[str, Callable[[Any], str]]
 """Headers, and the cell of each for a row."""
@@ -36,22 +34,22 @@ def table(caption: str, columns: Columns, rows: Iterable[Any]) -> Table:
 def run_table(data: ExperimentData) -> Table:
     """Build a table of all runs, without columns that are the same for all."""
     rows = data.rows
-    columns: Columns = {"depth": depth_label, **varying(rows, "recipe", "horizon", "seed", "label")}
+    columns = naming(rows, "label")
     if len(data.finished) < len(rows):
-        columns["status"] = text("status")
+        columns["status"] = cell("status")
     columns |= {
-        "parameters N": lambda row: _count(row["parameters_scaling"]),
-        "tokens D": lambda row: _count(row["tokens"]),
-        "D/N": lambda row: _ratio(row["tokens"], row["parameters_scaling"], ".4g"),
-        "FLOPs": compute,
-        "steps": number("steps", ",.0f"),
-        "train loss": number("train_loss", ".4f"),
-        "val_bpb": number("val_bpb", ".4f"),
+        "parameters N": positive("parameters_scaling", count_text),
+        "tokens D": positive("tokens", count_text),
+        "D/N": ratio("tokens", "parameters_scaling", ".4g"),
+        "FLOPs": positive("flops", flops),
+        "steps": cell("steps", ",.0f"),
+        "train loss": cell("train_loss", ".4f"),
+        "val_bpb": cell("val_bpb", ".4f"),
     }
     if any(row["core"] is not None for row in rows):
-        columns[core_name(rows)] = number("core", ".4f")
+        columns[data.core_name] = cell("core", ".4f")
     columns |= varying(rows, "flags")
-    columns["run"] = text("run_id")
+    columns["run"] = cell("run_id")
     horizons = distinct(rows, "horizon")
     horizon = f", {horizons[0]}" if len(horizons) == 1 else ""
     caption = f"{plural(len(rows), 'run')}{horizon}; N is the matrices and the head"
@@ -63,34 +61,35 @@ def seed_tables(data: ExperimentData) -> list[Table]:
     groups = replicates(data.finished)
     if not groups:
         return []
-    columns: Columns = {"depth": lambda group: depth_label(group[0])}
-    if len({group[0]["recipe"] for group in groups}) > 1:
-        columns["recipe"] = lambda group: str(group[0]["recipe"])
-    columns |= {
-        "horizon": lambda group: str(group[0]["horizon"]),
-        "seeds": lambda group: str(len(group)),
-        "mean val_bpb": lambda group: f"{fmean(_losses(group)):.4f}",
-        "standard deviation": lambda group: f"{stdev(_losses(group)):.4f}",
-        "of the mean": lambda group: f"{100 * stdev(_losses(group)) / group[0]['val_bpb']:.2f} %",
+    rows = []
+    for group in groups:
+        losses = [row["val_bpb"] for row in group]
+        spread = stdev(losses)
+        numbers = {"mean": fmean(losses), "spread": spread, "share": 100 * spread / losses[0]}
+        rows.append({**group[0], "seeds": len(group), **numbers})
+    columns: Columns = {
+        "depth": depth_label,
+        **varying(rows, "recipe"),
+        "horizon": cell("horizon"),
+        "seeds": cell("seeds"),
+        "mean val_bpb": cell("mean", ".4f"),
+        "standard deviation": cell("spread", ".4f"),
+        "of the mean": lambda row: f"{row['share']:.2f} %",
     }
-    return [table("Seeds: how much of a difference is luck", columns, groups)]
+    return [table("Seeds: how much of a difference is luck", columns, rows)]
 
 
-def _losses(group: Sequence[Row]) -> list[float]:
-    return [row["val_bpb"] for row in group]
-
-
-def core_table(name: str, scored: Sequence[Row]) -> Table:
+def core_table(data: ExperimentData) -> Table:
     """Build a table of the scores of evaluated runs."""
-    columns: Columns = {"depth": depth_label, **varying(scored, "recipe", "horizon", "seed")}
-    columns |= {
-        "FLOPs": compute,
-        name: number("core", ".4f"),
-        "standard error": number("core_error", ".4f"),
-        "val_bpb": number("val_bpb", ".4f"),
-        "mode": text("core_mode"),
+    columns = naming(data.scored) | {
+        "FLOPs": positive("flops", flops),
+        data.core_name: cell("core", ".4f"),
+        "standard error": cell("core_error", ".4f"),
+        "val_bpb": cell("val_bpb", ".4f"),
+        "mode": cell("core_mode"),
     }
-    return table(f"{name} of the final weights: 0 is chance, 1 is perfect", columns, scored)
+    caption = f"{data.core_name} of the final weights: 0 is chance, 1 is perfect"
+    return table(caption, columns, data.scored)
 
 
 def throughput(finished: Sequence[Row]) -> list[Part]:
@@ -98,19 +97,19 @@ def throughput(finished: Sequence[Row]) -> list[Part]:
     timed = [row for row in finished if row["train_seconds"]]
     if not timed:
         return []
-    columns: Columns = {"depth": depth_label, **varying(timed, "recipe", "horizon", "seed")}
-    columns["tokens/s"] = number("tokens_per_second", ",.0f")
-    columns["FLOP/s"] = partial(compute, column="flops_per_second")
-    if any(_mfu(row) for row in timed):
-        columns["MFU"] = lambda row: f"{share:.1%}" if (share := _mfu(row)) else ""
+    columns = naming(timed)
+    columns["tokens/s"] = cell("tokens_per_second", ",.0f")
+    columns["FLOP/s"] = positive("flops_per_second", flops)
+    if any(map(_mfu, timed)):
+        columns["MFU"] = _mfu
     columns |= {
-        "training": lambda row: duration(row["train_seconds"]),
-        "wall": lambda row: duration(row["wall_seconds"]) if row["wall_seconds"] else "",
-        "training share": lambda row: _ratio(row["train_seconds"], row["wall_seconds"], ".0%"),
-        "peak memory": _memory,
+        "training": positive("train_seconds", duration),
+        "wall": positive("wall_seconds", duration),
+        "training share": ratio("train_seconds", "wall_seconds", ".0%"),
+        "peak memory": positive("peak_memory_bytes", _gigabytes),
         "on": devices_of,
     }
-    train = sum(row["train_seconds"] or 0.0 for row in timed)
+    train = sum(row["train_seconds"] for row in timed)
     wall = sum(row["wall_seconds"] or 0.0 for row in timed)
     summary = f"{duration(train)} of training"
     if wall:
@@ -121,12 +120,13 @@ def throughput(finished: Sequence[Row]) -> list[Part]:
     return [Part(text=summary, tables=[table("Speed of each run", columns, timed)])]
 
 
-def _mfu(row: Row) -> float | None:
-    return devices.mfu(row["flops_per_second"], row["device_name"], row["ranks"])
+def _mfu(row: Row) -> str:
+    share = devices.mfu(row["flops_per_second"], row["device_name"], row["ranks"])
+    return f"{share:.1%}" if share else ""
 
 
-def _memory(row: Row) -> str:
-    return f"{row['peak_memory_bytes'] / 1e9:.2f} GB" if row["peak_memory_bytes"] else ""
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
 
 
 def attempts(data: ExperimentData) -> list[Part]:
@@ -141,12 +141,12 @@ def attempts(data: ExperimentData) -> list[Part]:
     seconds = sum(_seconds(attempt) for attempt in failed)
     rows = {row["run_id"]: row for row in data.rows}
     columns: Columns = {
-        "run": lambda attempt: run_label(rows[attempt["run_id"]]),
+        "run": lambda attempt: row_label(rows[attempt["run_id"]]),
         "attempt": lambda attempt: f"{attempt['attempt']:g}",
-        "ended by": text("reason"),
+        "ended by": cell("reason"),
         "after": lambda attempt: duration(_seconds(attempt)) if attempt["ended"] else "",
-        "on": text("host"),
-        "message": lambda attempt: " ".join(str(attempt["message"] or "").split())[:300],
+        "on": cell("host"),
+        "message": lambda attempt: one_line(attempt["message"] or "")[:300],
     }
     summary = (
         f"{counts}; {len(failed)} ended without finishing, after {duration(seconds)} together. "
@@ -160,36 +160,34 @@ def _seconds(attempt: Row) -> float:
     return attempt["ended"] - attempt["created"] if attempt["ended"] else 0.0
 
 
+def naming(rows: Sequence[Row], *names: str) -> Columns:
+    """Return the columns that name a run: its depth, and what else differs between the rows."""
+    return {"depth": depth_label, **varying(rows, "recipe", "horizon", "seed", *names)}
+
+
 def varying(rows: Sequence[Row], *names: str) -> Columns:
     """Return those columns of `results` in which the rows differ."""
-    return {name: text(name) for name in names if len({row[name] for row in rows}) > 1}
+    return {name: cell(name) for name in names if len({row[name] for row in rows}) > 1}
 
 
-def text(name: str) -> Callable[[Row], str]:
-    """Return a column of text; a missing value is empty, whole floats have no decimals."""
+def cell(name: str, form: str = "") -> Callable[[Row], str]:
+    """Return a column in a format; a missing value is empty, whole floats have no decimals."""
 
-    def cell(row: Row) -> str:
+    def formatted(row: Row) -> str:
         value = row[name]
         if value is None:
             return ""
-        return f"{value:g}" if isinstance(value, float) else str(value)
+        default = "g" if isinstance(value, float) else ""
+        return format(value, form or default)
 
-    return cell
-
-
-def number(name: str, form: str) -> Callable[[Row], str]:
-    """Return a column of numbers in a format; a missing value is empty."""
-    return lambda row: "" if row[name] is None else format(row[name], form)
+    return formatted
 
 
-def compute(row: Row, column: str = "flops") -> str:
-    """Return FLOPs with three digits, empty if unknown."""
-    return flops(row[column]) if row[column] else ""
+def positive(name: str, render: Callable[[float], str]) -> Callable[[Row], str]:
+    """Return a column of positive numbers; a missing one is empty."""
+    return lambda row: render(row[name]) if row[name] else ""
 
 
-def _count(value: float | None) -> str:
-    return count_text(value) if value else ""
-
-
-def _ratio(value: float | None, divisor: float | None, form: str) -> str:
-    return format(value / divisor, form) if value and divisor else ""
+def ratio(name: str, divisor: str, form: str) -> Callable[[Row], str]:
+    """Return a column of quotients; it is empty if a number is missing."""
+    return lambda row: format(row[name] / row[divisor], form) if row[name] and row[divisor] else ""

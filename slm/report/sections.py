@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
 
 from slm import __version__, fits
 from slm.exchange.importers.checks import CODES
 from slm.fits import Interval, NoCoreFit
 from slm.report.gather import (
     ExperimentData,
+    Family,
     Row,
-    core_name,
     describe_states,
     distinct,
     replicates,
-    run_label,
+    row_label,
 )
 from slm.report.provenance import provenance, repetition
-from slm.report.render import Drawing, KeyNumber, Part, Report, Section, Table
+from slm.report.render import KeyNumber, Part, Report, Section, Table
 from slm.report.run_tables import (
     attempts,
-    compute,
     core_table,
     run_table,
     seed_tables,
     throughput,
 )
-from slm.text import duration, plural
+from slm.text import duration, flops, plural
 
 CAPTIONS = {
     "law": "Laws of loss against compute C",
@@ -101,15 +99,14 @@ def _key_numbers(data: ExperimentData) -> list[KeyNumber]:
     measured = [row for row in finished if row["val_bpb"] is not None]
     if measured:
         best = min(measured, key=lambda row: row["val_bpb"])
-        cost = f", {compute(best)} FLOPs" if best["flops"] else ""
-        detail = f"{run_label(best)}{cost}"
+        cost = f", {flops(best['flops'])} FLOPs" if best["flops"] else ""
+        detail = f"{row_label(best)}{cost}"
         numbers.append(KeyNumber(f"{best['val_bpb']:.4f}", "lowest val_bpb", detail))
-    scored = [row for row in finished if row["core"] is not None]
-    if scored:
-        best = max(scored, key=lambda row: row["core"])
+    if data.scored:
+        best = max(data.scored, key=lambda row: row["core"])
         error = f" ± {best['core_error']:.4f}" if best["core_error"] else ""
-        name = f"highest {core_name(scored)}"
-        numbers.append(KeyNumber(f"{best['core']:.4f}", name, f"{run_label(best)}{error}"))
+        name = f"highest {data.core_name}"
+        numbers.append(KeyNumber(f"{best['core']:.4f}", name, f"{row_label(best)}{error}"))
     seconds = [row["train_seconds"] for row in finished if row["train_seconds"] is not None]
     detail = f"{duration(sum(seconds))} of training" if seconds else describe_states(data.rows)
     count = f"{len(finished)} of {len(data.rows)}"
@@ -118,10 +115,10 @@ def _key_numbers(data: ExperimentData) -> list[KeyNumber]:
 
 def _gain(data: ExperimentData) -> list[KeyNumber]:
     """Return the change of loss for twice the largest compute, of an experiment with one law."""
-    if len(data.families) != 1 or not data.families[0].fit or not data.families[0].fit.law:
+    laws = [family.fit.law if family.fit else None for family in data.families]
+    if len(laws) != 1 or laws[0] is None:
         return []
-    law = data.families[0].fit.law
-    gain = law.gain(law.largest)
+    gain = laws[0].gain(laws[0].largest)
     value = f"{-100 * (gain.estimate or 0.0):+.1f} %"
     ends = Interval(gain.estimate, gain.high, gain.low).ends("+.1f", -100)
     detail = f"95 % interval {ends}"
@@ -131,16 +128,18 @@ def _gain(data: ExperimentData) -> list[KeyNumber]:
 
 
 def _curves(data: ExperimentData) -> list[Part]:
-    parts = []
-    for family in data.families:
-        parts.append(
-            Part(
-                heading=family.recipe if len(data.families) > 1 else "",
-                text="" if family.drawings else f"No curve: {family.why}.",
-                drawings=[*family.drawings[:1], *family.drawings_named("frontier")],
-            )
+    return [
+        Part(
+            heading=_heading(data, family),
+            text="" if family.drawings else f"No curve: {family.why}.",
+            drawings=family.drawings_named("curve", "frontier"),
         )
-    return parts
+        for family in data.families
+    ]
+
+
+def _heading(data: ExperimentData, family: Family) -> str:
+    return family.recipe if len(data.families) > 1 else ""
 
 
 def _warnings(data: ExperimentData) -> list[Part]:
@@ -168,12 +167,12 @@ def _gaps(data: ExperimentData) -> list[Part]:
     gaps = []
     if resumable:
         gaps.append(f"{describe_states(resumable)}: run the same sweep again to continue.")
-    for row in runs:
-        if row["status"] in ("failed", "cancelled"):
-            gaps.append(_failure(row))
-    for row in runs:
-        if row["status"] == "diverged":
-            gaps.append(f"{run_label(row)} diverged, which is a result: it has no loss.")
+    gaps += [_failure(row) for row in runs if row["status"] in ("failed", "cancelled")]
+    gaps += [
+        f"{row_label(row)} diverged, which is a result: it has no loss."
+        for row in runs
+        if row["status"] == "diverged"
+    ]
     if finished and not replicates(finished):
         gaps.append("The noise: every run has one seed; `slm sweep … --seeds 3` measures it.")
     if finished and all(row["core"] is None for row in finished):
@@ -185,7 +184,7 @@ def _failure(row: Row) -> str:
     run = row["run_id"]
     reason = f" ({row['reason']})" if row["reason"] else ""
     return (
-        f"{run_label(row)} {row['status']}{reason}: `slm logs {run}` shows the log, "
+        f"{row_label(row)} {row['status']}{reason}: `slm logs {run}` shows the log, "
         f"`slm retry {run}` lets the next sweep train it again."
     )
 
@@ -193,28 +192,24 @@ def _failure(row: Row) -> str:
 def _fits(data: ExperimentData) -> list[Part]:
     parts = []
     for family in data.families:
-        if family.fit is None:
-            continue
-        heading = family.recipe if len(data.families) > 1 else ""
-        tables = [
-            Table(CAPTIONS[headers[0]], headers, rows) for headers, rows in fits.tables(family.fit)
-        ]
-        parts.append(Part(heading=heading, tables=tables))
-        parts.append(Part(drawings=family.drawings_named("residuals")))
+        if family.fit:
+            tables = [
+                Table(CAPTIONS[headers[0]], headers, rows)
+                for headers, rows in fits.tables(family.fit)
+            ]
+            parts.append(Part(heading=_heading(data, family), tables=tables))
+            parts.append(Part(drawings=family.drawings_named("residuals")))
     return parts
 
 
 def _core(data: ExperimentData) -> list[Part]:
-    scored = [row for row in data.finished if row["core"] is not None]
-    if not scored:
+    if not data.scored:
         return []
-    name = core_name(scored)
-    parts = [Part(drawings=_drawings(data, "core"))]
+    drawings = [drawing for family in data.families for drawing in family.drawings_named("core")]
     curves = [family.fit.core for family in data.families if family.fit]
     reasons = dict.fromkeys(curve.why for curve in curves if isinstance(curve, NoCoreFit))
-    parts += [Part(text=f"No curve of {name}: {why}.") for why in reasons]
-    return [*parts, Part(tables=[core_table(name, scored)])]
-
-
-def _drawings(data: ExperimentData, name: str) -> Sequence[Drawing]:
-    return [drawing for family in data.families for drawing in family.drawings_named(name)]
+    return [
+        Part(drawings=drawings),
+        *(Part(text=f"No curve of {data.core_name}: {why}.") for why in reasons),
+        Part(tables=[core_table(data)]),
+    ]

@@ -13,26 +13,36 @@ TICK_COLUMNS = 10
 
 
 def draw(
-    assignments: Sequence[Assignment], labels: dict[str, str], devices: int, width: int
+    assignments: Sequence[Assignment],
+    labels: dict[str, str],
+    devices: int,
+    width: int,
 ) -> list[str]:
     """Draw a schedule in at most `width` columns; `labels` are by name of the job."""
-    margin = len(str(devices - 1)) + 1
-    columns = width - margin
+    digits = len(str(devices - 1))
+    columns = width - digits - 1
     scale = (columns - 1) / (makespan(assignments) or 1.0)
-    lines = [[" "] * columns for _ in range(devices)]
+    rows = [[" "] * columns for _ in range(devices)]
     for assignment in assignments:
         first = round(assignment.start * scale)
         last = round(assignment.end * scale)
+        bar = _bar(labels[assignment.job.name], last - first)
         for device in assignment.devices:
-            lines[device][first : last + 1] = _bar(labels[assignment.job.name], last - first)
-    bars = [f"{device:>{margin - 1}} {''.join(line).rstrip()}" for device, line in enumerate(lines)]
-    return [*bars, " " * margin + _axis(columns, scale)]
+            rows[device][first : last + 1] = bar
+    lines = []
+    for device, row in enumerate(rows):
+        bars = "".join(row).rstrip()
+        lines.append(f"{device:>{digits}} {bars}")
+    axis = _axis(columns, scale)
+    return [*lines, f"{'':>{digits}} {axis}"]
 
 
 def _bar(label: str, columns: int) -> str:
     """Return `|d20 ------|`, the last column of which is the first of the next bar."""
+    if columns == 0:
+        return "|"
     text = f"{label} "[: columns - 1] if len(label) < columns else ""
-    return f"|{text:-<{columns - 1}}|" if columns else "|"
+    return f"|{text:-<{columns - 1}}|"
 
 
 def _axis(columns: int, scale: float) -> str:
@@ -44,7 +54,7 @@ def _axis(columns: int, scale: float) -> str:
     line = ""
     for number in range(0, columns * step, step):
         column = round(number * UNITS[unit] * scale)
-        tick = f"|{number} {unit}"
-        if column + len(tick) <= columns:
-            line = f"{line:<{column}}{tick}"
+        extended = f"{line:<{column}}|{number} {unit}"
+        if len(extended) <= columns:
+            line = extended
     return line

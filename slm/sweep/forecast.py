@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slm.hardware.memory import peak_memory
-from slm.hardware.runtime import STARTUP_SECONDS, Price
+from slm.hardware.runtime import Price
 from slm.hardware.slot import Slot
-from slm.recipe import Hyperparameters
 from slm.sweep.launcher import WaitingRun
 from slm.sweep.local import Local
 from slm.sweep.schedule import Assignment, makespan
@@ -47,43 +46,38 @@ def forecast(
     waiting: Sequence[WaitingRun], launcher: Local | Slurm, price: Price | None
 ) -> Forecast:
     """Forecast the runs that wait. Raises ValueError for a run that no memory holds."""
-    if isinstance(launcher, Local):
-        return _on_machine(waiting, launcher, price)
-    return _in_queue(waiting, launcher, price)
 
+    def run_forecast(
+        run: WaitingRun,
+        slot: Slot,
+        start: float | None,
+        seconds: float,
+        devices_total: int,
+    ) -> RunForecast:
+        """Return the forecast of a run on a machine with `devices_total` devices."""
+        rows = launcher.micro_batches.choose(run.hp, slot).training
+        memory = peak_memory(run.hp, rows, slot.device, slot.ranks_of(run.hp))
+        devices = len(slot.ids) or slot.ranks
+        cost = price.of(seconds, devices, devices_total) if price else None
+        return RunForecast(slot, start, seconds, memory, cost)
 
-def _on_machine(waiting: Sequence[WaitingRun], launcher: Local, price: Price | None) -> Forecast:
+    runs = {}
+    if isinstance(launcher, Slurm):
+        for run in waiting:
+            slot = launcher.cluster.slot(run.hp)
+            seconds = run.seconds(launcher.runtime, slot)
+            runs[run.name] = run_forecast(run, slot, None, seconds, slot.ranks // slot.nodes)
+        longest = max((each.seconds for each in runs.values()), default=0.0)
+        total_cost = sum(each.cost or 0.0 for each in runs.values()) if price else None
+        return Forecast(runs, longest, total_cost, [])
+    devices_total = len(launcher.machine.ids)
+    by_name = {run.name: run for run in waiting}
     assignments = launcher.timetable(waiting)
-    devices = len(launcher.machine.ids)
-    hp = {run.name: run.hp for run in waiting}
-    runs = {}
     for assignment in assignments:
-        name = assignment.job.name
-        slot = launcher.slot(assignment)
+        run = by_name[assignment.job.name]
         seconds = assignment.end - assignment.start
-        cost = price.of(seconds, len(slot.ids), devices) if price else None
-        memory = _peak_memory(hp[name], slot, launcher)
-        runs[name] = RunForecast(slot, assignment.start, seconds, memory, cost)
+        slot = launcher.slot(assignment)
+        runs[run.name] = run_forecast(run, slot, assignment.start, seconds, devices_total)
     total = makespan(assignments)
-    return Forecast(runs, total, price.of(total, devices, devices) if price else None, assignments)
-
-
-def _in_queue(waiting: Sequence[WaitingRun], launcher: Slurm, price: Price | None) -> Forecast:
-    """Forecast runs of a cluster; the price is that of a node, or of a device."""
-    runs = {}
-    for run in waiting:
-        slot = launcher.cluster.slot(run.hp)
-        seconds = STARTUP_SECONDS + run.remaining * (
-            launcher.runtime(run.hp, slot) - STARTUP_SECONDS
-        )
-        cost = price.of(seconds, slot.ranks, slot.ranks // slot.nodes) if price else None
-        memory = _peak_memory(run.hp, slot, launcher)
-        runs[run.name] = RunForecast(slot, None, seconds, memory, cost)
-    longest = max((run.seconds for run in runs.values()), default=0.0)
-    cost = sum(run.cost or 0.0 for run in runs.values()) if price else None
-    return Forecast(runs, longest, cost, [])
-
-
-def _peak_memory(hp: Hyperparameters, slot: Slot, launcher: Local | Slurm) -> int:
-    rows = launcher.micro_batches.choose(hp, slot).training
-    return peak_memory(hp, rows, slot.device, slot.ranks_of(hp))
+    cost = price.of(total, devices_total, devices_total) if price else None
+    return Forecast(runs, total, cost, assignments)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from slm.files import NO_HOLDER, hand_over_lock, hold_lock
+from slm.files import NO_HOLDER, hand_over_lock, hold_lock, start_session
 from slm.hardware import devices
-from slm.hardware.runtime import STARTUP_SECONDS, RuntimeModel
+from slm.hardware.runtime import RuntimeModel
 from slm.hardware.slot import Slot
 from slm.run import ExitDocument, record_exit, run_holder, stop_run
 from slm.sweep.launcher import RunningRun, WaitingRun
@@ -36,11 +35,20 @@ class Machine:
     def slot(self, indices: Sequence[int]) -> Slot:
         """Return the slot of some devices, given by their indices in `ids`."""
         ids = tuple(self.ids[index] for index in indices)
-        if self.device != "cpu":
-            return Slot(self.device, len(ids), 1, self.device_name, ids, memory=self.memory)
-        ranks = min(len(ids), MAX_CPU_RANKS)
-        memory = None if self.memory is None else self.memory * len(ids) // (len(self.ids) * ranks)
-        return Slot("cpu", ranks, len(ids) // ranks, self.device_name, ids, memory=memory)
+        ranks = len(ids)
+        memory = self.memory
+        if self.device == "cpu":
+            ranks = min(ranks, MAX_CPU_RANKS)
+            if memory is not None:
+                memory = memory * len(ids) // (len(self.ids) * ranks)
+        return Slot(
+            self.device,
+            ranks,
+            len(ids) // ranks,
+            self.device_name,
+            ids,
+            memory=memory,
+        )
 
     def run_sizes(self, text: str) -> tuple[int, ...]:
         """Return the numbers of devices that a run may take.
@@ -90,32 +98,28 @@ def this_machine(gpus: int | None = None, cores: int | None = None) -> Machine:
     if cores is None and ids:
         return Machine("cuda", devices.name("cuda"), ids[:gpus], devices.gpu_memory())
     count = devices.cores()
-    if cores is not None and not 1 <= cores <= count:
+    if cores and cores > count:
         raise ValueError(f"--cores {cores}: this machine has {count}")
     ids = tuple(map(str, range(cores or count)))
     return Machine("cpu", devices.name("cpu"), ids, devices.memory())
 
 
+@dataclass
 class Local:
-    """Start attempts on this machine."""
+    """Start attempts on this machine, which runs share."""
 
+    machine: Machine
+    sizes: Sequence[int]
+    """Numbers of devices that a run may take, powers of two if several."""
+    runtime: RuntimeModel
+    micro_batches: MicroBatches
     name = "local"
+    _supervisors: dict[Path, subprocess.Popen[bytes]] = field(default_factory=dict)
 
-    def __init__(
-        self,
-        machine: Machine,
-        sizes: Sequence[int],
-        runtime: RuntimeModel,
-        micro_batches: MicroBatches,
-    ) -> None:
-        """Share a machine between runs. `sizes`: devices of a run, powers of two if several."""
-        self.machine = machine
-        self.runtime = runtime
-        self.micro_batches = micro_batches
-        self.unit = sizes[0] if len(sizes) == 1 else 1
+    @property
+    def unit(self) -> int:
         """Number of devices that are scheduled together."""
-        self._sizes = sizes
-        self._supervisors: dict[Path, subprocess.Popen[bytes]] = {}
+        return self.sizes[0] if len(self.sizes) == 1 else 1
 
     @property
     def description(self) -> str:
@@ -133,25 +137,23 @@ class Local:
 
         Raises ValueError for a run that fits on no slot.
         """
-        busy: dict[int, float] = {}
+        ids = self.machine.ids
+        busy = {}
         for run in running:
-            for device in set(run.ids).intersection(self.machine.ids):
-                busy[self.machine.ids.index(device) // self.unit] = max(run.seconds_left, 1.0)
+            for device in set(run.ids).intersection(ids):
+                busy[ids.index(device) // self.unit] = max(run.seconds_left, 1.0)
         return schedule([self._job(run) for run in waiting], self.units, busy)
 
     def assign(
         self, waiting: Sequence[WaitingRun], running: Sequence[RunningRun]
     ) -> list[tuple[str, Slot]]:
         """Return the names of the runs to start now, each with its slot."""
-        busy: set[str] = set()
-        busy.update(*(run.ids for run in running))
-        if busy.issuperset(self.machine.ids):
+        idle = set(self.machine.ids)
+        idle.difference_update(*(run.ids for run in running))
+        if not idle:
             return []
-        return [
-            (assignment.job.name, self.slot(assignment))
-            for assignment in self.timetable(waiting, running)
-            if assignment.start == 0
-        ]
+        timetable = self.timetable(waiting, running)
+        return [(item.job.name, self.slot(item)) for item in timetable if item.start == 0]
 
     def slot(self, assignment: Assignment) -> Slot:
         """Return the slot of an assignment, whose devices are units."""
@@ -159,7 +161,7 @@ class Local:
         return self.machine.slot(range(first, first + len(assignment.devices) * self.unit))
 
     def _job(self, run: WaitingRun) -> Job:
-        sizes = [size for size in self._sizes if size <= run.hp.batch_rows] or self._sizes[:1]
+        sizes = [size for size in self.sizes if size <= run.hp.batch_rows] or self.sizes[:1]
         sizes = [size for size in sizes if size == run.devices] or sizes
         seconds = {}
         refusal = None
@@ -170,8 +172,7 @@ class Local:
             except ValueError as error:
                 refusal = error
                 continue
-            work = self.runtime(run.hp, slot) - STARTUP_SECONDS
-            seconds[size // self.unit] = STARTUP_SECONDS + run.remaining * work
+            seconds[size // self.unit] = run.seconds(self.runtime, slot)
         if refusal and not seconds:
             raise refusal
         return Job(run.name, seconds)
@@ -185,16 +186,9 @@ class Local:
         lock = hold_lock(run_folder / "lock", NO_HOLDER)  # only the supervisor may get a stop
         if lock is None:
             return
-        command = [sys.executable, "-P", "-m", "slm.sweep.supervisor", str(attempt.resolve())]
-        with (attempt / "log").open("ab") as log:
-            supervisor = subprocess.Popen(
-                [*command, str(lock.fileno())],
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-                pass_fds=[lock.fileno()],
-            )
+        descriptor = lock.fileno()
+        arguments = ["-m", "slm.sweep.supervisor", str(attempt.resolve()), str(descriptor)]
+        supervisor = start_session(arguments, attempt / "log", [descriptor])
         hand_over_lock(lock, supervisor.pid)
         self._supervisors[run_folder] = supervisor
 

@@ -15,6 +15,8 @@ CPU_TOKENS = 2**13
 """Tokens of a forward pass on a CPU, about: larger passes are no faster and take memory."""
 KEY = ("device_name", "ranks", "depth", "width", "sequence_length", "vocab_size")
 """Columns that decide whether a micro-batch fits."""
+Key = tuple[str | int, ...]
+"""Values of these columns."""
 QUERY = """
 SELECT device_name, ranks, depth, width, sequence_length, vocab_size,
        coalesce(training, 0) AS training, coalesce(evaluation_tokens, 0) AS evaluation_tokens
@@ -27,8 +29,14 @@ class MicroBatches:
 
     def __init__(self, rows: Sequence[Mapping[str, Any]] = ()) -> None:
         """Take rows of the store's view `micro_batches`: limits learnt from earlier attempts."""
-        self._training = _limits(rows, "training")
-        self._evaluation = _limits(rows, "evaluation_tokens")
+        self._training: dict[Key, int] = {}
+        self._evaluation: dict[Key, int] = {}
+        for row in rows:
+            key = tuple(row[name] for name in KEY)
+            if row["training"]:
+                self._training[key] = row["training"]
+            if row["evaluation_tokens"]:
+                self._evaluation[key] = row["evaluation_tokens"]
 
     @classmethod
     def from_store(cls, home: Path) -> MicroBatches:
@@ -42,12 +50,13 @@ class MicroBatches:
 
     def choose(self, hp: Hyperparameters, slot: Slot) -> MicroBatch:
         """Return the micro-batch of a run on a slot. Raises ValueError if not even one row fits."""
+        rows = max(1, CPU_TOKENS // hp.sequence_length)
+        if slot.memory is not None:
+            largest = largest_micro_batch(hp, slot.memory, slot.device, slot.ranks_of(hp))
+            rows = min(rows, largest) if slot.device == "cpu" else largest
         key = _key(hp, slot)
-        estimate = _closed_form(hp, slot)
-        return MicroBatch(
-            min(estimate, self._training.get(key, estimate)),
-            self._evaluation.get(key, EVALUATION_TOKENS),
-        )
+        rows = min(rows, self._training.get(key, rows))
+        return MicroBatch(rows, self._evaluation.get(key, EVALUATION_TOKENS))
 
     def halve(
         self, hp: Hyperparameters, slot: Slot, failed: MicroBatch, evaluating: bool
@@ -64,28 +73,6 @@ class MicroBatches:
         return self.choose(hp, slot)
 
 
-def after_out_of_memory(smaller: MicroBatch | None) -> str:
-    """Return what the user is told after a run ran out of memory: the next micro-batch, if any."""
-    if smaller is None:
-        return "one row is the smallest micro-batch: use more memory per run, or a smaller depth"
-    return (
-        f"retrying with micro-batches of {smaller.training} rows and, in evaluation, "
-        f"{smaller.evaluation_tokens} tokens"
-    )
-
-
-def _limits(rows: Sequence[Mapping[str, Any]], column: str) -> dict[tuple[Any, ...], int]:
-    return {tuple(row[name] for name in KEY): row[column] for row in rows if row[column]}
-
-
-def _key(hp: Hyperparameters, slot: Slot) -> tuple[Any, ...]:
+def _key(hp: Hyperparameters, slot: Slot) -> Key:
     ranks = slot.ranks_of(hp)
     return (slot.device_name, ranks, hp.depth, hp.width, hp.sequence_length, hp.vocab_size)
-
-
-def _closed_form(hp: Hyperparameters, slot: Slot) -> int:
-    cpu_rows = max(1, CPU_TOKENS // hp.sequence_length)
-    if slot.memory is None:
-        return cpu_rows
-    rows = largest_micro_batch(hp, slot.memory, slot.device, slot.ranks_of(hp))
-    return min(cpu_rows, rows) if slot.device == "cpu" else rows

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,16 +25,19 @@ from slm.run import (
     make_attempt,
     read_attempt,
     read_exit,
+    remove_checkpoints,
     retry_requested,
     unfinished_plans,
 )
 from slm.sweep.interrupt import Signals
-from slm.sweep.launcher import Launcher, RunningRun, WaitingRun
-from slm.sweep.micro_batch import after_out_of_memory
+from slm.sweep.launcher import RunningRun, WaitingRun
+from slm.sweep.out_of_memory import after_out_of_memory
 
 if TYPE_CHECKING:
     from slm.data import PreparedDataset
     from slm.evaluate.request import CoreRequest
+    from slm.sweep.local import Local
+    from slm.sweep.slurm import Slurm
 
 MAX_FRUITLESS = 3
 """Attempts in a row without a new checkpoint after which a run has failed."""
@@ -91,7 +92,7 @@ class Outcome:
     """Reason and message of every other run."""
 
 
-def train(sweep: Sweep, launcher: Launcher, view: View) -> Outcome:
+def train(sweep: Sweep, launcher: Local | Slurm, view: View) -> Outcome:
     """Train a sweep. While another one runs in its home, show its runs and wait for its end."""
     home = sweep.home
     while True:
@@ -105,7 +106,7 @@ def train(sweep: Sweep, launcher: Launcher, view: View) -> Outcome:
         watch(unfinished_plans(home), home, view, until=lambda: sweep_process(home) is None)
 
 
-def submit(sweep: Sweep, launcher: Launcher, view: View) -> list[str]:
+def submit(sweep: Sweep, launcher: Local | Slurm, view: View) -> list[str]:
     """Start the runs that a launcher takes now, and return the run_ids of those that wait.
 
     Raises RuntimeError if another sweep runs in the home.
@@ -117,19 +118,6 @@ def submit(sweep: Sweep, launcher: Launcher, view: View) -> list[str]:
                 f"{sweep.home} is being swept by process {process}: wait for it, or stop it"
             )
         return Orchestrator(sweep, launcher, view).submit()
-
-
-def run_in_background(arguments: Sequence[str], log: Path) -> int:
-    """Start `slm` in a session of its own, writing to a log, and return its process number."""
-    with log.open("ab") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "slm", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-            start_new_session=True,
-        )
-    return process.pid
 
 
 @contextmanager
@@ -168,41 +156,32 @@ class _Run:
 
     plan: Plan
     follower: Follower
-    running: bool = False
+    state: str = "waiting"
+    """waiting, running, trained by this sweep, already_done before it, or not_finished by it."""
     slot: Slot | None = None
     """Slot of the newest attempt."""
     fruitless: int = 0
     """Attempts in a row without a new checkpoint."""
-    finished: bool = False
-    already_done: bool = False
-    end: tuple[str, str] | None = None
-    """Reason and message of a run that this sweep does not finish."""
-
-    @property
-    def waits(self) -> bool:
-        """Whether it is to be started."""
-        return not (self.running or self.finished or self.end)
+    end: tuple[str, str] = ("", "")
+    """Reason and message of a run that is not_finished."""
 
 
+@dataclass
 class Orchestrator:
     """Train the runs of a sweep; a failed run does not stop the others."""
 
-    def __init__(
-        self,
-        sweep: Sweep,
-        launcher: Launcher,
-        view: View,
-        ingest: Callable[[Path], Sequence[str]] = ingest,
-    ) -> None:
-        self._sweep = sweep
-        self._launcher = launcher
-        self._view = view
-        self._ingest = ingest
+    sweep: Sweep
+    launcher: Local | Slurm
+    view: View
+    ingest: Callable[[Path], Sequence[str]] = ingest
+
+    def __post_init__(self) -> None:
+        home = self.sweep.home
         self._runs = {
-            plan.run_id: _Run(plan, Follower(plan, sweep.home / plan.run_id, view))
-            for plan in sweep.plans
+            plan.run_id: _Run(plan, Follower(plan, home / plan.run_id, self.view))
+            for plan in self.sweep.plans
         }
-        self._signals = Signals(sweep.home / "sweep.log")
+        self._signals = Signals(home / "sweep.log")
         self._forwarded = 0
         """Stop requests that were passed on."""
         self._next_stop = 0.0
@@ -219,12 +198,12 @@ class Orchestrator:
         """
         with self._signals.handled() as sleep:
             self._adopt_existing()
-            while self._running() or self._waiting():
+            while self._in_state("running") or self._waiting():
                 self._unless_full(self._start_runs)
-                sleep.wait(self._sweep.poll_seconds)
+                sleep.wait(self.sweep.poll_seconds)
                 self._forward_stop()
                 self._unless_full(self._poll)
-                self._view.refresh()
+                self.view.refresh()
                 if time.monotonic() > self._next_ingest:
                     self._update_store()
         self._update_store()
@@ -239,18 +218,18 @@ class Orchestrator:
         self._poll()
         return [run.plan.run_id for run in self._waiting()]
 
-    def _running(self) -> list[_Run]:
-        return [run for run in self._runs.values() if run.running]
+    def _in_state(self, state: str) -> list[_Run]:
+        return [run for run in self._runs.values() if run.state == state]
 
     def _waiting(self) -> list[_Run]:
-        return [] if self._signals.stops else [run for run in self._runs.values() if run.waits]
+        """Return the runs to be started: none after a stop request."""
+        return [] if self._signals.stops else self._in_state("waiting")
 
     def _outcome(self) -> Outcome:
-        finished = {run_id: run for run_id, run in self._runs.items() if run.finished}
         return Outcome(
-            [run_id for run_id, run in finished.items() if run.already_done],
-            [run_id for run_id, run in finished.items() if not run.already_done],
-            {run_id: ": ".join(run.end) for run_id, run in self._runs.items() if run.end},
+            [run.plan.run_id for run in self._in_state("already_done")],
+            [run.plan.run_id for run in self._in_state("trained")],
+            {run.plan.run_id: ": ".join(run.end) for run in self._in_state("not_finished")},
         )
 
     # Runs of earlier sweeps
@@ -258,27 +237,24 @@ class Orchestrator:
     def _adopt_existing(self) -> None:
         """Learn the state of every run: finished, running since an earlier sweep, or ended."""
         attempts = {run_id: last_attempt(run.follower.folder) for run_id, run in self._runs.items()}
-        alive = self._launcher.alive(filter(None, attempts.values()))
+        alive = self.launcher.alive(filter(None, attempts.values()))
         for run_id, run in self._runs.items():
             attempt = attempts[run_id]
-            if is_done(run.follower.folder):
-                self._adopt_finished(run, attempt in alive)
+            folder = run.follower.folder
+            if is_done(folder):
+                run.state = "already_done"
+                if attempt not in alive:  # a trainer killed after done.json leaves its checkpoints
+                    remove_checkpoints(folder)
             elif attempt is not None:
+                run.slot = attempt_slot(attempt)
                 self._adopt_attempt(run, attempt, attempt in alive)
 
-    def _adopt_finished(self, run: _Run, is_alive: bool) -> None:
-        run.finished = run.already_done = True
-        if not is_alive:  # a trainer killed just after done.json leaves its checkpoints
-            for checkpoint in (run.follower.folder / "checkpoints").glob("*"):
-                checkpoint.unlink()
-
     def _adopt_attempt(self, run: _Run, attempt: Path, is_alive: bool) -> None:
-        run.slot = attempt_slot(attempt)
         if is_alive:
-            run.running = True
+            run.state = "running"
             run.follower.look()
             return
-        ended = read_exit(attempt) or self._launcher.reap(attempt)
+        ended = read_exit(attempt) or self.launcher.reap(attempt)
         if ended["reason"] in RESULTS and not retry_requested(run.follower.folder):
             self._give_up(run, ended["reason"], ended["message"] or "")
 
@@ -292,9 +268,9 @@ class Orchestrator:
         waiting = self._waiting()
         if not waiting or time.monotonic() < self._next_schedule:
             return
-        assigned = self._launcher.assign(
+        assigned = self.launcher.assign(
             [WaitingRun.read(run.follower.folder, run.plan.hyperparameters) for run in waiting],
-            [self._running_run(run) for run in self._running()],
+            [self._running_run(run) for run in self._in_state("running")],
         )
         for run_id, slot in assigned:
             self._start(self._runs[run_id], slot)
@@ -304,24 +280,24 @@ class Orchestrator:
         assert run.slot is not None
         hp = run.plan.hyperparameters
         remaining = 1 - run.follower.step / hp.steps
-        return RunningRun(run.slot.ids, remaining * self._launcher.runtime(hp, run.slot))
+        return RunningRun(run.slot.ids, remaining * self.launcher.runtime(hp, run.slot))
 
     def _start(self, run: _Run, slot: Slot) -> None:
         hp = run.plan.hyperparameters
-        core = self._sweep.core.get(run.plan.run_id)
+        core = self.sweep.core.get(run.plan.run_id)
         attempt = make_attempt(
             run.plan,
-            self._sweep.home,
-            self._sweep.dataset(run.plan).folder,
+            self.sweep.home,
+            self.sweep.dataset(run.plan).folder,
             slot,
-            self._launcher.micro_batches.choose(hp, slot),
-            launcher=self._launcher.name,
-            checkpoint_seconds=self._sweep.checkpoint_seconds,
-            estimated_seconds=self._launcher.runtime(hp, slot),
+            self.launcher.micro_batches.choose(hp, slot),
+            launcher=self.launcher.name,
+            checkpoint_seconds=self.sweep.checkpoint_seconds,
+            estimated_seconds=self.launcher.runtime(hp, slot),
             core=core.document() if core else None,
         )
-        self._launcher.start(attempt)
-        run.running = True
+        self.launcher.start(attempt)
+        run.state = "running"
         run.slot = slot
         run.follower.look(adopted=False)
 
@@ -333,8 +309,8 @@ class Orchestrator:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             if time.monotonic() > self._next_full_disk:
-                self._view.note(
-                    f"the disk is full at {self._sweep.home}: no run starts until there is space"
+                self.view.note(
+                    f"the disk is full at {self.sweep.home}: no run starts until there is space"
                 )
                 self._next_full_disk = time.monotonic() + FULL_DISK_SECONDS
 
@@ -342,32 +318,31 @@ class Orchestrator:
 
     def _poll(self) -> None:
         """Read new events, and settle the runs that ended or were retried."""
-        running = self._running()
+        running = self._in_state("running")
         # Ask who is alive before reading, so that no event of an ended run is missed.
-        alive = self._launcher.alive([run.follower.attempt for run in running])
+        alive = self.launcher.alive([run.follower.attempt for run in running])
         for run in running:
             is_alive = run.follower.attempt in alive
             run.follower.look()
             if not is_alive:
                 self._end_attempt(run)
-        for run in self._runs.values():
+        for run in self._in_state("not_finished"):
             folder = run.follower.folder
-            if run.end and retry_requested(folder) and not is_cancelled(folder):
-                run.end = None
+            if retry_requested(folder) and not is_cancelled(folder):
+                run.state = "waiting"
                 run.fruitless = 0
                 self._next_schedule = 0.0
 
     def _end_attempt(self, run: _Run) -> None:
         """Finish a run whose attempt ended, let it wait for the next attempt, or give it up."""
         if is_done(run.follower.folder):
-            run.running = False
-            run.finished = True
+            run.state = "trained"
             self._next_schedule = 0.0
-            self._launcher.runtime.learn()
-            self._view.run_ended(run.plan, "finished", None)
+            self.launcher.runtime.learn()
+            self.view.run_ended(run.plan, "finished", None)
             return
-        ended = read_exit(run.follower.attempt) or self._launcher.reap(run.follower.attempt)
-        run.running = False
+        ended = read_exit(run.follower.attempt) or self.launcher.reap(run.follower.attempt)
+        run.state = "waiting"
         self._next_schedule = 0.0
         reason = ended["reason"] or "error"
         message = ended["message"] or "no message"
@@ -377,13 +352,13 @@ class Orchestrator:
         if reason in FINAL_REASONS or self._signals.stops or run.fruitless >= MAX_FRUITLESS:
             self._give_up(run, reason, message)
         else:
-            self._view.run_ended(run.plan, "retried", f"{reason}: {message}")
+            self.view.run_ended(run.plan, "retried", f"{reason}: {message}")
 
     def _halve_micro_batch(self, run: _Run) -> str:
         """Reduce the micro-batch of the next attempt, if possible, and describe it."""
         assert run.slot is not None
         attempt = read_attempt(run.follower.attempt)
-        smaller = self._launcher.micro_batches.halve(
+        smaller = self.launcher.micro_batches.halve(
             run.plan.hyperparameters,
             run.slot,
             MicroBatch(attempt["micro_batch"], attempt["evaluation_tokens"]),
@@ -394,47 +369,45 @@ class Orchestrator:
 
     def _give_up(self, run: _Run, reason: str, message: str) -> None:
         """Leave a run unfinished."""
+        run.state = "not_finished"
         run.end = (reason, message)
-        self._view.run_ended(run.plan, reason if reason in NO_FAILURES else "failed", message)
+        self.view.run_ended(run.plan, reason if reason in NO_FAILURES else "failed", message)
         self._stop_if_all_fail_alike()
 
     def _stop_if_all_fail_alike(self) -> None:
         """Start no more runs if the first ones failed with one message and none made progress."""
-        ends = [run.end for run in self._runs.values() if run.end and run.end[0] not in NO_FAILURES]
+        ends = [run.end for run in self._in_state("not_finished") if run.end[0] not in NO_FAILURES]
         messages = {VARIABLE.sub("#", f"{reason}: {message}") for reason, message in ends}
-        has_progress = any(
-            run.follower.step or (run.finished and not run.already_done)
-            for run in self._runs.values()
-        )
-        waiting = [run for run in self._runs.values() if run.waits]
-        if len(ends) < MAX_ALIKE or len(messages) > 1 or has_progress or not waiting:
+        waiting = self._in_state("waiting")
+        if len(ends) < MAX_ALIKE or len(messages) > 1 or not waiting:
+            return
+        if self._in_state("trained") or any(run.follower.step for run in self._runs.values()):
             return
         why = f"the first {len(ends)} runs all failed alike: {': '.join(ends[0])}"
-        self._view.note(f"{why}; {len(waiting)} more are not started")
+        self.view.note(f"{why}; {len(waiting)} more are not started")
         for run in waiting:
+            run.state = "not_finished"
             run.end = (ends[0][0], f"not started: {why}")
 
     def _forward_stop(self) -> None:
         """Pass stop requests on to the running attempts, and repeat them until these have ended."""
         stops = self._signals.stops
         is_new = stops > self._forwarded
-        if is_new:
-            self._view.note(
-                "stopping at once"
-                if stops > 1
-                else "stopping after a checkpoint; interrupt again to stop at once"
-            )
+        if is_new and stops > 1:
+            self.view.note("stopping at once")
+        elif is_new:
+            self.view.note("stopping after a checkpoint; interrupt again to stop at once")
         if is_new or (stops and time.monotonic() > self._next_stop):
             self._forwarded = stops
             self._next_stop = time.monotonic() + STOP_SECONDS
-            for run in self._running():
-                self._launcher.stop(run.follower.attempt, at_once=stops > 1)
+            for run in self._in_state("running"):
+                self.launcher.stop(run.follower.attempt, at_once=stops > 1)
 
     def _update_store(self) -> None:
         """Ingest new files into the database, and set the time of the next ingest."""
         began = time.monotonic()
-        for problem in self._ingest(self._sweep.home):
-            self._view.note(problem)
+        for problem in self.ingest(self.sweep.home):
+            self.view.note(problem)
         now = time.monotonic()
         pause = max(INGEST_SECONDS, (now - began) / INGEST_SHARE)
         self._next_ingest = now + min(pause, MAX_INGEST_SECONDS)

@@ -37,7 +37,12 @@ class PlannedRun:
     request: RequestedRun
     plan: Plan | None
     """None while its dataset is not prepared, unless a plan requested it."""
-    is_prepared: bool = True
+    is_prepared: bool
+
+    @property
+    def run_id(self) -> str | None:
+        """run_id of the plan."""
+        return self.plan.run_id if self.plan else None
 
 
 def plans_of(runs: Iterable[PlannedRun]) -> list[Plan]:
@@ -53,9 +58,8 @@ class Planner:
         self.requests = experiment.requested_runs()
         self._home = home
         self._tokenizer = tokenizer_of(experiment.tokenizer) if experiment.tokenizer else None
-        by_rows = sorted(
-            (run.hyperparameters for run in self.requests), key=lambda hp: hp.train_rows
-        )
+        by_rows = [run.hyperparameters for run in self.requests]
+        by_rows.sort(key=lambda hp: hp.train_rows)
         self._longest = {_shape(hp): hp for hp in by_rows}
         self._datasets: dict[tuple[int, ...], PreparedDataset | None] = {}
 
@@ -68,8 +72,8 @@ class Planner:
         for position, request in enumerate(self.requests):
             dataset = self.find(request)
             plan = plan_of(request, dataset) if dataset else request.plan
-            name = plan.run_id if plan else str(position)
-            planned.setdefault(name, PlannedRun(request, plan, dataset is not None))
+            run = PlannedRun(request, plan, dataset is not None)
+            planned.setdefault(run.run_id or str(position), run)
         return list(planned.values())
 
     def prepare(self, report: Callable[[str], None] = lambda line: None) -> list[PlannedRun]:
@@ -116,9 +120,13 @@ def repeat_plans(files: Sequence[Path], name: str | None, data: str | None) -> E
         raise ValueError(
             f"{len(plans)} plans without a name: --name says under which they are recorded together"
         )
-    (first, *_) = plans
     return Experiment(
-        name or first, (), (), seeds=(), data=data or "python", plans=tuple(plans.values())
+        name=name or next(iter(plans)),
+        recipes=(),
+        depths=(),
+        seeds=(),
+        data=data or "python",
+        plans=tuple(plans.values()),
     )
 
 
@@ -158,7 +166,7 @@ def plan_of(request: RequestedRun, dataset: PreparedDataset) -> Plan:
         dataset.identity(request.hyperparameters, rows),
         code_fingerprint(),
     )
-    if request.plan is not None and request.plan.run_id != plan.run_id:
+    if request.plan and request.plan.run_id != plan.run_id:
         raise ValueError(_data_mismatch(request.plan, plan))
     return plan
 
@@ -170,11 +178,9 @@ def _data_mismatch(expected: Plan, actual: Plan) -> str:
         "train": "other training rows",
         "validation": "other validation rows",
     }
-    differences = [
-        text
-        for name, text in parts.items()
-        if getattr(expected.data, name) != getattr(actual.data, name)
-    ]
+    actual_data = vars(actual.data)
+    expected_data = vars(expected.data)
+    differences = [parts[name] for name in parts if actual_data[name] != expected_data[name]]
     corpus = actual.data.corpus
     if corpus == "python":
         corpus += f" (the library of Python {platform.python_version()})"
@@ -210,18 +216,15 @@ def _experiment_document(
 ) -> ExperimentDocument:
     declared = experiment.declared()
     earlier = before.get("declared", {"recipes": {}})["recipes"]
-    edited = {
-        name
-        for name, constants in earlier.items()
-        if declared["recipes"].get(name, constants) != constants
-    }
+    recipes = earlier | declared["recipes"]
+    edited = {name for name in earlier if recipes[name] != earlier[name]}
+    declared["recipes"] = recipes
     planned = [plan.run_id for plan in plans]
     earlier_runs = [
         run_id
         for run_id in before.get("runs", [])
         if run_id not in planned and _is_comparable(home / run_id, plans[0], edited)
     ]
-    declared["recipes"] = earlier | declared["recipes"]
     return {
         "name": experiment.name,
         "question": experiment.question,
@@ -235,12 +238,12 @@ def _experiment_document(
 def _is_comparable(run_folder: Path, plan: Plan, edited: set[str]) -> bool:
     """Whether a recorded run has the same trainer, data and recipe, the latter not edited since."""
     recorded = _recorded(run_folder)
-    if recorded is None or recorded.recipe in edited:
-        return False
-    return (recorded.code, recorded.data.tokenizer, recorded.data.validation) == (
-        plan.code,
-        plan.data.tokenizer,
-        plan.data.validation,
+    return (
+        recorded is not None
+        and recorded.recipe not in edited
+        and recorded.code == plan.code
+        and recorded.data.tokenizer == plan.data.tokenizer
+        and recorded.data.validation == plan.data.validation
     )
 
 

@@ -67,10 +67,10 @@ class Preview:
     def table(self) -> list[Cells]:
         """Return one row of cells per run, without columns in which all runs agree."""
         constant = self._constant()
-        table = []
-        for row in self.rows:
-            cells = _cells(row, self.forecast)
-            table.append({name: cells[name] for name in cells if name not in constant})
+        table = [_cells(row, self.forecast) for row in self.rows]
+        for cells in table:
+            for name in constant:
+                del cells[name]
         return table
 
     def lines(self, columns: int) -> list[str]:
@@ -131,9 +131,8 @@ class Preview:
         throughput = self.launcher.runtime.throughput
         slots = [run.slot for run in self.forecast.runs.values()]
         basis = {throughput.basis(slot.device, slot.device_name) for slot in slots}
-        error = median_error(self._past())
         accuracy = "none was checked yet"
-        if error is not None:
+        if (error := median_error(self._past())) is not None:
             accuracy = f"past ones were off by {error:.0%} (median)"
         return f"times rest on {', '.join(sorted(basis))}; {accuracy}"
 
@@ -146,20 +145,17 @@ def preview(
     home: Path,
 ) -> Preview:
     """Preview a sweep. Raises ValueError for a run that no memory holds."""
-    states = run_states([home / run.plan.run_id for run in runs if run.plan])
+    # a run without a plan has no folder yet
+    folders = [home / (run.run_id or str(position)) for position, run in enumerate(runs)]
+    states = run_states(folders)
     rows = []
-    for position, run in enumerate(runs):
-        name = str(position)
-        state = "planned"
-        waiting = WaitingRun(name, run.request.hyperparameters)
-        if run.plan:
-            name = run.plan.run_id
-            state = states[home / name].status
-            waiting = WaitingRun.read(home / name, run.plan.hyperparameters)
-        if state in DONE_STATES:
-            rows.append(Row(run, name, state, None))
-        else:
-            rows.append(Row(run, name, state if run.is_prepared else NOT_PREPARED, waiting))
+    for run, folder in zip(runs, folders, strict=True):
+        state = states[folder].status
+        waiting = None
+        if state not in DONE_STATES:
+            waiting = WaitingRun.read(folder, run.request.hyperparameters)
+            state = state if run.is_prepared else NOT_PREPARED
+        rows.append(Row(run, folder.name, state, waiting))
     expected = forecast([row.waiting for row in rows if row.waiting], launcher, price)
     return Preview(experiment, rows, expected, launcher)
 
@@ -176,10 +172,12 @@ def _label(run: RequestedRun, constant: Container[str]) -> str:
 
 
 def _document(row: Row, expected: RunForecast | None) -> dict[str, Any]:
-    request, plan = row.run.request, row.run.plan
+    request = row.run.request
+    plan = row.run.plan
     hp = request.hyperparameters
-    document: dict[str, Any] = {
-        "run_id": plan.run_id if plan else None,
+    slot = expected.slot if expected else None
+    document = {
+        "run_id": row.run.run_id,
         "recipe": request.recipe,
         "depth": hp.depth,
         "horizon": request.horizon,
@@ -192,23 +190,20 @@ def _document(row: Row, expected: RunForecast | None) -> dict[str, Any]:
         "flops": hp.flops,
         "epochs": plan.data.epochs if plan else None,
         "state": row.state,
-        "device": None,
-        "devices": None,
+        "device": slot.device_name if slot else None,
+        "devices": (list(slot.ids) or slot.ranks) if slot else None,
     }
-    if expected:
-        slot = expected.slot
-        document["device"] = slot.device_name
-        document["devices"] = list(slot.ids) or slot.ranks
     for name in ("memory_bytes", "start", "seconds", "cost"):
         document[name] = getattr(expected, name, None)
     return document
 
 
 def _cells(row: Row, forecast: Forecast) -> Cells:
-    request, plan = row.run.request, row.run.plan
+    request = row.run.request
+    plan = row.run.plan
     hp = request.hyperparameters
     cells: Cells = {
-        "run": plan.run_id if plan else None,
+        "run": row.run.run_id,
         "recipe": request.recipe,
         "d": str(hp.depth),
         "horizon": request.horizon,

@@ -86,10 +86,12 @@ def schedule(jobs: Sequence[Job], devices: int, busy: Mapping[int, float] = {}) 
         return []
     ordered = sorted(jobs, key=lambda job: _least_work(_choices(job, devices)), reverse=True)
     choices = [_choices(job, devices) for job in ordered]
-    idle = tuple(max(0.0, busy.get(device, 0.0)) for device in range(devices))
+    idle = tuple(busy.get(device, 0.0) for device in range(devices))
     best = _beam(choices, idle, NARROW, inf)[0]
-    best = next(iter(_beam(choices, idle, WIDE // (len(jobs) * devices), best.bound)), best)
-    return _start_times(list(zip(ordered, _narrowed(choices, best))), idle)
+    if shorter := _beam(choices, idle, WIDE // (len(jobs) * devices), best.bound):
+        best = shorter[0]
+    blocks = _narrowed(choices, best)
+    return _start_times(list(zip(ordered, blocks, strict=True)), idle)
 
 
 def makespan(assignments: Sequence[Assignment]) -> float:
@@ -101,11 +103,10 @@ def _choices(job: Job, devices: int) -> Choices:
     for size in job.seconds:
         if size < 1 or size & (size - 1):
             raise ValueError(f"{job.name} on {size} devices: a run takes 1, 2, 4, 8 … devices")
-    if min(job.seconds) > devices:
-        raise ValueError(
-            f"{job.name} needs {min(job.seconds)} devices, and the machine has {devices}"
-        )
-    return {size: seconds for size, seconds in sorted(job.seconds.items()) if size <= devices}
+    least = min(job.seconds)
+    if least > devices:
+        raise ValueError(f"{job.name} needs {least} devices, and the machine has {devices}")
+    return {size: job.seconds[size] for size in sorted(job.seconds) if size <= devices}
 
 
 def _least_work(choices: Choices) -> float:
@@ -113,11 +114,19 @@ def _least_work(choices: Choices) -> float:
     return min(size * seconds for size, seconds in choices.items())
 
 
-def _blocks(size: int, devices: int) -> Iterator[range]:
-    return (range(first, first + size) for first in range(0, devices - size + 1, size))
+def _blocks(choices: Choices, devices: int) -> Iterator[tuple[range, float]]:
+    """Yield the blocks on which a run fits, each with its seconds there."""
+    for size, seconds in choices.items():
+        for first in range(0, devices - size + 1, size):
+            yield range(first, first + size), seconds
 
 
-def _beam(runs: list[Choices], idle: Loads, width: int, limit: float) -> list[_Partial]:
+def _beam(
+    runs: list[Choices],
+    idle: Loads,
+    width: int,
+    limit: float,
+) -> list[_Partial]:
     """Return schedules of all runs that end before a limit, shortest first; [] if there is none."""
     beam = [_Partial(0.0, idle, ())]
     work = sum(map(_least_work, runs))
@@ -132,28 +141,30 @@ def _beam(runs: list[Choices], idle: Loads, width: int, limit: float) -> list[_P
 
 
 def _extensions(
-    partial: _Partial, choices: Choices, work: float, limit: float
+    partial: _Partial,
+    choices: Choices,
+    work: float,
+    limit: float,
 ) -> Iterator[_Partial]:
     """Add one run on each block with a bound below the limit; `work`: that of later runs."""
     loads = partial.loads
-    for size, seconds in choices.items():
-        mean = (sum(loads) + size * seconds + work) / len(loads)
-        for block in _blocks(size, len(loads)):
-            loaded = _loaded(loads, block, seconds)
-            bound = _rounded(max(mean, *loaded))
-            if bound < limit:
-                yield _Partial(bound, loaded, (*partial.blocks, block))
+    total = sum(loads)
+    for block, seconds in _blocks(choices, len(loads)):
+        loaded = _loaded(loads, block, seconds)
+        mean = (total + len(block) * seconds + work) / len(loads)
+        bound = _rounded(max(mean, *loaded))
+        if bound < limit:
+            yield _Partial(bound, loaded, (*partial.blocks, block))
 
 
 def _loaded(loads: Loads, block: range, seconds: float) -> Loads:
-    return (
-        *loads[: block.start],
-        *[load + seconds for load in loads[block.start : block.stop]],
-        *loads[block.stop :],
-    )
+    loaded = list(loads)
+    for device in block:
+        loaded[device] += seconds
+    return tuple(loaded)
 
 
-def _free(loads: Loads, block: range) -> float:
+def _free(loads: Sequence[float], block: range) -> float:
     return max(loads[block.start : block.stop])
 
 
@@ -164,15 +175,16 @@ def _rounded(seconds: float) -> float:
 
 def _canonical(loads: Loads) -> Loads:
     """Return a representative of the loads that differ only by swapped halves of a block."""
-    half = 1
-    while 2 * half <= len(loads):
-        for first in range(0, len(loads) - 2 * half + 1, 2 * half):
-            lower = loads[first : first + half]
-            upper = loads[first + half : first + 2 * half]
-            if upper < lower:
-                loads = (*loads[:first], *upper, *lower, *loads[first + 2 * half :])
-        half *= 2
-    return loads
+    canonical = list(loads)
+    size = 2
+    while size <= len(loads):
+        for first in range(0, len(loads) - size + 1, size):
+            middle = first + size // 2
+            lower = canonical[first:middle]
+            upper = canonical[middle : first + size]
+            canonical[first : first + size] = min(lower + upper, upper + lower)
+        size *= 2
+    return tuple(canonical)
 
 
 def _narrowed(runs: list[Choices], best: _Partial) -> list[range]:
@@ -189,9 +201,10 @@ def _narrowed(runs: list[Choices], best: _Partial) -> list[range]:
         for number, choices in enumerate(runs):
             block = blocks[number]
             rest = _loaded(loads, block, -choices[len(block)])
-            current = len(block), _rounded(_free(rest, block)), block.start
-            size, free, first = min(_options(choices, rest, best.bound), default=current)
-            if (size, free) < current[:2]:
+            current = len(block), _rounded(_free(rest, block))
+            options = _options(choices, rest, best.bound)
+            size, free, first = min(options, default=(*current, block.start))
+            if (size, free) < current:
                 moved = True
                 blocks[number] = range(first, first + size)
                 loads = _loaded(rest, blocks[number], choices[size])
@@ -200,23 +213,23 @@ def _narrowed(runs: list[Choices], best: _Partial) -> list[range]:
 
 def _options(choices: Choices, loads: Loads, end: float) -> Iterator[tuple[int, float, int]]:
     """Yield the blocks on which a run ends in time: size, when they are free, first device."""
-    for size, seconds in choices.items():
-        for block in _blocks(size, len(loads)):
-            free = _free(loads, block)
-            if _rounded(free + seconds) <= end:
-                yield size, _rounded(free), block.start
+    for block, seconds in _blocks(choices, len(loads)):
+        free = _free(loads, block)
+        if _rounded(free + seconds) <= end:
+            yield len(block), _rounded(free), block.start
 
 
 def _start_times(runs: list[tuple[Job, range]], idle: Loads) -> list[Assignment]:
     """Start the runs on their blocks, always the one that can start first."""
     waiting = sorted(runs, key=lambda run: (-len(run[1]), -run[0].seconds[len(run[1])]))
-    loads = idle
+    loads = list(idle)
     assignments = []
     while waiting:
         starts = [_free(loads, block) for _, block in waiting]
         start = min(starts)
         job, block = waiting.pop(starts.index(start))
         end = start + job.seconds[len(block)]
-        loads = (*loads[: block.start], *[end] * len(block), *loads[block.stop :])
+        for device in block:
+            loads[device] = end
         assignments.append(Assignment(job, tuple(block), start, end))
     return assignments

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from slm import events
@@ -94,8 +94,9 @@ ENDS = {
 """
 RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "SIGNALING", "STAGE_OUT", "STOPPED")
 """States of jobs that have nodes."""
-JOB_LINE = re.compile(r"(\d+)\|(\w+)\|([^|]*)\|(slm-\w+-\d+)\|(.+)")
-FORMAT = "%A|%T|%r|%j|%Z"
+JOB_LINE = re.compile(r"(\d+)\|(slm-\w+-\d+)\|(\w+)\|([^|]*)\|(.+)")
+FORMAT = "%A|%j|%T|%r|%Z"
+"""Fields of a SlurmJob, and its folder."""
 
 
 @dataclass(frozen=True)
@@ -210,8 +211,8 @@ def queue() -> dict[Path, SlurmJob]:
     output = _run("squeue", "--me", "--states=all", "--noheader", f"--format={FORMAT}")
     jobs = []
     for match in filter(None, map(JOB_LINE.fullmatch, output.splitlines())):
-        number, state, reason, name, folder = match.groups()
-        jobs.append((Path(folder), SlurmJob(number, name, state, reason)))
+        *fields, folder = match.groups()
+        jobs.append((Path(folder), SlurmJob(*fields)))
     jobs.sort(key=lambda item: (item[1].is_alive, int(item[1].id)))
     return dict(jobs)
 
@@ -233,32 +234,22 @@ def _is_submitted(run_folder: Path) -> bool:
     return attempt is not None and (attempt / "job.sh").exists() and not is_done(run_folder)
 
 
+@dataclass
 class Slurm:
     """Start attempts as jobs of a cluster."""
 
+    cluster: Cluster
+    runtime: RuntimeModel
+    micro_batches: MicroBatches
+    note: Callable[[str], None]
+    """Called when Slurm stops responding and when it recovers."""
+    max_jobs: int | None = None
+    """Maximum jobs in the queue; None for no limit."""
     name = "slurm"
-
-    def __init__(
-        self,
-        cluster: Cluster,
-        runtime: RuntimeModel,
-        micro_batches: MicroBatches,
-        note: Callable[[str], None],
-        max_jobs: int | None = None,
-    ) -> None:
-        """`max_jobs` caps the jobs in the queue.
-
-        `note` is called when Slurm stops responding and when it recovers.
-        """
-        self.cluster = cluster
-        self.runtime = runtime
-        self.micro_batches = micro_batches
-        self._note = note
-        self._max_jobs = max_jobs
-        self._jobs: dict[Path, SlurmJob] = {}
-        self._next_query = 0.0
-        self._failures = 0
-        """Queries without an answer since the last answer."""
+    _jobs: dict[Path, SlurmJob] = field(default_factory=dict)
+    _next_query: float = 0.0
+    _failures: int = 0
+    """Queries without an answer since the last answer."""
 
     @property
     def description(self) -> str:
@@ -283,28 +274,29 @@ class Slurm:
         self._update()
         if self._failures:
             return []
-        room = len(waiting)
-        if self._max_jobs is not None:
-            room = max(0, self._max_jobs - len(running))
+        room = None
+        if self.max_jobs is not None:
+            room = max(0, self.max_jobs - len(running))
         return [(run.name, self.cluster.slot(run.hp)) for run in waiting[:room]]
 
     def _update(self) -> None:
         """Query the queue if the last answer is old. Without an answer the last one stays valid."""
         if time.monotonic() < self._next_query:
             return
+        pause = QUEUE_SECONDS
         try:
             self._jobs = queue()
             if self._failures > 1:
-                self._note("Slurm answers again")
+                self.note("Slurm answers again")
             self._failures = 0
         except RuntimeError as error:
+            pause = RETRY_SECONDS
             self._failures += 1
             if self._failures == 2:
-                self._note(
+                self.note(
                     f"Slurm does not answer ({error}): jobs continue, "
                     "and no more are submitted until it does"
                 )
-        pause = RETRY_SECONDS if self._failures else QUEUE_SECONDS
         self._next_query = time.monotonic() + pause
 
     def start(self, attempt: Path) -> None:

@@ -18,6 +18,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from statistics import median_high
 from types import FrameType
 from typing import Any, TextIO
 
@@ -28,6 +29,7 @@ from slm.files import hold_lock, inherit_lock, lock_holder
 from slm.hardware import devices
 from slm.run import CANCELLED, AttemptDocument, is_cancelled, is_done, read_attempt, record_exit
 from slm.sweep.interrupt import InterruptibleSleep
+from slm.sweep.out_of_memory import OUT_OF_MEMORY
 from slm.sweep.rendezvous import gloo_environment, rendezvous_args
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -63,11 +65,6 @@ ALLOCATOR = {
 
 Returned pages are mapped anew at every step, which takes as long as the step itself.
 """
-OUT_OF_MEMORY = re.compile(
-    r"OutOfMemoryError|out of memory|(can't|[Cc]annot) allocate memory|MemoryError|bad_alloc"
-    r"|_ALLOC_FAILED"
-)
-"""Errors of torch, Python, C++, the C library and cuBLAS for exhausted memory."""
 KILLED = re.compile(r"failed \(exitcode: -9\)")
 """Line of torchrun about the first failed worker; it kills the others itself, by the same signal.
 """
@@ -83,20 +80,21 @@ def supervise(folder: Path, lock: int | None) -> int:
     # 1) hold the run, and handle signals before anything is started
     run_folder = folder.parent.parent
     attempt = read_attempt(folder)
-    is_first = attempt["nodes"] == 1 or int(os.environ.get("SLURM_NODEID", "0")) == 0
+    node = os.environ.get("SLURM_NODEID", "0") if attempt["nodes"] > 1 else "0"
+    is_first = node == "0"
     held = _hold(run_folder, lock) if is_first else None
     _adopt_orphans()
     requests = _StopRequests()
     requests.stop |= is_cancelled(run_folder)  # cancelled before a process held the run
 
     # 2) train
-    with (folder / ("log" if is_first else f"log-{os.environ['SLURM_NODEID']}")).open("ab") as log:
+    with (folder / ("log" if is_first else f"log-{node}")).open("ab") as log:
         torchrun = subprocess.Popen(
             _command(folder, attempt),
             stdout=log,
             stderr=log,
             stdin=subprocess.DEVNULL,
-            env=os.environ | _environment(attempt),
+            env=_environment(attempt),
         )
     watch = _Watch(folder)
     code = _wait(torchrun, requests, watch)
@@ -195,8 +193,7 @@ class _Watch:
         if kind == "working":
             self.allowed = PHASE_SECONDS[event["what"]]
         elif kind not in ("eval", "core") and self._pauses:  # the final weights follow evaluations
-            median = sorted(self._pauses)[len(self._pauses) // 2]
-            self.allowed = max(MIN_HANG_SECONDS, HANG_STEPS * median)
+            self.allowed = max(MIN_HANG_SECONDS, HANG_STEPS * median_high(self._pauses))
 
     def was_short_of_memory(self) -> bool:
         """Whether lack of memory explains a SIGKILL."""
@@ -208,10 +205,13 @@ def _environment(attempt: AttemptDocument) -> dict[str, str]:
 
     PYTHONSAFEPATH keeps the user's modules from shadowing those of torch.
     """
-    environment = {name: value for name, value in ALLOCATOR.items() if name not in os.environ}
-    environment["OMP_NUM_THREADS"] = str(attempt["threads"])
-    environment["PYTHONSAFEPATH"] = "1"
-    environment["TORCHINDUCTOR_CACHE_DIR"] = attempt["compiled_folder"]
+    environment = {
+        **ALLOCATOR,
+        **os.environ,
+        "OMP_NUM_THREADS": str(attempt["threads"]),
+        "PYTHONSAFEPATH": "1",
+        "TORCHINDUCTOR_CACHE_DIR": attempt["compiled_folder"],
+    }
     if attempt["device"] == "cuda" and attempt["ids"]:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(attempt["ids"])
     if attempt["nodes"] > 1:
@@ -273,13 +273,9 @@ def _cause(folder: Path, code: int, requests: _StopRequests, watch: _Watch) -> t
         return CANCELLED
     if watch.silence is not None:
         return "timeout", f"no event for {watch.silence:.0f} s: killed as hung"
-    failed = [
-        event
-        for event in events.Reader(folder / "events.jsonl").new()
-        if event["event"] == "failed"
-    ]
-    if failed:
-        return failed[-1]["reason"], failed[-1]["message"]
+    for event in events.Reader(folder / "events.jsonl").new():
+        if event["event"] == "failed":
+            return event["reason"], event["message"]
     if requests.at_once:
         return "interrupted", "stopped at once on request"
     if requests.stop:
@@ -301,9 +297,8 @@ def last_error(log: str) -> str:
     """Return the line that names the error at the end of a log, one about memory first."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     memory = [line for line in lines if OUT_OF_MEMORY.search(line)]
-    errors = [
-        line for line in lines if "Error" in line and not any(text in line for text in CONSEQUENCES)
-    ]
+    causes = [line for line in lines if not any(text in line for text in CONSEQUENCES)]
+    errors = [line for line in causes if "Error" in line]
     return (memory or errors or lines or ["no output"])[-1]
 
 

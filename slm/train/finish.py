@@ -11,7 +11,7 @@ from slm import events
 from slm.files import write_json
 from slm.model import checkpoints
 from slm.model.weights import FINAL
-from slm.run import DoneDocument
+from slm.run import DoneDocument, remove_checkpoints
 from slm.train.attempt import AttemptEnded
 from slm.train.loop import tail_steps
 from slm.train.progress import Progress
@@ -61,8 +61,7 @@ def finish(session: Session, done: DoneDocument) -> None:
     path = run_folder / "done.json"
     with _required(path):
         write_json(path, done | {"time": time.time()})
-    for checkpoint in (run_folder / "checkpoints").glob("*"):
-        checkpoint.unlink()
+    remove_checkpoints(run_folder)
     fields = {name: value for name, value in done.items() if name in events.FIELDS["finished"]}
     session.attempt.event("finished", **fields)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slm.data.loader import Pair
 from slm.train.attempt import AttemptEnded
-from slm.train.core_measurement import CoreMeasurement
+from slm.train.core_callback import CoreCallback
 from slm.train.optimizer import lr_multiplier
 from slm.train.progress import Progress
 from slm.train.resume import Checkpointer
@@ -36,39 +36,35 @@ class StepResult:
     """Recorded when the numbers have arrived; None if they are on the host already."""
 
 
+@dataclass
 class TrainingLoop:
     """Trains a session from the step that its progress has reached to the last one."""
 
-    def __init__(
-        self,
-        session: Session,
-        progress: Progress,
-        checkpointer: Checkpointer,
-        core: CoreMeasurement,
-    ) -> None:
-        self._session = session
-        self._progress = progress
-        self._checkpointer = checkpointer
-        self._core = core
-        self._token_share = 1 / session.hp.batch_tokens
+    session: Session
+    progress: Progress
+    checkpointer: Checkpointer
+    core: CoreCallback
+
+    def __post_init__(self) -> None:
+        self._token_share = 1 / self.session.hp.batch_tokens
         # In float16 the gradients of the mean loss would underflow: the sum's are computed, and
         # scaled in float32.
-        is_float16 = session.model.dtype == torch.float16
+        is_float16 = self.session.model.dtype == torch.float16
         self._loss_scale = 1.0 if is_float16 else self._token_share
         self._gradient_scale = self._token_share if is_float16 else 1.0
         self._step_start = time.monotonic()
 
     def run(self) -> None:
         """Train every step that is left."""
-        session = self._session
-        progress = self._progress
-        checkpointer = self._checkpointer
+        session = self.session
+        progress = self.progress
+        checkpointer = self.checkpointer
         steps = session.hp.steps
         first_step = progress.step
         pending: StepResult | None = None
         # 1) measure CORE of the checkpoint, if the last attempt was stopped before it could
-        if self._core.is_due():
-            self._core.measure(checkpointer.last_good)
+        if self.core.is_due():
+            self.core.measure(checkpointer.last_good)
         self._step_start = time.monotonic()
         while progress.step < steps:
             session.attempt.exit_if_orphaned()
@@ -81,7 +77,7 @@ class TrainingLoop:
             pending = result if session.is_deferred else None
             stop, save = self._record(arrived) if arrived else (False, False)
             # 4) continue, unless the ranks agreed to stop or to write a checkpoint, or CORE is due
-            core_due = self._core.is_due()
+            core_due = self.core.is_due()
             if progress.step == steps or not (stop or save or core_due):
                 continue
             # 5) a checkpoint contains this step too: log it first
@@ -92,20 +88,21 @@ class TrainingLoop:
             if stop:
                 session.attempt.interrupt(f"stopped on request at step {progress.step} of {steps}")
             if core_due:
-                self._core.measure(checkpointer.last_good)
+                self.core.measure(checkpointer.last_good)
             self._step_start = time.monotonic()
         if pending:
             self._record(pending)
         # 6) CORE takes long: do not lose the last steps if the attempt ends within it
-        if self._core.is_requested and progress.step > first_step:
+        if self.core.request and progress.step > first_step:
             checkpointer.save()
 
     def _step(self, step: int) -> StepResult:
         """Compute gradients of the mean loss over the step's rows, and update from them."""
-        session = self._session
+        session = self.session
         optimizer = session.optimizer
         size = session.settings["micro_batch"]
-        indices = session.data.order.step(step, session.hp.batch_rows)
+        hp = session.hp
+        indices = session.data.order.step(step, hp.batch_rows)
         rows = session.attempt.ranks.share(indices)
         optimizer.zero_grad()
         status = optimizer.status
@@ -115,28 +112,26 @@ class TrainingLoop:
             loss.backward(torch.full_like(loss, self._loss_scale))
             status[0] += loss.detach() * self._token_share
         status[1].fill_(session.attempt.stop_requested)
-        status[2].fill_(self._checkpointer.is_due())
-        measures = optimizer.step(step, self._gradient_scale, measured=self._is_logged(step + 1))
+        status[2].fill_(self.checkpointer.is_due())
+        done = step + 1
+        is_logged = done % max(1, hp.steps // TRAIN_EVENTS) == 0 or done == hp.steps
+        measures = optimizer.step(step, self._gradient_scale, is_logged)
         numbers = status.clone() if measures is None else torch.cat([status, measures])
         if session.device.type != "cuda":
-            return StepResult(step + 1, numbers, None)
+            return StepResult(done, numbers, None)
         on_host = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
-        return StepResult(step + 1, on_host, ready)
+        return StepResult(done, on_host, ready)
 
     def _to_device(self, pair: Pair) -> Pair:
         """Copy inputs and targets to the model's device, without waiting for its computation."""
-        device = self._session.device
+        device = self.session.device
         ids, targets = pair
         if device.type == "cuda":
             ids = ids.contiguous().pin_memory()
             targets = targets.contiguous().pin_memory()
         return ids.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-
-    def _is_logged(self, step: int) -> bool:
-        steps = self._session.hp.steps
-        return step % max(1, steps // TRAIN_EVENTS) == 0 or step == steps
 
     def _record(self, result: StepResult) -> tuple[bool, bool]:
         """Count and log a step; return whether the ranks stop, and whether a checkpoint is due.
@@ -149,33 +144,27 @@ class TrainingLoop:
         loss, stops, checkpoints, *measures = result.numbers.tolist()
         seconds = now - self._step_start
         self._step_start = now
-        self._progress.train_seconds += seconds
-        steps = self._session.hp.steps
-        if result.step > steps - tail_steps(steps):
-            self._progress.tail_loss += loss
+        self.progress.train_seconds += seconds
+        hp = self.session.hp
+        if result.step > hp.steps - tail_steps(hp.steps):
+            self.progress.tail_loss += loss
         is_finite = math.isfinite(loss)
         if measures or not is_finite:
-            self._log(result.step, loss, seconds, measures)
+            gradient_norm, update_size = measures or (None, None)
+            self.session.attempt.event(
+                "train",
+                **self.session.totals(result.step),
+                loss=loss,
+                lr=lr_multiplier(hp, result.step - 1),
+                gradient_norm=gradient_norm,
+                update_size=update_size,
+                tokens_per_second=hp.batch_tokens / seconds,
+                train_seconds=self.progress.train_seconds,
+                memory_bytes=self.session.peak_memory(),
+            )
         if not is_finite:
             raise AttemptEnded("diverged", f"loss is {loss} at step {result.step}")
         return stops > 0, checkpoints > 0
-
-    def _log(self, step: int, loss: float, seconds: float, measures: list[float]) -> None:
-        hp = self._session.hp
-        gradient_norm, update_size = measures or (None, None)
-        self._session.attempt.event(
-            "train",
-            step=step,
-            tokens=step * hp.batch_tokens,
-            flops=step * hp.batch_tokens * hp.flops_per_token,
-            loss=loss,
-            lr=lr_multiplier(hp, step - 1),
-            gradient_norm=gradient_norm,
-            update_size=update_size,
-            tokens_per_second=hp.batch_tokens / seconds,
-            train_seconds=self._progress.train_seconds,
-            memory_bytes=self._session.peak_memory(),
-        )
 
 
 def tail_steps(steps: int) -> int:

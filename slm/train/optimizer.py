@@ -39,6 +39,8 @@ SCALARS = {
     "backout": "smear",
 }
 """Group of the recipe for each parameter that AdamW updates and that is not a table."""
+MATRIX = (-2, -1)
+"""Dimensions of a matrix in a stack."""
 STATUS = 3
 """Numbers of the trainer that travel with the gradients."""
 
@@ -50,8 +52,8 @@ def lr_multiplier(hp: Hyperparameters, step: int) -> float:
     """
     if step < hp.warmup_steps:
         return (step + 1) / hp.warmup_steps
-    remaining = (hp.steps - step) / max(hp.warmdown_steps, 1)
-    return 1.0 if remaining >= 1 else remaining + (1 - remaining) * hp.final_lr
+    share = _warmdown_left(hp, step)
+    return share + (1 - share) * hp.final_lr
 
 
 def muon_momentum(hp: Hyperparameters, step: int) -> float:
@@ -61,8 +63,12 @@ def muon_momentum(hp: Hyperparameters, step: int) -> float:
     start, peak, end = hp.momentum
     if step < hp.momentum_warmup_steps:
         return start + (peak - start) * step / hp.momentum_warmup_steps
-    remaining = (hp.steps - step) / max(hp.warmdown_steps, 1)
-    return peak if remaining >= 1 else peak + (end - peak) * (1 - remaining)
+    return peak + (end - peak) * (1 - _warmdown_left(hp, step))
+
+
+def _warmdown_left(hp: Hyperparameters, step: int) -> float:
+    """Return the share of the warm-down that remains; 1 before it starts."""
+    return min(1.0, (hp.steps - step) / max(hp.warmdown_steps, 1))
 
 
 def muon_decay(hp: Hyperparameters, step: int) -> float:
@@ -81,9 +87,8 @@ class Optimizer:
 
     def __init__(self, model: GPT, ranks: Ranks = ALONE) -> None:
         parameters = dict(model.named_parameters())
-        groups = [*MUON, *_by_dtype(TABLES, parameters), tuple(SCALARS)]
         buffers = []
-        for names in groups:
+        for names in [*MUON, *_by_dtype(TABLES, parameters), tuple(SCALARS)]:
             group = {name: parameters[name] for name in names}
             buffers.append(_Buffer(group, names in MUON, ranks))
         small = [buffer for buffer in buffers if not buffer.is_large]
@@ -97,9 +102,9 @@ class Optimizer:
         for buffer, storage in zip(small, gradients, strict=True):
             buffer.move_gradients(storage)
         self._updates: list[_Muon | _AdamW] = []
-        for names, buffer in zip(groups, buffers, strict=True):
-            self._updates.append((_Muon if names in MUON else _AdamW)(buffer, model.hp))
-        self._updates.sort(key=lambda update: update.buffer.is_shared)
+        for buffer in sorted(buffers, key=lambda buffer: buffer.is_shared):
+            kind = _Muon if buffer.has_matrices else _AdamW
+            self._updates.append(kind(buffer, model.hp))
 
     def zero_grad(self) -> None:
         """Set gradients and status to zero."""
@@ -131,7 +136,11 @@ class Optimizer:
                 sending.append(buffer.gather())
         for work in sending:
             work.wait()
-        return None if sums is None else self._measures(sums)
+        if sums is None:
+            return None
+        self._ranks.sum(sums)
+        gradient, update_size, values = sums.unbind()
+        return torch.stack([gradient, update_size / values]).sqrt()
 
     def _reduce(self) -> dict[_Buffer, dist.Work]:
         """Start the exchange of gradients; small buffers and status have arrived on return."""
@@ -142,11 +151,6 @@ class Optimizer:
         first.wait()
         return receiving
 
-    def _measures(self, sums: Tensor) -> Tensor:
-        self._ranks.sum(sums)
-        gradient, update, values = sums.unbind()
-        return torch.stack([gradient, update / values]).sqrt()
-
     def state(self) -> dict[str, Tensor]:
         """Return every tensor of the state by name, flat, on the CPU of rank 0.
 
@@ -156,49 +160,54 @@ class Optimizer:
         for update in self._updates:
             for key, part in update.state.items():
                 full = update.buffer.gather_state(part)
-                if self._ranks.is_first:
-                    split = update.buffer.split_by_name(full.cpu())
-                    tensors |= {f"{name}.{key}": tensor for name, tensor in split.items()}
+                if not self._ranks.is_first:
+                    continue
+                for name, tensor in update.buffer.split_by_name(full.cpu()).items():
+                    tensors[f"{name}.{key}"] = tensor
         return tensors
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Continue from the result of `state`, on any number of ranks."""
         for update in self._updates:
+            buffer = update.buffer
             for key, part in update.state.items():
-                names = update.buffer.spans
-                update.buffer.load_state(part, [tensors[f"{name}.{key}"] for name in names])
+                buffer.load_state(part, [tensors[f"{name}.{key}"] for name in buffer.spans])
 
 
 def _by_dtype(names: Sequence[str], parameters: dict[str, nn.Parameter]) -> list[tuple[str, ...]]:
     """Group names by the dtype of their parameters."""
-    groups: dict[torch.dtype, list[str]] = {}
+    groups: dict[torch.dtype, tuple[str, ...]] = {}
     for name in names:
-        groups.setdefault(parameters[name].dtype, []).append(name)
-    return [tuple(group) for group in groups.values()]
+        dtype = parameters[name].dtype
+        groups[dtype] = (*groups.get(dtype, ()), name)
+    return list(groups.values())
 
 
 class _Buffer:
     """Parameters contiguous in memory, their gradients alike, and this rank's part of both."""
 
     def __init__(
-        self, parameters: dict[str, nn.Parameter], of_matrices: bool, ranks: Ranks
+        self, parameters: dict[str, nn.Parameter], has_matrices: bool, ranks: Ranks
     ) -> None:
         self._parameters = parameters
+        self.has_matrices = has_matrices
         first = next(iter(parameters.values()))
         total = sum(parameter.numel() for parameter in parameters.values())
         self.is_large = total >= SHARED_ELEMENTS or first.dtype.itemsize < 4
         self.is_shared = ranks.world_size > 1 and self.is_large
-        self._world_size = ranks.world_size
         self._parts = ranks.world_size if self.is_shared else 1
+        self._copies = ranks.world_size // self._parts
+        """Ranks that hold each part."""
         self.matrix = first.shape[-2:]
-        unit = self.matrix.numel() if of_matrices else 1
+        unit = self.matrix.numel() if has_matrices else 1
         size = -(-total // (self._parts * unit)) * unit
         start = ranks.rank * size if self.is_shared else 0
         self.part = slice(start, start + size)
         """Slice of this rank, in units of matrices; the last parts may hold zeros that belong to no
         parameter."""
         self.values = first.new_zeros(self._parts * size)
+        self.part_values = self.values[self.part]
         self.gradients = torch.zeros_like(self.values)
         self.spans: dict[str, slice] = {}
         offset = 0
@@ -210,19 +219,15 @@ class _Buffer:
             offset = span.stop
         self.move_gradients(self.gradients)
 
+    @property
+    def part_gradients(self) -> Tensor:
+        return self.gradients[self.part]
+
     def move_gradients(self, storage: Tensor) -> None:
         """Let the gradients live in `storage`, of the values' size."""
         self.gradients = storage
         for name, parameter in self._parameters.items():
             parameter.grad = storage[self.spans[name]].view_as(parameter)
-
-    @property
-    def part_values(self) -> Tensor:
-        return self.values[self.part]
-
-    @property
-    def part_gradients(self) -> Tensor:
-        return self.gradients[self.part]
 
     def reduce(self) -> dist.Work:
         """Start to sum this rank's part of the gradients over all ranks."""
@@ -232,37 +237,37 @@ class _Buffer:
         """Start to send this rank's part of the parameters to all ranks, and to receive theirs."""
         return dist.all_gather_into_tensor(self.values, self.part_values, async_op=True)
 
-    def sums_of_squares(self, *tensors: Tensor) -> Tensor:
-        """Return the sums of squares of up to three tensors, (3,), scaled so that the sum over
-        ranks counts each parameter once.
+    def add_squares(self, sums: Tensor, *tensors: Tensor) -> None:
+        """Add to `sums` the sum of squares of each tensor, scaled so that the sum over ranks counts
+        each parameter once.
         """
-        squares = [torch.linalg.vector_norm(x, dtype=wide(x)).square() for x in tensors]
-        sums = torch.stack(squares + [torch.zeros_like(squares[0])] * (3 - len(squares)))
-        return sums / (1 if self.is_shared else self._world_size)
+        for index, tensor in enumerate(tensors):
+            norm = torch.linalg.vector_norm(tensor, dtype=wide(tensor))
+            sums[index] += norm.square() / self._copies
 
     def gather_state(self, part: Tensor) -> Tensor:
-        """Return the parts of a state tensor that all ranks hold, joined."""
+        """Return the parts of a state tensor that all ranks hold, joined and flat."""
         if not self.is_shared:
-            return part
+            return part.flatten()
         full = part.new_empty(self._parts * part.numel())
         dist.all_gather_into_tensor(full, part.flatten())
         return full
 
     def split_by_name(self, full: Tensor) -> dict[str, Tensor]:
-        """Split a state tensor, laid out as the parameters or in proportion, by parameter."""
-        ratio = len(self.values) // full.numel()
-        flat = full.flatten()
-        return {
-            name: flat[span.start // ratio : span.stop // ratio]
-            for name, span in self.spans.items()
-        }
+        """Split a flat state tensor, laid out as the parameters or in proportion, by parameter."""
+        ratio = len(self.values) // len(full)
+        split = {}
+        for name, span in self.spans.items():
+            split[name] = full[span.start // ratio : span.stop // ratio]
+        return split
 
     def load_state(self, part: Tensor, tensors: list[Tensor]) -> None:
         """Fill this rank's part of a state tensor from the tensors of each parameter."""
-        padding = part.new_zeros(self._parts * part.numel())
+        size = part.numel()
+        padding = part.new_zeros(self._parts * size)
         full = torch.cat([*(tensor.to(part) for tensor in tensors), padding])
-        start = part.numel() * (self.part.start // len(self.part_values))
-        part.copy_(full[start : start + part.numel()].view_as(part))
+        start = size * (self.part.start // len(self.part_values))
+        part.copy_(full[start : start + size].view_as(part))
 
 
 class _Muon:
@@ -291,16 +296,19 @@ class _Muon:
         """
         hp = self._hp
         momentum = muon_momentum(hp, step)
+        average = self.state["momentum"]
+        average.lerp_(self._gradients, 1 - momentum)
+        update = self._gradients.lerp(average, momentum)
+        update = orthogonalised(update, self._upright)
+        update = self._variance_reduced(update)
         decay = muon_decay(hp, step)
-        self.state["momentum"].lerp_(self._gradients, 1 - momentum)
-        update = self._gradients.lerp(self.state["momentum"], momentum)
-        update = self._variance_reduced(orthogonalised(update, self._upright))
         if decay:
-            update.add_(self._values * (update * self._values >= 0), alpha=decay)
+            is_cautious = update * self._values >= 0
+            update.add_(self._values * is_cautious, alpha=decay)
         update.mul_(self._rates)
         rate = hp.matrix_lr * lr_multiplier(hp, step)
         if sums is not None:
-            sums += self.buffer.sums_of_squares(self._gradients, rate * update, self._values)
+            self.buffer.add_squares(sums, self._gradients, rate * update, self._values)
         self._values.sub_(update, alpha=rate)
 
     def _variance_reduced(self, update: Tensor) -> Tensor:
@@ -308,11 +316,14 @@ class _Muon:
         (NorMuon, arXiv 2510.05491).
         """
         mean_square = update.square().mean(dim=self._axis, keepdim=True)
-        second = self.state["second"].lerp_(mean_square, 1 - self._hp.matrix_beta2)
+        second = self.state["second"]
+        second.lerp_(mean_square, 1 - self._hp.matrix_beta2)
         scale = second.clamp_min(1e-10).rsqrt_()
-        before = mean_square.sum(dim=(-2, -1), keepdim=True).sqrt_()
-        after = mean_square.mul_(scale).mul_(scale).sum(dim=(-2, -1), keepdim=True).sqrt_()
-        return update.mul_(scale.mul_(before / after.clamp_min_(1e-10)))
+        before = mean_square.sum(dim=MATRIX, keepdim=True).sqrt_()
+        mean_square.mul_(scale).mul_(scale)
+        after = mean_square.sum(dim=MATRIX, keepdim=True).sqrt_()
+        scale.mul_(before / after.clamp_min_(1e-10))
+        return update.mul_(scale)
 
 
 def orthogonalised(update: Tensor, upright: int) -> Tensor:
@@ -327,25 +338,29 @@ def orthogonalised(update: Tensor, upright: int) -> Tensor:
     x = update.bfloat16() if narrow else update.clone()
     _equalise_rows(x[:upright], -1)
     _equalise_rows(x[upright:], -2)
-    x.div_(1.01 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
+    x.div_(1.01 * x.norm(dim=MATRIX, keepdim=True) + 1e-6)
     rows, columns = x.shape[-2:]
-    if rows > columns:
+    is_tall = rows > columns
+    if is_tall:
         x = x.mT.contiguous()
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    if rows > columns:
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, gram, x, beta=a)
+    if is_tall:
         x = x.mT
     x = x.to(update.dtype)
-    return x * (min(rows, columns) ** 0.5 / x.norm(dim=(-2, -1), keepdim=True).clamp_min_(1e-6))
+    norm = x.norm(dim=MATRIX, keepdim=True).clamp_min_(1e-6)
+    return x * (min(rows, columns) ** 0.5 / norm)
 
 
 def _equalise_rows(x: Tensor, axis: int) -> None:
     """Rescale the rows of every matrix, along `axis`, to their root mean square norm, in place."""
     if len(x):
         norms = torch.linalg.vector_norm(x, dim=axis, keepdim=True, dtype=wide(x))
-        mean = norms.square().mean(dim=(-2, -1), keepdim=True).sqrt_()
-        x.mul_((mean / norms.clamp_min_(1e-6)).to(x.dtype))
+        mean = norms.square().mean(dim=MATRIX, keepdim=True).sqrt_()
+        factors = mean / norms.clamp_min_(1e-6)
+        x.mul_(factors.to(x.dtype))
 
 
 class _AdamW:
@@ -355,27 +370,26 @@ class _AdamW:
         self.buffer = buffer
         self._hp = hp
         self.settings = {name: getattr(hp, SCALARS.get(name, name)) for name in buffer.spans}
-        self.state = {
-            "first": torch.zeros_like(buffer.part_values),
-            "second": torch.zeros_like(buffer.part_values),
-        }
-        flat = (buffer.part_values, buffer.part_gradients, *self.state.values())
-        pieces: dict[AdamW, list[tuple[Tensor, ...]]] = {}
+        values = buffer.part_values
+        self.state = {"first": torch.zeros_like(values), "second": torch.zeros_like(values)}
+        self._groups: dict[AdamW, list[list[Tensor]]] = {}
+        """Pieces of values, gradients and both moments, and their steps, by settings."""
         for name, span in buffer.spans.items():
             start = max(span.start - buffer.part.start, 0)
-            stop = min(span.stop - buffer.part.start, len(buffer.part_values))
-            if start < stop:
-                step = torch.zeros((), device=buffer.values.device)
-                piece = (*(tensor[start:stop] for tensor in flat), step)
-                pieces.setdefault(self.settings[name], []).append(piece)
-        self._groups = {
-            settings: list(map(list, zip(*group))) for settings, group in pieces.items()
-        }
+            stop = min(span.stop - buffer.part.start, len(values))
+            if start >= stop:
+                continue
+            group = self._groups.setdefault(self.settings[name], [[], [], [], [], []])
+            flat = (values, buffer.part_gradients, *self.state.values())
+            step = torch.zeros((), device=values.device)
+            for pieces, piece in zip(group, [*(x[start:stop] for x in flat), step], strict=True):
+                pieces.append(piece)
 
     def step(self, step: int, sums: Tensor | None) -> None:
         """Update every piece by the settings of its group."""
         if sums is not None:
-            sums += self.buffer.sums_of_squares(self.buffer.part_gradients)
+            self.buffer.add_squares(sums, self.buffer.part_gradients)
+        multiplier = lr_multiplier(self._hp, step)
         for settings, (values, gradients, first, second, steps) in self._groups.items():
             for tensor in steps:
                 tensor.fill_(step + 1)
@@ -389,7 +403,7 @@ class _AdamW:
                 steps,
                 amsgrad=False,
                 maximize=False,
-                lr=settings.lr * lr_multiplier(self._hp, step),
+                lr=settings.lr * multiplier,
                 beta1=settings.beta1,
                 beta2=settings.beta2,
                 weight_decay=settings.decay,

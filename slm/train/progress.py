@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 
 @dataclass
@@ -30,17 +30,17 @@ class Progress:
             setattr(self, name, json.loads(metadata[name]))
 
 
+@dataclass
 class WallClock:
     """Adds the time that passes to `Progress.wall_seconds`, except while it is stopped."""
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._counted = time.monotonic()
+    progress: Progress
+    _counted: float = field(default_factory=time.monotonic)
 
     def count(self) -> float:
         """Add the time since the last count; return the present time, monotonic seconds."""
         now = time.monotonic()
-        self._progress.wall_seconds += now - self._counted
+        self.progress.wall_seconds += now - self._counted
         self._counted = now
         return now
 

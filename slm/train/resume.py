@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,25 +17,27 @@ COST_RATIO = 20
 """Checkpoints take at most one part in so many of the time."""
 
 
+@dataclass
 class Checkpointer:
     """Checkpoints of a run, written by rank 0 and read by every rank."""
 
-    def __init__(self, session: Session, progress: Progress, clock: WallClock) -> None:
-        self._session = session
-        self._progress = progress
-        self._clock = clock
-        self._folder = session.attempt.run_folder / "checkpoints"
+    session: Session
+    progress: Progress
+    clock: WallClock
+    last_good: Path | None = None
+    """The newest checkpoint that is known to be good."""
+
+    def __post_init__(self) -> None:
+        self._folder = self.session.attempt.run_folder / "checkpoints"
         self._written = time.monotonic()
         self._cost = 0.0
-        self.last_good: Path | None = None
-        """The newest checkpoint that is known to be good."""
 
     def resume(self) -> list[str]:
         """Restore model, optimiser and progress; return a line for each damaged checkpoint.
 
         Raises AttemptEnded for a checkpoint of another run.
         """
-        session = self._session
+        session = self.session
         self.last_good, damaged = session.attempt.ranks.broadcast_from_rank0(
             lambda: checkpoints.newest(self._folder), session.device
         )
@@ -46,7 +49,7 @@ class Checkpointer:
         with torch.no_grad():
             for name, parameter in session.model.named_parameters():
                 parameter.copy_(tensors.pop(f"model.{name}"))
-        self._progress.restore(metadata)
+        self.progress.restore(metadata)
         session.optimizer.load(tensors)
         return damaged
 
@@ -56,30 +59,32 @@ class Checkpointer:
         The pause is `checkpoint_seconds` at least, or the cost of a checkpoint times COST_RATIO;
         with `checkpoint_seconds` of 0 one is due at every step.
         """
-        pause = self._session.settings["checkpoint_seconds"]
+        pause = self.session.settings["checkpoint_seconds"]
         if pause:
             pause = max(pause, COST_RATIO * self._cost)
-        return self._session.attempt.ranks.is_first and time.monotonic() - self._written >= pause
+        return self.session.attempt.ranks.is_first and time.monotonic() - self._written >= pause
 
     def save(self) -> None:
         """Write a checkpoint, on rank 0; training continues if it cannot be written."""
-        started = self._clock.count()
-        session = self._session
+        started = self.clock.count()
+        session = self.session
         event = session.attempt.event
-        step = self._progress.step
+        step = self.progress.step
         state = session.optimizer.state()  # on every rank: rank 0 gathers their parts
         if not session.attempt.ranks.is_first:
             return
         weights = {f"model.{name}": tensor for name, tensor in session.parameters().items()}
-        metadata = self._progress.metadata() | {"run_id": session.plan.run_id}
+        metadata = self.progress.metadata() | {"run_id": session.plan.run_id}
         event("working", step=step, what="checkpoint", share=None)
         try:
             path = checkpoints.write(self._folder, step, weights | state, metadata, self.last_good)
         except OSError as error:
-            last = f"the last good one is {self.last_good.name}" if self.last_good else None
+            last = "there is none yet"
+            if self.last_good:
+                last = f"the last good one is {self.last_good.name}"
             message = (
-                f"checkpoint at step {step} could not be written ({error.strerror}): "
-                f"{last or 'there is none yet'}; free some space"
+                f"checkpoint at step {step} could not be written ({error.strerror}): {last}; "
+                "free some space"
             )
             event("warning", step=step, message=message)
             return

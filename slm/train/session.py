@@ -19,7 +19,7 @@ from slm.data.dataset import PreparedDataset
 from slm.data.loader import Order, Rows
 from slm.data.tokenizer import Tokenizer
 from slm.evaluate.bpb import bytes_of
-from slm.model import attention
+from slm.model.attention import kernel
 from slm.model.gpt import GPT, compute_dtype
 from slm.model.ranks import local_device
 from slm.plan import Plan, code_fingerprint
@@ -69,6 +69,11 @@ class Session:
         """The plan's hyperparameters."""
         return self.plan.hyperparameters
 
+    def totals(self, step: int) -> dict[str, int]:
+        """Return a step with its tokens and FLOPs since step 0, as events name them."""
+        tokens = step * self.hp.batch_tokens
+        return {"step": step, "tokens": tokens, "flops": tokens * self.hp.flops_per_token}
+
     def parameters(self) -> dict[str, Tensor]:
         """Return the model's parameters by name, detached."""
         return {name: tensor.detach() for name, tensor in self.model.named_parameters()}
@@ -114,9 +119,8 @@ def setup(attempt: Attempt, deferred: bool = False) -> Session:
     model.to(device)
     model.set_compute_dtype(compute_dtype(device))
     optimizer = Optimizer(model, attempt.ranks)
-    kernel = attention.kernel(device, model.dtype)
-    is_compiled = compiles(plan, device)
     loss = model.loss
+    is_compiled = compiles(plan, device)
     if is_compiled:
         loss = torch.compile(model.loss, fullgraph=True, dynamic=False)
     return Session(
@@ -128,7 +132,7 @@ def setup(attempt: Attempt, deferred: bool = False) -> Session:
         model=model,
         loss=loss,
         optimizer=optimizer,
-        attention=kernel,
+        attention=kernel(device, model.dtype),
         is_compiled=is_compiled,
         is_deferred=deferred or device.type == "cuda",
     )
@@ -144,15 +148,14 @@ def _read_plan(attempt: Attempt) -> tuple[Plan, AttemptDocument]:
 
 def _select_device(settings: AttemptDocument) -> torch.device:
     name = settings["device"]
-    available = ["cpu"]
-    if torch.cuda.is_available():
-        available.append("cuda")
-    if torch.backends.mps.is_available():
-        available.append("mps")
-    if name not in available:
-        raise AttemptEnded(
-            "error", f"device {name!r} is not available: choose {' or '.join(available)}"
-        )
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available.get(name):
+        choices = " or ".join(filter(available.get, available))
+        raise AttemptEnded("error", f"device {name!r} is not available: choose {choices}")
     if name == "cpu":
         torch.set_num_threads(settings["threads"])
     return local_device(name)
@@ -169,15 +172,14 @@ def _load_data(
         prepared.verify()
         if verify_content:
             prepared.verify_content(hp)
-        tokenizer = prepared.tokenizer
-        token_bytes = bytes_of(tokenizer, hp.vocab_size, device)
+        token_bytes = bytes_of(prepared.tokenizer, hp.vocab_size, device)
     except (OSError, ValueError) as error:
         raise AttemptEnded("data", f"the plan's data are gone or changed: {error}") from error
     if replace(plan, data=prepared.identity(hp, plan.data.rows)).run_id != plan.run_id:
         raise AttemptEnded("data", f"{folder} holds other rows than the plan was made for")
     blocks = [block.rows for block in prepared.blocks("train", plan.data.rows)]
     return RunData(
-        tokenizer=tokenizer,
+        tokenizer=prepared.tokenizer,
         token_bytes=token_bytes,
         train=Rows.open(prepared, "train"),
         validation=Rows.open(prepared, "validation"),

@@ -22,7 +22,7 @@ from slm.files import hold_lock
 from slm.model.ranks import Ranks
 from slm.model.weights import FINAL
 from slm.train.attempt import Attempt, AttemptEnded
-from slm.train.core_measurement import CoreMeasurement
+from slm.train.core_callback import CoreCallback
 from slm.train.finish import done_document, finish, save_weights
 from slm.train.loop import TrainingLoop
 from slm.train.progress import Progress, WallClock
@@ -43,7 +43,7 @@ def train(attempt: Attempt, deferred: bool = False) -> None:
     # 2) resume from the newest good checkpoint
     checkpointer = Checkpointer(session, progress, clock)
     damaged = checkpointer.resume()
-    core = CoreMeasurement(session, progress, clock)
+    core = CoreCallback(session, progress, clock)
     loop = TrainingLoop(session, progress, checkpointer, core)
     gc.freeze()  # everything loaded so far stays: garbage collections need not look at it
     _announce(session, progress.step, damaged)
@@ -59,7 +59,7 @@ def train(attempt: Attempt, deferred: bool = False) -> None:
     if attempt.ranks.is_first:
         digest = save_weights(session)
         done = done_document(session, progress, val_bpb, val_loss, digest)
-    core_value = core.measure(attempt.run_folder / FINAL) if core.is_requested else None
+    core_value = core.measure(attempt.run_folder / FINAL) if core.request else None
     if done:
         done["core"] = core_value
         finish(session, done)
@@ -105,9 +105,7 @@ def _evaluate(session: Session, step: int) -> tuple[float, float]:
     )
     attempt.event(
         "eval",
-        step=step,
-        tokens=session.hp.tokens,
-        flops=session.hp.flops,
+        **session.totals(step),
         val_bpb=val_bpb,
         val_loss=val_loss,
         rows=len(rows),

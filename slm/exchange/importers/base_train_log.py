@@ -5,17 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from slm.exchange.importers.numbers import number, seconds
-from slm.exchange.importers.types import Defect, ParsedSource, Row, Source
+from slm.exchange.importers.numbers import number, seconds, value_of
+from slm.exchange.importers.types import Defect, Names, ParsedSource, Row, Source, Values
 
 PATTERNS = {
     "model_dim": r"model_dim: (\d+)",
     "depth": r"num_layers: (\d+)",
     "sequence_length": r"Tokens / micro-batch / rank: \d+ x (\d+)",
     "batch_tokens": r"Total batch size ([\d,]+)",
-    "ranks": r"Distributed world size: (\d+)",
+    "ranks": r".*Distributed world size: (\d+)",
     "parameters_wte": r"wte\s*: ([\d,]+)",
     "parameters_value_embeds": r"value_embeds\s*: ([\d,]+)",
     "parameters_lm_head": r"lm_head\s*: ([\d,]+)",
@@ -43,14 +42,14 @@ TRAIN_FIELDS = {
 }
 """Fields of a train event, and their names in a step's line."""
 CORE_TOLERANCE = 1.1e-4
-"""CORE and its tasks are printed with four digits."""
+"""Half a digit of CORE and half of its tasks, which are printed with four."""
 
 
 @dataclass
 class Log:
     """Contents of a log, gathered line by line."""
 
-    values: dict[str, Any] = field(default_factory=dict)
+    values: Values = field(default_factory=dict)
     """Values by column."""
     units: dict[str, float] = field(default_factory=dict)
     """Value of the last printed digit, by column."""
@@ -60,18 +59,25 @@ class Log:
     """val_bpb by step."""
     cores: dict[int, float] = field(default_factory=dict)
     """CORE by step."""
-    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tasks: dict[str, Values] = field(default_factory=dict)
     """Accuracies of the last evaluation, by task."""
     unparsed_losses: int = 0
     """Losses that were not numbers: the run diverged."""
 
-    def note_eval(self, step: int, text: str) -> None:
-        """Record a validation result, or count it if it is not a number."""
+    def add_fact(self, column: str, text: str) -> None:
+        """Set the value of a column, unless the text is no number, or -1 for "off"."""
         parsed = number(text)
-        if parsed:
-            self.evals[step] = float(parsed.value)
-        else:
+        if parsed and parsed.value != -1:
+            self.values[column] = parsed.value
+            self.units[column] = parsed.unit
+
+    def add_result(self, results: dict[int, float], step: int, text: str) -> None:
+        """Add to `evals` or `cores`; count a text that is not a number."""
+        value = value_of(text)
+        if value is None:
             self.unparsed_losses += 1
+        else:
+            results[step] = float(value)
 
 
 def is_base_train_log(text: str) -> bool:
@@ -79,12 +85,11 @@ def is_base_train_log(text: str) -> bool:
     return bool(re.search(r"^(Step \d+ \| Validation bpb: |step \d+/\d+ \()", text, re.M))
 
 
-def read_base_train_log(source: Source, mapping: Mapping[str, str]) -> ParsedSource:
+def read_base_train_log(source: Source, mapping: Names) -> ParsedSource:
     """Read the run of one log. Raises ValueError for a mapping, since a log has no columns."""
     if mapping:
         raise ValueError("--map names columns, and a log has none")
-    label = source.name.rpartition(".")[0] or source.name
-    row, defects = run_of_log(parse_log(source.text), 1, label)
+    row, defects = run_of_log(parse_log(source.text), 1, source.stem)
     return ParsedSource([row], defects)
 
 
@@ -95,12 +100,13 @@ def parse_log(text: str) -> Log:
         line = re.sub(r"\x1b\[[0-9;]*m", "", raw_line).strip()
         if match := STEP.match(line):
             log.values.setdefault("steps", int(match[2]))
-            cells = [cell.split(": ", 1) for cell in match[3].split(" | ") if ": " in cell]
-            log.steps.append((int(match[1]), dict(cells)))
+            cells = match[3].split(" | ")
+            named = dict(cell.split(": ", 1) for cell in cells if ": " in cell)
+            log.steps.append((int(match[1]), named))
         elif match := EVAL.match(line):
-            log.note_eval(int(match[1]), match[2])
+            log.add_result(log.evals, int(match[1]), match[2])
         elif match := CORE.match(line):
-            log.cores[int(match[1])] = float(match[2])
+            log.add_result(log.cores, int(match[1]), match[2])
         elif match := TASK.match(line):
             log.tasks[match[1]] = {
                 "shots": int(match[2]),
@@ -115,12 +121,9 @@ def parse_log(text: str) -> Log:
 
 def _parse_fact(log: Log, line: str) -> None:
     """Record one fact of the run; the last line with it counts."""
-    for name, pattern in PATTERNS.items():
-        match = re.search(pattern, line) if name == "ranks" else re.match(pattern, line)
-        parsed = number(match[1]) if match else None
-        if parsed:
-            log.values[name] = parsed.value
-            log.units[name] = parsed.unit
+    for column, pattern in PATTERNS.items():
+        if match := re.match(pattern, line):
+            log.add_fact(column, match[1])
     if match := re.match(r"Tokens : Scaling params ratio: ([\d.]+)", line):
         log.values.setdefault("horizon", f"ratio={float(match[1]):g}")
     if match := re.match(r"Using user-provided number of iterations: ([\d,]+)", line):
@@ -140,13 +143,16 @@ def run_of_log(log: Log, row_number: int, label: str) -> tuple[Row, list[Defect]
     defects = []
     # 1) finished if the last step was evaluated
     steps = values.get("steps")
-    if log.evals and steps and max(log.evals) >= steps:
-        values["val_bpb"] = log.evals[max(log.evals)]
-        values["core"] = log.cores.get(max(log.evals))
+    last_eval = max(log.evals, default=-1)
+    if steps and last_eval >= steps:
+        values["val_bpb"] = log.evals[last_eval]
         values["status"] = "finished"
+        if last_eval in log.cores:
+            values["core"] = log.cores[last_eval]
     elif "val_bpb" not in values:
         values["status"] = "interrupted"
-        last = max([*log.evals, *(step for step, _ in log.steps)], default=0)
+        logged = [step for step, _ in log.steps]
+        last = max([*log.evals, *logged], default=0)
         progress = f"step {last:,} of {steps:,}" if steps else f"step {last:,}"
         message = f"ends at {progress}, without a last evaluation"
         defects.append(Defect("unfinished", message, row_number))
@@ -156,50 +162,55 @@ def run_of_log(log: Log, row_number: int, label: str) -> tuple[Row, list[Defect]
         message = f"{log.unparsed_losses} evaluations are not numbers"
         defects.append(Defect("diverged", message, row_number))
     # 3) last training loss and CORE
-    if log.steps:
-        final = number(log.steps[-1][1].get("loss", ""))
-        values["train_loss"] = final.value if final else None
-    defects += _core_defects(values, log, row_number)
+    _, last_cells = log.steps[-1] if log.steps else (0, {})
+    final_loss = value_of(last_cells.get("loss"))
+    if final_loss is not None:
+        values["train_loss"] = final_loss
+    if log.tasks and "core" in values:
+        defects += core_defects(values["core"], log.tasks, CORE_TOLERANCE, row_number)
     original = {**log.values, "evaluations": len(log.evals), "tasks": log.tasks}
-    values = {name: value for name, value in values.items() if value is not None}
     return Row(row_number, values, original, log.units, _curve(values, log)), defects
 
 
-def _core_defects(values: dict[str, Any], log: Log, row_number: int) -> list[Defect]:
+def core_defects(
+    core: float, tasks: Mapping[str, Values], tolerance: float, row_number: int
+) -> list[Defect]:
     """Compare CORE with the mean of its tasks."""
-    core = values.get("core")
-    if core is None or not log.tasks:
+    scores = [task["centred"] for task in tasks.values()]
+    mean = sum(scores) / len(scores)
+    if abs(mean - core) <= tolerance:
         return []
-    mean = sum(task["centred"] for task in log.tasks.values()) / len(log.tasks)
-    if abs(mean - core) <= CORE_TOLERANCE:
-        return []
-    message = f"CORE {core}, but its tasks' mean is {mean:.4f}"
+    message = f"CORE {core}, but its tasks' mean is {mean:.6f}"
     return [Defect("core-disagree", message, row_number, "core")]
 
 
-def _curve(values: dict[str, Any], log: Log) -> tuple[dict[str, Any], ...]:
+def _curve(values: Values, log: Log) -> list[Values]:
     """Return events ordered by step.
 
     A step's loss is the one before its update, smoothed by the log itself.
     """
-    batch_tokens = values.get("batch_tokens")
-    flops_per_token = values.get("flops_per_token")
-    events: list[dict[str, Any]] = []
-
-    def start(event: str, step: int) -> dict[str, Any]:
-        tokens = step * batch_tokens if batch_tokens else None
-        flops = tokens * flops_per_token if tokens is not None and flops_per_token else None
-        return {"event": event, "time": None, "step": step, "tokens": tokens, "flops": flops}
-
+    events = []
     for step, cells in log.steps:
-        fields = {name: number(cells.get(cell, "")) for name, cell in TRAIN_FIELDS.items()}
-        if "total time" in cells:
-            fields["train_seconds"] = seconds(cells["total time"], 60.0)
-        measured = {name: parsed.value for name, parsed in fields.items() if parsed}
-        events.append({**start("train", step), **measured})
+        event = _event("train", step, values)
+        for name, cell in TRAIN_FIELDS.items():
+            value = value_of(cells.get(cell))
+            if value is not None:
+                event[name] = value
+        elapsed = seconds(cells.get("total time", ""), 60.0)
+        if elapsed:
+            event["train_seconds"] = elapsed.value
+        events.append(event)
     for step, bpb in log.evals.items():
-        event = {**start("eval", step), "val_bpb": bpb}
+        event = {**_event("eval", step, values), "val_bpb": bpb}
         if step in log.cores:
             event["core"] = log.cores[step]
         events.append(event)
-    return tuple(sorted(events, key=lambda event: (event["step"], event["event"])))
+    return sorted(events, key=lambda event: (event["step"], event["event"]))
+
+
+def _event(kind: str, step: int, values: Values) -> Values:
+    batch_tokens = values.get("batch_tokens")
+    tokens = step * batch_tokens if batch_tokens else None
+    flops_per_token = values.get("flops_per_token")
+    flops = tokens * flops_per_token if tokens is not None and flops_per_token else None
+    return {"event": kind, "time": None, "step": step, "tokens": tokens, "flops": flops}

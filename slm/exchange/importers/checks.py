@@ -6,15 +6,14 @@ not a result, and reports it. Everything the source states otherwise stays.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from slm.exchange.importers.architectures import Architecture, known_architectures
-from slm.exchange.importers.numbers import EMPTY, number
+from slm.exchange.importers.numbers import is_empty, value_of
 from slm.exchange.importers.readers import plain
 from slm.exchange.importers.types import COUNTS, Defect, Row
 from slm.text import first_few
@@ -34,52 +33,50 @@ class Code:
     meaning: str
 
 
+FORBIDS = {
+    "crash-zero": "0 in place of a crashed run's result; now missing",
+    "failed": "the source calls the run failed",
+    "diverged": "the source calls the run diverged",
+    "unfinished": "the run had not reached its last step",
+    "untrained": "no better than an untrained model: step 0 posing as the end, or a broken run",
+    "no-result": "neither val_bpb nor CORE",
+    "estimated": "an estimate, not a measurement",
+    "withdrawn": "the author withdrew the row",
+    "duplicate": "the same row again; the first one counts",
+    "copied-value": "the same many digits under different settings: a copy-and-paste mistake",
+    "ragged": "more or fewer cells than the header, so values may be in the wrong columns",
+    "tokens-disagree": "tokens are not steps times batch, or not what the FLOPs budget paid for",
+    "flops-disagree": "FLOPs are not FLOPs per token times tokens",
+    "parameters-disagree": "parameter counts contradict each other",
+    "core-disagree": "CORE is not the mean of its tasks",
+}
+"""Meanings of the codes that keep a row out of fits."""
+WARNS = {
+    "mixed-data": "several datasets in one file: compared only within each",
+    "core-zero": "CORE of exactly 0 is what scripts write when none was measured; now missing",
+    "core-subset": "CORE of only some of each task's examples",
+    "loss-is-bpb": "called a loss, but in bits per byte; taken as val_bpb",
+    "mean-of-runs": "the mean of several runs, not one run",
+    "unlabelled-seed": "equal settings, different results: replicates without their seeds",
+    "parameters-empty": "empty parameter columns",
+    "budget-rounded": "a budget printed with too few digits; FLOPs are those spent",
+    "bad-number": "not a number; the cell is now missing",
+    "spreadsheet": "passed through a spreadsheet, which keeps few digits",
+    "dirty-code": "trained by code that differs from its commit",
+    "resumed": "trained in several parts; the clock covers only the last, and is left out",
+    "invalid-utf8": "bytes that are not UTF-8, replaced by �",
+}
+"""Meanings of the codes that warn."""
+NOTES = {
+    "recomputed": "computed from the row's other numbers",
+    "rounded": "printed with few digits",
+    "empty-column": "a column without a value",
+}
+"""Meanings of the codes that only note."""
 CODES = {
-    "crash-zero": Code("forbids", "0 in place of a crashed run's result; now missing"),
-    "failed": Code("forbids", "the source calls the run failed"),
-    "diverged": Code("forbids", "the source calls the run diverged"),
-    "unfinished": Code("forbids", "the run had not reached its last step"),
-    "untrained": Code(
-        "forbids", "no better than an untrained model: step 0 posing as the end, or a broken run"
-    ),
-    "no-result": Code("forbids", "neither val_bpb nor CORE"),
-    "estimated": Code("forbids", "an estimate, not a measurement"),
-    "withdrawn": Code("forbids", "the author withdrew the row"),
-    "duplicate": Code("forbids", "the same row again; the first one counts"),
-    "copied-value": Code(
-        "forbids", "the same many digits under different settings: a copy-and-paste mistake"
-    ),
-    "mixed-data": Code("warns", "several datasets in one file: compared only within each"),
-    "ragged": Code(
-        "forbids", "more or fewer cells than the header, so values may be in the wrong columns"
-    ),
-    "tokens-disagree": Code(
-        "forbids", "tokens are not steps times batch, or not what the FLOPs budget paid for"
-    ),
-    "flops-disagree": Code("forbids", "FLOPs are not FLOPs per token times tokens"),
-    "parameters-disagree": Code("forbids", "parameter counts contradict each other"),
-    "core-disagree": Code("forbids", "CORE is not the mean of its tasks"),
-    "core-zero": Code(
-        "warns", "CORE of exactly 0 is what scripts write when none was measured; now missing"
-    ),
-    "core-subset": Code("warns", "CORE of only some of each task's examples"),
-    "loss-is-bpb": Code("warns", "called a loss, but in bits per byte; taken as val_bpb"),
-    "mean-of-runs": Code("warns", "the mean of several runs, not one run"),
-    "unlabelled-seed": Code(
-        "warns", "equal settings, different results: replicates without their seeds"
-    ),
-    "parameters-empty": Code("warns", "empty parameter columns"),
-    "budget-rounded": Code("warns", "a budget printed with too few digits; FLOPs are those spent"),
-    "bad-number": Code("warns", "not a number; the cell is now missing"),
-    "spreadsheet": Code("warns", "passed through a spreadsheet, which keeps few digits"),
-    "dirty-code": Code("warns", "trained by code that differs from its commit"),
-    "resumed": Code(
-        "warns", "trained in several parts; the clock covers only the last, and is left out"
-    ),
-    "invalid-utf8": Code("warns", "bytes that are not UTF-8, replaced by �"),
-    "recomputed": Code("notes", "computed from the row's other numbers"),
-    "rounded": Code("notes", "printed with few digits"),
-    "empty-column": Code("notes", "a column without a value"),
+    **{code: Code("forbids", meaning) for code, meaning in FORBIDS.items()},
+    **{code: Code("warns", meaning) for code, meaning in WARNS.items()},
+    **{code: Code("notes", meaning) for code, meaning in NOTES.items()},
 }
 """Every kind of defect, worst first. Codes are stable: fits and queries use them."""
 
@@ -88,11 +85,40 @@ UNTRAINED_BPB = 3.0
 """An untrained model of 32,768 tokens has 15 bits per token: 3.2 bpb at 4.7 bytes per token."""
 POWERS_OF_TWO = (0.125, 0.25, 0.5, 2, 4, 8)
 """Factors by which a batch or token count is off when a setting was mistaken."""
+STATUSES = {
+    **dict.fromkeys(("crash", "crashed", "failed", "error", "oom", "killed"), "failed"),
+    **dict.fromkeys(("running", "pending", "preempted", "interrupted", "stopped"), "interrupted"),
+    "diverged": "diverged",
+}
+"""Status of a run by the word of the source; any other word means finished."""
+ESTIMATES = ("estimated", "extrapolated", "predicted", "guess")
+WITHDRAWALS = ("commented_out", "withdrawn", "excluded", "outlier")
+"""Columns that mark withdrawn rows."""
+RUN_COUNTS = ("n_seeds", "n_runs", "seeds")
+"""Columns with the number of runs whose mean a row is."""
+MEAN_OF_RUNS = re.compile(r"\bmean\b.{0,30}?\b(\d+) (?:runs|seeds)")
+WIDTHS = ("model_dim", "width", "n_embd", "d_model")
+BUDGETS = ("flops_budget", "target_flops", "budget")
+PARAMETERS = ("params_", "num_params", "num_scaling")
+"""Beginnings of the headers of parameter counts."""
+GROUPS = ("wte", "value_embeds", "lm_head", "matrices", "scalars")
+MAX_DEPTH = 1000
+INDEXES = ("rank", "index", "row", "no", "n", "", "unnamed_0")
+"""Columns that number the rows."""
+MEASURED = re.compile(
+    r"(^|_)(entropy|mean|min|max|std|score|norm|loss|bpb|acc|accuracy|core|time|wall|runtime"
+    r"|created|date|sec|seconds|ms|speed|tok|tokens_per|mem|memory|vram|util|delta|ci95|gap|dt|mfu"
+    r"|lrm|pct|rank|metric|results|hours|note|notes|timestamp|trial|cost|flops_per_sec|centered)"
+    r"(_|$)"
+)
+"""Words in the headers of columns that are measured rather than set."""
+Findings = Iterator[tuple[str, str, str | None]]
+"""Code, message and column of each defect in a row."""
 
 
 def check(rows: Sequence[Row]) -> list[Defect]:
     """Return every defect visible without knowing the format; fill in what can be computed."""
-    row_checks: tuple[Callable[[Row], Iterable[Defect]], ...] = (
+    row_checks = (
         _check_status,
         _check_words,
         _check_zeros,
@@ -115,79 +141,77 @@ def check(rows: Sequence[Row]) -> list[Defect]:
         _note_empty_columns,
     )
     defects: list[Defect] = []
-    for check_row in row_checks:
-        for row in rows:
-            defects += check_row(row)
+    for row in rows:
+        for check_row in row_checks:
+            for code, message, column in check_row(row):
+                defects.append(Defect(code, message, row.number, column))
     for check_table in table_checks:
         defects += check_table(rows)
-    return list(dict.fromkeys(defects))
+    return defects
 
 
-FAILED = ("crash", "crashed", "failed", "error", "oom", "killed")
-UNFINISHED = ("running", "pending", "preempted", "interrupted", "stopped")
+# Checks of one row
 
 
-def _check_status(row: Row) -> Iterator[Defect]:
+def _check_status(row: Row) -> Findings:
     """Translate the source's status."""
-    status = str(row.get("status") or "").lower()
-    if status in FAILED:
-        row.values.update(status="failed", reason=row.get("reason") or "error")
-        yield Defect("failed", f"status {status!r}", row.number)
-    elif status in UNFINISHED:
-        row.values.update(status="interrupted")
-        yield Defect("unfinished", f"status {status!r}", row.number)
-    elif status == "diverged":
-        row.values.update(status="diverged", reason="diverged")
-        yield Defect("diverged", "status 'diverged'", row.number)
-    else:
-        row.values.update(status="finished")
+    printed = str(row.get("status") or "").lower()
+    status = STATUSES.get(printed, "finished")
+    row.values["status"] = status
+    if status == "failed":
+        row.values.setdefault("reason", "error")
+    if status == "diverged":
+        row.values["reason"] = "diverged"
+    if status != "finished":
+        code = "unfinished" if status == "interrupted" else status
+        yield code, f"status {printed!r}", None
 
 
-def _check_words(row: Row) -> Iterator[Defect]:
+def _check_words(row: Row) -> Findings:
     """Report what cells say in words about the whole row."""
     for column, cell in row.original.items():
         text = str(cell).strip().lower()
         name = plain(column)
         shows = f"{column} is {cell!r}"
-        if text == "diverged" and row.get("status") == "finished":
+        if text == "diverged" and row.values["status"] == "finished":
             row.values.update(status="diverged", reason="diverged")
-            yield Defect("diverged", shows, row.number, column)
-        if text in ("estimated", "extrapolated", "predicted", "guess"):
-            yield Defect("estimated", shows, row.number, column)
-        is_withdrawal = name in ("commented_out", "withdrawn", "excluded", "outlier")
-        if is_withdrawal and text in ("1", "true", "yes"):
-            yield Defect("withdrawn", shows, row.number, column)
-        is_mean = re.search(r"\bmean\b.{0,30}?\b(\d+) (?:runs|seeds)", text)
-        counts_runs = name in ("n_seeds", "n_runs", "seeds") and text.isdigit() and int(text) > 1
-        if is_mean or counts_runs:
-            yield Defect("mean-of-runs", f"{column}: {cell}", row.number, column)
+            yield "diverged", shows, column
+        if text in ESTIMATES:
+            yield "estimated", shows, column
+        if name in WITHDRAWALS and text in ("1", "true", "yes"):
+            yield "withdrawn", shows, column
+        counts_runs = name in RUN_COUNTS and text.isdigit() and int(text) > 1
+        if counts_runs or MEAN_OF_RUNS.search(text):
+            yield "mean-of-runs", f"{column}: {cell}", column
 
 
-def _check_zeros(row: Row) -> Iterator[Defect]:
+def _check_zeros(row: Row) -> Findings:
     """Remove zeros that scripts write where nothing was measured, and impossible values."""
+    values = row.values
     for name in ("val_bpb", "val_loss", "train_loss"):
-        if row.get(name) is not None and row.values[name] <= 0:
-            printed = row.values.pop(name)
-            if name != "train_loss" and row.get("status") == "finished":
-                row.values.update(status="failed", reason="error")
-            yield Defect("crash-zero", f"{name} {printed:.6f}", row.number, name)
+        if values.get(name, 1) > 0:
+            continue
+        if name != "train_loss" and values["status"] == "finished":
+            values.update(status="failed", reason="error")
+        yield "crash-zero", f"{name} {values.pop(name):.6f}", name
     for name in COUNTS:
-        value = row.get(name)
+        value = values.get(name, 1)
         if value == 0 and name != "seed" and not name.startswith("parameters_"):
-            del row.values[name]
-            code = "crash-zero" if row.get("status") == "failed" else "bad-number"
-            yield Defect(code, f"{name} 0", row.number, name)
-        elif (value or 0) >= 2**63 and name != "flops":
-            yield Defect("bad-number", f"{name} {row.values.pop(name):.4g}", row.number, name)
-    if abs(row.get("core") or 0) > 1:
-        message = f"CORE {row.values.pop('core'):g} is beyond 1"
-        yield Defect("bad-number", message, row.number, "core")
-    if row.get("core") == 0:
-        del row.values["core"]
-        yield Defect("core-zero", "CORE 0.0", row.number, "core")
+            del values[name]
+            code = "crash-zero" if values["status"] == "failed" else "bad-number"
+            yield code, f"{name} 0", name
+        elif value >= 2**63 and name != "flops":
+            yield "bad-number", f"{name} {values.pop(name):.4g}", name
+    core = row.get("core")
+    if core == 0:
+        del values["core"]
+        yield "core-zero", "CORE 0.0", "core"
+    elif core and abs(core) > 1:
+        del values["core"]
+        yield "bad-number", f"CORE {core:g} is beyond 1", "core"
 
 
-def _check_loss_unit(row: Row) -> Iterator[Defect]:
+def _check_loss_unit(row: Row) -> Findings:
     """Recognise a val_loss in bits per byte by its ratio to the training loss in nats.
 
     Nats per token over bits per byte are ln 2 times bytes per token, 2.4 to 4.2; a validation loss
@@ -195,76 +219,78 @@ def _check_loss_unit(row: Row) -> Iterator[Defect]:
     """
     val_loss = row.get("val_loss")
     train_loss = row.get("train_loss")
-    if (
-        val_loss
-        and train_loss
-        and row.get("val_bpb") is None
-        and 0.2 < val_loss / train_loss < 0.45
-    ):
+    if not val_loss or not train_loss or "val_bpb" in row.values:
+        return
+    if 0.2 < val_loss / train_loss < 0.45:
         row.values["val_bpb"] = row.values.pop("val_loss")
         message = f"{val_loss:g} at a train loss of {train_loss:g} nats"
-        yield Defect("loss-is-bpb", message, row.number, "val_loss")
+        yield "loss-is-bpb", message, "val_loss"
 
 
-def _check_untrained(row: Row) -> Iterator[Defect]:
-    bpb = row.get("val_bpb")
-    if bpb is not None and bpb >= UNTRAINED_BPB and row.get("status") == "finished":
-        yield Defect("untrained", f"val_bpb {bpb:g}", row.number, "val_bpb")
+def _check_untrained(row: Row) -> Findings:
+    bpb = row.values.get("val_bpb", 0)
+    if bpb >= UNTRAINED_BPB and row.values["status"] == "finished":
+        yield "untrained", f"val_bpb {bpb:g}", "val_bpb"
 
 
-def _check_products(row: Row) -> Iterator[Defect]:
+def _check_products(row: Row) -> Findings:
     """Compute or compare tokens = steps·batch and flops = FLOPs per token·tokens."""
+    values = row.values
     yield from _check_product(row, "tokens", "steps", "batch_tokens")
+    if "tokens" not in values and "flops" in values and "flops_per_token" in values:
+        tokens = values["flops"] / values["flops_per_token"]
+        if tokens >= 1:
+            yield from _check_value(row, "tokens", round(tokens), "flops / flops_per_token")
     yield from _check_product(row, "flops", "flops_per_token", "tokens")
 
 
-def _check_product(row: Row, product: str, a: str, b: str) -> Iterator[Defect]:
+def _check_product(row: Row, product: str, a: str, b: str) -> Findings:
     values = row.values
-    missing = [name for name in (product, a, b) if row.get(name) is None]
-    if not missing:
-        expected = values[a] * values[b]
+    if a in values and b in values:
         slack = sum(0.6 * row.units.get(name, 1) / values[name] for name in (a, b))
-        if not row.agrees(product, expected, max(slack, 0.001)):
-            message = f"{product} {values[product]:,.6g}, but {a} × {b} is {expected:,.6g}"
-            yield Defect(f"{product}-disagree", message, row.number, product)
-    elif missing == [product] and (product == "flops" or values[a] * values[b] < 2**63):
-        values[product] = values[a] * values[b]
-        yield _recomputed(row, [product], f"{a} × {b}")
-    elif product == "flops" and missing == ["tokens"]:
-        tokens = values["flops"] / values["flops_per_token"]
-        if 1 <= tokens < 2**63:
-            values["tokens"] = round(tokens)
-            yield _recomputed(row, ["tokens"], "flops / flops_per_token")
+        computed = values[a] * values[b]
+        yield from _check_value(row, product, computed, f"{a} × {b}", max(slack, 0.001))
 
 
-def _recomputed(row: Row, names: Sequence[str], formula: str) -> Defect:
-    return Defect("recomputed", f"{', '.join(names)} = {formula}", row.number)
+def _check_value(
+    row: Row, column: str, computed: float, formula: str, slack: float = 0.0
+) -> Findings:
+    """Fill in a value that is missing, or compare the one that is stated."""
+    if column in row.values:
+        if not row.agrees(column, computed, slack):
+            code = f"{column.partition('_')[0]}-disagree"
+            stated = row.values[column]
+            yield code, f"{column} {stated:,.10g}, but {formula} is {computed:,.10g}", column
+    elif computed < 2**63 or column == "flops":
+        row.values[column] = computed
+        yield "recomputed", f"{column} = {formula}", None
 
 
-def _fill_architecture(row: Row) -> Iterator[Defect]:
+def _fill_architecture(row: Row) -> Findings:
     """Fill in the counts of the one known family that agrees with every number of a row."""
-    depth = row.get("depth")
-    family = _family(row) if depth and depth <= 1000 else None
+    family = _family(row)
     # 1) empty parameter columns
-    prefixes = ("params_", "num_params", "num_scaling")
     empty = [
         name
         for name, cell in row.original.items()
-        if plain(name).startswith(prefixes) and str(cell).strip().lower() in EMPTY
+        if plain(name).startswith(PARAMETERS) and is_empty(cell)
     ]
     if empty:
         outcome = f"filled in as {family.name}'s" if family else "and no known family agrees"
-        yield Defect("parameters-empty", f"{', '.join(empty)}: {outcome}", row.number, empty[0])
+        yield "parameters-empty", f"{', '.join(empty)}: {outcome}", empty[0]
     if family is None:
         return
     # 2) missing counts
-    missing = {name: value for name, value in family.counts().items() if row.get(name) is None}
-    row.values.update(missing)
-    if row.get("sequence_length") is None and "flops_per_token" not in missing:
-        row.values["sequence_length"] = family.context
+    counts = family.counts()
+    missing = [name for name in counts if name not in row.values]
+    row.values.update(counts | row.values)
+    if "flops_per_token" not in missing:
+        row.values.setdefault("sequence_length", family.context)
     if missing:
-        assumed = "" if row.get("sequence_length") else f"; assumes a context of {family.context:,}"
-        yield _recomputed(row, list(missing), f"those of {family.name}, d{depth}{assumed}")
+        is_known = "sequence_length" in row.values
+        assumed = "" if is_known else f"; assumes a context of {family.context:,}"
+        formula = f"those of {family.name}, d{row.values['depth']}{assumed}"
+        yield "recomputed", f"{', '.join(missing)} = {formula}", None
 
 
 def _family(row: Row) -> Architecture | None:
@@ -273,24 +299,21 @@ def _family(row: Row) -> Architecture | None:
     Stated FLOPs must be the family's. A budget decides where counts do not; where counts are exact
     it may be off by as much as a mistake explains, which `_check_budget` then reports.
     """
-    candidates = [
-        family
-        for family in known_architectures(row.values["depth"], row.get("sequence_length"))
-        if _agrees(row, family)
-    ]
+    depth = row.get("depth")
+    if not depth or depth > MAX_DEPTH:
+        return None
+    families = known_architectures(depth, row.get("sequence_length"))
+    candidates = [family for family in families if _agrees(row, family)]
     if not candidates:
         return None
     stated = [name for name in candidates[0].counts() if row.get(name)]
-    budget = _stated_budget(row)
     tokens = row.get("tokens")
-    spent = row.get("flops") or (budget[0] if budget else None)
-    if tokens and spent and row.get("flops_per_token") is None:
-        is_exact = (
-            bool(stated)
-            and row.get("flops") is None
-            and all(row.units.get(name, 1) <= 1 for name in stated)
-        )
-        allowed = ("paid", "power of two", "rounded") if is_exact else ("paid",)
+    spent = row.get("flops") or _budget(row)
+    if spent and tokens and "flops_per_token" not in row.values:
+        has_exact_counts = stated and all(row.units.get(name, 1) <= 1 for name in stated)
+        allowed = ["paid"]
+        if has_exact_counts and "flops" not in row.values:
+            allowed += ["power of two", "rounded"]
         candidates = [
             family
             for family in candidates
@@ -301,16 +324,25 @@ def _family(row: Row) -> Architecture | None:
     return candidates[0] if len(candidates) == 1 else None
 
 
-WIDTHS = ("model_dim", "width", "n_embd", "d_model")
-
-
 def _agrees(row: Row, family: Architecture) -> bool:
     """Whether a row's width and every count it states are a family's."""
-    widths = (number(str(cell)) for name, cell in row.original.items() if plain(name) in WIDTHS)
-    width = next(widths, None)
-    if width and width.value != family.width:
+    width = value_of(_original(row, WIDTHS))
+    if width not in (None, family.width):
         return False
-    return all(row.agrees(name, value) for name, value in family.counts().items())
+    return all(row.agrees(name, count) for name, count in family.counts().items())
+
+
+def _original(row: Row, headers: Sequence[str]) -> str:
+    """Return the source's cell under the first of these normalised headers, "" without one."""
+    for name, cell in row.original.items():
+        if plain(name) in headers:
+            return str(cell).strip()
+    return ""
+
+
+def _budget(row: Row) -> float:
+    """Return the FLOPs budget of a row, 0 without one."""
+    return max(value_of(_original(row, BUDGETS)) or 0, 0)
 
 
 def _compare_flops(row: Row, computed: float, stated: float) -> str:
@@ -320,82 +352,60 @@ def _compare_flops(row: Row, computed: float, stated: float) -> str:
     token_rounding = 0.6 * row.units.get("tokens", 1) / row.values["tokens"]
     if abs(ratio - 1) <= max(0.01, step_share, token_rounding):
         return "paid"
-    if any(abs(ratio / factor - 1) < 0.02 for factor in POWERS_OF_TWO):
+    if _is_power_of_two(ratio, 0.02):
         return "power of two"
-    budget = _stated_budget(row)
-    if budget and re.fullmatch(r"\de\+\d+", budget[1]):
-        half_a_digit = 0.5 * 10 ** int(math.log10(stated)) / stated
-        if abs(ratio - 1) <= half_a_digit:
-            return "rounded"
+    if f"{computed:.0e}" == _original(row, BUDGETS):
+        return "rounded"
     return "other"
 
 
-BUDGETS = ("flops_budget", "target_flops", "budget")
+def _is_power_of_two(ratio: float, tolerance: float) -> bool:
+    return any(abs(ratio / factor - 1) < tolerance for factor in POWERS_OF_TWO)
 
 
-def _stated_budget(row: Row) -> tuple[float, str] | None:
-    """Return the FLOPs budget of a row, and its text."""
-    cells = (str(cell).strip() for name, cell in row.original.items() if plain(name) in BUDGETS)
-    printed = next(cells, "")
-    budget = number(printed)
-    return (budget.value, printed) if budget and budget.value > 0 else None
-
-
-def _check_budget(row: Row) -> Iterator[Defect]:
+def _check_budget(row: Row) -> Findings:
     """Compare a budget with the FLOPs spent, which a whole number of steps brings close to it."""
-    stated = _stated_budget(row)
-    if stated is None:
+    budget = _budget(row)
+    if budget and "flops" not in row.values:
+        yield from _check_value(row, "flops", budget, "the budget, spent to the nearest step")
         return
-    budget, printed = stated
-    if row.get("flops") is None:
-        row.values["flops"] = budget
-        yield _recomputed(row, ["flops"], "the budget, spent to the nearest step")
+    if not budget or "tokens" not in row.values:
         return
-    if not row.get("tokens"):
-        return
+    tokens = row.values["tokens"]
     flops = row.values["flops"]
+    printed = _original(row, BUDGETS)
     comparison = _compare_flops(row, flops, budget)
     if comparison == "rounded":
-        message = f"{printed}, but {flops:.4g} were spent"
-        yield Defect("budget-rounded", message, row.number, "flops_budget")
+        yield "budget-rounded", f"{printed}, but {flops:.4g} were spent", "flops_budget"
     elif comparison != "paid":
-        message = f"{row.values['tokens']:,} tokens cost {flops:.4g} FLOPs, the budget is {printed}"
-        yield Defect("tokens-disagree", message, row.number, "tokens")
+        message = f"{tokens:,} tokens cost {flops:.4g} FLOPs, the budget is {printed}"
+        yield "tokens-disagree", message, "tokens"
 
 
-def _check_sums(row: Row) -> Iterator[Defect]:
+def _check_sums(row: Row) -> Findings:
     """Compare groups of parameters with their sums."""
-    names = ("wte", "value_embeds", "lm_head", "matrices", "scalars")
-    groups = {name: row.get(f"parameters_{name}") for name in names}
-    if all(group is not None for group in groups.values()):
-        total = sum(groups.values())
-        if not row.agrees("parameters_total", total):
-            stated = row.values["parameters_total"]
-            message = f"total {stated:,}, but the groups sum to {total:,}"
-            yield Defect("parameters-disagree", message, row.number, "parameters_total")
-    matrices = groups["matrices"]
-    head = groups["lm_head"]
-    if not matrices or not head:
-        return
-    scaling = row.get("parameters_scaling")
-    if scaling is None:
-        row.values["parameters_scaling"] = matrices + head
-        yield _recomputed(row, ["parameters_scaling"], "matrices + head")
-    elif not row.agrees("parameters_scaling", matrices + head):
-        message = f"scaling {scaling:,}, but matrices + head are {matrices + head:,}"
-        yield Defect("parameters-disagree", message, row.number, "parameters_scaling")
+    groups = [row.get(f"parameters_{name}") for name in GROUPS]
+    if None not in groups and "parameters_total" in row.values:
+        yield from _check_value(row, "parameters_total", sum(groups), "the sum of its groups")
+    matrices = row.get("parameters_matrices")
+    head = row.get("parameters_lm_head")
+    if matrices and head:
+        yield from _check_value(row, "parameters_scaling", matrices + head, "matrices + head")
 
 
-def _check_result(row: Row) -> Iterator[Defect]:
-    has_result = row.get("val_bpb") is not None or row.get("core") is not None
-    if has_result or row.get("status") != "finished":
+def _check_result(row: Row) -> Findings:
+    values = row.values
+    if "val_bpb" in values or "core" in values or values["status"] != "finished":
         return
-    if row.get("val_loss"):
+    if "val_loss" in values:
         message = "only a loss in nats per token, which depends on the tokeniser"
     else:
-        row.values.update(status="failed")
+        values["status"] = "failed"
         message = "no result, so not a finished run"
-    yield Defect("no-result", message, row.number)
+    yield "no-result", message, None
+
+
+# Checks of all rows
 
 
 def _check_ratios(rows: Sequence[Row]) -> Iterator[Defect]:
@@ -403,28 +413,28 @@ def _check_ratios(rows: Sequence[Row]) -> Iterator[Defect]:
 
     Their batch differed from the one stated.
     """
-    names = {plain(name): name for row in rows[:1] for name in row.original}
-    if "param_data_ratio" not in names or "flops_budget" in names:
+    names = {plain(name): name for name in rows[0].original}
+    column = names.get("param_data_ratio")
+    if column is None or "flops_budget" in names:
         return
-    column = names["param_data_ratio"]
-    ratios = {row.number: number(str(row.original[column])) for row in rows}
-    counts = Counter(round(ratio.value, 1) for ratio in ratios.values() if ratio)
+    ratios = {row.number: value_of(row.original[column]) for row in rows}
+    counts = Counter(round(ratio, 1) for ratio in ratios.values() if ratio is not None)
     usual = next((ratio for ratio, _ in counts.most_common(1)), 0)
-    for row in rows:
-        ratio = ratios[row.number]
-        if not ratio or not usual:
-            continue
-        share = ratio.value / usual
-        if any(abs(share / factor - 1) < 0.05 for factor in POWERS_OF_TWO):
+    for row, ratio in ratios.items():
+        if usual and ratio and _is_power_of_two(ratio / usual, 0.05):
             message = (
-                f"{ratio.value:g} tokens per parameter where the series has {usual:g}: "
+                f"{ratio:g} tokens per parameter where the series has {usual:g}: "
                 "the batch was different"
             )
-            yield Defect("tokens-disagree", message, row.number, column)
+            yield Defect("tokens-disagree", message, row, column)
 
 
-INDEXES = ("rank", "index", "row", "no", "n", "", "unnamed_0")
-"""Columns that number the rows."""
+def _groups(keyed_rows: Iterable[tuple[Hashable, Row]]) -> Iterable[tuple[Hashable, list[Row]]]:
+    """Return the rows of each key."""
+    groups: dict[Hashable, list[Row]] = defaultdict(list)
+    for key, row in keyed_rows:
+        groups[key].append(row)
+    return groups.items()
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -432,27 +442,23 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _check_duplicates(rows: Sequence[Row]) -> Iterator[Defect]:
-    first: dict[tuple[str, ...], int] = {}
-    for row in rows:
-        original = first.setdefault(_cells(row), row.number)
-        if original != row.number:
-            yield Defect("duplicate", f"the same as row {original}", row.number)
+    for _, (first, *repeats) in _groups((_cells(row), row) for row in rows):
+        for row in repeats:
+            yield Defect("duplicate", f"the same as row {first.number}", row.number)
 
 
 def _check_copied_values(rows: Sequence[Row]) -> Iterator[Defect]:
     """Find equal results of different settings that chance gives in under 1 % of files."""
     for name in ("val_bpb", "core"):
-        measured = [row for row in rows if row.get(name) is not None]
-        if len(measured) < 3:
-            continue
+        measured = [row for row in rows if name in row.values]
         values = sorted(row.values[name] for row in measured)
-        span = values[int(0.9 * (len(values) - 1))] - values[int(0.1 * (len(values) - 1))]
-        groups: dict[float, list[Row]] = defaultdict(list)
-        for row in measured:
-            groups[row.values[name]].append(row)
-        for value, group in groups.items():
+        if len(values) < 3:
+            continue
+        last = len(values) - 1
+        span = values[int(0.9 * last)] - values[int(0.1 * last)]
+        for value, group in _groups((row.values[name], row) for row in measured):
             unit = min(row.units.get(name, 1e-6) for row in group)
-            chance = len(measured) ** 2 / 2 * unit / max(span, unit)
+            chance = len(values) ** 2 / 2 * unit / max(span, unit)
             if chance < 0.01 and len({_cells(row) for row in group}) > 1:
                 message = f"{name} {value} in rows {_row_numbers(group)}"
                 yield from (Defect("copied-value", message, row.number, name) for row in group)
@@ -462,15 +468,6 @@ def _row_numbers(rows: Sequence[Row]) -> str:
     return first_few([str(row.number) for row in rows], MAX_ROWS_LISTED)
 
 
-MEASURED = re.compile(
-    r"(^|_)(entropy|mean|min|max|std|score|norm|loss|bpb|acc|accuracy|core|time|wall|runtime"
-    r"|created|date|sec|seconds|ms|speed|tok|tokens_per|mem|memory|vram|util|delta|ci95|gap|dt|mfu"
-    r"|lrm|pct|rank|metric|results|hours|note|notes|timestamp|trial|cost|flops_per_sec|centered)"
-    r"(_|$)"
-)
-"""Words in the headers of columns that are measured rather than set."""
-
-
 def _settings(row: Row) -> tuple[tuple[str, str], ...]:
     """Return the cells that say what was run: all but measurements and row numbers."""
     settings = []
@@ -478,22 +475,19 @@ def _settings(row: Row) -> tuple[tuple[str, str], ...]:
         text = str(cell).strip()
         header = plain(name)
         is_row_number = header in ("run", "id", *INDEXES) and text.isdigit()
-        if is_row_number or MEASURED.search(header) or text.lower() in EMPTY:
+        if is_row_number or MEASURED.search(header) or is_empty(text):
             continue
-        parsed = number(text)
-        settings.append((name, f"{parsed.value:.4g}" if parsed else text))
+        value = value_of(text)
+        settings.append((name, text if value is None else f"{value:.4g}"))
     return tuple(settings)
 
 
 def _check_replicates(rows: Sequence[Row]) -> Iterator[Defect]:
     """Find rows of equal settings, different results and no seed."""
-    groups: dict[tuple[tuple[str, str], ...], list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[_settings(row)].append(row)
-    for settings, group in groups.items():
+    for settings, group in _groups((_settings(row), row) for row in rows):
         results = {(row.get("val_bpb"), row.get("core")) for row in group}
-        has_unlabelled = any(row.get("seed") is None for row in group)
-        if not settings or len(results) == 1 or not has_unlabelled:
+        has_seeds = all("seed" in row.values for row in group)
+        if not settings or len(results) == 1 or has_seeds:
             continue
         for row in group:
             twins = [twin for twin in group[: MAX_ROWS_LISTED + 2] if twin is not row]
@@ -502,7 +496,7 @@ def _check_replicates(rows: Sequence[Row]) -> Iterator[Defect]:
 
 
 def _check_datasets(rows: Sequence[Row]) -> Iterator[Defect]:
-    corpora = Counter(row.get("corpus") for row in rows if row.get("corpus"))
+    corpora = Counter(row.values["corpus"] for row in rows if "corpus" in row.values)
     if len(corpora) > 1:
         message = ", ".join(f"{name} ({count})" for name, count in corpora.items())
         yield from (Defect("mixed-data", message, row.number, "corpus") for row in rows)
@@ -513,18 +507,25 @@ def _note_rounding(rows: Sequence[Row]) -> Iterator[Defect]:
     for name in COUNTS:
         if not name.startswith(("parameters_", "tokens", "flops")):
             continue
-        printed = [row for row in rows if row.get(name) and row.units.get(name, 0) > 1]
-        worst = max((row.units[name] / 2 / row.values[name] for row in printed), default=0.0)
+        worst = 0.0
+        for row in rows:
+            unit = row.units.get(name, 0)
+            if unit > 1 and row.get(name):
+                worst = max(worst, unit / 2 / row.values[name])
         if worst > 0.001:
             message = f"{name} up to ±{100 * worst:.2g} % by its digits"
             yield Defect("rounded", message, None, name)
 
 
 def _note_empty_columns(rows: Sequence[Row]) -> Iterator[Defect]:
-    names = list(rows[0].original) if len(rows) > 1 else []
-    for name in names:
-        if all(str(row.original.get(name, "")).strip().lower() in EMPTY for row in rows):
+    if len(rows) == 1:
+        return
+    for name in rows[0].original:
+        if all(is_empty(row.original.get(name, "")) for row in rows):
             yield Defect("empty-column", f"{name} is empty in every row", None, name)
+
+
+# Weights of flags
 
 
 def flags_of_weight(flags: str, weight: Weight) -> str:

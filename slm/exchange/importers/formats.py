@@ -1,239 +1,188 @@
-"""Read tables of known programs: nanochat, Weights & Biases, autoresearch, CORE by task."""
+"""Read results of another program: recognise the format, parse it, check every row."""
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
-from slm.exchange.importers.numbers import number
-from slm.exchange.importers.readers import Table, choose_columns, parse_rows, plain, read_table
-from slm.exchange.importers.types import Defect, ParsedSource, Row, Source
+from slm.exchange.importers.base_train_log import is_base_train_log, read_base_train_log
+from slm.exchange.importers.checks import CODES, check, usable
+from slm.exchange.importers.harness import is_harness, read_harness
+from slm.exchange.importers.known_tables import (
+    is_autoresearch,
+    is_core_by_task,
+    is_nanochat,
+    is_wandb,
+    read_autoresearch,
+    read_core_by_task,
+    read_nanochat,
+    read_wandb,
+)
+from slm.exchange.importers.run_table import is_run_table, read_run_table
+from slm.exchange.importers.types import Defect, Names, ParsedSource, Row, Source
+from slm.files import fingerprint
 
-NANOCHAT = {
-    "depth": "depth",
-    "params_wte": "parameters_wte",
-    "params_value_embeds": "parameters_value_embeds",
-    "params_lm_head": "parameters_lm_head",
-    "params_transformer": "parameters_matrices",
-    "params_scalars": "parameters_scalars",
-    "params_total": "parameters_total",
-    "num_params": "parameters_total",
-    "num_scaling_params": "parameters_scaling",
-    "num_iterations": "steps",
-    "tokens_trained": "tokens",
-    "val_bpb": "val_bpb",
-    "core_score": "core",
-    "train_time": "wall_seconds",
-}
-"""Columns of scaling_laws.sh and miniseries.sh. Their train_time spans the whole job."""
-WANDB = {
-    "name": "label",
-    "state": "status",
-    "depth": "depth",
-    "seed": "seed",
-    "max_seq_len": "sequence_length",
-    "total_batch_size": "batch_tokens",
-    "step": "steps",
-    "total_training_flops": "flops",
-    "total_training_time": "train_seconds",
-    "runtime": "wall_seconds",
-    "train_loss": "train_loss",
-    "train_tok_per_sec": "tokens_per_second",
-    "val_bpb": "val_bpb",
-    "val_loss": "val_loss",
-    "core_metric": "core",
-}
-AUTORESEARCH = {
-    "commit": "commit",
-    "val_bpb": "val_bpb",
-    "val_loss": "val_loss",
-    "memory": f"peak_memory_bytes:{2**30 / 1e9}",
-    "status": "status",
-    "description": "label",
-    "steps": "steps",
-    "params_depth": "depth",
-    "params_total_batch_size": "batch_tokens",
-    "results_val_bpb": "val_bpb",
-    "results_peak_vram": f"peak_memory_bytes:{2**20 / 1e6}",
-    "results_training_time": "train_seconds",
-    "results_wall_time": "wall_seconds",
-    "results_num_params": "parameters_total",
-    "results_status": "status",
-}
-"""Columns of results.tsv and of the searches' .jsonl.
-
-memory_gb is bytes / 2^30, peak_vram_mb bytes / 2^20.
-"""
-CORE_TASKS = 22
-MAX_NESTING = 5
+MAX_BYTES = 64 * 2**20
+MAX_FILES = 1000
+"""Runs in one folder."""
+Reader = Callable[[Source, Names], ParsedSource]
+FORMATS: tuple[tuple[str, Callable[[str], bool], Reader], ...] = (
+    ("harness", is_harness, read_harness),
+    ("base-train-log", is_base_train_log, read_base_train_log),
+    ("wandb-csv", is_wandb, read_wandb),
+    ("core-csv", is_core_by_task, read_core_by_task),
+    ("autoresearch", is_autoresearch, read_autoresearch),
+    ("nanochat-csv", is_nanochat, read_nanochat),
+    ("table", is_run_table, read_run_table),
+)
+"""Name, test and reader of each format. The first format whose test holds reads the source."""
 
 
-def is_nanochat(text: str) -> bool:
-    """Whether a text is nanochat's results.csv, by its header."""
-    header = {name.strip() for name in text.partition("\n")[0].split(",")}
-    return {"depth", "num_iterations", "tokens_trained", "val_bpb"} <= header
+@dataclass(frozen=True)
+class Import:
+    """A source that was read and checked."""
+
+    hash: str
+    """First 12 hex digits of the SHA-256 of content, format, mapping and axis."""
+    experiment: str
+    format: str
+    source: Source
+    axis: str | None
+    """Comparison axis that the user vouches for; None: comparable with nothing else."""
+    columns: Names
+    """Source column of each of the project's columns."""
+    rows: list[Row]
+    defects: list[Defect]
+    """Every defect, worst first, then by row."""
+
+    def flags(self, row: Row) -> list[str]:
+        """Return the codes of a row's defects."""
+        return sorted(self._codes[row.number])
+
+    @cached_property
+    def _codes(self) -> dict[int | None, set[str]]:
+        codes: defaultdict[int | None, set[str]] = defaultdict(set)
+        for defect in self.defects:
+            codes[defect.row].add(defect.code)
+        return codes
+
+    def usable(self, row: Row) -> bool:
+        """Whether fits may use a row."""
+        return usable(self.flags(row))
+
+    def faults(self) -> list[Defect]:
+        """Return the defects that do more than note."""
+        return [defect for defect in self.defects if CODES[defect.code].weight != "notes"]
 
 
-def read_nanochat(source: Source, mapping: Mapping[str, str]) -> ParsedSource:
-    """Read nanochat's results.csv.
+def read_import(
+    path: Path,
+    name: str | None = None,
+    format_name: str | None = None,
+    mapping: Names | None = None,
+    axis: str | None = None,
+) -> Import:
+    """Read the runs of a file, or of a folder of nanochat's harness. Nothing is written.
 
-    A budget is spent to the nearest step, so `flops` is computed and compared with the budget.
+    Raises ValueError for a source in none of the formats or without runs, with the way out.
     """
-    table = read_table(source.text)
-    parsed = parse_rows(table, choose_columns(table.header, NANOCHAT, mapping))
-    for row in parsed.rows:
-        budget = number(row.original.get("flops_budget", ""))
-        if budget:
-            row.values["horizon"] = f"flops={budget.value:g}"
-    return parsed
+    # 1) read and parse
+    source = _open_source(path)
+    columns = dict(mapping or {})
+    try:
+        chosen, parsed = _parse(source, format_name, columns)
+    except (ValueError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not parsed.rows:
+        raise ValueError(f"{path}: no runs in it")
+    # 2) name and axis
+    experiment = name or plain_name(parsed.name or source.stem)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", experiment):
+        raise ValueError(f"experiment name {experiment!r}: only letters, digits, '.', '_' and '-'")
+    if axis is not None and not re.fullmatch(r"[^\s=,]{1,100}", axis):
+        raise ValueError(f"--axis {axis!r}: one word without '=' and ','")
+    # 3) check the rows
+    defects = [*source.defects, *parsed.defects, *check(parsed.rows)]
+    identity = json.dumps([source.sha256, chosen, columns, axis], sort_keys=True)
+    return Import(
+        hash=fingerprint(identity, 12),
+        experiment=experiment,
+        format=chosen,
+        source=source,
+        axis=axis,
+        columns=parsed.columns,
+        rows=parsed.rows,
+        defects=sorted(dict.fromkeys(defects), key=_severity),
+    )
 
 
-def is_wandb(text: str) -> bool:
-    """Whether a text is an export of Weights & Biases: Name and State first, Runtime or Created."""
-    header = next(csv.reader((text.splitlines() or [""])[:1]), [])
-    return header[:2] == ["Name", "State"] and bool({"Runtime", "Created"} & set(header))
+def _severity(defect: Defect) -> tuple[int, int]:
+    """Sort key: worst first, then by row."""
+    return list(CODES).index(defect.code), defect.row or 0
 
 
-def read_wandb(source: Source, mapping: Mapping[str, str]) -> ParsedSource:
-    """Read a table of runs exported from Weights & Biases."""
-    table = read_table(source.text)
-    parsed = parse_rows(table, choose_columns(table.header, WANDB, mapping))
-    for row in parsed.rows:
-        parsed.defects.extend(_wandb_defects(row))
-    return parsed
+def _parse(source: Source, format_name: str | None, mapping: Names) -> tuple[str, ParsedSource]:
+    """Return the format of a source and what its reader parsed."""
+    if format_name == "table":
+        return format_name, read_run_table(source, mapping, force=True)
+    for name, recognises, reader in FORMATS:
+        if name == format_name or (
+            format_name is None and any(recognises(text) for text in source.texts.values())
+        ):
+            return name, reader(source, mapping)
+    names = ", ".join(name for name, *_ in FORMATS)
+    if format_name is not None:
+        raise ValueError(f"--format {format_name}: unknown; there are {names}")
+    raise ValueError(f"the format is not recognised; --format names one of {names}")
 
 
-def _wandb_defects(row: Row) -> list[Defect]:
+def _open_source(path: Path) -> Source:
+    """Read and decode the files of a path.
+
+    Raises ValueError for a path that does not exist, is not text, or is too large.
+    """
+    # 1) the files: one, or the logs of a harness folder
+    if path.is_dir():
+        logs = sorted(path.glob("*/base_train.log"))
+        files = {
+            str(file.relative_to(path)): file
+            for file in (path / "meta.json", *logs)
+            if file.is_file() and not file.is_symlink()
+        }
+        if not any(name.endswith(".log") for name in files):
+            raise ValueError(
+                f"{path}: a folder without d<N>/base_train.log or export.json; name its files"
+            )
+    elif path.is_file():
+        files = {path.name: path}
+    else:
+        raise ValueError(f"{path}: no such file")
+    # 2) limits, before anything is read
+    size = sum(file.stat().st_size for file in files.values())
+    if size > MAX_BYTES or len(files) > MAX_FILES:
+        raise ValueError(
+            f"{path}: {len(files)} files of {size:,} bytes; at most {MAX_FILES} files "
+            f"of {MAX_BYTES:,} bytes are read"
+        )
+    # 3) decode
+    contents = {name: file.read_bytes() for name, file in files.items()}
+    texts = {name: content.decode("utf-8-sig", "replace") for name, content in contents.items()}
     defects = []
-    # Runtime covers only the last start of a resumed run.
-    resumed = _setting(row, "resume_from_step")
-    if resumed is not None:
-        row.values.pop("wall_seconds", None)
-        message = f"resumed at step {resumed:,.0f}: Runtime covers only the rest"
-        defects.append(Defect("resumed", message, row.number, "Runtime"))
-    limit = _setting(row, "core_metric_max_per_task")
-    if limit is not None and row.get("core") is not None:
-        message = f"CORE of at most {limit:,.0f} examples per task"
-        defects.append(Defect("core-subset", message, row.number, "core_metric"))
-    planned = _setting(row, "num_iterations")
-    steps = row.get("steps")
-    if planned is not None and steps is not None and steps < planned:
-        row.values["status"] = "interrupted"
-        message = f"step {steps:,} of {planned:,.0f}"
-        defects.append(Defect("unfinished", message, row.number, "step"))
-    return defects
+    for name, text in texts.items():
+        if "\0" in text[:4096]:
+            raise ValueError(f"{path}: not a text file")
+        valid, *invalid = text.split("�")
+        if invalid:
+            line = valid.count("\n") + 1
+            defects.append(Defect("invalid-utf8", f"{name}, line {line}"))
+    return Source(path.resolve().name, contents, texts, defects)
 
 
-def _setting(row: Row, column: str) -> float | None:
-    """Return a setting, None where -1 or 0 switches it off."""
-    parsed = number(str(row.original.get(column, "")))
-    return parsed.value if parsed and parsed.value > 0 else None
-
-
-def is_autoresearch(text: str) -> bool:
-    """Whether a text is autoresearch's results.tsv, or the .jsonl of a search."""
-    first_line = text.partition("\n")[0]
-    names = {name.strip() for name in first_line.split("\t")}
-    if {"commit", "status", "description"} <= names:
-        return True
-    return first_line.startswith("{") and '"results"' in first_line
-
-
-def read_autoresearch(source: Source, mapping: Mapping[str, str]) -> ParsedSource:
-    """Read autoresearch's results. Runs have equal minutes; tokens and FLOPs are not recorded."""
-    is_jsonl = source.text.startswith("{")
-    table = _flatten_jsonl(source.text) if is_jsonl else read_table(source.text)
-    parsed = parse_rows(table, choose_columns(table.header, AUTORESEARCH, mapping))
-    for row in parsed.rows:
-        commit = row.get("commit")
-        if commit and not (len(commit) >= 7 and set(commit) <= set("0123456789abcdef")):
-            row.values.setdefault("label", row.values.pop("commit"))
-    return parsed
-
-
-def _flatten_jsonl(text: str) -> Table:
-    """Return lines of JSON as a table; {"params": {"depth": 4}} is column params.depth.
-
-    Raises ValueError naming the line.
-    """
-    lines = []
-    for position, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            document = json.loads(line)
-        except ValueError:
-            raise ValueError(f"line {position} is not JSON") from None
-        if not isinstance(document, dict):
-            raise ValueError(f"line {position} is not a JSON object")
-        lines.append((position, dict(_leaves(document))))
-    header = tuple(dict.fromkeys(name for _, cells in lines for name in cells))
-    rows = [(line, {name: cells.get(name, "") for name in header}) for line, cells in lines]
-    return Table(header, tuple(rows))
-
-
-def _leaves(document: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    leaves = []
-    for key, value in document.items():
-        if isinstance(value, dict) and prefix.count(".") < MAX_NESTING:
-            leaves += _leaves(value, f"{prefix}{key}.")
-        else:
-            leaves.append((f"{prefix}{key}", "" if value is None else str(value)))
-    return leaves
-
-
-def is_core_by_task(text: str) -> bool:
-    """Whether a text is CORE by task, by its header."""
-    header = {plain(name) for name in text.partition("\n")[0].split(",")}
-    return {"task", "accuracy"} <= header and bool(header & {"centered", "centred"})
-
-
-def read_core_by_task(source: Source, mapping: Mapping[str, str]) -> ParsedSource:
-    """Read CORE of one model by task, as nanochat's base_eval writes it: one row with its tasks.
-
-    Raises ValueError for a mapping, and where no line has the CORE.
-    """
-    if mapping:
-        raise ValueError("--map names columns of runs; this file is one run by task")
-    table = read_table(source.text)
-    names = {plain(name): name for name in table.header}
-    centred = names.get("centered") or names.get("centred") or ""
-    if centred not in table.header or not {"task", "accuracy"} <= set(names):
-        raise ValueError("CORE by task needs the columns task, accuracy and centered")
-    cells = {row[names["task"]].strip(): row for _, row in table.lines}
-    total = cells.pop("CORE", None)
-    core = number(total[centred]) if total else None
-    if total is None or core is None:
-        raise ValueError("CORE by task has no line CORE: the file is truncated")
-    tasks = {
-        task: {"accuracy": _float(row[names["accuracy"]]), "centred": _float(row[centred])}
-        for task, row in cells.items()
-    }
-    original: dict[str, Any] = {
-        name: total[names[name]] for name in ("checkpoint", "step") if name in names
-    }
-    values: dict[str, Any] = {"label": source.name.rpartition(".")[0], "core": core.value}
-    step = number(original.get("step", ""))
-    if step:
-        values["steps"] = step.value
-    row = Row(1, values, {**original, "tasks": tasks})
-    return ParsedSource([row], _core_defects(core.value, tasks))
-
-
-def _float(text: str) -> float | None:
-    parsed = number(text)
-    return float(parsed.value) if parsed else None
-
-
-def _core_defects(core: float, tasks: Mapping[str, Mapping[str, float | None]]) -> list[Defect]:
-    scores = [task["centred"] for task in tasks.values() if task["centred"] is not None]
-    if len(scores) != CORE_TASKS:
-        return [Defect("core-subset", f"CORE of {len(scores)} tasks instead of {CORE_TASKS}", 1)]
-    mean = sum(scores) / len(scores)
-    if abs(mean - core) > 2e-6:
-        return [
-            Defect("core-disagree", f"CORE {core}, but its tasks' mean is {mean:.6f}", 1, "CORE")
-        ]
-    return []
+def plain_name(text: str) -> str:
+    """Return a name of safe characters."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("._-")[:100] or "imported"

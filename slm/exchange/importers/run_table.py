@@ -3,68 +3,53 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from itertools import pairwise
-from typing import Any
+from dataclasses import replace
 
-from slm.exchange.importers.numbers import number
+from slm.exchange.importers.numbers import number, value_of
 from slm.exchange.importers.readers import (
     Table,
-    choose_columns,
+    by_spelling,
     is_markdown,
     parse_rows,
     plain,
     read_table,
 )
-from slm.exchange.importers.types import ParsedSource, Row, Source
+from slm.exchange.importers.types import Names, ParsedSource, Row, Source, Values
 
-SPELLINGS = {
-    "label": "label run name model_tag run_name",
-    "recipe": "recipe family",
-    "depth": "depth layers n_layer num_layers",
-    "seed": "seed",
-    "status": "status",
-    "commit": "commit git_commit",
-    "corpus": "dataset corpus data",
-    "device_name": "gpu device device_name",
-    "sequence_length": "sequence_length max_seq_len seq_len context",
-    "parameters_total": "params_total params total_params num_params params_full n_params",
-    "parameters_scaling": "scaling_params num_scaling_params params_scaling",
-    "parameters_matrices": "params_transformer params_matrices",
-    "parameters_value_embeds": "params_value_embeds",
-    "parameters_lm_head": "params_lm_head",
-    "parameters_wte": "params_wte",
-    "flops_per_token": "flops_per_token",
-    "batch_tokens": "total_batch_size batch_tokens batch_size_tokens",
-    "steps": "steps step iterations num_iterations",
-    "tokens": "tokens tokens_trained train_tokens total_tokens",
-    "flops": "flops total_flops total_training_flops training_flops",
-    "val_bpb": "val_bpb final_bpb validation_bpb bpb final_val_bpb",
-    "val_loss": "val_loss val_loss_final validation_loss",
-    "train_loss": "train_loss train_loss_final",
-    "core": "core core_score core_metric",
-    "train_seconds": "train_time total_training_time training_time time train_seconds",
-    "train_seconds:3600": "hours train_hours",
-    "wall_seconds": "wall_time wall_seconds runtime",
-    "tokens_per_second": "tok_per_sec tokens_per_sec tokens_per_second",
-    "peak_memory_bytes": "memory peak_memory peak_memory_bytes",
-}
+COLUMNS = by_spelling(
+    {
+        "label": "label run name model_tag run_name",
+        "recipe": "recipe family",
+        "depth": "depth layers n_layer num_layers",
+        "seed": "seed",
+        "status": "status",
+        "commit": "commit git_commit",
+        "corpus": "dataset corpus data",
+        "device_name": "gpu device device_name",
+        "sequence_length": "sequence_length max_seq_len seq_len context",
+        "parameters_total": "params_total params total_params num_params params_full n_params",
+        "parameters_scaling": "scaling_params num_scaling_params params_scaling",
+        "parameters_matrices": "params_transformer params_matrices",
+        "parameters_value_embeds": "params_value_embeds",
+        "parameters_lm_head": "params_lm_head",
+        "parameters_wte": "params_wte",
+        "flops_per_token": "flops_per_token",
+        "batch_tokens": "total_batch_size batch_tokens batch_size_tokens",
+        "steps": "steps step iterations num_iterations",
+        "tokens": "tokens tokens_trained train_tokens total_tokens",
+        "flops": "flops total_flops total_training_flops training_flops",
+        "val_bpb": "val_bpb final_bpb validation_bpb bpb final_val_bpb",
+        "val_loss": "val_loss val_loss_final validation_loss",
+        "train_loss": "train_loss train_loss_final",
+        "core": "core core_score core_metric",
+        "train_seconds": "train_time total_training_time training_time time train_seconds",
+        "train_seconds:3600": "hours train_hours",
+        "wall_seconds": "wall_time wall_seconds runtime",
+        "tokens_per_second": "tok_per_sec tokens_per_sec tokens_per_second",
+        "peak_memory_bytes": "memory peak_memory peak_memory_bytes",
+    }
+)
 """Normalised headers (`readers.plain`), without unit, by which a column is recognised."""
-COLUMNS = {name: column for column, names in SPELLINGS.items() for name in names.split()}
-CURVE_COLUMNS = {
-    "step",
-    "tokens",
-    "flops",
-    "loss",
-    "train_loss",
-    "val_loss",
-    "val_bpb",
-    "core",
-    "lr",
-    "time",
-    "dt",
-    "epoch",
-}
 CURVE_FIELDS = {
     "tokens": "tokens",
     "flops": "flops",
@@ -74,29 +59,34 @@ CURVE_FIELDS = {
     "core": "core",
 }
 """Columns of a curve, and the event field of each."""
+CURVE_COLUMNS = {"step", "loss", "lr", "time", "dt", "epoch", *CURVE_FIELDS}
 RESULTS = {"val_bpb", "val_loss", "core"}
+IDENTIFIERS = {"depth", "run", "label", "name", "seed", "step", "steps", "model", "size"}
+"""Headers that name a run. A table of optima has none."""
+METHODS = ("convention", "definition", "method")
+"""Headers that name the method by which optima were found."""
 
 
 def is_run_table(text: str) -> bool:
     """Whether a text is a table at all, by its first line."""
-    return is_markdown(text) or bool(set(text.lstrip().partition("\n")[0]) & set("\t,;"))
+    first_line = text.lstrip().partition("\n")[0]
+    return is_markdown(text) or any(mark in first_line for mark in "\t,;")
 
 
-def read_run_table(source: Source, mapping: Mapping[str, str], force: bool = False) -> ParsedSource:
+def read_run_table(source: Source, mapping: Names, force: bool = False) -> ParsedSource:
     """Read the runs of a table; a table that is a curve is one run.
 
     Raises ValueError for a table without a result and, unless `force`, for one of optima or
     predictions.
     """
     table = read_table(source.text)
-    columns = choose_columns(table.header, COLUMNS, mapping)
-    if not {column.name for column in columns} & RESULTS:
+    parsed = parse_rows(table, COLUMNS, mapping)
+    if not RESULTS & parsed.columns.keys():
         raise ValueError(_no_result(table))
     if not force and (reason := _not_runs(table)):
         raise ValueError(f"{reason}; --format table imports its rows as runs nevertheless")
-    parsed = parse_rows(table, columns)
     if _is_curve(table):
-        return _as_one_run(parsed, source.name)
+        return _as_one_run(parsed, source.stem)
     _label_rows(parsed, table)
     return parsed
 
@@ -126,21 +116,14 @@ def _no_result(table: Table) -> str:
 
 def _not_runs(table: Table) -> str | None:
     """Return why the rows look like optima or predictions instead of runs, else None."""
-    names = {plain(name): name for name in table.header}
-    if {"target", "predicted", "extrapolated"} & set(names):
-        column = names.get("target") or "of predictions"
-        return f"predictions, not runs: a column {column}"
-    identifiers = {"depth", "run", "label", "name", "seed", "step", "steps", "model", "size"}
-    if "flops" not in names or "tokens" not in names or identifiers & set(names):
+    names = table.names
+    if {"target", "predicted", "extrapolated"} & names.keys():
+        return f"predictions, not runs: a column {names.get('target', 'of predictions')}"
+    if not {"flops", "tokens"} <= names.keys() or IDENTIFIERS & names.keys():
         return None
-    methods = [
-        header
-        for name, header in names.items()
-        if name in ("convention", "definition", "method", "model")
-    ]
-    budgets = Counter(
-        (row[names["flops"]], *(row[method] for method in methods)) for _, row in table.lines
-    )
+    # one budget may have an optimum by each of several methods
+    keys = [names[name] for name in ("flops", *METHODS) if name in names]
+    budgets = Counter(tuple(row[key] for key in keys) for _, row in table.lines)
     if max(budgets.values()) == 1 and all(_has_few_digits(flops) for flops, *_ in budgets):
         return "optima, not runs: one model per FLOPs budget, and none that was trained"
     return None
@@ -153,48 +136,46 @@ def _has_few_digits(text: str) -> bool:
 
 def _is_curve(table: Table) -> bool:
     """Whether a table is one run by step: only steps and what changes with them, increasing."""
-    names = {plain(name): name for name in table.header}
-    if "step" not in names or not set(names) <= CURVE_COLUMNS or len(table.lines) < 3:
+    names = table.names
+    if "step" not in names or not names.keys() <= CURVE_COLUMNS or len(table.lines) < 3:
         return False
-    steps = [number(row[names["step"]]) for _, row in table.lines]
-    values = [step.value for step in steps if step]
-    return len(values) == len(steps) and all(a < b for a, b in pairwise(values))
+    steps = [value_of(row[names["step"]]) for _, row in table.lines]
+    values = [step for step in steps if step is not None]
+    return steps == values == sorted(set(values))
 
 
-def _as_one_run(parsed: ParsedSource, name: str) -> ParsedSource:
+def _as_one_run(parsed: ParsedSource, label: str) -> ParsedSource:
     """Return the last row as a run, with all rows as its curve."""
     last = parsed.rows[-1]
-    values = {**last.values, "label": name.rpartition(".")[0] or name}
-    original = {**last.original, "rows": len(parsed.rows)}
-    curve = tuple(_event(row) for row in parsed.rows)
-    run = Row(last.number, values, original, last.units, curve)
-    return ParsedSource([run], parsed.defects, parsed.columns)
+    run = replace(
+        last,
+        values={**last.values, "label": label},
+        original={**last.original, "rows": len(parsed.rows)},
+        curve=[_event(row) for row in parsed.rows],
+    )
+    return replace(parsed, rows=[run])
 
 
-def _event(row: Row) -> dict[str, Any]:
+def _event(row: Row) -> Values:
     fields = {
         event_field: row.values[column]
         for column, event_field in CURVE_FIELDS.items()
         if column in row.values
     }
-    kind = "eval" if RESULTS & set(fields) else "train"
+    kind = "eval" if RESULTS & fields.keys() else "train"
     return {"event": kind, "time": None, "step": row.get("steps"), **fields}
 
 
 def _label_rows(parsed: ParsedSource, table: Table) -> None:
     """Label rows without a name by the first column of words."""
-    if "label" in parsed.columns or "recipe" in parsed.columns:
+    if {"label", "recipe"} & parsed.columns.keys():
         return
-    unused = [name for name in table.header if name not in parsed.columns.values()]
-    column = next((name for name in unused if _is_words(parsed.rows, name)), None)
-    if column is None:
-        return
-    for row in parsed.rows:
-        if row.original[column].strip():
-            row.values["label"] = row.original[column].strip()
-    parsed.columns["label"] = column
-
-
-def _is_words(rows: list[Row], name: str) -> bool:
-    cells = [str(row.original[name]).strip() for row in rows]
-    return all(cells) and not any(number(cell) for cell in cells)
+    for name in table.header:
+        if name in parsed.columns.values():
+            continue
+        cells = [row.original[name] for row in parsed.rows]
+        if all(cells) and all(value_of(cell) is None for cell in cells):
+            for row, cell in zip(parsed.rows, cells):
+                row.values["label"] = cell
+            parsed.columns["label"] = name
+            return

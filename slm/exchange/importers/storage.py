@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import time
-from dataclasses import asdict
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from slm.exchange.importers.parse import Import, plain_name
-from slm.exchange.importers.types import COLUMNS, Row
-from slm.files import read_json, write_json
+from slm.exchange.importers.formats import Import, plain_name
+from slm.exchange.importers.types import COLUMNS, Row, Values
+from slm.files import fingerprint, read_json, write_json
 
 
 def write_import(parsed: Import, home: Path, strict: bool = False) -> bool:
@@ -23,13 +20,13 @@ def write_import(parsed: Import, home: Path, strict: bool = False) -> bool:
     """
     folder = home / "imports" / parsed.hash
     experiments = imported_experiments(home)
-    if parsed.hash in experiments:
-        name = experiments[parsed.hash]
-        if name != parsed.experiment:
-            raise ValueError(
-                f"already imported as {name!r}; `slm import --remove {name}` first, to rename it"
-            )
+    name = experiments.get(parsed.hash)
+    if name == parsed.experiment:
         return False
+    if name is not None:
+        raise ValueError(
+            f"already imported as {name!r}; `slm import --remove {name}` first, to rename it"
+        )
     path = home / "experiments" / f"{parsed.experiment}.json"
     if parsed.experiment in experiments.values() or path.exists():
         raise ValueError(f"experiment {parsed.experiment!r} exists: choose another with --name")
@@ -58,28 +55,27 @@ def _write_files(folder: Path, parsed: Import, strict: bool) -> None:
     write_json(folder / "import.json", document)
 
 
-def import_document(parsed: Import, strict: bool, created: float) -> dict[str, Any]:
+def import_document(parsed: Import, strict: bool, created: float) -> Values:
     """Return the content of import.json."""
     return {
         "hash": parsed.hash,
         "experiment": parsed.experiment,
         "format": parsed.format,
         "source": parsed.source.name,
-        "sha256": parsed.sha256,
+        "sha256": parsed.source.sha256,
         "created": created,
         "strict": strict,
         "axis": parsed.axis,
-        "mapping": dict(parsed.columns),
-        "defects": [asdict(defect) for defect in parsed.defects],
+        "mapping": parsed.columns,
+        "defects": [vars(defect) for defect in parsed.defects],
         "rows": [_row_document(parsed, row) for row in parsed.rows],
     }
 
 
-def _row_document(parsed: Import, row: Row) -> dict[str, Any]:
-    digest = hashlib.sha256(f"{parsed.hash}:{row.number}".encode()).hexdigest()
+def _row_document(parsed: Import, row: Row) -> Values:
     values = {name: row.get(name) for name in COLUMNS}
     return {
-        "run_id": f"x{digest[:11]}",
+        "run_id": "x" + fingerprint(f"{parsed.hash}:{row.number}", 11),
         "row": row.number,
         **values,
         "recipe": values["recipe"] or parsed.experiment,

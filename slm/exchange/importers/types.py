@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
+from slm.files import fingerprint
+
+Values = dict[str, Any]
+"""Values by column, or the fields of an event."""
+Names = Mapping[str, str]
+"""Names of one side by those of the other: columns by their headers, or the other way round."""
 TEXTS = (
     "label",
     "recipe",
@@ -75,13 +83,13 @@ class Row:
 
     number: int
     """Line in the source; in a log, the number of the run."""
-    values: dict[str, Any]
+    values: Values
     """Values by the project's column names. The checks fill in what they can compute."""
-    original: dict[str, Any]
+    original: Values
     """Columns as the source has them."""
-    units: Mapping[str, float] = field(default_factory=dict)
+    units: dict[str, float] = field(default_factory=dict)
     """Value of the last printed digit, by column: 1e16 for 2.15e18."""
-    curve: tuple[dict[str, Any], ...] = ()
+    curve: Sequence[Values] = ()
     """Events of the run, as in an attempt's events.jsonl."""
 
     def get(self, name: str) -> Any:
@@ -109,7 +117,7 @@ class ParsedSource:
     """Defects that only the reader of the format can see."""
     columns: dict[str, str] = field(default_factory=dict)
     """Source column of each of the project's columns, with its factor if it has one."""
-    name: str | None = None
+    name: str = ""
     """The source's own name of the experiment."""
 
 
@@ -125,6 +133,19 @@ class Source:
     """The same, decoded."""
     defects: list[Defect]
     """Invalid UTF-8."""
+
+    @property
+    def stem(self) -> str:
+        """Name without its ending."""
+        return PurePosixPath(self.name).stem
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the content; of several files, of their hashes by name."""
+        hashes = {name: fingerprint(data, 64) for name, data in self.contents.items()}
+        if len(hashes) == 1:
+            return next(iter(hashes.values()))
+        return fingerprint(json.dumps(hashes, sort_keys=True), 64)
 
     @property
     def text(self) -> str:

@@ -18,10 +18,10 @@ from slm.fits.checks.residuals import (
     law_residuals,
     surface_residuals,
 )
-from slm.fits.checks.sensitivity import AS_FITTED, SensitivityRow
+from slm.fits.checks.sensitivity import SensitivityRow
 from slm.fits.intervals import Interval
 from slm.fits.isoflop import IsoFlopFit
-from slm.fits.ladder import Selection
+from slm.fits.ladder import Selection, columns_of
 from slm.fits.parametric import ParametricFit
 from slm.fits.points import Point
 from slm.fits.power_law import ADDITIVE, REACH, Law
@@ -45,7 +45,6 @@ def fit_warnings(
     return [
         *_law_warnings(selection, points),
         *_unresolved_budgets(isoflop),
-        *_one_dial(parametric),
         *_centring(isoflop, parametric.surface),
         *_surface_warnings(parametric, isoflop, points),
         *_influential_runs(influential),
@@ -109,8 +108,7 @@ def _extrapolation(validated: float) -> Iterator[FitWarning]:
 def _law_lack_of_fit(law: Law, ladder: Sequence[Point]) -> Iterator[FitWarning]:
     if len(ladder) != law.n:
         return
-    flops, losses = np.array([[point.flops, point.loss] for point in ladder]).T
-    residuals, jacobian = law_residuals(law, flops, losses)
+    residuals, jacobian = law_residuals(law, *columns_of(ladder))
     misfit = lack_of_fit(ladder, residuals, len(jacobian))
     if misfit is None or misfit.p > SIGNIFICANCE:
         return
@@ -130,27 +128,22 @@ def _unresolved_budgets(isoflop: IsoFlopFit | None) -> Iterator[FitWarning]:
             yield FitWarning(curve.code, message)
 
 
-def _one_dial(parametric: ParametricFit) -> Iterator[FitWarning]:
-    if parametric.code == ONE_DIAL:
-        remedy = "run several sizes at each of two or more FLOPs budgets"
-        yield FitWarning(ONE_DIAL, f"{parametric.why}: only L(C) is known; {remedy}")
-
-
 def _centring(isoflop: IsoFlopFit | None, surface: Surface | None) -> Iterator[FitWarning]:
     """Bias of the minima's exponent by more than a quarter of its interval."""
-    exponent = isoflop.params_exponent if isoflop else None
-    result = centring_bias(isoflop, surface) if isoflop and surface else None
-    if not (isoflop and exponent and exponent.estimate and result):
+    if not isoflop or not isoflop.params_exponent or not surface:
+        return
+    exponent = isoflop.params_exponent
+    result = centring_bias(isoflop, surface)
+    if not exponent.estimate or not result:
         return
     offsets, bias = result
     if abs(bias) <= max(half_width(exponent) / 2, NEGLIGIBLE * exponent.estimate):
         return
-    multiples, centres = [], []
     resolved = [curve for curve in isoflop.curves if curve.minimum]
-    for offset, curve in zip(offsets, resolved):
-        multiples.append(f"{np.exp(offset):.2g} at {curve.budget:.3g}")
-        if curve.minimum:
-            centres.append(f"{curve.minimum.params:.3g}")
+    multiples = [
+        f"{np.exp(offset):.2g} at {curve.budget:.3g}" for offset, curve in zip(offsets, resolved)
+    ]
+    centres = [f"{minimum.params:.3g}" for minimum in isoflop.minima]
     message = (
         f"the minima are at these multiples of the centres of their sizes: {', '.join(multiples)} "
         f"FLOPs; by the surface this alone makes the exponent of the minima, "
@@ -165,8 +158,12 @@ def _surface_warnings(
 ) -> Iterator[FitWarning]:
     surface = parametric.surface
     if surface is None:
-        if parametric.code and parametric.code != ONE_DIAL:
-            yield FitWarning(parametric.code, parametric.why)
+        message = parametric.why
+        if parametric.code == ONE_DIAL:
+            remedy = "run several sizes at each of two or more FLOPs budgets"
+            message = f"{message}: only L(C) is known; {remedy}"
+        if parametric.code:
+            yield FitWarning(parametric.code, message)
         return
     yield from _unidentified(surface)
     yield from _not_converged(surface)
@@ -275,10 +272,10 @@ def _f_test(misfit: Misfit) -> str:
 
 def _largest_misfit(points: Sequence[Point], misfit: Misfit, model: str) -> str:
     k = int(np.abs(misfit.pattern).argmax())
-    point, misfit_of_run = points[k], misfit.pattern[k]
-    side = "above" if misfit_of_run > 0 else "below"
+    point = points[k]
+    side = "above" if misfit.pattern[k] > 0 else "below"
     size = f" (N {point.params:.3g}, D {point.tokens:.3g})" if point.sized else ""
-    return f"{model} is {100 * abs(misfit_of_run):.2g} % {side} run {point.run_id}{size}"
+    return f"{model} is {100 * abs(misfit.pattern[k]):.2g} % {side} run {point.run_id}{size}"
 
 
 def _influential_runs(influential: Sequence[Influence]) -> Iterator[FitWarning]:
@@ -318,7 +315,7 @@ def _sensitive_numbers(
     for row in rows:
         outside = _outside(row, intervals)
         explained = influential and row.changed.startswith("without")
-        if outside and row.changed != AS_FITTED and not explained:
+        if outside and not explained:
             changes[row.convention].append(f"{', '.join(outside)} with {row.changed}")
     for code, convention, remedy in (
         ("estimator_matters", False, "look at the worst runs and quote the range"),
@@ -351,9 +348,8 @@ def _overlap(first: Interval, second: Interval) -> bool:
 
 
 def _widths_differ(profile: Interval, bootstrap: tuple[float | None, float | None]) -> bool:
-    ends = (profile.low, profile.high, *bootstrap)
-    if None in ends:
+    low, high = bootstrap
+    if low is None or high is None or profile.low is None or profile.high is None:
         return False
-    profile_low, profile_high, low, high = (end or 0.0 for end in ends)
-    narrow, wide = sorted((profile_high - profile_low, high - low))
+    narrow, wide = sorted((profile.high - profile.low, high - low))
     return wide > MAX_WIDTH_RATIO * narrow

@@ -6,7 +6,7 @@ test of the deleted residual decides whether the others predict the run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,17 +19,17 @@ from slm.fits.checks.residuals import (
     huber_scale,
     law_residuals,
     leverages,
+    refit_law,
+    refit_rows,
     surface_residuals,
 )
 from slm.fits.intervals import Interval
-from slm.fits.isoflop import IsoFlopFit, Minimum, Parabola
-from slm.fits.ladder import columns_of, law_runs
-from slm.fits.optimize import levenberg_marquardt
+from slm.fits.isoflop import IsoFlopFit, Parabola
+from slm.fits.ladder import Run, columns_of, law_runs
 from slm.fits.parametric import ParametricFit
 from slm.fits.points import Point
-from slm.fits.power_law import PARAMETERS, Law, best_parameters
-from slm.fits.select import count_computes
-from slm.fits.surface import FORMS, Surface, loss_data, quantities, weights_of
+from slm.fits.power_law import Law
+from slm.fits.surface import FORMS, Surface, loss_data, quantities
 from slm.fits.types import Array
 
 Moved = dict[str, tuple[float, float]]
@@ -59,14 +59,16 @@ def influences(
     alone. Numbers are p and the gain of the law at its largest run, and the exponent of N*. The
     width that a run adds by adding to the noise does not count.
     """
-    surface = parametric.surface
+    curves = isoflop.curves if isoflop else ()
     results: list[Influence] = []
     if law:
-        results += _on_law(law, law_runs(points, isoflop.curves if isoflop else ()))
-    if surface:
-        results += _on_surface(points, surface)
-    if isoflop and isoflop.params_exponent and isoflop.params_exponent.estimate is not None:
-        results += _on_minima(isoflop, isoflop.params_exponent, isoflop.params_exponent.estimate)
+        runs = law_runs(points, curves)
+        results += _significant(_on_law(law, runs), len(runs))
+    if parametric.surface:
+        results += _significant(_on_surface(points, parametric.surface), len(points))
+    if isoflop and isoflop.params_exponent:
+        tests = sum(len(curve.points) for curve in curves if curve.parabola)
+        results += _significant(_on_minima(isoflop, isoflop.params_exponent), tests)
     merged: dict[str, Influence] = {}
     for influence in results:
         first = merged.get(influence.run, influence)
@@ -74,7 +76,19 @@ def influences(
     return list(merged.values())
 
 
-def _moved(name: str, interval: Interval, without: float, shrinkage: Array | float) -> Moved:
+def _significant(candidates: Iterable[Influence], tests: int) -> Iterator[Influence]:
+    for influence in candidates:
+        level = SIGNIFICANCE if influence.largest else SIGNIFICANCE / tests
+        if influence.moved and influence.p_value < level:
+            yield influence
+
+
+def _moved(
+    name: str,
+    interval: Interval,
+    without: float,
+    shrinkage: Array | float,
+) -> Moved:
     """Return the number if it moves by more than NEGLIGIBLE and a quarter of its interval.
 
     `shrinkage` is how much narrower the noise without the run would make the interval.
@@ -88,101 +102,85 @@ def _moved(name: str, interval: Interval, without: float, shrinkage: Array | flo
     return {name: (interval.estimate, without)}
 
 
-def _on_law(law: Law, runs: Sequence[Point | Minimum]) -> list[Influence]:
+def _on_law(law: Law, runs: Sequence[Run]) -> Iterator[Influence]:
     """Leave out the largest run, and the one that fits worst for its leverage."""
     flops, losses = columns_of(runs)
     ones = np.ones_like(flops)
     delta = law.noise.delta
-    free = len(runs) - 1 - PARAMETERS[law.form]
     residuals, jacobian = law_residuals(law, flops, losses)
     leverage = leverages(jacobian, ones)
-    scale_of_all = huber_scale(residuals, ones, delta, free + 1)
+    scale_of_all = huber_scale(residuals, ones, delta, law.free)
+    free = law.free - 1
     largest = int(flops.argmax())
     worst = int((np.abs(residuals) / np.sqrt(1 - leverage)).argmax())
-    results = []
     for k in {largest, worst}:
         rest = np.arange(len(runs)) != k
-        if count_computes(flops[rest]) <= PARAMETERS[law.form]:
+        refit = refit_law(law, flops[rest], losses[rest], law.noise)
+        if refit is None:
             continue
-        reference, best, _ = best_parameters(law.form, flops[rest], losses[rest], law.noise)
-        refit = replace(law, reference=reference, best=best, region=best[None])
-        refit_residuals, _ = law_residuals(refit, flops[rest], losses[rest])
-        scale = huber_scale(refit_residuals, ones[rest], delta, free)
-        deleted = float(np.log(refit.loss(flops[k]) / losses[k]))
-        p_value = float(deleted_p_value(deleted, leverage[k], scale, free))
+        residuals, _ = law_residuals(refit, flops[rest], losses[rest])
+        scale = huber_scale(residuals, ones[rest], delta, free)
         shrinkage = scale / scale_of_all
+        deleted = float(np.log(refit.loss(flops[k]) / losses[k]))
         gain = refit.gain(law.largest).estimate or 0.0
-        moved = _moved("p", law.p, float(best[2]), shrinkage)
+        moved = _moved("p", law.p, float(refit.best[2]), shrinkage)
         moved |= _moved("gain", law.gain(law.largest), gain, shrinkage)
-        if moved and p_value < (SIGNIFICANCE if k == largest else SIGNIFICANCE / len(runs)):
-            results.append(Influence(_label(runs[k]), k == largest, deleted, p_value, moved))
-    return results
+        p_value = float(deleted_p_value(deleted, leverage[k], scale, free))
+        yield Influence(_label(runs[k]), k == largest, deleted, p_value, moved)
 
 
-def _label(run: Point | Minimum) -> str:
+def _label(run: Run) -> str:
     if isinstance(run, Point):
         return f"run {run.run_id}"
     return f"the minimum at {run.flops:.3g} FLOPs"
 
 
-def _on_surface(points: Sequence[Point], surface: Surface) -> list[Influence]:
+def _on_surface(points: Sequence[Point], surface: Surface) -> Iterator[Influence]:
     """Leave out every run, all refits in one batch."""
     data = loss_data(points, surface.delta)
-    weights = weights_of(points)
+    weights = data.weights
     free = len(points) - 1 - FORMS[surface.form]
     if free < 1:
-        return []
+        return
     without = weights * (1 - np.eye(len(points)))
-    starts = np.tile(surface.row, (len(points), 1))
-    rows, _ = levenberg_marquardt(data, starts, without, range(FORMS[surface.form]))
+    rows = refit_rows(surface, data, without)
     refit_residuals, _ = data.residuals(rows)
     residuals, jacobian = surface_residuals(surface, points)
-    deleted = refit_residuals.diagonal()
     scale = huber_scale(refit_residuals, without, surface.delta, free)
     shrinkage = scale / huber_scale(residuals, weights, surface.delta, free + 1)
+    deleted = refit_residuals.diagonal()
     leverage = leverages(jacobian, weights)
     p_values = deleted_p_value(deleted * np.sqrt(weights), leverage, scale, free)
     name = "params_exponent"
     exponents = quantities(rows, surface.centre)[name]
-    largest = int(np.argmax([point.flops for point in points]))
-    results = []
+    largest = np.argmax([point.flops for point in points])
     for k, point in enumerate(points):
-        moved = _moved(name, surface.intervals[name], float(exponents[k]), shrinkage[k])
-        p_value = float(p_values[k])
-        if moved and p_value < (SIGNIFICANCE if k == largest else SIGNIFICANCE / len(points)):
-            results.append(
-                Influence(_label(point), k == largest, float(deleted[k]), p_value, moved)
-            )
-    return results
+        moved = _moved(name, surface.intervals[name], exponents[k], shrinkage[k])
+        yield Influence(_label(point), k == largest, deleted[k], p_values[k], moved)
 
 
-def _on_minima(isoflop: IsoFlopFit, interval: Interval, estimate: float) -> list[Influence]:
+def _on_minima(isoflop: IsoFlopFit, interval: Interval) -> Iterator[Influence]:
     """Leave every run out of its parabola, whose minimum moves the exponent by its leverage."""
     resolved = [curve for curve in isoflop.curves if curve.minimum]
     compute = np.log([curve.flops for curve in resolved])
     compute -= compute.mean()
-    total = sum(len(curve.points) for curve in isoflop.curves if curve.parabola)
     noise = (isoflop.noise or 0.0) + 1e-300
     free = isoflop.free - 1
-    if free < 1:
-        return []
-    results = []
+    if free < 1 or interval.estimate is None:
+        return
     for curve, lever in zip(resolved, compute / (compute @ compute)):
-        parabola = curve.parabola
-        assert parabola is not None
-        shifts, deleted, remainder = _without_each(curve.points, parabola)
-        exponents = estimate + lever * shifts
-        shares = deleted / parabola.level
+        assert curve.parabola is not None
+        shifts, deleted, remainder = _without_each(curve.points, curve.parabola)
+        exponents = interval.estimate + lever * shifts
+        shares = deleted / curve.parabola.level
         squares = noise**2 * isoflop.free - shares**2 * remainder
         scale = np.sqrt(np.maximum(squares, 0.0) / free) + 1e-300
         p_values = deleted_p_value(shares, 1 - remainder, scale, free)
         for k, point in enumerate(curve.points):
             name = "params_exponent by the minima"
-            moved = _moved(name, interval, float(exponents[k]), scale[k] / noise)
-            if moved and p_values[k] < SIGNIFICANCE / total:
-                miss = float(-deleted[k] / point.loss)
-                results.append(Influence(_label(point), False, miss, float(p_values[k]), moved))
-    return results
+            moved = _moved(name, interval, exponents[k], scale[k] / noise)
+            miss = -deleted[k] / point.loss
+            yield Influence(_label(point), False, miss, p_values[k], moved)
 
 
 def _without_each(points: Sequence[Point], parabola: Parabola) -> tuple[Array, Array, Array]:

@@ -19,7 +19,7 @@ from slm.fits.checks.residuals import surface_residuals
 from slm.fits.isoflop import IsoFlopCurve, IsoFlopFit
 from slm.fits.points import Point
 from slm.fits.power_law import ROUNDING, seed_noise
-from slm.fits.surface import Surface, weights_of
+from slm.fits.surface import Surface, loss_data
 from slm.fits.types import Array
 
 
@@ -47,8 +47,8 @@ def lack_of_fit(points: Sequence[Point], residuals: Array, parameters: int) -> M
     if seeds is None or free < 2:
         return None
     means = np.bincount(index, residuals) / counts
-    squares = np.sort(counts * means**2)[:-1].sum()
-    spread = float(np.sqrt(squares / free))
+    squares = np.sort(counts * means**2)
+    spread = float(np.sqrt(squares[:-1].sum() / free))
     noise = max(seeds.sigma, ROUNDING)
     ratio = (spread / noise) ** 2
     p = float(stats.f.sf(ratio, free, len(points) - len(counts)))
@@ -63,44 +63,47 @@ def structure(points: Sequence[Point], surface: Surface) -> Misfit | None:
     """
     # 1) psi of each setting
     residuals, jacobian = surface_residuals(surface, points)
+    data = loss_data(points, surface.delta)
+    weights = data.weights
     index = _settings(points)
-    weights = weights_of(points)
     first = np.unique(index, return_index=True)[1]
     roots = np.sqrt(np.bincount(index, weights))
-    psi = np.bincount(index, weights * np.clip(residuals, -surface.delta, surface.delta)) / roots
+    clipped = np.clip(residuals, -surface.delta, surface.delta)
+    psi = np.bincount(index, weights * clipped) / roots
     # 2) directions of second order in ln N and ln D, outside the span of the fitted parameters
-    n, d = (
-        axis - axis.mean() for axis in np.log([[point.params, point.tokens] for point in points]).T
-    )
+    n = data.n[first]
+    d = data.d[first]
     fitted: Array = np.linalg.qr((jacobian[:, first] * roots).T)[0]
-    directions = np.array([n, d, n * n, d * d, n * d])[:, first].T * roots[:, None]
+    directions = np.array([n, d, n * n, d * d, n * d]).T * roots[:, None]
     directions /= np.linalg.norm(directions, axis=0)
-    outside = directions - fitted @ (fitted.T @ directions)
-    basis, sizes, _ = np.linalg.svd(outside, full_matrices=False)
+    directions -= fitted @ (fitted.T @ directions)
+    basis, sizes, _ = np.linalg.svd(directions, full_matrices=False)
     basis = basis[:, sizes > 1e-7]
     # 3) the part of psi along them against the rest
     psi -= fitted @ (fitted.T @ psi)
     pattern = basis @ (basis.T @ psi)
+    rest = psi - pattern
     rank = basis.shape[1]
     free = len(first) - len(jacobian) - rank
     if free < 2 or rank == 0:
         return None
     explained = float(pattern @ pattern)
-    remainder = float((psi - pattern) @ (psi - pattern)) + len(first) * ROUNDING**2
-    ratio = explained / rank / (remainder / free)
+    variance = (float(rest @ rest) + len(first) * ROUNDING**2) / free
+    ratio = explained / rank / variance
     return Misfit(
         F=ratio,
         p=float(stats.f.sf(ratio, rank, free)),
         spread=float(np.sqrt(explained / weights.sum())),
-        noise=float(np.sqrt(remainder / free)),
+        noise=float(np.sqrt(variance)),
         pattern=(pattern / roots)[index],
     )
 
 
 def _settings(points: Sequence[Point]) -> Array:
     """Return the number of each run's setting, (m,): runs of one differ in nothing but the seed."""
-    numbers = {key: k for k, key in enumerate(dict.fromkeys(point.setting for point in points))}
-    return np.array([numbers[point.setting] for point in points])
+    settings = [point.setting for point in points]
+    numbers = {setting: k for k, setting in enumerate(dict.fromkeys(settings))}
+    return np.array([numbers[setting] for setting in settings])
 
 
 def centring_bias(isoflop: IsoFlopFit, surface: Surface) -> tuple[list[float], float] | None:
@@ -114,24 +117,24 @@ def centring_bias(isoflop: IsoFlopFit, surface: Surface) -> tuple[list[float], f
     if len(resolved) < 2:
         return None
     offsets, biases = zip(*(_offset_and_bias(curve, surface) for curve in resolved))
-    slope = np.polyfit(np.log([curve.flops for curve in resolved]), biases, 1)[0]
-    return list(offsets), float(slope)
+    compute = np.log([curve.flops for curve in resolved])
+    return list(offsets), float(np.polyfit(compute, biases, 1)[0])
 
 
 def _offset_and_bias(curve: IsoFlopCurve, surface: Surface) -> tuple[float, float]:
     assert curve.parabola is not None
     sizes, tokens = np.log([[point.params, point.tokens] for point in curve.points]).T
     centre = (sizes.min() + sizes.max()) / 2
-    path = np.polyfit(sizes - centre, tokens, 2)
+    v = sizes - centre
+    path = np.polyfit(v, tokens, 2)
 
     def loss(v: Array | float) -> Array:
         return surface.loss(np.exp(centre + v), np.exp(np.polyval(path, v)))
 
-    losses = surface.loss(np.exp(sizes), np.exp(np.polyval(path, sizes - centre)))
-    c, b, _ = np.polyfit(sizes - centre, losses, 2)
+    c, b, _ = np.polyfit(v, loss(v), 2)
     lowest = optimize.minimize_scalar(
         lambda v: float(loss(v)),
-        bounds=(sizes.min() - centre - 1, sizes.max() - centre + 1),
+        bounds=(v.min() - 1, v.max() + 1),
         method="bounded",
         options={"xatol": 1e-6},
     )

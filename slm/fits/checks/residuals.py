@@ -1,15 +1,18 @@
-"""Log residuals of laws and surfaces, their Jacobians, and the tests of a run left out."""
+"""Log residuals of laws and surfaces, their refits, and the tests of a run left out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from scipy import stats
 
 from slm.fits.intervals import Interval
+from slm.fits.optimize import LossData, levenberg_marquardt
 from slm.fits.points import Point
-from slm.fits.power_law import Law
+from slm.fits.power_law import PARAMETERS, Law, Noise, best_law
+from slm.fits.select import count_computes
 from slm.fits.surface import FORMS, Surface, loss_data
 from slm.fits.types import Array
 
@@ -19,11 +22,9 @@ NEGLIGIBLE = 0.02
 """Share of a number below which its change does not matter."""
 
 
-def half_width(interval: Interval | None) -> float:
+def half_width(interval: Interval) -> float:
     """Return half the width of an interval; infinite if an end is open."""
-    if interval is None or not interval.identifiable:
-        return np.inf
-    if interval.low is None or interval.high is None:
+    if not interval.identifiable or interval.low is None or interval.high is None:
         return np.inf
     return (interval.high - interval.low) / 2
 
@@ -34,10 +35,12 @@ def law_residuals(law: Law, flops: Array, losses: Array) -> tuple[Array, Array]:
     The Jacobian has no row for a floor of 0.
     """
     floor, scale, exponent = law.best
-    x = (flops / law.reference) ** -exponent
+    ratio = flops / law.reference
+    power = ratio**-exponent
     predicted = law.loss(flops)
-    rows = np.array([np.ones_like(x), x, -scale * x * np.log(flops / law.reference)]) / predicted
-    return np.log(predicted / losses), rows[int(floor == 0) :]
+    slopes = np.array([np.ones_like(power), power, -scale * power * np.log(ratio)])
+    first = int(floor == 0)
+    return np.log(predicted / losses), slopes[first:] / predicted
 
 
 def surface_residuals(surface: Surface, points: Sequence[Point]) -> tuple[Array, Array]:
@@ -47,7 +50,23 @@ def surface_residuals(surface: Surface, points: Sequence[Point]) -> tuple[Array,
     """
     data = loss_data(points, surface.delta)
     residuals, jacobian = data.residuals(surface.row[None])
-    return residuals[0], jacobian[0, int(surface.row[0] <= data.log_floor) : FORMS[surface.form]]
+    first = int(surface.row[0] <= data.log_floor)
+    return residuals[0], jacobian[0, first : FORMS[surface.form]]
+
+
+def refit_law(law: Law, flops: Array, losses: Array, noise: Noise) -> Law | None:
+    """Return the law's form through other runs, without intervals; None if they are too few."""
+    if count_computes(flops) <= PARAMETERS[law.form]:
+        return None
+    return best_law(law.form, flops, losses, noise)
+
+
+def refit_rows(surface: Surface, data: LossData, weights: Array) -> Array:
+    """Return rows (R, 6) of the surface's form, refitted from its own with weights (R, m)."""
+    data = replace(data, weights=weights)
+    starts = np.tile(surface.row, (len(weights), 1))
+    rows, _ = levenberg_marquardt(data, starts, range(FORMS[surface.form]))
+    return rows
 
 
 def leverages(jacobian: Array, weights: Array) -> Array:
@@ -62,8 +81,9 @@ def huber_scale(residuals: Array, weights: Array, delta: float, free: int) -> Ar
     The spread of the clipped residuals over the share inside delta.
     """
     used = weights > 0
-    squares = (weights * np.minimum(np.abs(residuals), delta) ** 2).sum(-1) / free
-    inside = ((np.abs(residuals) <= delta) & used).sum(-1) / used.sum(-1)
+    sizes = np.abs(residuals)
+    squares = (weights * np.minimum(sizes, delta) ** 2).sum(-1) / free
+    inside = ((sizes <= delta) & used).sum(-1) / used.sum(-1)
     return np.asarray(np.sqrt(squares) / np.maximum(inside, 1e-3)) + 1e-300
 
 
@@ -71,4 +91,5 @@ def deleted_p_value(
     deleted: Array | float, leverage: Array | float, scale: Array | float, free: int
 ) -> Array:
     """Return two-sided p-values of deleted residuals, of variance scale²/(1 - leverage)."""
-    return np.asarray(2 * stats.t.sf(np.abs(deleted) * np.sqrt(1 - leverage) / scale, free))
+    t = np.abs(deleted) * np.sqrt(1 - leverage) / scale
+    return np.asarray(2 * stats.t.sf(t, free))

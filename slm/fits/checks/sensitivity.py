@@ -5,29 +5,18 @@ Every refit starts from the fitted parameters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from slm.fits.checks.residuals import law_residuals, surface_residuals
+from slm.fits.checks.residuals import law_residuals, refit_law, refit_rows, surface_residuals
 from slm.fits.isoflop import IsoFlopCurve, IsoFlopFit, fit_isoflop_curves, minima_of
 from slm.fits.ladder import columns_of, law_runs
-from slm.fits.optimize import LossData, levenberg_marquardt
 from slm.fits.parametric import ParametricFit
 from slm.fits.points import Point
-from slm.fits.power_law import LEAST_SQUARES, PARAMETERS, Law, Noise, best_parameters
-from slm.fits.select import count_computes
-from slm.fits.surface import (
-    FORMS,
-    PAPER,
-    Surface,
-    fit_row,
-    loss_data,
-    quantities,
-    weights_of,
-)
-from slm.fits.types import Array
+from slm.fits.power_law import LEAST_SQUARES, PARAMETERS, Law, Noise
+from slm.fits.surface import FORMS, PAPER, Surface, fit_row, loss_data, quantities
 
 AS_FITTED = "as fitted"
 DELTAS = {
@@ -76,128 +65,117 @@ def sensitivity(
     residual of the surface, else of the law, and with other counts of N. `conventions` gives N of
     every point by name of the convention; ValueError for another number of counts.
     """
+    fit = _Fit(points, law, parametric.surface, isoflop.curves if isoflop else ())
+    rows = [fit.row(AS_FITTED)]
+    rows += [fit.with_delta(delta).row(name) for name, delta in fit.other_deltas()]
+    for runs in fit.worst():
+        noun = "run" if len(runs) == 1 else "runs"
+        rows.append(fit.without(runs).row(f"without {noun} {', '.join(runs)}"))
     for name, counts in (conventions or {}).items():
         if len(counts) != len(points):
             raise ValueError(
                 f"convention {name!r} gives {len(counts)} counts of {len(points)} runs"
             )
-    fit = _Fit(points, law, parametric.surface, isoflop.curves if isoflop else ())
-    rows = [fit.as_fitted()]
-    rows += [fit.with_delta(name, delta) for name, delta in fit.other_deltas().items()]
-    rows += [fit.without(runs) for runs in fit.worst()]
-    rows += [fit.recounted(name, counts) for name, counts in (conventions or {}).items()]
+        rows.append(fit.recounted(counts).row(f"N is {name}", convention=True))
     return tuple(rows)
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """A fit to vary."""
+    """A fit to vary, and what a variation refits: a law and a surface without intervals."""
 
     points: Sequence[Point]
     law: Law | None
     surface: Surface | None
+    """Surface with the intervals of the original fit."""
     curves: Sequence[IsoFlopCurve]
 
-    def as_fitted(self) -> SensitivityRow:
-        row = self.surface.row if self.surface else None
-        return self._row(AS_FITTED, row, self.law.p.estimate if self.law else None)
-
-    def other_deltas(self) -> dict[str, float | None]:
-        """Return DELTAS without those equal to the fit's own."""
+    def row(self, changed: str, convention: bool = False) -> SensitivityRow:
+        """Return the headline numbers; of the surface, those that the original fit determines."""
+        names = ("alpha", "beta", "params_exponent", "E")
+        values: dict[str, float | None] = dict.fromkeys(names)
         if self.surface:
-            fitted, usual = self.surface.delta, self.surface.noise.delta
-        elif self.law:
-            fitted = usual = self.law.noise.delta
-        else:
-            return {}
-        return {
-            name: delta
-            for name, delta in DELTAS.items()
-            if (usual if delta is None else delta) != fitted
-        }
-
-    def with_delta(self, name: str, delta: float | None) -> SensitivityRow:
-        row, p = None, None
-        if self.surface:
-            threshold = self.surface.noise.delta if delta is None else delta
-            row = self._refit_row(self.surface, loss_data(self.points, threshold))
-        if self.law:
-            noise = self.law.noise if delta is None else Noise(delta / 1.345, "given")
-            p = self._exponent(noise)
-        return self._row(name, row, p)
-
-    def worst(self) -> list[list[Point]]:
-        """Return the worst run, and the worst two; empty if too few runs would remain."""
-        if self.surface:
-            runs = list(self.points)
-            residuals = surface_residuals(self.surface, runs)[0]
-            least = FORMS[self.surface.form] + 3
-        else:
-            runs = [point for point in self.points if point.budget is None]
-            if not self.law or not runs:
-                return []
-            residuals = law_residuals(self.law, *columns_of(runs))[0]
-            least = PARAMETERS[self.law.form] + 2
-        if len(runs) <= least:
-            return []
-        order = sorted(range(len(runs)), key=lambda k: (-abs(residuals[k]), runs[k].run_id))
-        return [[runs[k] for k in order[:count]] for count in (1, 2)]
-
-    def without(self, dropped: Sequence[Point]) -> SensitivityRow:
-        ids = [point.run_id for point in dropped]
-        used = [point.run_id not in ids for point in self.points]
-        rest = [point for point, use in zip(self.points, used) if use]
-        fit = replace(self, points=rest, curves=fit_isoflop_curves(rest))
-        row = None
-        if self.surface:
-            data = loss_data(self.points, self.surface.delta, self.surface.raw)
-            row = self._refit_row(self.surface, data, np.array(used))
-        name = f"without {'runs' if len(ids) > 1 else 'run'} {', '.join(ids)}"
-        return fit._row(name, row, fit._exponent())
-
-    def recounted(self, name: str, counts: Sequence[float]) -> SensitivityRow:
-        """Refit from the start with other counts of N, whose exponents are others."""
-        points = [replace(point, params=float(count)) for point, count in zip(self.points, counts)]
-        surface, row = self.surface, None
-        if surface:
-            data = loss_data(points, surface.delta, surface.raw)
-            row = fit_row(data, weights_of(points), surface.form)[0]
-            surface = replace(surface, centre=data.centre)
-        fit = _Fit(points, self.law, surface, fit_isoflop_curves(points))
-        return fit._row(f"N is {name}", row, fit._exponent(), convention=True)
-
-    def _refit_row(self, surface: Surface, data: LossData, used: Array | float = 1.0) -> Array:
-        weights = weights_of(self.points) * used
-        columns = range(FORMS[surface.form])
-        return levenberg_marquardt(data, surface.row[None], weights[None], columns)[0][0]
-
-    def _exponent(self, noise: Noise | None = None) -> float | None:
-        """Return p of the law's form through these runs; None if they are too few."""
-        if not self.law:
-            return None
-        flops, losses = columns_of(law_runs(self.points, self.curves))
-        if count_computes(flops) <= PARAMETERS[self.law.form]:
-            return None
-        _, best, _ = best_parameters(self.law.form, flops, losses, noise or self.law.noise)
-        return float(best[2])
-
-    def _row(
-        self, changed: str, row: Array | None, p: float | None, convention: bool = False
-    ) -> SensitivityRow:
-        values: dict[str, float | None] = dict.fromkeys(("alpha", "beta", "params_exponent", "E"))
-        if self.surface and row is not None:
-            refitted = quantities(row[None], self.surface.centre)
-            for name in values:
+            fitted = quantities(self.surface.row[None], self.surface.centre)
+            for name in names:
                 if self.surface.intervals[name].identifiable:
-                    values[name] = float(refitted[name][0])
+                    values[name] = float(fitted[name][0])
         return SensitivityRow(
             changed=changed,
             convention=convention,
             n=len(self.points),
             minima_exponent=_minima_exponent(self.curves),
-            p=p,
+            p=float(self.law.best[2]) if self.law else None,
             **values,
         )
+
+    def other_deltas(self) -> Iterator[tuple[str, float | None]]:
+        """Yield those of DELTAS that are not the fit's own."""
+        fitted = self.surface or self.law
+        if not fitted:
+            return
+        usual = fitted.noise.delta
+        used = self.surface.delta if self.surface else usual
+        for name, delta in DELTAS.items():
+            if (usual if delta is None else delta) != used:
+                yield name, delta
+
+    def with_delta(self, delta: float | None) -> _Fit:
+        """Refit with another delta; None is that of the noise."""
+        surface = self.surface
+        if surface:
+            data = loss_data(self.points, surface.noise.delta if delta is None else delta)
+            rows = refit_rows(surface, data, data.weights[None])
+            surface = replace(surface, row=rows[0])
+        noise = None if delta is None else Noise(delta / 1.345, "given")
+        return replace(self, law=self._refitted_law(noise), surface=surface)
+
+    def worst(self) -> list[list[str]]:
+        """Return the worst run, and the worst two; empty if too few runs would remain."""
+        runs = list(self.points)
+        if self.surface:
+            residuals, _ = surface_residuals(self.surface, runs)
+            least = FORMS[self.surface.form] + 3
+        else:
+            runs = [point for point in runs if point.budget is None]
+            if not self.law or not runs:
+                return []
+            residuals, _ = law_residuals(self.law, *columns_of(runs))
+            least = PARAMETERS[self.law.form] + 2
+        if len(runs) <= least:
+            return []
+        by_size = sorted(zip(-np.abs(residuals), (run.run_id for run in runs)))
+        names = [name for _, name in by_size]
+        return [names[:1], names[:2]]
+
+    def without(self, dropped: Sequence[str]) -> _Fit:
+        """Refit without some runs."""
+        used = np.array([point.run_id not in dropped for point in self.points])
+        points = [point for point in self.points if point.run_id not in dropped]
+        surface = self.surface
+        if surface:
+            data = loss_data(self.points, surface.delta, surface.raw)
+            weights = data.weights * used
+            surface = replace(surface, row=refit_rows(surface, data, weights[None])[0])
+        fit = _Fit(points, self.law, surface, fit_isoflop_curves(points))
+        return replace(fit, law=fit._refitted_law())
+
+    def recounted(self, counts: Sequence[float]) -> _Fit:
+        """Refit from the start with other counts of N, whose exponents are others."""
+        points = [replace(point, params=float(count)) for point, count in zip(self.points, counts)]
+        surface = self.surface
+        if surface:
+            data = loss_data(points, surface.delta, surface.raw)
+            row, *_ = fit_row(data, surface.form)
+            surface = replace(surface, row=row, centre=data.centre)
+        fit = _Fit(points, self.law, surface, fit_isoflop_curves(points))
+        return replace(fit, law=fit._refitted_law())
+
+    def _refitted_law(self, noise: Noise | None = None) -> Law | None:
+        """Return the law's form through these runs; None if they are too few."""
+        if not self.law:
+            return None
+        flops, losses = columns_of(law_runs(self.points, self.curves))
+        return refit_law(self.law, flops, losses, noise or self.law.noise)
 
 
 def _minima_exponent(curves: Sequence[IsoFlopCurve]) -> float | None:

@@ -35,9 +35,9 @@ from slm.fits.compare.trials import (
     group_by_depth,
     require_equal_compute,
     require_shared_depth,
-    trial_axes,
 )
 from slm.fits.intervals import Interval
+from slm.fits.points import Axes
 
 
 def compare(
@@ -59,34 +59,36 @@ def compare(
     """
     # 1) check the runs and group them by depth
     check_trials(base, candidate, names, axis)
-    trial_axes((*base, *candidate)).require_one(allow_mixed)
+    axes = Axes.of_keys(trial.comparison_key for trial in (*base, *candidate))
+    axes.require_one(allow_mixed)
     ladders = group_by_depth(base, names[0], axis), group_by_depth(candidate, names[1], axis)
     require_shared_depth(ladders, names)
 
     # 2) measure the differences at equal compute
-    curve, differences = measure(*ladders)
-    if not curve.falls:
+    differences = measure(*ladders)
+    falls = differences.curve.falls
+    if not falls:
         require_equal_compute(ladders, axis)
 
     # 3) test against no effect, where the curve adds no uncertainty; estimate at the common effect
-    h = common_effect(differences) if curve.falls else None
-    pooled, _ = linear_effect(curve, differences, 0.0)
-    best, between = linear_effect(curve, differences, h or 0.0)
+    h = common_effect(differences) if falls else None
+    pooled, _ = linear_effect(differences, 0.0)
+    best, between = linear_effect(differences, h or 0.0)
     known = h is not None
     evidence, e_values = measure_evidence(differences, pooled, best if known else None)
     comparison = Comparison(
         base=names[0],
         candidate=names[1],
         axis=axis,
+        mixed=axes.mixed,
         base_trials=tuple(base),
         candidate_trials=tuple(candidate),
         multiplier=exponential(best.nominal_interval()) if known else Interval(None),
-        difference=mean_difference(curve, differences),
-        per_depth=depth_effects(curve, differences, evidence.combined, e_values),
+        difference=mean_difference(differences),
+        per_depth=depth_effects(differences, evidence.combined, e_values),
         heterogeneity=measure_heterogeneity(differences, between) if known else None,
-        trend=None if h is None else measure_trend(curve, differences, h),
+        trend=None if h is None else measure_trend(differences, h),
         evidence=evidence,
-        curve=curve,
         differences=differences,
         pooled=pooled,
     )
@@ -95,5 +97,5 @@ def compare(
     return replace(
         comparison,
         decision=decide(comparison),
-        warnings=tuple(comparison_warnings(comparison)),
+        warnings=(*axes.warnings, *comparison_warnings(comparison)),
     )

@@ -23,7 +23,6 @@ MAX_EXTRAPOLATION = 2.0
 def comparison_warnings(comparison: Comparison) -> list[FitWarning]:
     """Return the limits of the comparison that a reader must know before using its numbers."""
     return [
-        *comparison.axes.warnings,
         *_missing_depths(comparison),
         *_noise(comparison),
         *_base_curve(comparison),
@@ -58,7 +57,7 @@ def _noise(comparison: Comparison) -> Iterator[FitWarning]:
 
 
 def _base_curve(comparison: Comparison) -> Iterator[FitWarning]:
-    if not comparison.curve.falls:
+    if not comparison.differences.curve.falls:
         message = (
             f"the loss of {comparison.base} is not known to fall with {AXES[comparison.axis]}: "
             "only losses are compared"

@@ -1,4 +1,7 @@
-"""The decision of a comparison, and the further seeds expected to reach one."""
+"""The decision of a comparison, and the further seeds expected to reach one.
+
+A claim takes an e-value of at least CLAIM_THRESHOLD, which `e_values` defines.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def decide(comparison: Comparison) -> Decision:
         decision = _one_direction(comparison, direction, depths[direction], direction == pooled)
     else:
         decision = _no_claim(comparison)
-    if comparison.axes.mixed:
+    if comparison.mixed:
         return replace(decision, sentence=f"Mixed axes: {decision.sentence}")
     return decision
 
@@ -116,13 +119,16 @@ def advise(comparison: Comparison) -> Advice | None:
 
     None if none is expected to decide, if the true effect is the pooled one, with its noise.
     """
-    pooled, differences, depths = comparison.pooled, comparison.differences, comparison.per_depth
+    pooled = comparison.pooled
+    differences = comparison.differences
+    depths = comparison.per_depth
     if pooled.free < 1 or comparison.evidence.combined >= CLAIM_THRESHOLD:
         return None
     runs = np.array([[effect.base_runs, effect.candidate_runs] for effect in depths], float).T
     base_flops = flops_by_depth(comparison.base_trials)
     flops = np.array([effect.flops + base_flops[effect.depth] for effect in depths])
     sigma = differences.run_noise(pooled)
+    free_per_seed = 1 if differences.paired else 2
     options = []
     for k in (*range(len(depths)), None):
         chosen = np.ones(len(depths), bool) if k is None else np.arange(len(depths)) == k
@@ -130,10 +136,10 @@ def advise(comparison: Comparison) -> Advice | None:
             base, candidate = runs + seeds * chosen
             weight = base * candidate / (base + candidate)
             t = pooled.estimate * np.sqrt(weight @ differences.slope**2) / sigma
-            free = pooled.free + seeds * int(chosen.sum()) * (1 if differences.paired else 2)
+            free = pooled.free + seeds * int(chosen.sum()) * free_per_seed
             expected = e_value(t, free, weight.sum())
             if POOLED_SHARE * expected + 1 - POOLED_SHARE >= CLAIM_THRESHOLD:
                 depth = None if k is None else depths[k].depth
-                options.append(Advice(depth, seeds, float(seeds * flops @ chosen)))
+                options.append(Advice(depth, seeds, seeds * flops @ chosen))
                 break
     return min(options, key=lambda option: option.flops, default=None)

@@ -42,9 +42,8 @@ def e_value(t: Array | float, free: int, information: Array | float) -> Array:
     g = np.multiply.outer(information, np.square(EFFECT_SCALES))
     if free < 1:
         return np.ones(square.shape[:-1])
-    log = (free + 1) / 2 * (
-        np.log1p(square / free) - np.log1p(square / (free * (1 + g)))
-    ) - np.log1p(g) / 2
+    ratio = np.log1p(square / free) - np.log1p(square / (free * (1 + g)))
+    log = (free + 1) / 2 * ratio - np.log1p(g) / 2
     return np.asarray(np.exp(np.minimum(log, MAX_LOG)).mean(-1))
 
 

@@ -28,6 +28,10 @@ MIN_PAIRED_FREE = 8
 more than it gains."""
 
 
+Pairs = Sequence[tuple[DepthRuns, DepthRuns]]
+"""Runs of base and candidate at each shared depth."""
+
+
 @dataclass(frozen=True)
 class BaseCurve:
     """The base's ln L = a + b·c + q·c², where c = ln C - centre."""
@@ -65,16 +69,27 @@ class BaseCurve:
         if reach is None or self.inverse is None:
             return np.zeros(np.shape(c), bool)
         gradient = np.stack([np.ones_like(c), 2 * c], -1)
-        error = np.sqrt(self.variance * np.einsum("...i,ij,...j", gradient, self.inverse, gradient))
+        squares = np.einsum("...i,ij,...j", gradient, self.inverse, gradient)
+        error = np.sqrt(self.variance * squares)
         return np.asarray(self.slopes(c) + reach * error < 0)
+
+    def error_of(self, pull: Array, compute: Array, h: Array) -> float:
+        """Return the standard error of an effect that is `pull` times the differences.
+
+        The differences move by h with b and by (2c + h)·h with q.
+        """
+        if self.inverse is None:
+            return 0.0
+        moves = pull @ np.stack([h, (2 * compute + h) * h], 1)
+        return float(np.sqrt(self.variance * (moves @ self.inverse @ moves)))
 
 
 @dataclass(frozen=True)
 class LossDifferences:
     """Differences in mean ln loss over the K shared depths, shallowest first; arrays are (K,)."""
 
-    pairs: tuple[tuple[DepthRuns, DepthRuns], ...]
-    """Runs of base and candidate at each depth."""
+    curve: BaseCurve
+    pairs: Pairs
     compute: Array
     """ln C of the candidate minus the curve's centre."""
     difference: Array
@@ -109,7 +124,7 @@ class LossDifferences:
         """Noise variance of a run over that of the mean difference."""
         return float(self.weight.sum())
 
-    def slope_at(self, h: float) -> Array:
+    def slope_at(self, h: Array | float) -> Array:
         """Return the derivative of the differences by h."""
         return self.slope + 2 * self.bend * h
 
@@ -173,42 +188,39 @@ def t_quantile(free: int) -> float | None:
     return float(special.stdtrit(free, (1 + LEVEL) / 2)) if free else None
 
 
-def measure(base: Ladder, candidate: Ladder) -> tuple[BaseCurve, LossDifferences]:
-    """Return the base's curve and the differences at the shared depths.
+def measure(base: Ladder, candidate: Ladder) -> LossDifferences:
+    """Return the differences at the shared depths, with the base's curve.
 
     Differences in compute are not accounted for if the base's loss is not known to fall. The
     curve's noise is the scatter of its depths or that of the differences, whichever is larger, with
     the degrees of freedom of both.
     """
     curve = _fit_curve(list(base.values()))
-    shared = sorted(base.keys() & candidate.keys())
-    pairs = tuple((base[depth], candidate[depth]) for depth in shared)
-    if curve.falls:
-        differences = _differences(curve, pairs)
-        effect, between = linear_effect(curve, differences, common_effect(differences) or 0.0)
-        if effect.free:
-            noise = (differences.squares + between) / effect.free
-            noise *= fmean(1 / len(runs.seeds) for runs in base.values())
-            curve = replace(
-                curve,
-                variance=max(curve.variance, noise, ROUNDING**2),
-                free=curve.free + effect.free,
-            )
-            if curve.known_to_fall(np.array(differences.middle(0.0))):
-                return curve, differences
-    flat = BaseCurve(curve.centre)
-    return flat, _differences(flat, pairs)
+    pairs = [(base[depth], candidate[depth]) for depth in sorted(base.keys() & candidate.keys())]
+    flat = _differences(BaseCurve(curve.centre), pairs)
+    if not curve.falls:
+        return flat
+    differences = _differences(curve, pairs)
+    effect, between = linear_effect(differences, common_effect(differences) or 0.0)
+    if not effect.free:
+        return flat
+    noise = (differences.squares + between) / effect.free
+    noise *= fmean(1 / len(runs.seeds) for runs in base.values())
+    variance = max(curve.variance, noise, ROUNDING**2)
+    curve = replace(curve, variance=variance, free=curve.free + effect.free)
+    if not curve.known_to_fall(np.array(differences.middle(0.0))):
+        return flat
+    return replace(differences, curve=curve)
 
 
 def _fit_curve(depths: Sequence[DepthRuns]) -> BaseCurve:
     """Fit a quadratic by least squares, a line with two computes, nothing with one."""
-    compute = np.array([runs.compute for runs in depths])
-    means = np.array([runs.mean for runs in depths])
-    centre = float(compute.mean())
+    compute, means, _ = _columns(depths)
+    centre = compute.mean()
     computes = count_computes(np.exp(compute))
     design = np.vander(compute - centre, min(3, computes), increasing=True)
     size = design.shape[1]
-    gram = np.asarray(np.linalg.inv(design.T @ design), float)
+    gram = np.linalg.inv(design.T @ design)
     coefficients = np.zeros(3)
     coefficients[:size] = gram @ (design.T @ means)
     inverse = np.zeros((2, 2))
@@ -217,45 +229,35 @@ def _fit_curve(depths: Sequence[DepthRuns]) -> BaseCurve:
     residuals = means - design @ coefficients[:size]
     return BaseCurve(
         centre=centre,
-        slope=float(coefficients[1]),
-        bend=float(coefficients[2]),
+        slope=coefficients[1],
+        bend=coefficients[2],
         inverse=inverse if computes > 1 else None,
-        variance=float(residuals @ residuals) / free if free else 0.0,
+        variance=residuals @ residuals / free if free else 0.0,
         free=free,
     )
 
 
-def _differences(
-    curve: BaseCurve, pairs: tuple[tuple[DepthRuns, DepthRuns], ...]
-) -> LossDifferences:
+def _differences(curve: BaseCurve, pairs: Pairs) -> LossDifferences:
     """Return the differences, and their noise from the seeds within each depth."""
     base_compute, base_mean, base_count = _columns([base for base, _ in pairs])
     compute, mean, count = _columns([candidate for _, candidate in pairs])
+    # 1) the noise of a run: that of pairs of equal seeds, if there are enough
     deviations = [(base.losses - base.mean, new.losses - new.mean) for base, new in pairs]
     base_all = np.concatenate([base for base, _ in deviations])
     new_all = np.concatenate([new for _, new in deviations])
-    squares = float(base_all @ base_all + new_all @ new_all)
-    free = len(base_all) + len(new_all) - 2 * len(pairs)
-    sigma = float(np.sqrt(squares / free)) if free else None
-    paired = len(base_all) - len(pairs) >= MIN_PAIRED_FREE and all(map(_same_seeds, pairs))
-    correlation = None
-    if paired:
-        norms = base_all @ base_all * (new_all @ new_all)
-        correlation = float(base_all @ new_all / np.sqrt(norms)) if norms else None
-        squares = float((new_all - base_all) @ (new_all - base_all)) / 2
-        free = len(base_all) - len(pairs)
-        variances = [
-            float((new - base) @ (new - base)) / 2 / max(len(base) - 1, 1)
-            for base, new in deviations
-        ]
-    else:
-        variances = [
-            float(base @ base + new @ new) / max(len(base) + len(new) - 2, 1)
-            for base, new in deviations
-        ]
+    enough = len(base_all) - len(pairs) >= MIN_PAIRED_FREE
+    paired = enough and all(map(_same_seeds, pairs))
+    squares, free = _noise(base_all, new_all, len(pairs), paired)
+    by_depth = [_noise(base, new, 1, paired) for base, new in deviations]
+    # 2) the noise over seeds, and how much of it a pair shares
+    all_squares, all_free = _noise(base_all, new_all, len(pairs), paired=False)
+    norms = base_all @ base_all * (new_all @ new_all)
+    correlation = base_all @ new_all / np.sqrt(norms) if paired and norms else None
+    # 3) the differences at equal compute
     c = compute - curve.centre
     accounted = curve.rise(c) - curve.rise(base_compute - curve.centre)
     return LossDifferences(
+        curve=curve,
         pairs=pairs,
         compute=c,
         difference=mean - base_mean - accounted,
@@ -264,11 +266,25 @@ def _differences(
         weight=base_count * count / (base_count + count),
         squares=squares,
         free=free,
-        depth_variance=np.array(variances),
+        depth_variance=np.array([squares / max(free, 1) for squares, free in by_depth]),
         paired=paired,
-        sigma=sigma,
+        sigma=np.sqrt(all_squares / all_free) if all_free else None,
         correlation=correlation,
     )
+
+
+def _noise(
+    base: Array,
+    candidate: Array,
+    depths: int,
+    paired: bool,
+) -> tuple[float, int]:
+    """Return the sum of squares of the deviations of both sides, and its degrees of freedom."""
+    if paired:
+        difference = candidate - base
+        return float(difference @ difference) / 2, len(base) - depths
+    squares = float(base @ base + candidate @ candidate)
+    return squares, len(base) + len(candidate) - 2 * depths
 
 
 def _columns(depths: Sequence[DepthRuns]) -> Array:
@@ -292,8 +308,8 @@ def common_effect(differences: LossDifferences) -> float | None:
         slope = differences.slope_at(h)
         if slope.max() >= 0:
             return None
-        step = float((differences.weight * slope) @ differences.residual(h))
-        step /= float((differences.weight * slope) @ slope)
+        pull = differences.weight * slope
+        step = float(pull @ differences.residual(h) / (pull @ slope))
         h += step
         if abs(step) < 1e-12:
             return h
@@ -301,7 +317,7 @@ def common_effect(differences: LossDifferences) -> float | None:
 
 
 def linear_effect(
-    curve: BaseCurve, differences: LossDifferences, h: float, trend: bool = False
+    differences: LossDifferences, h: float, trend: bool = False
 ) -> tuple[Effect, float]:
     """Return h, or with `trend` its slope over ln C, and the sum of squares between the depths.
 
@@ -313,54 +329,42 @@ def linear_effect(
     if trend:
         columns.append(slope * (differences.compute - differences.middle(h)))
     design = np.stack(columns, 1)
-    gram = np.asarray(np.linalg.inv((design.T * differences.weight) @ design), float)
-    pull = gram @ (design.T * differences.weight)
+    weighted = design.T * differences.weight
+    gram = np.linalg.inv(weighted @ design)
+    pull = gram @ weighted
     residual = differences.residual(h)
     solution = pull @ residual
     remainder = residual - design @ solution
     between = float((differences.weight * remainder) @ remainder)
     free = differences.free + len(remainder) - 1 - trend
     variance = max((differences.squares + between) / free, ROUNDING**2) if free else 0.0
+    curve = differences.curve
     effect = Effect(
-        estimate=float(solution[-1]) + (0.0 if trend else h),
-        error=float(np.sqrt(variance * gram[-1, -1])),
+        estimate=solution[-1] + (0.0 if trend else h),
+        error=np.sqrt(variance * gram[-1, -1]),
         free=free,
-        curve_error=_curve_error(curve, pull[-1], differences.compute, np.full(len(remainder), h)),
+        curve_error=curve.error_of(pull[-1], differences.compute, np.full_like(residual, h)),
         curve_free=curve.free,
     )
     return effect, between
 
 
-def effects_by_depth(curve: BaseCurve, differences: LossDifferences) -> list[Effect | None]:
+def effects_by_depth(differences: LossDifferences) -> list[Effect | None]:
     """Return h of each depth alone, its noise that of replicate seeds.
 
     None for a depth at which the slope is not known to be negative.
     """
+    curve = differences.curve
     discriminant = differences.slope**2 + 4 * differences.bend * differences.difference
     known = (discriminant > 0) & curve.known_to_fall(differences.compute)
     root = np.sqrt(np.where(known, discriminant, np.inf))
     h = 2 * differences.difference / (differences.slope - root)
-    slope = differences.slope + 2 * differences.bend * h
-    error = np.sqrt(differences.variance / differences.weight) / -slope
-    effects: list[Effect | None] = []
-    for k in range(len(h)):
-        if not known[k]:
-            effects.append(None)
-            continue
+    slope = differences.slope_at(h)
+    errors = np.sqrt(differences.variance / differences.weight) / -slope
+    effects = []
+    for k, is_known in enumerate(known):
         depth = slice(k, k + 1)
-        curve_error = _curve_error(curve, 1 / slope[depth], differences.compute[depth], h[depth])
-        effects.append(
-            Effect(float(h[k]), float(error[k]), differences.free, curve_error, curve.free)
-        )
+        curve_error = curve.error_of(1 / slope[depth], differences.compute[depth], h[depth])
+        effect = Effect(h[k], errors[k], differences.free, curve_error, curve.free)
+        effects.append(effect if is_known else None)
     return effects
-
-
-def _curve_error(curve: BaseCurve, pull: Array, compute: Array, h: Array) -> float:
-    """Return the standard error from the curve of an effect that is `pull` times the differences.
-
-    The differences move by h with b and by (2c + h)·h with q.
-    """
-    if curve.inverse is None:
-        return 0.0
-    moves = pull @ np.stack([h, (2 * compute + h) * h], 1)
-    return float(np.sqrt(curve.variance * (moves @ curve.inverse @ moves)))

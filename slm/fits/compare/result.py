@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from slm.fits.compare.e_values import CLAIM_THRESHOLD
-from slm.fits.compare.effects import BaseCurve, Effect, LossDifferences
-from slm.fits.compare.trials import Trial, trial_axes
+from slm.fits.compare.effects import Effect, LossDifferences
+from slm.fits.compare.trials import Trial
 from slm.fits.intervals import Interval
-from slm.fits.points import Axes
 from slm.fits.power_law import Noise
 from slm.fits.types import FitWarning, to_json
 
@@ -123,6 +122,8 @@ class Comparison:
     """Name of the candidate."""
     axis: str
     """Compute that m multiplies: `flops` or `seconds`."""
+    mixed: list[str]
+    """Axes of the runs if they are on several; empty if on one."""
     base_trials: tuple[Trial, ...]
     candidate_trials: tuple[Trial, ...]
     multiplier: Interval
@@ -136,7 +137,6 @@ class Comparison:
     trend: Trend | None
     """None with fewer than three depths."""
     evidence: Evidence
-    curve: BaseCurve
     differences: LossDifferences
     pooled: Effect
     """ln m linearised at 0, which needs no slope; without a slope, minus the mean difference of ln
@@ -154,11 +154,6 @@ class Comparison:
         return Noise(self.differences.run_noise(self.pooled), "scatter of the depths")
 
     @property
-    def axes(self) -> Axes:
-        """Axes that the runs' losses are measured on."""
-        return trial_axes((*self.base_trials, *self.candidate_trials))
-
-    @property
     def missing(self) -> dict[str, list[int]]:
         """Depths that only the other recipe has, by side."""
         base = {trial.depth for trial in self.base_trials}
@@ -167,14 +162,13 @@ class Comparison:
 
     def document(self) -> dict[str, Any]:
         """Return the comparison as JSON; differences are of ln loss."""
-        mixed = self.axes.mixed
         sequence = self.evidence.confidence_sequence
-        noise = self.noise
+        noise = to_json(self.noise) or {"sigma": None, "source": None}
         return {
             "base": _side(self.base, self.base_trials),
             "candidate": _side(self.candidate, self.candidate_trials),
-            "comparison_key": None if mixed else self.base_trials[0].comparison_key,
-            "mixed": mixed,
+            "comparison_key": None if self.mixed else self.base_trials[0].comparison_key,
+            "mixed": self.mixed,
             "axis": self.axis,
             "compute_multiplier": {
                 **to_json(self.multiplier),
@@ -192,11 +186,7 @@ class Comparison:
                 "p_of_one_look": self.evidence.p,
                 "degrees_of_freedom": self.pooled.free,
             },
-            "noise": {
-                "sigma": noise.sigma if noise else None,
-                "source": noise.source if noise else None,
-                "seed_correlation": self.differences.correlation,
-            },
+            "noise": noise | {"seed_correlation": self.differences.correlation},
             "missing": self.missing,
             "warnings": to_json(self.warnings),
         }

@@ -10,12 +10,10 @@ from scipy import special
 
 from slm.fits.compare.e_values import closed_test, combined_e_value, e_value, sequence_radius
 from slm.fits.compare.effects import (
-    BaseCurve,
     Effect,
     LossDifferences,
     effects_by_depth,
     linear_effect,
-    t_quantile,
 )
 from slm.fits.compare.result import DepthEffect, Evidence, Heterogeneity, Trend
 from slm.fits.intervals import Interval
@@ -54,20 +52,18 @@ def measure_evidence(
 
 
 def depth_effects(
-    curve: BaseCurve,
     differences: LossDifferences,
     combined: float,
     e_values: Array,
 ) -> tuple[DepthEffect, ...]:
     """Return the effect at each depth; `combined` and `e_values` (K,) are those of the evidence."""
-    reach = t_quantile(differences.free)
     errors = np.sqrt(differences.variance / differences.weight)
     claimed = closed_test(e_values, combined)
-    effects = effects_by_depth(curve, differences)
+    effects = effects_by_depth(differences)
     results = []
     for k, (base, candidate) in enumerate(differences.pairs):
         effect = effects[k]
-        difference = Effect(float(differences.difference[k]), float(errors[k]), differences.free)
+        difference = Effect(differences.difference[k], errors[k], differences.free)
         direction = "better" if difference.estimate < 0 else "worse"
         results.append(
             DepthEffect(
@@ -75,39 +71,40 @@ def depth_effects(
                 flops=candidate.flops,
                 base_runs=len(base.seeds),
                 candidate_runs=len(candidate.seeds),
-                difference=difference.interval(reach),
-                multiplier=exponential(effect.interval(reach)) if effect else Interval(None),
-                e_value=float(e_values[k]),
+                difference=difference.nominal_interval(),
+                multiplier=exponential(effect.nominal_interval()) if effect else Interval(None),
+                e_value=e_values[k],
                 claim=direction if claimed[k] else None,
             )
         )
     return tuple(results)
 
 
-def mean_difference(curve: BaseCurve, differences: LossDifferences) -> Interval:
+def mean_difference(differences: LossDifferences) -> Interval:
     """Return the interval of the mean difference in ln loss: minus h for a known slope of -1."""
     flat = replace(differences, slope=-np.ones(len(differences.slope)), bend=0.0)
-    effect, _ = linear_effect(curve, flat, 0.0)
+    effect, _ = linear_effect(flat, 0.0)
     return replace(effect, estimate=-effect.estimate).nominal_interval()
 
 
 def measure_heterogeneity(differences: LossDifferences, between: float) -> Heterogeneity | None:
     """Return the F test of the sum of squares `between` depths against that within."""
-    degrees = [len(differences.difference) - 1, differences.free]
-    if min(degrees) < 1:
+    across = len(differences.difference) - 1
+    within = differences.free
+    if across < 1 or within < 1:
         return None
-    statistic = between / degrees[0] / differences.variance
-    return Heterogeneity(
-        statistic, degrees, float(special.fdtrc(degrees[0], degrees[1], statistic))
-    )
+    statistic = between / across / differences.variance
+    p = float(special.fdtrc(across, within, statistic))
+    return Heterogeneity(statistic, [across, within], p)
 
 
-def measure_trend(curve: BaseCurve, differences: LossDifferences, h: float) -> Trend | None:
+def measure_trend(differences: LossDifferences, h: float) -> Trend | None:
     """Return the slope of ln m over ln C around the common effect h."""
     compute = differences.compute
     if len(compute) < 3 or np.ptp(compute) < MIN_TREND_SPAN:
         return None
-    slope, _ = linear_effect(curve, differences, h, trend=True)
-    line = h + slope.estimate * (compute[[0, -1]] - differences.middle(h))
+    slope, _ = linear_effect(differences, h, trend=True)
+    ends = compute[[0, -1]] - differences.middle(h)
+    line = h + slope.estimate * ends
     evidence = float(e_value(slope.t, slope.free, differences.information))
     return Trend(slope.nominal_interval(), slope.p, evidence, np.exp(line).tolist())

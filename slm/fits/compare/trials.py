@@ -11,7 +11,7 @@ from statistics import fmean
 
 import numpy as np
 
-from slm.fits.points import Axes, NotComparable
+from slm.fits.points import NotComparable
 from slm.fits.types import Array
 
 AXES = {"flops": "FLOPs", "seconds": "training time"}
@@ -117,11 +117,6 @@ def check_trials(
     run_id, count = counts.most_common(1)[0]
     if count > 1:
         raise ValueError(f"run {run_id} is given twice; a run belongs to one recipe")
-
-
-def trial_axes(trials: Iterable[Trial]) -> Axes:
-    """Return the axes that the trials' comparison keys name."""
-    return Axes.of_keys(trial.comparison_key for trial in trials)
 
 
 def require_shared_depth(ladders: tuple[Ladder, Ladder], names: tuple[str, str]) -> None:

@@ -10,7 +10,7 @@ from math import inf, log
 from typing import TYPE_CHECKING
 
 from slm.recipe import RECIPES, Hyperparameters, Recipe
-from slm.selection import COUNTS, Runs, single_recipe
+from slm.selection import COUNTS, Runs
 
 if TYPE_CHECKING:
     from slm.fits import Candidate, CurveFit, Design, Goal, Point, Target
@@ -29,13 +29,29 @@ def nearest_model(recipe: Recipe, flops: float) -> Hyperparameters | None:
 
     Example: `nearest_model(nanochat, 1e20).depth`.
     """
-    models = [recipe(depth) for depth in range(1, MAX_DEPTH + 1)]
+    models = _models(recipe)
     if flops > models[-1].flops:
         return None
     return min(models, key=lambda hp: abs(log(hp.flops / flops)))
 
 
-def known_recipe(name: str, purpose: str) -> Recipe:
+def _models(recipe: Recipe) -> list[Hyperparameters]:
+    """Return the compute-optimal models, shallowest first."""
+    return [recipe(depth) for depth in range(1, MAX_DEPTH + 1)]
+
+
+def recipe_of_fit(fit: CurveFit) -> Recipe | None:
+    """Return the recipe of the fitted runs; None if they are of several, or of an unknown one."""
+    return None if fit.mixed else RECIPES.get(fit.points[0].recipe)
+
+
+def recipe_of_points(points: Sequence[Point], purpose: str) -> Recipe:
+    """Return the recipe of all points. Raises ValueError, naming the purpose, for several recipes
+    or an unknown one."""
+    names = sorted({point.recipe for point in points})
+    if len(names) > 1:
+        raise ValueError(f"{purpose} takes runs of one recipe; these are of {' and '.join(names)}")
+    (name,) = names
     if name not in RECIPES:
         raise ValueError(f"{purpose}: unknown recipe {name}; there are {', '.join(RECIPES)}")
     return RECIPES[name]
@@ -45,9 +61,14 @@ def depth_target(runs: Runs, depth: int, counting: str) -> Target:
     """Return the recipe's compute-optimal model of a depth, or the one at the ladder's ratio."""
     from slm.fits import Target
 
-    purpose = f"a prediction of depth {depth}"
-    hp = known_recipe(single_recipe(runs.points, purpose), purpose)(depth, ratio=runs.ratio)
-    return Target(float(hp.flops), depth, _count(hp, counting), float(hp.tokens))
+    recipe = recipe_of_points(runs.points, f"a prediction of depth {depth}")
+    hp = recipe(depth, ratio=runs.ratio)
+    return Target(
+        flops=float(hp.flops),
+        depth=depth,
+        params=_count(hp, counting),
+        tokens=float(hp.tokens),
+    )
 
 
 def best_model(fit: CurveFit, target: Target, counting: str) -> Target:
@@ -56,20 +77,21 @@ def best_model(fit: CurveFit, target: Target, counting: str) -> Target:
     from slm.fits import Target
 
     surface = fit.predicting_surface
-    recipe = None if fit.mixed else RECIPES.get(fit.points[0].recipe)
+    recipe = recipe_of_fit(fit)
     if target.depth is not None or surface is None or recipe is None:
         return target
-    best = target
-    lowest = inf
-    for depth in range(1, MAX_DEPTH + 1):
-        hp = recipe(depth)
-        size = float(_count(hp, counting))
+
+    def loss(hp: Hyperparameters) -> float:
         tokens = target.flops / hp.flops_per_token
-        loss = float(surface.loss(size, tokens))
-        if loss < lowest:
-            lowest = loss
-            best = Target(target.flops, depth, size, tokens)
-    return best
+        return float(surface.loss(float(_count(hp, counting)), tokens))
+
+    best = min(_models(recipe), key=loss)
+    return Target(
+        flops=target.flops,
+        depth=best.depth,
+        params=float(_count(best, counting)),
+        tokens=target.flops / best.flops_per_token,
+    )
 
 
 def _count(hp: Hyperparameters, counting: str) -> int:
@@ -89,17 +111,17 @@ def goal(target: str, recipe: Recipe) -> Goal:
             raise ValueError(f"target {target}: only a loss is of a run; write {kind}")
         return Goal(kind)
     if match := re.fullmatch(r"d(\d+)", run):
-        return Goal("loss", _candidate(recipe(int(match[1])), "compute-optimal"))
+        return Goal("loss", _candidate(recipe(int(match[1]))))
     try:
         flops = float(run)
     except ValueError:
         raise ValueError(f"target {target}: {run!r} is not a number") from None
-    if not 0 < flops < float("inf"):
+    if not 0 < flops < inf:
         raise ValueError(f"target {target}: {run} is not positive and finite")
     model = nearest_model(recipe, flops)
     if model is None:
         raise ValueError(f"target {target}: no model of up to {MAX_DEPTH} layers takes that much")
-    return Goal("loss", _candidate(model, "compute-optimal"))
+    return Goal("loss", _candidate(model))
 
 
 def candidates(
@@ -110,42 +132,49 @@ def candidates(
     Budgets are those of the existing grid and GRID_BUDGETS more; at a budget a model's tokens are
     within RATIO_RANGE times the recipe's.
     """
-    budgets = {point.budget for point in points if point.budget is not None}
     largest = min(budget, max(point.flops for point in points))
-    budgets |= {float(f"{largest / 4**step:.2g}") for step in range(GRID_BUDGETS)}
-    candidates = [_candidate(recipe(depth), "compute-optimal") for depth in depths]
+    budgets = {float(f"{largest / 4**step:.2g}") for step in range(GRID_BUDGETS)}
+    budgets |= {point.budget for point in points if point.budget is not None}
+    optimal = {depth: _candidate(recipe(depth)) for depth in depths}
+    candidates = list(optimal.values())
     for flops in sorted(budgets):
-        for depth in depths:
-            if 1 / RATIO_RANGE <= flops / recipe(depth).flops <= RATIO_RANGE:
+        for depth, model in optimal.items():
+            if 1 / RATIO_RANGE <= flops / model.flops <= RATIO_RANGE:
                 candidates.append(_candidate(recipe(depth, flops=flops), f"flops={flops:g}"))
     return [candidate for candidate in candidates if candidate.flops <= budget] or candidates
 
 
-def _candidate(hp: Hyperparameters, horizon: str) -> Candidate:
+def _candidate(hp: Hyperparameters, horizon: str = "compute-optimal") -> Candidate:
     from slm.fits import Candidate
 
-    size = float(hp.parameters.scaling)
-    return Candidate(hp.depth, size, float(hp.tokens), float(hp.flops), horizon)
+    return Candidate(
+        depth=hp.depth,
+        params=float(hp.parameters.scaling),
+        tokens=float(hp.tokens),
+        flops=float(hp.flops),
+        horizon=horizon,
+    )
 
 
-def sweeps(design: Design, runs: Runs, recipe: Recipe) -> list[str]:
+def sweeps(design: Design, runs: Runs, recipe: Recipe, corpus: str) -> list[str]:
     """Return the command lines that make the picks; an existing experiment keeps its runs and gains
     these."""
     picks = Counter(run.candidate for run in design.runs)
     depths: dict[tuple[str, int], list[int]] = defaultdict(list)
-    for run, count in sorted(picks.items(), key=lambda item: item[0].depth):
+    for run in sorted(picks, key=lambda run: run.depth):
         size = (run.params, run.tokens)
         used = {point.seed for point in runs.points if (point.params, point.tokens) == size}
-        free = [seed for seed in range(len(used) + count) if seed not in used]
-        depths[run.horizon, free[count - 1] + 1].append(run.depth)
-    sweeps = []
+        free = [seed for seed in range(len(used) + picks[run]) if seed not in used]
+        seeds = free[picks[run] - 1] + 1
+        depths[run.horizon, seeds].append(run.depth)
+    commands = []
     for (horizon, seeds), layers in depths.items():
-        words = ["slm sweep --recipe", recipe.name, "--depths", ",".join(map(str, layers))]
+        command = f"slm sweep --recipe {recipe.name} --depths {','.join(map(str, layers))}"
         if horizon != "compute-optimal":
-            words += ["--flops", horizon.removeprefix("flops=")]
+            command += f" --flops {horizon.removeprefix('flops=')}"
         if seeds > 1:
-            words += ["--seeds", str(seeds)]
-        if runs.corpus != "python":
-            words += ["--data", shlex.quote(runs.corpus)]
-        sweeps.append(" ".join([*words, "--name", runs.experiments[0]]))
-    return sweeps
+            command += f" --seeds {seeds}"
+        if corpus != "python":
+            command += f" --data {shlex.quote(corpus)}"
+        commands.append(f"{command} --name {runs.experiments[0]}")
+    return commands
