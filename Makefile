@@ -5,6 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DEMO_HOME := runs/demo
 REPETITIONS ?= 500
+DESIGNS ?=
 
 .PHONY: help install demo check test bench soak calibrate reproduce notebooks wheel-check lock clean
 
@@ -33,13 +34,13 @@ check: install  ## Check lint, format and types
 	$(BIN)/mypy
 
 test: install  ## Run the tests on every core (SLM_REFERENCE=FOLDER adds those against published figures)
-	$(BIN)/python -m pytest -m "not soak" --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest -m "not soak" --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 bench: install  ## Time the parts, each beside its peer or its ceiling
 	$(BIN)/python -m tests.bench
 
 calibrate: install  ## Measure intervals, warnings and claims on known truths (REPETITIONS=500: an hour on two cores)
-	$(BIN)/python -m tests.calibrate --repetitions $(REPETITIONS)
+	$(BIN)/python -m tests.calibrate --repetitions $(REPETITIONS) $(if $(DESIGNS),--designs $(DESIGNS))
 
 reproduce: install  ## Print published fits beside ours (needs SLM_REFERENCE=FOLDER)
 	$(BIN)/python -m tests.reproduce

@@ -1,5 +1,5 @@
-"""Attempts with any number of ranks and any settings, made as the launcher makes them, and torchrun
-on them.
+"""Attempts with any number of ranks and any settings, made as the launcher makes them, and their
+training.
 """
 
 from __future__ import annotations
@@ -7,11 +7,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from slm import events
 from slm.data import PreparedDataset
@@ -21,6 +18,7 @@ from slm.plan import Plan, code_fingerprint
 from slm.recipe import Hyperparameters
 from slm.run import make_attempt as add_attempt
 from slm.sweep.micro_batch import MicroBatches
+from tests import forked
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
 
@@ -58,32 +56,15 @@ def torchrun(folder: Path, *options: str) -> list[str]:
 
 
 def train(folder: Path, ranks: int) -> subprocess.CompletedProcess[str]:
-    """Train an attempt on some ranks of this machine."""
-    return subprocess.run(
-        _local_torchrun(folder, ranks),
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    """Train an attempt on some ranks of this machine, which are forked."""
+    return forked.train(folder, ranks)
 
 
 def train_until(folder: Path, ranks: int, event: str) -> None:
     """Train an attempt until it writes an event of a kind, then stop every rank and wait for the
     end.
     """
-    with subprocess.Popen(
-        _local_torchrun(folder, ranks), env=ENVIRONMENT, stderr=subprocess.DEVNULL
-    ) as process:
-        while process.poll() is None and not log(folder, event):
-            time.sleep(0.01)
-        for worker in psutil.Process(process.pid).children():
-            worker.terminate()
-
-
-def _local_torchrun(folder: Path, ranks: int) -> list[str]:
-    return torchrun(folder, "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}")
+    forked.train_until(folder, ranks, lambda: log(folder, event))
 
 
 def log(folder: Path, kind: str) -> list[dict[str, Any]]:

@@ -106,9 +106,7 @@ def learned(tokenizer: Tokenizer, steps: int = 60) -> GPT:
             "\n\n".join(counted(draw.randrange(12), draw.randrange(3, 15)) for _ in range(40))
             for _ in range(8)
         ]
-        ids = torch.tensor(
-            [[tokenizer.bos, *row[:CONTEXT]] for row in tokenizer.encode_batch(texts, threads=1)]
-        )
+        ids = torch.tensor([[tokenizer.bos, *tokenizer.encode(text)[:CONTEXT]] for text in texts])
         optimizer.zero_grad()
         (model.loss(ids[:, :-1], ids[:, 1:]) / hp.batch_tokens).backward()
         optimizer.step(step)

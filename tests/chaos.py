@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 
@@ -144,6 +145,16 @@ def run_sweep(home: Path, question: Question, view: View | None = None) -> Outco
             poll_seconds=0.1,
         )
         return Orchestrator(sweep, launcher, view or Lines()).run()
+
+
+@contextmanager
+def frequent_ingests() -> Iterator[None]:
+    """Let orchestrators ingest twice a second within the block."""
+    with (
+        mock.patch.object(orchestrator, "INGEST_SECONDS", 0.5),
+        mock.patch.object(orchestrator, "INGEST_SHARE", 0.3),
+    ):
+        yield
 
 
 def start(home: Path, question: Question) -> subprocess.Popen[bytes]:
@@ -333,7 +344,16 @@ def check_attempts(home: Path) -> int:
     return attempts
 
 
-def check_no_process_left(home: Path, seconds: float = 120.0) -> None:
+def kill_all(home: Path) -> None:
+    """Kill every process that works on the home, and what it starts meanwhile."""
+    while processes := [process for kind in alive(home).values() for process in kind]:
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(processes, timeout=10)
+
+
+def check_no_process_left(home: Path, seconds: float = 300.0) -> None:
     """Wait until no process works on the home."""
     deadline = time.monotonic() + seconds
     while any(processes := alive(home).values()):
@@ -373,9 +393,8 @@ def main() -> None:
     depths = tuple(map(int, options.depths.split(",")))
     question = Question(depths, options.seeds, options.steps)
     if options.orchestrate:
-        orchestrator.INGEST_SECONDS = 0.5  # more moments to be killed at
-        orchestrator.INGEST_SHARE = 0.3
-        run_sweep(options.home, question)
+        with frequent_ingests():  # more moments to be killed at
+            run_sweep(options.home, question)
         return
     draw = random.Random(options.seed)
     kinds = draw.choices(list(KINDS), list(KINDS.values()), k=options.kills)

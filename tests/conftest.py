@@ -1,12 +1,10 @@
-"""Shared fixtures: a prepared corpus, homes that use it, databases, the command line."""
+"""Shared fixtures: a prepared corpus, homes that use it, databases."""
 
 from __future__ import annotations
 
 import os
 import secrets
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,13 @@ from slm.data import PreparedDataset, prepare
 from slm.recipe import pocket
 from tests import postgres
 
-Command = Callable[..., subprocess.CompletedProcess[str]]
+LONGEST = ("test_makefile.py", "test_goldens.py", "test_slurm.py", "test_orchestrator.py")
+"""Files that take about a minute each; they run first, so that no worker waits for another."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Move the longest files to the front."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="session")
@@ -76,17 +80,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def slm(
-    *arguments: str, home: Path | None = None, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Run the command line in its own process."""
-    env = {**os.environ, **({"SLM_HOME": str(home)} if home else {}), **environment}
-    command = [sys.executable, "-c", "from slm.cli import main; main()", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, env=env, timeout=300, check=False
-    )
 
 
 @pytest.fixture

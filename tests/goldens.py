@@ -24,7 +24,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -40,32 +40,32 @@ from unittest import mock
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 FOLDER = Path(__file__).parent / "golden"
-"""Where the goldens, their home and their data are."""
+"""Folder of the goldens, their home and their data."""
 VERSIONS = FOLDER / "made_with.txt"
-"""What the goldens were made with."""
+"""Versions that made the goldens."""
 TEXT, NOW, PATH = "<text>", "<now>", "<path>"
-"""What stands in a golden for prose, for the time of the comparison, and for a path."""
+"""Stand-ins for prose, for the time of the comparison, and for a path."""
 WORDS = 4
 """A string of so many words is prose."""
 LONG = 60
-"""Rows of a query that has more are kept as a digest, beside the first of them."""
-SHOWN = 12
-"""Differences named of one case, at most."""
+"""A query with more rows is recorded as a digest and its first rows."""
+MAX_DIFFERENCES = 12
+"""Largest number of differences listed for one case."""
 DAY = 86400.0
 
 
 @dataclass(frozen=True)
 class Case:
-    """One command, and how to read what it prints."""
+    """A command, and the way to read its output."""
 
     name: str
     """The golden's file name, without ending."""
     arguments: tuple[str, ...]
-    """What is typed after `slm`; {names} are filled in."""
+    """Arguments of `slm`; {names} are filled in."""
     kind: str = "json"
     """json, csv, rows (JSON of a query), text, or report (JSON and the page it names)."""
     home: str = "home"
-    """Which copy of the home it runs in: those that change one have a copy of their own."""
+    """Copy of the home to run in: commands that change a home have another one."""
 
     @property
     def needs_reference(self) -> bool:
@@ -179,7 +179,7 @@ TABLES = {
     "homes": "home",
     "fits": "home, hash",
 }
-"""Every view and table whose rows do not depend on the machine, and what orders them."""
+"""Views and tables whose rows do not depend on the machine, with the columns that order them."""
 
 
 def _queries() -> Iterator[Case]:
@@ -192,11 +192,11 @@ def _queries() -> Iterator[Case]:
             yield Case(f"query-{table}-markdown", (*query, "--format", "markdown"), "text")
     cursors = "select file, \"offset\" from cursors where file like '%events.jsonl' order by file"
     yield Case("query-cursors", ("query", cursors, "--format", "json"), "rows")
-    asked = "select depth, seed, val_bpb, flops from results where flops > $least order by flops, seed, depth, val_bpb"
-    yield Case("query-param", ("query", asked, "--param", "least=5e9", "--format", "json"), "rows")
+    query = "select depth, seed, val_bpb, flops from results where flops > $least order by flops, seed, depth, val_bpb"
+    yield Case("query-param", ("query", query, "--param", "least=5e9", "--format", "json"), "rows")
     yield Case(
         "query-limit",
-        ("query", asked, "--param", "least=1", "--limit", "3", "--format", "csv"),
+        ("query", query, "--param", "least=1", "--limit", "3", "--format", "csv"),
         "csv",
     )
     yield Case(
@@ -414,7 +414,7 @@ def _reports() -> Iterator[Case]:
 
 
 def _after() -> Iterator[Case]:
-    """Give what changes a home, each kind in a copy of its own, and what travels between two."""
+    """List commands that change a home, and those that exchange runs between two homes."""
     yield Case(
         "after-query-fits", ("query", "select count(*) as n from fits", "--format", "json"), "rows"
     )
@@ -429,7 +429,7 @@ def _after() -> Iterator[Case]:
     yield Case("merge-check", ("store", "check", "--json"), home="other")
     results = f"select run_id, source, recipe, flops, val_bpb, core, flags from results order by {TABLES['results']}"
     yield Case("merge-results", ("query", results, "--format", "json"), "rows", home="other")
-    own = (
+    command = (
         "import",
         "{data}/points.csv",
         "--map",
@@ -437,8 +437,8 @@ def _after() -> Iterator[Case]:
         "--name",
         "own",
     )
-    yield Case("import-kept", (*own, "--axis", "ours", "--json"), home="changed")
-    yield Case("import-kept-again", (*own, "--axis", "ours", "--json"), home="changed")
+    yield Case("import-kept", (*command, "--axis", "ours", "--json"), home="changed")
+    yield Case("import-kept-again", (*command, "--axis", "ours", "--json"), home="changed")
     yield Case(
         "import-kept-fit",
         ("fit-curves", "own", "--metric", "loss", "--at", "1e20", "--json"),
@@ -469,21 +469,24 @@ class Session:
         self.names = {"home": str(work / "home"), "work": str(work), "data": str(FOLDER / "data")}
         self.names |= {"root": str(FOLDER.parent.parent), "reference": self.reference or ""}
         for path in sorted((FOLDER / "home" / "experiments").glob("*.json")):
-            for place, run in enumerate(json.loads(path.read_text())["runs"]):
-                self.names[f"{path.stem}-{place}"] = run
+            for number, run in enumerate(json.loads(path.read_text())["runs"]):
+                self.names[f"{path.stem}-{number}"] = run
 
     def outcome(self, case: Case) -> dict[str, Any]:
-        """Run a case; what its golden should be."""
+        """Run a case, and return its exit code and output as a golden holds them."""
         arguments = [
-            re.sub(r"\{([\w-]+)\}", lambda found: self.names[found[1]], word)
+            re.sub(r"\{([\w-]+)\}", lambda match: self.names[match[1]], word)
             for word in case.arguments
         ]
-        code, printed = self._typed(arguments, self.work / case.home)
-        shown: dict[str, Any] = {"command": " ".join(["slm", *case.arguments]), "exit": code}
-        return shown | {"output": self._read(case.kind, printed) if printed.strip() else None}
+        code, printed = self._run(arguments, self.work / case.home)
+        return {
+            "command": " ".join(["slm", *case.arguments]),
+            "exit": code,
+            "output": self._read(case.kind, printed) if printed.strip() else None,
+        }
 
-    def _typed(self, arguments: list[str], home: Path) -> tuple[int, str]:
-        """Call the command line as a shell would; its exit code and what it prints."""
+    def _run(self, arguments: list[str], home: Path) -> tuple[int, str]:
+        """Call the command line as a shell would; return its exit code and output."""
         from slm.cli import main
 
         out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
@@ -493,8 +496,9 @@ class Session:
             "TZ": "UTC",
             "COLUMNS": "200",
         }
-        typed, err = mock.patch.object(sys, "argv", ["slm", *arguments]), io.StringIO()
-        with _in(self.work), _environment(environment), _quick_figures(), typed:
+        argv = mock.patch.object(sys, "argv", ["slm", *arguments])
+        err = io.StringIO()
+        with _in(self.work), _environment(environment), _quick_figures(), argv:
             code = 0
             try:
                 with redirect_stdout(out), redirect_stderr(err):
@@ -518,27 +522,29 @@ class Session:
         return numbers_of_text(self._without_hashes(printed))
 
     def _without_hashes(self, text: str) -> str:
-        """A text without the names of recorded fits, which a prose change renames."""
+        """Return a text without the hashes of recorded fits, which any change of prose changes."""
         for path in (self.work / "home" / "fits").glob("*.json"):
             text = text.replace(path.stem, "")
         return text
 
     def _rows(self, rows: list[Any]) -> Any:
-        """Rows of a query; of many, a digest of all and the first."""
-        kept = [self._value(row) for row in rows]
-        if len(kept) <= LONG:
-            return kept
-        digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-        return {"rows": len(kept), "sha256": digest, "first": kept[:3]}
+        """Return the rows of a query, or of a long one a digest and the first rows."""
+        values = [self._value(row) for row in rows]
+        if len(values) <= LONG:
+            return values
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        return {"rows": len(values), "sha256": digest, "first": values[:3]}
 
-    def _value(self, value: Any, key: str = "", of: dict[str, Any] | None = None) -> Any:
-        """A value of a document without what may change: prose, paths, times of now, versions."""
-        if of is not None and key in VOLATILE and (other := VOLATILE[key](value, of)) is not value:
-            return other
+    def _value(self, value: Any, key: str = "", parent: dict[str, Any] | None = None) -> Any:
+        """Return a value of a document without prose, paths, current times and versions."""
+        if parent is not None and key in VOLATILE:
+            replacement = VOLATILE[key](value, parent)
+            if replacement is not value:
+                return replacement
         if isinstance(value, dict):
-            return {name: self._value(own, name, value) for name, own in value.items()}
+            return {name: self._value(item, name, value) for name, item in value.items()}
         if isinstance(value, list):
-            return [self._value(own, key, of) for own in value]
+            return [self._value(item, key, parent) for item in value]
         if isinstance(value, float) and self.started <= value <= self.started + DAY:
             return NOW
         return self._string(value, key) if isinstance(value, str) else value
@@ -582,33 +588,34 @@ PROSE |= {
     "description",
     "warnings",
 }
-"""Keys whose strings are words for people."""
+"""Keys whose strings are prose."""
 
 
-def _fit_hash(value: Any, of: dict[str, Any]) -> Any:
-    """A fit's hash covers its prose and the versions; an import's covers its content."""
-    return "<hash>" if "kind" in of and "experiments" in of else value
+def _fit_hash(value: Any, parent: dict[str, Any]) -> Any:
+    """Hide the hash of a fit, which covers prose and versions; that of an import stays."""
+    return "<hash>" if "kind" in parent and "experiments" in parent else value
 
 
-def _of_parquet(value: Any, of: dict[str, Any]) -> Any:
-    """Size and hash of an exported file that is not a copy of one of the home."""
-    copied = str(of.get("name", "")).startswith("runs/") and "/fits/" not in str(of["name"])
-    return value if copied or "name" not in of else "<file>"
+def _of_parquet(value: Any, parent: dict[str, Any]) -> Any:
+    """Hide size and hash of an exported file unless it is a copy of a file of the home."""
+    name = str(parent.get("name", ""))
+    copied = name.startswith("runs/") and "/fits/" not in name
+    return value if copied or "name" not in parent else "<file>"
 
 
-def _name(value: Any, of: dict[str, Any]) -> Any:
-    """The name of an exported file; a fit's is its hash."""
+def _name(value: Any, parent: dict[str, Any]) -> Any:
+    """Hide the hash in the name of an exported fit."""
     return re.sub(r"/fits/\w+", "/fits/<hash>", value) if "/fits/" in str(value) else value
 
 
 VOLATILE: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "hash": _fit_hash,
     "name": _name,
-    "versions": lambda value, of: value if "host" in of else "<versions>",
-    "slm": lambda value, of: "<version>",
+    "versions": lambda value, parent: value if "host" in parent else "<versions>",
+    "slm": lambda value, parent: "<version>",
     "bytes": _of_parquet,
     "sha256": _of_parquet,
-    "state": lambda value, of: value if "/" not in str(value) else "<state>",
+    "state": lambda value, parent: value if "/" not in str(value) else "<state>",
 }
 """Replacements of values that differ between machines, versions and days, by key."""
 
@@ -630,38 +637,39 @@ DROPPED = re.compile(
 
 
 def numbers(text: str) -> list[str]:
-    """Every number of a text as it is printed, without units."""
+    """Return every number of a text as it is printed, without units."""
     return NUMBER.findall(DROPPED.sub(" ", text))
 
 
 def numbers_of_text(text: str) -> dict[str, Any]:
-    """The numbers of every table of Markdown or plain text, row by row, and of all else."""
-    rows, others = [], []
+    """Return the numbers of every table of Markdown or plain text by row, and the other numbers."""
+    rows = []
+    rest = []
     for line in text.splitlines():
         if line.startswith(("|", " ")) or re.search(r"\S {2,}\S", line):
             rows.append(numbers(line.replace("|", " ")))
         else:
-            others += numbers(line)
-    return {"rows": [row for row in rows if row], "others": others}
+            rest += numbers(line)
+    return {"rows": [row for row in rows if row], "others": rest}
 
 
 def numbers_of_html(text: str) -> dict[str, Any]:
-    """The same of a page."""
+    """Return the numbers of every table of an HTML page by row, and the other numbers."""
     reader = _Reader()
     reader.feed(text)
     return {
         "rows": [row for row in map(numbers, reader.rows) if row],
-        "others": numbers(" ".join(reader.others)),
+        "others": numbers(" ".join(reader.rest)),
     }
 
 
 class _Reader(HTMLParser):
-    """The words of a page: rows of its tables, and all else."""
+    """Parser that collects the text of a page: rows of its tables, and the rest."""
 
     def __init__(self) -> None:
         super().__init__()
         self.rows: list[str] = []
-        self.others: list[str] = []
+        self.rest: list[str] = []
         self._row, self._hidden = False, 0
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
@@ -680,7 +688,7 @@ class _Reader(HTMLParser):
         if self._row:
             self.rows[-1] += f" {data} "
         else:
-            self.others.append(data)
+            self.rest.append(data)
 
 
 @contextmanager
@@ -728,83 +736,78 @@ def _empty_drawing() -> bytes:
     return file.getvalue()
 
 
-def differences(expected: Any, found: Any, where: str = "", tolerance: float = 0.0) -> list[str]:
-    """Name every value that differs, a line each; numbers are equal within a relative tolerance."""
-    if isinstance(expected, dict) and isinstance(found, dict):
-        told = [f"{where}: missing {name}" for name in expected.keys() - found.keys()]
-        told += [f"{where}: new {name}" for name in found.keys() - expected.keys()]
-        shared = [name for name in expected if name in found]
-        return told + [
-            line
-            for name in shared
-            for line in differences(expected[name], found[name], f"{where}/{name}", tolerance)
-        ]
-    if isinstance(expected, list) and isinstance(found, list):
-        told = (
-            []
-            if len(expected) == len(found)
-            else [f"{where}: {len(expected)} items, now {len(found)}"]
-        )
-        pairs = enumerate(zip(expected, found))
-        return told + [
-            line
-            for place, own in pairs
-            for line in differences(*own, f"{where}/{place}", tolerance)
-        ]
-    if type(expected) is type(found) and expected == found:
+def differences(expected: Any, actual: Any, path: str = "", tolerance: float = 0.0) -> list[str]:
+    """Describe every value that differs, a line each; numbers may differ by a relative tolerance."""
+    lines: list[str] = []
+    if isinstance(expected, dict) and isinstance(actual, dict):
+        lines += [f"{path}: missing {name}" for name in expected.keys() - actual.keys()]
+        lines += [f"{path}: new {name}" for name in actual.keys() - expected.keys()]
+        for name in expected.keys() & actual.keys():
+            lines += differences(expected[name], actual[name], f"{path}/{name}", tolerance)
+        return lines
+    if isinstance(expected, list) and isinstance(actual, list):
+        if len(expected) != len(actual):
+            lines.append(f"{path}: {len(expected)} items, now {len(actual)}")
+        for number, pair in enumerate(zip(expected, actual)):
+            lines += differences(*pair, f"{path}/{number}", tolerance)
+        return lines
+    if type(expected) is type(actual) and expected == actual:
         return []
     numeric = all(
-        isinstance(own, (int, float)) and not isinstance(own, bool) for own in (expected, found)
+        isinstance(value, (int, float)) and not isinstance(value, bool)
+        for value in (expected, actual)
     )
-    if numeric and tolerance and math.isclose(expected, found, rel_tol=tolerance):
+    if numeric and tolerance and math.isclose(expected, actual, rel_tol=tolerance):
         return []
-    return [f"{where}: {expected!r}, now {found!r}"]
+    return [f"{path}: {expected!r}, now {actual!r}"]
 
 
 def golden(case: Case) -> Path:
-    """Give the file of a case."""
+    """Return the file of a case's golden."""
     return FOLDER / f"{case.name}.json"
 
 
-def compared(case: Case, found: dict[str, Any], tolerance: float = 0.0) -> list[str]:
-    """Name every value of a case that differs from its golden, a line each."""
+def compared(case: Case, outcome: dict[str, Any], tolerance: float = 0.0) -> list[str]:
+    """Describe every value of an outcome that differs from the golden, a line each."""
     path = golden(case)
     if not path.exists():
         return ["there is no golden"]
-    return differences(json.loads(path.read_text(encoding="utf-8")), found, tolerance=tolerance)
+    return differences(json.loads(path.read_text(encoding="utf-8")), outcome, tolerance=tolerance)
 
 
 def versions() -> dict[str, str]:
-    """Say what the last digits of a fit rest on beside our code."""
+    """Return the machine and the versions on which the last digits of a fit depend."""
     packages = ("duckdb", "numpy", "pandas", "scipy")
     return {"machine": platform.machine()} | {name: metadata.version(name) for name in packages}
 
 
-def outcomes(only: str = "") -> dict[str, dict[str, Any]]:
-    """Run the cases whose names contain a word, one process per group; return goldens by name."""
+def outcomes(selected: Iterable[Case]) -> dict[str, dict[str, Any]]:
+    """Run cases, one process per group; return what each printed, by name."""
+    names = {case.name for case in selected}
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        found = pool.map(partial(_of_group, only), range(len(groups())))
-        return {name: own for group in found for name, own in group.items()}
+        results = pool.map(partial(_of_group, names), range(len(groups())))
+        return {name: outcome for group in results for name, outcome in group.items()}
 
 
-def _of_group(only: str, place: int) -> dict[str, dict[str, Any]]:
-    asked = {case.name for case in cases() if only in case.name}
-    found = {}
+def _of_group(names: set[str], number: int) -> dict[str, dict[str, Any]]:
+    results = {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         session = Session(Path(folder).resolve())
-        for case in groups()[place]:
-            if case.name in asked:
+        for case in groups()[number]:
+            if case.name in names:
                 start = time.perf_counter()
-                found[case.name] = session.outcome(case)
+                results[case.name] = session.outcome(case)
                 sys.stderr.write(f"{time.perf_counter() - start:6.1f} s  {case.name}\n")
-    return found
+    return results
 
 
 def main() -> int:
-    """Record or compare; 1 where a value differs."""
+    """Record or compare; return 1 if a value differs."""
     parser = argparse.ArgumentParser(prog="python -m tests.goldens", description=__doc__)
     parser.add_argument("--record", action="store_true", help="write the goldens anew")
-    parser.add_argument("--only", default="", metavar="WORD", help="cases whose names hold this")
+    parser.add_argument(
+        "--only", default="", metavar="WORD", help="only cases whose names contain the word"
+    )
     parser.add_argument(
         "--tolerance",
         type=float,
@@ -812,25 +815,22 @@ def main() -> int:
         metavar="SHARE",
         help="numbers may differ by this share",
     )
-    asked = parser.parse_args()
-    found, differ = outcomes(asked.only), 0
-    if asked.record and not asked.only:
+    options = parser.parse_args()
+    selected = [case for case in cases() if options.only in case.name]
+    results = outcomes(selected)
+    if options.record and not options.only:
         VERSIONS.write_text(json.dumps(versions(), indent=1) + "\n")
-    for case in cases():
-        if case.name not in found:
-            continue
-        if asked.record:
-            text = json.dumps(found[case.name], indent=1, ensure_ascii=False)
+    differ = 0
+    for case in selected:
+        if options.record:
+            text = json.dumps(results[case.name], indent=1, ensure_ascii=False)
             golden(case).write_text(f"{text}\n", encoding="utf-8")
-        elif told := compared(case, found[case.name], asked.tolerance):
+        elif lines := compared(case, results[case.name], options.tolerance):
             differ += 1
-            lines = [
-                f"{case.name}: {len(told)} differences",
-                *(f"    {line}" for line in told[:SHOWN]),
-            ]
-            sys.stdout.write("\n".join(lines) + "\n")
+            sys.stdout.write(f"{case.name}: {len(lines)} differences\n")
+            sys.stdout.writelines(f"    {line:.400}\n" for line in lines[:MAX_DIFFERENCES])
     left_out = sum(len(group) for group in groups()) - len(cases())
-    last = f"{len(found)} cases, {differ} differ; {left_out} need SLM_REFERENCE and are left out"
+    last = f"{len(results)} cases, {differ} differ; {left_out} need SLM_REFERENCE and are left out"
     sys.stdout.write(f"{last}\n")
     return 1 if differ else 0
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -57,20 +58,20 @@ HEAVY = {
 Graph = dict[str, set[str]]
 
 
-def modules(root: Path = ROOT) -> dict[str, Path]:
+def modules() -> dict[str, Path]:
     """Return every module of slm and store by name."""
-    paths = (path for package in ("slm", "store") for path in (root / package).rglob("*.py"))
-    return {module_name(path.relative_to(root)): path for path in paths}
+    paths = (path for package in ("slm", "store") for path in (ROOT / package).rglob("*.py"))
+    return {module_name(path.relative_to(ROOT)): path for path in paths}
 
 
 def module_name(path: Path) -> str:
     return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports_of(name: str, path: Path, known: set[str]) -> set[str]:
-    """Return the modules that a file imports anywhere in it."""
+def imports_of(name: str, path: Path, source: str, known: set[str]) -> set[str]:
+    """Return the modules that the source of a file imports anywhere in it."""
     imported: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -85,9 +86,13 @@ def imports_of(name: str, path: Path, known: set[str]) -> set[str]:
     return imported
 
 
-def graph(root: Path = ROOT) -> Graph:
-    paths = modules(root)
-    return {name: imports_of(name, path, set(paths)) for name, path in paths.items()}
+@cache
+def graph() -> Graph:
+    """Return the modules that each module imports."""
+    paths = modules()
+    return {
+        name: imports_of(name, path, path.read_text(), set(paths)) for name, path in paths.items()
+    }
 
 
 def inside(module: str, *packages: str) -> bool:
@@ -176,14 +181,13 @@ def test_every_rule_holds() -> None:
         ),
     ],
 )
-def test_each_rule_can_be_broken(tmp_path: Path, module: str, line: str, complaint: str) -> None:
-    for path in modules().values():
-        copy = tmp_path / path.relative_to(ROOT)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_text(path.read_text())
-    with (tmp_path / module).open("a") as file:
-        file.write(f"\n{line}\n")
-    assert any(complaint in sentence for sentence in violations(graph(tmp_path)))
+def test_each_rule_can_be_broken(module: str, line: str, complaint: str) -> None:
+    """Check the modules as they would be with one more line at the end of one of them."""
+    path = ROOT / module
+    name = module_name(Path(module))
+    source = f"{path.read_text()}\n{line}\n"
+    imported = imports_of(name, path, source, set(modules()))
+    assert any(complaint in sentence for sentence in violations(graph() | {name: imported}))
 
 
 def loaded_by(program: str) -> set[str]:
@@ -208,8 +212,7 @@ def test_the_trainer_loads_no_database_and_no_command_line() -> None:
         "import slm.sweep.orchestrator, slm.sweep.preview, slm.sweep.supervisor",
         "import slm.monitor.display, slm.experiment, slm.data, slm.run",
         "import slm.evaluate.bundle, slm.evaluate.request, slm.evaluate.records",
-        "import slm.fits, slm.figures, slm.report, slm.results",
-        "import store",
+        "import slm.fits, slm.figures, slm.report, slm.results, store",
     ],
 )
 def test_planning_and_reading_load_no_torch(program: str) -> None:

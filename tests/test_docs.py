@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 import re
 import shlex
 import shutil
@@ -18,8 +17,11 @@ import pytest
 import typer
 from pyarrow import parquet
 
+import store
 from slm.cli import app, main
 from slm.data import PreparedDataset
+from tests.commands import slm
+from tests.drawing import empty_figures
 from tests.hub import Hub, environment, serving
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +55,8 @@ def lines_of(page: str) -> list[str]:
     ]
 
 
-LINES = [(name, line) for name in sorted(PAGES) for line in lines_of(PAGES[name])]
+LINES = {line: name for name in sorted(PAGES) for line in lines_of(PAGES[name])}
+"""Every command line, and a page that has it."""
 
 
 @pytest.fixture(scope="module")
@@ -74,20 +77,16 @@ def workplace(
     lines = [f"1e{k},2e{k + 1},1.2e{2 * k + 2},{3 * 10 ** (-0.1 * k):.4f}" for k in range(5, 10)]
     (folder / "runs.csv").write_text("\n".join(["params,tokens,flops,val_bpb", *lines]))
     shutil.copy(ROOT / "tests" / "golden" / "data" / "results.csv", folder / "results.csv")
-    sweep = "sweep --recipe pocket --depths 1 --steps 10 --name tiny --cores 1"
-    subprocess.run(
-        [sys.executable, "-m", "slm", *sweep.split()],
-        cwd=folder,
-        env={"SLM_HOME": str(home), "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)},
-        check=True,
-    )
+    sweep = "sweep --recipe pocket --depths 1 --steps 2 --name tiny --cores 1"
+    result = slm(*sweep.split(), home=home)
+    assert result.returncode == 0, result.stderr
+    store.ingest(home)
     [run] = [path.parent for path in home.glob("*/model.safetensors")]
     return folder, run.name
 
 
-@pytest.mark.parametrize(("page", "line"), LINES, ids=[f"{name}: {line}" for name, line in LINES])
+@pytest.mark.parametrize("line", LINES, ids=[f"{name}: {line}" for line, name in LINES.items()])
 def test_a_command_line_of_the_documentation_runs(
-    page: str,
     line: str,
     workplace: tuple[Path, str],
     monkeypatch: pytest.MonkeyPatch,
@@ -107,17 +106,17 @@ def test_a_command_line_of_the_documentation_runs(
     if "climbmix" in command:
         code, output = run_against_a_hub(command, tmp_path)
     elif command[1] in ("status", "query"):  # a background ingest; bytes on standard output
-        code, output = run_in_own_process(command, dict(os.environ))
+        code, output = run_in_own_process(command)
     else:
         code, output = run_in_process(command, monkeypatch)
     assert code == UNREACHABLE.get(line, 0), output
 
 
 def run_in_process(command: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
-    """Run a command line in this process; return its exit code and output."""
+    """Run a command line in this process, with empty figures; return its exit code and output."""
     output = io.StringIO()
     monkeypatch.setattr(sys, "argv", command)
-    with redirect_stdout(output), redirect_stderr(output):
+    with empty_figures(), redirect_stdout(output), redirect_stderr(output):
         try:
             main()
         except SystemExit as end:
@@ -129,18 +128,12 @@ def run_against_a_hub(command: list[str], folder: Path) -> tuple[int, str]:
     """Run a command line in its own process, with a hub on loopback that serves two files."""
     shards = {f"shard_{number:05d}.parquet": small_shard(number) for number in range(2)}
     with serving(Hub("karpathy/climbmix-400b-shuffle", shards)) as hub:
-        return run_in_own_process(command, os.environ | environment(hub, folder / "cache"))
+        return run_in_own_process(command, **environment(hub, folder / "cache"))
 
 
-def run_in_own_process(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
+def run_in_own_process(command: list[str], **environment: str) -> tuple[int, str]:
     """Run a command line in its own process; return its exit code and output."""
-    result = subprocess.run(
-        [sys.executable, "-m", *command],
-        env=environment | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = slm(*command[1:], **environment)
     return result.returncode, result.stdout + result.stderr
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SMALL = {"SLM_BENCH_SMALL": "1", "REPETITIONS": "1"}
+SMALL = {"SLM_BENCH_SMALL": "1", "REPETITIONS": "1", "DESIGNS": "1"}
 
 
 def make(target: str, *variables: str, **environment: str) -> subprocess.CompletedProcess[str]:

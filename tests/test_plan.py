@@ -95,8 +95,8 @@ def test_moving_a_trainer_source_does_not_change_the_code_fingerprint(
 
 
 def test_a_changed_constant_changes_the_code_fingerprint(sources: Path) -> None:
-    layers = sources / "model" / "layers.py"
-    layers.write_text(layers.read_text().replace("SOFTCAP = 15.0", "SOFTCAP = 30.0"))
+    logits = sources / "model" / "logits.py"
+    logits.write_text(logits.read_text().replace("SOFTCAP = 15.0", "SOFTCAP = 30.0"))
     assert code_fingerprint(sources) != code_fingerprint()
 
 

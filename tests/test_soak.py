@@ -23,7 +23,7 @@ from slm.recipe import pocket
 from slm.run import run_holder
 from slm.train.optimizer import Optimizer
 from tests import chaos
-from tests.conftest import slm
+from tests.commands import slm
 from tests.train.test_train import TWO, Watcher, train
 
 pytestmark = pytest.mark.soak

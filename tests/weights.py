@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -63,14 +66,28 @@ class Run:
         )
 
 
-def run_in(home: Path, seed: int = 0) -> Run:
-    """Return a planned run of depth 2 on the sources of the tests; no parameter is zero."""
-    corpus = home.parent / f"{home.name}-texts"
-    corpus.mkdir(exist_ok=True)
+HYPERPARAMETERS = FAMILY(2, steps=70)
+
+
+@cache
+def prepared_sources() -> tuple[TemporaryDirectory[str], PreparedDataset]:
+    """Prepare the sources of the tests in a folder that lasts as long as this process."""
+    folder = TemporaryDirectory(prefix="slm-weights-")
+    corpus = Path(folder.name) / "runs-texts"
+    corpus.mkdir()
     for path in Path(__file__).parent.rglob("*.py"):
         (corpus / f"{path.stem}.txt").write_text(path.read_text())
-    hp = FAMILY(2, steps=70)
-    prepared = prepare(str(corpus), hp, home)
+    return folder, prepare(str(corpus), HYPERPARAMETERS, Path(folder.name) / "home")
+
+
+def run_in(home: Path, seed: int = 0) -> Run:
+    """Return a planned run of depth 2 on the sources of the tests; no parameter is zero."""
+    hp = HYPERPARAMETERS
+    source = prepared_sources()[1].folder
+    copy = home / "data" / source.name
+    if not copy.exists():
+        shutil.copytree(source, copy)
+    prepared = PreparedDataset.read(copy)
     plan = Plan("tiny", "steps=70", seed, hp, prepared.identity(hp), code_fingerprint())
     run = Run(home, plan, prepared, GPT(hp))
     run.folder.mkdir()

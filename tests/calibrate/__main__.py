@@ -1,4 +1,4 @@
-"""Print every table: `python -m tests.calibrate [--repetitions 500] [--seed 0]`."""
+"""Print every table: `python -m tests.calibrate [--repetitions 500] [--designs 2]`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ def main() -> None:
     """Simulate and print."""
     parser = argparse.ArgumentParser(prog="python -m tests.calibrate")
     parser.add_argument("--repetitions", type=int, default=500, help="repetitions of each design")
+    parser.add_argument("--designs", type=int, help="only the first designs of each table")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     for title, report in SECTIONS.items():
-        headers, rows = report(options.repetitions, options.seed)
+        headers, rows = report(options.repetitions, options.seed, options.designs)
         print(f"\n{title}\n")
         print(tabulate(rows, headers=headers, floatfmt=".1f"))
 

@@ -51,15 +51,17 @@ LADDERS: dict[str, tuple[float, Callable[[int], Array | float], float]] = {
 LOOKS = 10
 
 
-def report(repetitions: int, seed: int = 0) -> tuple[Sequence[str], list[list[str]]]:
-    """Return headers and one row per design; coverage and claims are percentages.
+def report(
+    repetitions: int, seed: int = 0, count: int | None = None
+) -> tuple[Sequence[str], list[list[str]]]:
+    """Return headers and one row for each of the first `count` designs.
 
-    Half-widths are for m = 1. Claims are decisions of better or worse for equal recipes; the last
-    three columns are a t test of a single look.
+    Coverage and claims are percentages. Half-widths are for m = 1. Claims are decisions of better
+    or worse for equal recipes; the last three columns are a t test of a single look.
     """
     designs = [(count, seeds) for count in (3, 5, 8) for seeds in (1, 2, 3, 5)]
     tasks = [(*design, ladder, repetitions, seed) for ladder in LADDERS for design in designs]
-    return HEADERS, parallel_map(_row, tasks, "comparisons", 1)
+    return HEADERS, parallel_map(_row, tasks[:count], "comparisons", 1)
 
 
 def _row(task: tuple[int, int, str, int, int]) -> list[str]:

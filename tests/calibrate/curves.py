@@ -72,7 +72,9 @@ class Outcome:
     """Codes of the warnings."""
 
 
-def intervals(repetitions: int, seed: int = 0) -> tuple[Sequence[str], list[Sequence[object]]]:
+def intervals(
+    repetitions: int, seed: int = 0, count: int | None = None
+) -> tuple[Sequence[str], list[Sequence[object]]]:
     """Return headers, and one row for each interval of each design.
 
     Coverage counts an open side as containing everything; `cover of closed` leaves open intervals
@@ -80,7 +82,7 @@ def intervals(repetitions: int, seed: int = 0) -> tuple[Sequence[str], list[Sequ
     where the assumptions hold.
     """
     rows: list[Sequence[object]] = []
-    for design, outcomes in zip(DESIGNS, _simulated(repetitions, seed)):
+    for design, outcomes in zip(DESIGNS, _simulated(repetitions, seed, count)):
         groups: dict[tuple[str, str], list[Claim]] = defaultdict(list)
         for outcome in outcomes:
             for claim in outcome.claims:
@@ -90,20 +92,23 @@ def intervals(repetitions: int, seed: int = 0) -> tuple[Sequence[str], list[Sequ
     return HEADERS, rows
 
 
-def warnings(repetitions: int, seed: int = 0) -> tuple[Sequence[str], list[Sequence[object]]]:
+def warnings(
+    repetitions: int, seed: int = 0, count: int | None = None
+) -> tuple[Sequence[str], list[Sequence[object]]]:
     """Return headers, and one row per warning: how often it fires where it should or should not."""
-    simulated = _simulated(repetitions, seed)
+    designs = DESIGNS[:count]
+    simulated = _simulated(repetitions, seed, count)
     fired = {code for outcomes in simulated for outcome in outcomes for code in outcome.codes}
     rows: list[Sequence[object]] = []
-    for code in sorted(fired.union(*(design.must for design in DESIGNS))):
+    for code in sorted(fired.union(*(design.must for design in designs))):
         shares = {
             design.name: 100 * float(np.mean([code in outcome.codes for outcome in outcomes]))
-            for design, outcomes in zip(DESIGNS, simulated)
+            for design, outcomes in zip(designs, simulated)
         }
-        should = {design.name: shares[design.name] for design in DESIGNS if code in design.must}
+        should = {design.name: shares[design.name] for design in designs if code in design.must}
         should_not = {
             design.name: shares[design.name]
-            for design in DESIGNS
+            for design in designs
             if code not in design.must | design.may
         }
         rows.append([code, *_summed(should, -1), *_summed(should_not, 1)])
@@ -148,11 +153,12 @@ def _verdict(cover: float, claims: Sequence[Claim]) -> str:
 
 
 @cache
-def _simulated(repetitions: int, seed: int) -> list[list[Outcome]]:
+def _simulated(repetitions: int, seed: int, count: int | None) -> list[list[Outcome]]:
     """Return the outcomes by design, then by repetition."""
-    tasks = [(number, k, seed) for k in range(repetitions) for number in range(len(DESIGNS))]
+    numbers = range(len(DESIGNS[:count]))
+    tasks = [(number, k, seed) for k in range(repetitions) for number in numbers]
     outcomes = parallel_map(_outcome, tasks, "curves")
-    return [outcomes[number :: len(DESIGNS)] for number in range(len(DESIGNS))]
+    return [outcomes[number :: len(numbers)] for number in numbers]
 
 
 def _outcome(task: tuple[int, int, int]) -> Outcome:
@@ -201,7 +207,7 @@ def _minima_claims(fit: CurveFit, truth: Truth) -> Iterator[Claim]:
         return
     for number, curve in enumerate(fit.isoflop.curves, 1):
         if curve.minimum:
-            interval = fit.isoflop.interval(curve)
+            interval = fit.isoflop.intervals(curve)["params"]
             size = float(truth.optimum(curve.flops))
             yield Claim("minima", f"N at budget {number}", interval, size)
     exponents = {

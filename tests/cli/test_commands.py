@@ -12,7 +12,11 @@ from pathlib import Path
 import pytest
 
 import slm as package
-from tests.conftest import slm
+from slm.experiment import Experiment
+from slm.files import read_json, write_json
+from slm.recipe import pocket
+from tests.commands import slm
+from tests.homes import home_of
 
 LADDER = (
     "sweep",
@@ -102,13 +106,17 @@ def test_fit_curves_draws_and_records_a_fit(swept) -> None:
     assert [row["hash"] for row in rows(home, "select hash from fits")] == [document["hash"]]
 
 
-def test_smoke_runs_are_left_out_of_a_fit(swept) -> None:
-    home, _ = swept
-    assert slm(*LADDER[:4], "2", "--steps", "2", "--name", "ladder", home=home).returncode == 0
-    document = json.loads(slm("fit-curves", "ladder", "--json", home=home).stdout)
+def test_smoke_runs_are_left_out_of_a_fit(tmp_path: Path) -> None:
+    home_of(tmp_path, Experiment("smoke", (pocket,), (2,), steps=2))
+    home_of(tmp_path, Experiment("ladder", (pocket,), (2, 3, 4)))
+    path = tmp_path / "experiments" / "ladder.json"
+    ladder = read_json(path)
+    smoke = read_json(tmp_path / "experiments" / "smoke.json")
+    write_json(path, ladder | {"runs": [*ladder["runs"], *smoke["runs"]]})
+    document = json.loads(slm("fit-curves", "ladder", "--json", home=tmp_path).stdout)
     assert document["points"]["n"] == 3
-    assert [run["reason"] for run in document["points"]["excluded"]] == [
-        "steps=2 is not compute-optimal"
+    assert document["points"]["excluded"] == [
+        {"run_id": smoke["runs"][0], "reason": "steps=2 is not compute-optimal"}
     ]
 
 
@@ -120,6 +128,8 @@ def test_a_csv_of_runs_is_fitted_without_a_store(tmp_path: Path, reference: Path
         str(published),
         "--map",
         columns,
+        "--form",
+        "power",
         "--figure",
         str(tmp_path / "drawn"),
         "--json",

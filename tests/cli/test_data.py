@@ -14,8 +14,9 @@ from slm.experiment import Experiment
 from slm.files import hold_lock
 from slm.plan import Plan, code_fingerprint
 from slm.recipe import pocket
-from tests.conftest import slm
+from tests.commands import slm
 
+ROOT = Path(__file__).parents[2]
 WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in "bdfgklmnprst"]
 
 
@@ -168,16 +169,18 @@ def test_a_sweep_reports_rows_that_are_read_more_than_once(tmp_path: Path) -> No
 
 def test_a_sweep_uses_a_given_tokeniser(tmp_path: Path, prepared: PreparedDataset) -> None:
     shutil.copy(prepared.folder / "tokenizer.json", tmp_path / "given.json")
-    home, option = tmp_path / "home", ("--tokenizer", str(tmp_path / "given.json"))
-    assert (
-        slm("data", "prepare", "python", "--recipe", "pocket", *option, home=home).returncode == 0
-    )
-    done = slm(
-        "sweep", "--depths", "2", "--recipe", "pocket", *option, "--dry-run", "--json", home=home
-    )
+    home, texts = tmp_path / "home", tmp_path / "texts"
+    texts.mkdir()
+    for number, path in enumerate(sorted((ROOT / "slm").rglob("*.py"))):
+        (texts / f"{number}.txt").write_text(path.read_text())
+    option = ("--tokenizer", str(tmp_path / "given.json"))
+    made = slm("data", "prepare", str(texts), "--recipe", "pocket", *option, home=home)
+    assert made.returncode == 0, made.stderr
+    sweep = ("sweep", "--depths", "2", "--recipe", "pocket", "--steps", "2", "--data", str(texts))
+    done = slm(*sweep, *option, "--dry-run", "--json", home=home)
     [run] = json.loads(done.stdout)["runs"]
     assert run["run_id"] is not None
-    other = slm("sweep", "--depths", "2", "--recipe", "pocket", "--dry-run", "--json", home=home)
+    other = slm(*sweep, "--dry-run", "--json", home=home)
     assert json.loads(other.stdout)["runs"][0]["run_id"] is None
 
 

@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 import store
-from tests.conftest import slm
+from tests.commands import slm
 from tests.store.test_store import dump, event, finished, write_run
 
 QUERY = """select run_id, depth, val_bpb, core, sum(tokens) over () as total,

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ from slm.plan import Plan, code_fingerprint
 from slm.recipe import pocket
 from slm.run import cancel_run, record_exit
 from slm.sweep.orchestrator import sweep_lock
-from tests.conftest import slm
+from tests import chaos
+from tests.attempts import log
+from tests.commands import slm
 from tests.homes import home_of
 
 PROGRAM = [sys.executable, "-c", "from slm.cli import main; main()"]
 LONG_SWEEP = ("sweep", "--recipe", "pocket", "--depths", "4", "--steps", "5000", "--seeds", "2")
-DEADLINE = 180.0
+DEADLINE = 600.0
 """Seconds after which a state that should come is given up."""
 
 
@@ -332,35 +334,72 @@ def wait_for(condition: Callable[[], Any]) -> Any:
     return result
 
 
+class Observed:
+    """A home with a sweep and its observers, which are processes."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self._processes: list[subprocess.Popen[str]] = []
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start a command that SIGINT interrupts, even where the tests run in the background."""
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(
+            [*PROGRAM, *arguments],
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            env={**os.environ, "SLM_HOME": str(self.home)},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        self._processes.append(process)
+        return process
+
+    def training(self) -> list[str]:
+        """Return the runs that took a step and whose attempt has not ended."""
+        return [
+            path.parents[2].name
+            for path in self.home.glob("*/attempts/001/events.jsonl")
+            if log(path.parent, "train") and not (path.parent / "exit.json").exists()
+        ]
+
+    def end(self) -> None:
+        """Kill what is left of the sweep and its observers."""
+        for process in self._processes:
+            process.kill()
+            process.communicate()
+        chaos.kill_all(self.home)
+
+
+def output_of(process: subprocess.Popen[str]) -> tuple[str, str, int]:
+    return (*process.communicate(timeout=DEADLINE), process.returncode)
+
+
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory, prepared) -> dict[str, Any]:
-    """Sweep two long runs, stop the first run, then the sweep. Return what all observers printed.
+def swept(tmp_path_factory: pytest.TempPathFactory, prepared) -> Iterator[dict[str, Any]]:
+    """Sweep two long runs, stop the first run, then the sweep. Yield what all observers printed.
 
     Observers are `slm status --watch`, one that is interrupted, and `slm logs -f` of the first run.
     """
     home = tmp_path_factory.mktemp("swept")
     (home / "data").symlink_to(prepared.folder.parent)
-    results: dict[str, Any] = {"home": home}
+    observed = Observed(home)
+    try:
+        yield {"home": home, **stop_runs(observed)}
+    finally:
+        observed.end()
 
-    def start(*arguments: str) -> subprocess.Popen[str]:
-        pipe = subprocess.PIPE
-        env = {**os.environ, "SLM_HOME": str(home)}
-        return subprocess.Popen(
-            [*PROGRAM, *arguments], stdout=pipe, stderr=pipe, text=True, env=env
-        )
 
-    def output_of(process: subprocess.Popen[str]) -> tuple[str, str, int]:
-        return (*process.communicate(timeout=DEADLINE), process.returncode)
-
-    def training() -> list[str]:
-        return [row["run_id"] for row in status(home) if row["status"] == "running" and row["step"]]
-
-    sweep = start(*LONG_SWEEP, "--data", "python", "--cores", "1")
-    wait_for(lambda: sweep.poll() is not None or list(home.glob("*/attempts/001/events.jsonl")))
-    [first] = wait_for(training)
-    watcher = start("status", "--watch")
-    logs = start("logs", first, "-f")
-    interrupted = start("status", "--watch")
+def stop_runs(observed: Observed) -> dict[str, Any]:
+    """Start the sweep and its observers, stop one after the other, and return their output."""
+    home = observed.home
+    results: dict[str, Any] = {}
+    sweep = observed.start(*LONG_SWEEP, "--data", "python", "--cores", "1")
+    wait_for(lambda: sweep.poll() is not None or observed.training())
+    [first] = observed.training()
+    watcher = observed.start("status", "--watch")
+    logs = observed.start("logs", first, "-f")
+    interrupted = observed.start("status", "--watch")
     assert watcher.stderr is not None
     assert interrupted.stderr is not None
     first_line = watcher.stderr.readline()  # both watch from here on
@@ -368,7 +407,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory, prepared) -> dict[str, Any]:
     interrupted.send_signal(signal.SIGINT)
     results["interrupted"] = output_of(interrupted)
     results["stop one"] = slm("stop", first, "--json", home=home)
-    [second] = wait_for(training)
+    [second] = wait_for(lambda: [run for run in observed.training() if run != first])
     results["stop all"] = slm("stop", home=home)
     results |= {"first": first, "second": second, "sweep": output_of(sweep)}
     _, lines, code = output_of(watcher)

@@ -81,10 +81,10 @@ def test_every_row_starts_with_bos_and_is_full(prepared: PreparedDataset) -> Non
 
 def test_validation_text_is_never_trained_on(folder: Path, tmp_path: Path) -> None:
     prepared = prepare(str(folder), SMALL(2), tmp_path)
-    encode, bos = prepared.tokenizer.encode_batch, prepared.tokenizer.bos
+    encode, bos = prepared.tokenizer.encode, prepared.tokenizer.bos
     counted = prepared.manifest["corpus"]["validation_documents"]
     leading = by_digest(path.read_text() for path in folder.iterdir())[:counted]
-    tokens = map(np.array, encode(leading, 1))
+    tokens = (np.array(encode(text)) for text in leading)
     pieces = {
         piece.tobytes() for piece in split(tokens, bos, 129, pieces=True) if len(piece) == 129
     }
@@ -343,7 +343,7 @@ def test_packing_prefers_the_longest_document_that_fits() -> None:
 def test_a_tokeniser_round_trips_any_text_and_is_stored_without_loss(tmp_path: Path) -> None:
     tokenizer = train_tokenizer([Path(__file__).read_text()] * 3, 400)
     text = "def f(x):\n\treturn 'naïve ☃ 12345' <|bos|>\r\n"
-    ids = tokenizer.encode_batch([text], 1)[0]
+    ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.bos not in ids
     assert sum(tokenizer.token_bytes[i] for i in ids) == len(text.encode())

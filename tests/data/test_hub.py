@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +16,16 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from slm import data
 from slm.data import hub as hubs
-from tests.conftest import slm
+from slm.recipe import pocket
+from tests.commands import run, slm
 from tests.hub import Hub, environment, serving
 
 REPO = "someone/made-up-words"
 FILES = 21
 DOCUMENTS = 12
 WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in "bdfgklmnprst"]
-PREPARE = """
-import json, sys
-from dataclasses import replace
-from pathlib import Path
-from slm.data import prepare
-from slm.recipe import pocket
-
-if __name__ == "__main__":
-    home, steps, processes = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    hp = replace(pocket, validation_tokens=2**11)(2, steps=steps)
-    report = lambda line: print(line, file=sys.stderr, flush=True)
-    try:
-        print(json.dumps(prepare(sys.argv[4], hp, home, report, processes).manifest))
-    except (ValueError, RuntimeError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-"""
-
-
 EXPERIMENT = f"""
 from dataclasses import replace
 from slm.experiment import Experiment
@@ -76,23 +60,26 @@ def hub(files: dict[str, bytes]) -> Iterator[Hub]:
         yield hub
 
 
+def print_manifest(home: Path, steps: int, processes: int, corpus: str) -> None:
+    """Prepare a corpus and print its manifest, or exit with an error."""
+    hp = replace(pocket, validation_tokens=2**11)(2, steps=steps)
+    try:
+        prepared = data.prepare(corpus, hp, home, report, processes)
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    print(json.dumps(prepared.manifest))  # noqa: T201
+
+
+def report(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+
 def prepare(
     hub: Hub, folder: Path, steps: int = 900, processes: int = 1, corpus: str = f"hf:{REPO}"
 ) -> subprocess.CompletedProcess[str]:
     """Prepare a corpus of a hub in another process."""
-    command = [
-        sys.executable,
-        "-c",
-        PREPARE,
-        str(folder / "home"),
-        str(steps),
-        str(processes),
-        corpus,
-    ]
-    env = {**os.environ, **environment(hub, folder / "cache")}
-    return subprocess.run(
-        command, capture_output=True, text=True, env=env, timeout=120, check=False
-    )
+    changes = environment(hub, folder / "cache")
+    return run(print_manifest, folder / "home", steps, processes, corpus, **changes)
 
 
 def manifest(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -147,18 +134,18 @@ def test_download_faults_do_not_change_the_rows(hub: Hub, tmp_path: Path) -> Non
     )
 
 
+def print_download(name: str, size: int, digest: str) -> None:
+    """Download a file and print its path."""
+    print(hubs.Shard(REPO, "main", name, size, digest).download())  # noqa: T201
+
+
 def test_an_interrupted_download_resumes(tmp_path: Path) -> None:
     content = random.Random(0).randbytes(3 * 2**23)
     with serving(Hub(REPO, {"a.parquet": content})) as hub:
         hub.cut["a.parquet"] = 1
-        fetch = f"""
-from slm.data.hub import Shard
-print(Shard({REPO!r}, "main", "a.parquet", {len(content)}, {hub.listed["a.parquet"]!r}).download())
-"""
-        env = {**os.environ, **environment(hub, tmp_path)}
-        done = subprocess.run(
-            [sys.executable, "-c", fetch], capture_output=True, text=True, env=env, check=True
-        )
+        size, digest = len(content), hub.listed["a.parquet"]
+        done = run(print_download, "a.parquet", size, digest, **environment(hub, tmp_path))
+        assert done.returncode == 0, done.stderr
         assert Path(done.stdout.strip()).read_bytes() == content
         assert hub.requests["a.parquet"] == 2
         assert hub.sent["a.parquet"] < 1.2 * len(content)

@@ -38,10 +38,10 @@ def unpack(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     rows: list[np.ndarray] = []
     for sequence in range(len(batch.prefixes)):
         prefix = batch.prefixes[sequence][batch.prefixes[sequence] != PAD]
-        numbers = batch.suffix_numbers[sequence]
+        suffixes = batch.suffixes[sequence][batch.suffixes[sequence] != PAD]
         rows.append(prefix)
-        for number in np.unique(numbers[numbers != PAD]):
-            rows.append(np.append(prefix, batch.suffixes[sequence][numbers == number]))
+        for number in np.unique(batch.pieces[suffixes]):
+            rows.append(np.append(prefix, suffixes[batch.pieces[suffixes] == number]))
     length = max(map(len, rows))
     ids = np.zeros((len(rows), length), np.int64)
     cells = np.zeros(len(batch.ids), np.int64)

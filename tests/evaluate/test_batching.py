@@ -14,7 +14,7 @@ from torch import Tensor
 
 from slm.data.tokenizer import Tokenizer
 from slm.evaluate import bundle, core, prompts
-from slm.evaluate.batching import Batch, BatchBuilder, PackedSequence, group_sequences, pack
+from slm.evaluate.batching import Batch, PackedSequence, build_batch, group_sequences, pack
 from slm.evaluate.bundle import Bundle, Example, Task
 from slm.evaluate.core import Scorer, evaluate_bundle, evaluate_task, sum_scores
 from slm.evaluate.prompts import TokenizedTask
@@ -148,7 +148,7 @@ def test_every_span_is_scored_once_in_batches_of_any_context(
         for context in (10**9, 40):
             packed = pack(tokenized, context)
             groups = group_sequences(packed.sequences, 500)
-            batches = [BatchBuilder(tokenized).batch(group) for group in groups]
+            batches = [build_batch(tokenized, group) for group in groups]
             rows = np.concatenate([batch.rows for batch in batches])
             assert np.array_equal(
                 np.bincount(rows, minlength=len(tokenized.spans)), tokenized.spans

@@ -12,7 +12,7 @@ import pytest
 
 from slm.evaluate import bundle
 from tests import bundles
-from tests.conftest import slm
+from tests.commands import slm
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from slm.evaluate.request import TOKENS, CoreRequest
 from slm.files import read_json
 from slm.model import weights
 from tests import bundles
-from tests.conftest import slm
+from tests.commands import slm
 from tests.weights import Run, run_in
 
 CPU = torch.device("cpu")
@@ -159,7 +159,7 @@ def test_the_command_prints_a_row_per_task_and_core(
     run: Run, counting: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SLM_HOME", str(run.home))
-    monkeypatch.setattr("slm.monitor.progress.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("slm.text.LINE_SECONDS", 0.0)
     evaluate(run.plan.run_id, core=True, max_per_task=20)
     output = capsys.readouterr()
     document = measured(run, CoreRequest(counting.id, 20))

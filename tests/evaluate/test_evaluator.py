@@ -18,7 +18,7 @@ from slm.model import checkpoints, weights
 from slm.model.weights import Weights
 from slm.plan import Plan
 from slm.recipe import pocket
-from tests.conftest import slm
+from tests.commands import slm
 from tests.weights import Run, run_in
 
 CPU = torch.device("cpu")
@@ -206,7 +206,7 @@ def test_the_command_prints_progress_the_value_and_unfinished_runs(
 ) -> None:
     path = run.checkpoint(40)
     monkeypatch.setenv("SLM_HOME", str(run.home))
-    monkeypatch.setattr("slm.monitor.progress.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("slm.text.LINE_SECONDS", 0.0)
     evaluate(str(path), as_json=True)
     output = capsys.readouterr()
     assert "64 of 64 rows, 0 s left" in output.err

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import store
 from slm.exchange.importers import (
     Import,
     imported_experiments,
@@ -23,7 +24,7 @@ from slm.exchange.importers.numbers import number, seconds
 from slm.exchange.importers.storage import import_document
 from slm.exchange.importers.types import COLUMNS
 from slm.recipe import nanochat
-from tests.conftest import slm
+from tests.commands import slm
 from tests.imports_table import lines
 
 Write = Callable[..., Path]
@@ -58,7 +59,7 @@ def codes(found: Import) -> dict[str, list[int | None]]:
     return told
 
 
-def test_every_published_file_is_imported_or_refused_as_known(reference: Path) -> None:
+def test_every_published_file_has_the_recorded_outcome(reference: Path) -> None:
     expected = (Path(__file__).parent / "imports_table.txt").read_text().splitlines()
     assert list(lines(reference / "data" / "nanochat")) == expected
 
@@ -113,7 +114,7 @@ def test_flops_a_token_name_vocabulary_and_context_exactly(reference: Path) -> N
         assert float(row.get("flops_per_token") * row.get("tokens")) == float(row.get("flops"))
 
 
-def test_the_recipe_is_the_newest_known_family() -> None:
+def test_the_recipe_is_the_newest_known_architecture() -> None:
     newest = list(known_architectures(12, None))[-1]
     assert newest.parameters == nanochat(12).parameters
     assert newest.flops_per_token == nanochat(12).flops_per_token
@@ -138,7 +139,7 @@ def budget_row(
     return f"{printed},{depth},{given.width},{told},{given.steps},{tokens},0.9{depth},{core},100"
 
 
-def test_sound_budgets_have_no_fault(write: Write) -> None:
+def test_consistent_budget_rows_have_no_defect(write: Write) -> None:
     rows = [budget_row(depth, 2.15e18, "2.15e18") for depth in (10, 12, 14)]
     found = read_import(write("results.csv", BUDGETS, *rows))
     assert found.format == "nanochat-csv"
@@ -149,7 +150,7 @@ def test_sound_budgets_have_no_fault(write: Write) -> None:
     ]
 
 
-def test_empty_parameters_are_filled_in_where_budget_and_tokens_name_the_family(
+def test_empty_parameters_are_inferred_from_budget_and_tokens(
     write: Write,
 ) -> None:
     found = read_import(write("results.csv", BUDGETS, budget_row(12, 1e18, "1e18", empty=True)))
@@ -158,7 +159,7 @@ def test_empty_parameters_are_filled_in_where_budget_and_tokens_name_the_family(
     assert found.rows[0].original["params_total"] == ""
 
 
-def test_empty_parameters_stay_empty_where_nothing_names_the_family(write: Write) -> None:
+def test_empty_parameters_stay_empty_if_no_architecture_matches(write: Write) -> None:
     found = read_import(
         write("results.csv", BUDGETS, budget_row(12, 1e18, "1e18", factor=3, empty=True))
     )
@@ -167,7 +168,7 @@ def test_empty_parameters_stay_empty_where_nothing_names_the_family(write: Write
     assert "no known family" in found.defects[0].message
 
 
-def test_tokens_that_the_budget_did_not_pay_for_forbid_fits(write: Write) -> None:
+def test_tokens_that_exceed_the_budget_make_a_row_unusable(write: Write) -> None:
     rows = (budget_row(12, 1e18, "1e18", factor=2), budget_row(14, 1e18, "1e18"))
     found = read_import(write("results.csv", BUDGETS, *rows))
     assert codes(found)["tokens-disagree"] == [2]
@@ -175,7 +176,7 @@ def test_tokens_that_the_budget_did_not_pay_for_forbid_fits(write: Write) -> Non
     assert found.rows[0].get("tokens") == 2 * nanochat(12, flops=1e18).tokens, "what was read stays"
 
 
-def test_a_budget_printed_with_one_digit_is_named_and_the_flops_are_those_spent(
+def test_a_rounded_budget_is_reported_and_replaced_by_the_flops_of_the_tokens(
     write: Write,
 ) -> None:
     found = read_import(write("results.csv", BUDGETS, budget_row(12, 2.15e18, "2e+18")))
@@ -184,7 +185,7 @@ def test_a_budget_printed_with_one_digit_is_named_and_the_flops_are_those_spent(
     assert found.usable(found.rows[0])
 
 
-def test_a_core_of_zero_is_missing_and_the_run_is_not(write: Write) -> None:
+def test_a_core_of_zero_is_missing_but_the_run_is_finished(write: Write) -> None:
     found = read_import(write("results.csv", BUDGETS, budget_row(12, 1e18, "1e18", core="0.0")))
     (row,) = found.rows
     assert (row.get("core"), row.get("val_bpb"), row.get("status")) == (None, 0.912, "finished")
@@ -192,7 +193,7 @@ def test_a_core_of_zero_is_missing_and_the_run_is_not(write: Write) -> None:
     assert row.original["core_score"] == "0.0"
 
 
-def test_a_series_whose_batch_was_not_what_its_script_assumed_is_named(write: Write) -> None:
+def test_tokens_computed_with_a_wrong_batch_size_are_reported(write: Write) -> None:
     """miniseries.sh multiplies by 524,288 whatever the batch: at d20 the run's was twice that."""
     rows = []
     for depth, steps in ((10, 1605), (12, 2520), (20, 4980)):
@@ -207,7 +208,7 @@ def test_a_series_whose_batch_was_not_what_its_script_assumed_is_named(write: Wr
     assert codes(found)["tokens-disagree"] == [4]
 
 
-def test_a_crash_of_a_search_is_a_failed_run_without_a_result(write: Write) -> None:
+def test_a_crashed_trial_is_a_failed_run_without_a_result(write: Write) -> None:
     rows = ("a1b2c3d\t0.99\t44.0\tkeep\tbaseline", "e05a87d\t0.000000\t0.0\tcrash\tbatch 131K")
     found = read_import(write("results.tsv", TSV, *rows))
     kept, crashed = found.rows
@@ -221,12 +222,12 @@ def test_a_crash_of_a_search_is_a_failed_run_without_a_result(write: Write) -> N
     assert kept.get("commit") == "a1b2c3d"
 
 
-def test_step_zero_posing_as_the_end_forbids_fits(write: Write) -> None:
+def test_a_final_loss_of_an_untrained_model_is_reported(write: Write) -> None:
     found = read_import(write("runs.csv", "depth,val_bpb", "12,3.2", "14,0.9"))
     assert codes(found)["untrained"] == [2]
 
 
-def test_a_log_that_was_cut_short_has_no_final_value(write: Write) -> None:
+def test_a_truncated_log_has_no_final_value(write: Write) -> None:
     steps = [
         f"step {step:05d}/00020 ({5 * step}.00%) | loss: {5 - step / 10} | dt: 1.00ms"
         for step in range(10)
@@ -237,7 +238,7 @@ def test_a_log_that_was_cut_short_has_no_final_value(write: Write) -> None:
     assert "unfinished" in found.flags(row)
 
 
-def test_parameters_that_do_not_add_up_forbid_fits(write: Write) -> None:
+def test_parameters_that_do_not_add_up_are_reported(write: Write) -> None:
     header = (
         "params_wte,params_value_embeds,params_lm_head,params_transformer,params_total,"
         "params_scalars,val_bpb"
@@ -249,7 +250,7 @@ def test_parameters_that_do_not_add_up_forbid_fits(write: Write) -> None:
     assert codes(found)["parameters-disagree"] == [3]
 
 
-def test_repeats_copies_and_duplicates_are_told_apart(write: Write) -> None:
+def test_duplicates_copied_values_and_unlabelled_seeds_are_distinguished(write: Write) -> None:
     rows = (
         "a,12,0.912345678",
         "a,12,0.912345678",
@@ -264,12 +265,12 @@ def test_repeats_copies_and_duplicates_are_told_apart(write: Write) -> None:
     assert told["copied-value"] == [2, 3, 6]
 
 
-def test_few_digits_may_agree_by_chance(write: Write) -> None:
+def test_equal_values_of_few_digits_are_not_reported_as_copied(write: Write) -> None:
     rows = [f"run {index},{index},0.9{index % 7}" for index in range(1, 30)]
     assert "copied-value" not in codes(read_import(write("runs.csv", "name,depth,val_bpb", *rows)))
 
 
-def test_a_loss_that_is_bits_a_byte_is_taken_as_such(write: Write) -> None:
+def test_a_loss_in_bits_per_byte_is_recognised(write: Write) -> None:
     found = read_import(
         write("runs.csv", "depth,val_loss,train_loss", "8,1.13,3.82", "8,3.79,3.82")
     )
@@ -279,7 +280,7 @@ def test_a_loss_that_is_bits_a_byte_is_taken_as_such(write: Write) -> None:
     assert codes(found) == {"no-result": [3], "loss-is-bpb": [2], "unlabelled-seed": [2, 3]}
 
 
-def test_units_in_headers_and_cells_are_noticed(write: Write) -> None:
+def test_units_in_headers_and_cells_are_applied(write: Write) -> None:
     header = "depth,params_M,tokens (B),Val BPB,CORE (centered),train_time_min,total_batch_size"
     (row,) = read_import(write("runs.csv", header, "7,91.5,0.73,1.03,0.07,1:30h,524288")).rows
     assert {
@@ -313,11 +314,11 @@ def test_numbers_are_read_with_the_unit_of_their_last_digit(
 
 
 @pytest.mark.parametrize("text", ["", "d12", "70M-235M", "1e999", "0x10", "1 2", "٣"])
-def test_what_is_no_number_is_none(text: str) -> None:
+def test_text_that_is_not_a_number_is_none(text: str) -> None:
     assert number(text) is None
 
 
-def test_durations_take_their_own_unit_first() -> None:
+def test_the_unit_of_a_duration_overrides_the_default() -> None:
     told = [seconds(text, 60.0) for text in ("5", "9:56h", "1.6 hrs", "8 min")]
     assert [one and one.value for one in told] == [300, 35760, 5760, 480]
 
@@ -336,7 +337,7 @@ def test_a_markdown_table_reads_like_the_same_csv(write: Write) -> None:
     assert [row.values for row in csv.rows] == [row.values for row in markdown.rows]
 
 
-def test_a_mapping_names_what_no_header_tells(write: Write) -> None:
+def test_a_mapping_names_columns_that_are_not_recognised(write: Write) -> None:
     path = write("runs.csv", "size,score_M,cost", "12,0.98,2e18")
     with pytest.raises(ValueError, match="--map val_bpb=COLUMN"):
         read_import(path)
@@ -359,7 +360,7 @@ def test_a_mapping_names_what_no_header_tells(write: Write) -> None:
         (("nothing here",), "the format is not recognised"),
     ],
 )
-def test_what_holds_no_runs_is_refused_with_the_way_out(
+def test_a_file_without_runs_is_refused_with_a_remedy(
     write: Write, rows: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -404,7 +405,7 @@ def harness(write: Write, tmp_path: Path) -> Path:
     return tmp_path / "jul4"
 
 
-def test_a_folder_of_the_harness_gives_a_row_a_run(harness: Path) -> None:
+def test_a_folder_of_the_harness_gives_one_row_per_run(harness: Path) -> None:
     found = read_import(harness)
     assert (found.format, found.experiment) == ("harness", "jul4")
     short, done = found.rows
@@ -427,7 +428,9 @@ def test_a_folder_of_the_harness_gives_a_row_a_run(harness: Path) -> None:
     assert codes(found)["dirty-code"] == [1, 2]
 
 
-def test_what_is_kept_has_every_column_and_the_source(harness: Path, tmp_path: Path) -> None:
+def test_a_stored_import_has_every_column_and_the_source_files(
+    harness: Path, tmp_path: Path
+) -> None:
     found = read_import(harness, axis="climbmix")
     home = tmp_path / "home"
     assert write_import(found, home)
@@ -450,7 +453,7 @@ def test_what_is_kept_has_every_column_and_the_source(harness: Path, tmp_path: P
     assert not folder.exists()
 
 
-def test_names_in_a_source_never_become_paths(write: Write, tmp_path: Path) -> None:
+def test_names_in_a_source_do_not_become_paths(write: Write, tmp_path: Path) -> None:
     path = write("..evil name.csv", "run,depth,val_bpb", "../../etc,12,0.9")
     home = tmp_path / "home"
     found = read_import(path)
@@ -463,7 +466,7 @@ def test_names_in_a_source_never_become_paths(write: Write, tmp_path: Path) -> N
     assert found.rows[0].get("label") == "../../etc"
 
 
-def test_a_name_that_is_taken_is_refused(write: Write, tmp_path: Path) -> None:
+def test_an_experiment_name_that_exists_is_refused(write: Write, tmp_path: Path) -> None:
     home = tmp_path / "home"
     write_import(read_import(write("runs.csv", "depth,val_bpb", "12,0.9")), home)
     with pytest.raises(ValueError, match="choose another with --name"):
@@ -474,7 +477,7 @@ def test_a_name_that_is_taken_is_refused(write: Write, tmp_path: Path) -> None:
         write_import(read_import(write("other.csv", "depth,val_bpb", "12,0.7"), name="swept"), home)
 
 
-def test_bytes_that_are_no_text_are_named_or_refused(tmp_path: Path) -> None:
+def test_bytes_that_are_not_text_are_reported_or_refused(tmp_path: Path) -> None:
     path = tmp_path / "runs.csv"
     path.write_bytes(b"run,val_bpb\ncaf\xe9,0.9\n")
     found = read_import(path)
@@ -493,40 +496,56 @@ def test_a_link_in_a_folder_is_not_followed(harness: Path, tmp_path: Path) -> No
     assert len(read_import(harness).rows) == 2
 
 
-def test_every_code_has_a_weight_and_no_comma() -> None:
+def test_every_defect_code_has_a_severity_and_no_comma() -> None:
     assert {code.weight for code in CODES.values()} == {"forbids", "warns", "notes"}
     assert not any("," in code or " " in code for code in CODES)
 
 
-def test_the_command_imports_once_says_every_defect_and_takes_back(
-    write: Write, tmp_path: Path
-) -> None:
-    home = tmp_path / "home"
+@pytest.fixture
+def search(write: Write) -> str:
+    """The path of a table of two trials, one of which crashed."""
     rows = ("a1b2c3d\t0.99\t44.0\tkeep\tbaseline", "e05a87d\t0.000000\t0.0\tcrash\tbatch 131K")
-    path = str(write("results.tsv", TSV, *rows))
-    refused = slm("import", path, "--strict", home=home)
+    return str(write("results.tsv", TSV, *rows))
+
+
+def test_a_strict_import_refuses_defects_and_writes_nothing(search: str, tmp_path: Path) -> None:
+    refused = slm("import", search, "--strict", home=tmp_path / "home")
     assert refused.returncode == 2
     assert "crash-zero in row 3" in refused.stderr
-    assert not home.exists()
-    first = slm("import", path, "--name", "search", home=home)
+    assert not (tmp_path / "home").exists()
+
+
+def test_the_command_reports_defects_and_imports_a_file_once(search: str, tmp_path: Path) -> None:
+    arguments = ("import", search, "--name", "search")
+    first = slm(*arguments, home=tmp_path / "home")
     assert first.returncode == 0, first.stderr
     assert "imported as 'search'" in first.stdout
     assert "1 usable" in first.stdout
     assert "crash-zero" in first.stdout
-    again = json.loads(slm("import", path, "--name", "search", "--json", home=home).stdout)
+    again = json.loads(slm(*arguments, "--json", home=tmp_path / "home").stdout)
     assert [one["outcome"] for one in again["imports"]] == ["imported before"]
     assert [one["code"] for one in again["imports"][0]["defects"]] == ["crash-zero", "failed"]
+
+
+def test_commands_on_runs_name_the_command_that_reads_imports(search: str, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    write_import(read_import(Path(search), "search"), home)
+    store.ingest(home)
     assert "`slm report search`" in slm("status", "search", home=home).stderr
-    row = json.loads(
-        slm("query", "select run_id from results", "--format", "json", home=home).stdout
-    )[0]["run_id"]
-    assert "`slm query` reads its row" in slm("show", row, home=home).stderr
+    run_id = store.results(home=home)["run_id"][0]
+    assert "`slm query` reads its row" in slm("show", run_id, home=home).stderr
+
+
+def test_the_command_removes_an_import(search: str, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    write_import(read_import(Path(search), "search"), home)
+    store.ingest(home)
     gone = slm("import", "--remove", "search", home=home)
     assert (gone.returncode, gone.stdout) == (0, "removed import 'search'\n")
     assert not list((home / "imports").iterdir())
 
 
-def test_long_rules_empty_lines_and_equal_rows_are_read_at_once(write: Write) -> None:
+def test_thousands_of_empty_lines_or_equal_rows_are_read(write: Write) -> None:
     """Thousands of each, as spreadsheets and logs have them."""
     rule = write("rule.csv", "depth,val_bpb,note", f"12,0.9,{'-' * 5000}", *[""] * 20_000)
     assert len(read_import(rule).rows) == 1
@@ -537,12 +556,12 @@ def test_long_rules_empty_lines_and_equal_rows_are_read_at_once(write: Write) ->
     assert max(len(defect.message) for defect in equal.defects) < 100
 
 
-def test_numbers_beyond_any_measurement_are_no_numbers(write: Write) -> None:
+def test_absurdly_large_numbers_are_refused(write: Write) -> None:
     found = read_import(write("runs.csv", "depth,val_bpb,flops", "12,0.9,1e300T"))
     assert codes(found)["bad-number"] == [2]
 
 
-def test_of_two_imports_of_a_name_one_is_removed_by_its_hash(write: Write, tmp_path: Path) -> None:
+def test_an_ambiguous_import_is_removed_by_its_hash(write: Write, tmp_path: Path) -> None:
     home = tmp_path / "home"
     for one in range(2):
         found = read_import(write(f"{one}.csv", "depth,val_bpb", f"12,0.{8 + one}"), "old")
@@ -555,7 +574,7 @@ def test_of_two_imports_of_a_name_one_is_removed_by_its_hash(write: Write, tmp_p
     assert list(imported_experiments(home).values()) == ["new"]
 
 
-def test_of_several_files_the_good_ones_come_in_and_the_others_are_named(
+def test_readable_files_are_imported_although_another_is_refused(
     write: Write, tmp_path: Path
 ) -> None:
     home = tmp_path / "home"
@@ -571,13 +590,13 @@ def test_of_several_files_the_good_ones_come_in_and_the_others_are_named(
     assert "bad.csv: no results" in result.stderr
 
 
-def test_a_row_without_a_value_is_no_finished_run(write: Write) -> None:
+def test_a_row_without_a_result_is_a_failed_run(write: Write) -> None:
     found = read_import(write("runs.csv", "depth,val_bpb,core", "12,0.9,0.1", "14,,26.3"))
     assert [row.get("status") for row in found.rows] == ["finished", "failed"]
     assert codes(found) == {"no-result": [3], "bad-number": [3]}
 
 
-def test_damaged_files_are_read_or_refused_in_one_line_and_no_row_is_finished_without_a_value(
+def test_a_damaged_file_is_read_or_refused_and_every_finished_row_has_a_result(
     tmp_path: Path,
 ) -> None:
     sound = "\n".join(

@@ -20,7 +20,7 @@ from slm import exchange
 from slm.exchange.archive import exported_files
 from slm.files import hold_lock, sha256_of
 from slm.monitor.progress import ProgressBars
-from tests.conftest import slm
+from tests.commands import slm
 from tests.store.test_imports import row, write_import
 from tests.store.test_store import all_rows, append, dump, event, finished, write_run
 
@@ -112,7 +112,7 @@ def test_a_merged_home_has_the_same_files_and_rebuilds_to_the_same_results(tmp_p
     assert exchange.merge(exported(one), other).lines == ["2 same runs"]
 
 
-def test_merged_in_either_order_two_homes_give_the_same_results(tmp_path: Path) -> None:
+def test_the_order_of_merges_does_not_change_the_results(tmp_path: Path) -> None:
     """One run is finished in both, one in each, and one is begun in both."""
     one, two = (
         write_home(tmp_path / host, {ONE: 2, TWO: 3, THREE: 4, FOUR: 5}, host)
@@ -134,7 +134,7 @@ def test_merged_in_either_order_two_homes_give_the_same_results(tmp_path: Path) 
     assert rows[ONE]["train_seconds"] == 9.0
 
 
-def test_what_gives_way_is_kept_whole(tmp_path: Path) -> None:
+def test_a_replaced_run_is_moved_aside_complete(tmp_path: Path) -> None:
     one, two = (write_home(tmp_path / host, {ONE: 2}, host) for host in ("one", "two"))
     (one / ONE / "done.json").unlink()
     (one / ONE / "checkpoints").mkdir()
@@ -156,7 +156,7 @@ def test_what_gives_way_is_kept_whole(tmp_path: Path) -> None:
     assert json.loads(seen(one)[0])["host"] == "two"
 
 
-def test_an_unfinished_run_that_can_go_on_here_does_not_give_way_to_an_unfinished_one(
+def test_an_unfinished_run_that_can_resume_here_is_kept(
     tmp_path: Path,
 ) -> None:
     one, two = (write_home(tmp_path / host, {ONE: 2}, host, done=False) for host in ("one", "two"))
@@ -169,7 +169,7 @@ def test_an_unfinished_run_that_can_go_on_here_does_not_give_way_to_an_unfinishe
     assert truth(one) == before
 
 
-def test_a_run_that_went_on_elsewhere_goes_on_here_unless_it_is_at_work(tmp_path: Path) -> None:
+def test_a_run_continued_elsewhere_is_updated_unless_it_is_running_here(tmp_path: Path) -> None:
     one, two = write_home(tmp_path / "one", {ONE: 2}, "one", done=False), tmp_path / "two"
     exchange.merge(exported(one), two)
     append(one / ONE / "attempts" / "001", event(5))
@@ -185,7 +185,7 @@ def test_a_run_that_went_on_elsewhere_goes_on_here_unless_it_is_at_work(tmp_path
     assert store.curves(home=two)["step"].tolist() == [1, 2, 3, 4, 5]
 
 
-def test_an_older_export_takes_nothing_back(tmp_path: Path) -> None:
+def test_an_older_export_does_not_change_a_newer_home(tmp_path: Path) -> None:
     one = write_home(tmp_path / "one", {ONE: 2}, "one", done=False)
     older = exported(one)
     append(one / ONE / "attempts" / "001", event(5))
@@ -194,7 +194,7 @@ def test_an_older_export_takes_nothing_back(tmp_path: Path) -> None:
     assert truth(one) == before
 
 
-def test_a_merge_killed_at_any_file_goes_on_when_typed_again(tmp_path: Path) -> None:
+def test_a_killed_merge_is_completed_by_the_next_one(tmp_path: Path) -> None:
     one, two = (write_home(tmp_path / host, {ONE: 2, TWO: 3}, host) for host in ("one", "two"))
     for run in (ONE, TWO):
         (two / run / "done.json").unlink()
@@ -218,7 +218,7 @@ def test_a_merge_killed_at_any_file_goes_on_when_typed_again(tmp_path: Path) -> 
         assert store.check(home).problems == []
 
 
-def test_an_experiment_asks_for_the_runs_of_both_where_it_asks_the_same(tmp_path: Path) -> None:
+def test_equal_experiments_are_merged_into_one_with_the_runs_of_both(tmp_path: Path) -> None:
     one, two = (
         write_home(tmp_path / "one", {TWO: 3}, "h"),
         write_home(tmp_path / "two", {ONE: 3, TWO: 3}, "h"),
@@ -234,7 +234,7 @@ def test_an_experiment_asks_for_the_runs_of_both_where_it_asks_the_same(tmp_path
     assert documents[0]["runs"] == [ONE, TWO]
 
 
-def test_an_experiment_that_asks_something_else_has_the_other_home_in_its_name(
+def test_a_different_experiment_of_the_same_name_is_renamed_by_its_home(
     tmp_path: Path,
 ) -> None:
     one, two = (
@@ -254,7 +254,7 @@ def test_an_experiment_that_asks_something_else_has_the_other_home_in_its_name(
     ]
 
 
-def test_an_export_of_an_experiment_holds_what_is_its_own_alone(tmp_path: Path) -> None:
+def test_an_export_of_an_experiment_has_only_its_own_files(tmp_path: Path) -> None:
     home = write_home(tmp_path / "one", {ONE: 2, TWO: 3}, "h")
     write_experiment(home, "other", [TWO])
     for number, names in enumerate((["ladder"], ["other"], ["ladder", "other"])):
@@ -277,7 +277,7 @@ def test_an_export_of_an_experiment_holds_what_is_its_own_alone(tmp_path: Path) 
         exported(home, experiments=["third"])
 
 
-def test_every_table_is_exported_with_what_its_columns_mean(tmp_path: Path) -> None:
+def test_every_table_is_exported_with_descriptions_of_its_columns(tmp_path: Path) -> None:
     home = write_home(tmp_path / "one", {ONE: 2}, "h")
     folder = exported(home)
     described = {
@@ -293,7 +293,7 @@ def test_every_table_is_exported_with_what_its_columns_mean(tmp_path: Path) -> N
     assert (results[0]["depth"], results[0]["val_bpb"], results[0]["core"]) == (2, 1.5, None)
 
 
-def test_weights_travel_when_asked_for_and_only_with_their_result(tmp_path: Path) -> None:
+def test_weights_are_exported_on_request_and_only_with_their_result(tmp_path: Path) -> None:
     home = write_home(tmp_path / "one", {ONE: 2, TWO: 3}, "h")
     for run in (ONE, TWO):
         (home / run / "model.safetensors").write_text("weights")
@@ -307,7 +307,7 @@ def test_weights_travel_when_asked_for_and_only_with_their_result(tmp_path: Path
     ]
 
 
-def test_a_folder_that_holds_something_is_not_written_to(tmp_path: Path) -> None:
+def test_an_export_to_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     home = write_home(tmp_path / "one", {ONE: 2}, "h")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
@@ -318,7 +318,7 @@ def test_a_folder_that_holds_something_is_not_written_to(tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full", "one"]
 
 
-def test_names_that_no_export_has_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_files_that_no_export_has_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     folder = exported(write_home(tmp_path / "one", {ONE: 2}, "h"))
     document = json.loads((folder / "export.json").read_text())
     for name in (
@@ -357,7 +357,7 @@ def refused(folder: Path, home: Path, why: str) -> None:
     assert not home.exists()
 
 
-def test_what_was_changed_cut_short_lost_or_linked_is_refused(tmp_path: Path) -> None:
+def test_changed_truncated_missing_or_linked_files_are_refused(tmp_path: Path) -> None:
     home = write_home(tmp_path / "one", {ONE: 2}, "h")
     damages = {
         "not what was exported": lambda path: path.write_bytes(path.read_bytes()[:-1] + b" "),
@@ -394,7 +394,7 @@ def test_a_document_about_another_run_is_refused(tmp_path: Path) -> None:
     refused(folder, tmp_path / "two", f"it is about '{TWO}'")
 
 
-def test_documents_whose_names_would_lead_out_of_the_home_are_refused(tmp_path: Path) -> None:
+def test_documents_with_names_outside_the_home_are_refused(tmp_path: Path) -> None:
     """Names become folders of runs, and files of figures and reports."""
     home = write_home(tmp_path / "one", {ONE: 2}, "h")
     kept = dict.fromkeys(
@@ -414,7 +414,9 @@ def test_documents_whose_names_would_lead_out_of_the_home_are_refused(tmp_path: 
         refused(folder, tmp_path / "two", f"{name}: ")
 
 
-def test_an_import_travels_with_an_original_named_like_a_document_of_ours(tmp_path: Path) -> None:
+def test_an_import_is_merged_although_a_source_file_has_the_name_of_a_document(
+    tmp_path: Path,
+) -> None:
     home = write_home(tmp_path / "one", {ONE: 2}, "h")
     write_import(home, row(1), digest="0123456789ab")
     (home / "imports" / "0123456789ab" / "original").mkdir()
@@ -423,7 +425,7 @@ def test_an_import_travels_with_an_original_named_like_a_document_of_ours(tmp_pa
     assert truth(tmp_path / "two") == truth(home)
 
 
-def test_an_export_is_merged_as_it_is_or_not_at_all(tmp_path: Path) -> None:
+def test_a_merge_has_no_dry_run_and_prints_what_it_merged(tmp_path: Path) -> None:
     folder = exported(write_home(tmp_path / "one", {ONE: 2}, "h"))
     asked = slm("import", str(folder), "--dry-run", home=tmp_path / "two")
     assert (asked.returncode, "--dry-run" in asked.stderr) == (2, True)
@@ -432,7 +434,7 @@ def test_an_export_is_merged_as_it_is_or_not_at_all(tmp_path: Path) -> None:
     assert told == [f"{folder.name}: merged: 1 new run, 1 experiments"]
 
 
-def test_a_document_that_the_store_cannot_read_stays_behind_and_is_named(tmp_path: Path) -> None:
+def test_an_unreadable_document_is_reported_and_not_exported(tmp_path: Path) -> None:
     home = write_home(tmp_path / "one", {ONE: 2, TWO: 3}, "h")
     (home / TWO / "plan.json").write_text("{")
     folder = exported(home)
@@ -442,17 +444,17 @@ def test_a_document_that_the_store_cannot_read_stays_behind_and_is_named(tmp_pat
     assert store.results(home=tmp_path / "two")["run_id"].tolist() == [ONE]
 
 
-def test_tables_that_wait_long_for_their_turn_are_exported(
+def test_progress_of_an_export_and_a_merge_is_reported_without_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slm.monitor.progress.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("slm.text.LINE_SECONDS", 0.0)
     home = write_home(tmp_path / "one", {ONE: 2}, "h")
     bars = ProgressBars()
     folder = exported(home, report_files=bars.add("files"), report_tables=bars.add("tables"))
     assert exchange.merge(folder, tmp_path / "two", bars.add("files and runs")).counts["new"] == 1
 
 
-def test_an_import_whose_name_is_anothers_here_comes_in_under_its_homes_id(tmp_path: Path) -> None:
+def test_an_import_whose_name_exists_is_renamed_by_its_home(tmp_path: Path) -> None:
     one, two = write_home(tmp_path / "one", {ONE: 2}, "h"), write_home(tmp_path / "two", {}, "h")
     shutil.rmtree(two / "experiments")
     for home, name, digest in (
@@ -479,7 +481,7 @@ def test_an_import_whose_name_is_anothers_here_comes_in_under_its_homes_id(tmp_p
         assert len(store.results(f"theirs@{theirs}", home=home)) == 1
 
 
-def test_the_earlier_of_two_evaluations_of_one_thing_stands_in_both_homes(tmp_path: Path) -> None:
+def test_of_two_equal_evaluations_the_earlier_is_kept_in_both_homes(tmp_path: Path) -> None:
     homes = [write_home(tmp_path / host, {ONE: 2}, "h") for host in ("one", "two")]
     name = f"{ONE}/evals/core-000000004-0123.json"
     for home, time in zip(homes, (3.0, 2.0)):
@@ -504,7 +506,7 @@ def test_the_earlier_of_two_evaluations_of_one_thing_stands_in_both_homes(tmp_pa
     )
 
 
-def test_a_parquet_file_of_results_is_what_pandas_reads_from_the_store(tmp_path: Path) -> None:
+def test_the_exported_results_are_the_rows_of_the_store(tmp_path: Path) -> None:
     home = write_home(tmp_path / "one", {ONE: 2, TWO: 3}, "h")
     folder = exported(home)
     read = pandas.read_parquet(folder / "tables" / "results.parquet").sort_values("run_id")

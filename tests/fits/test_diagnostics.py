@@ -179,7 +179,7 @@ def _unprofiled(points: list[Point]) -> Surface:
     """The surface without intervals: what the score test reads."""
     noise = Noise(SIGMA, "known")
     data = loss_data(points, noise.delta)
-    rows, _ = levenberg_marquardt(data, FITTED.row[None], np.ones((1, len(points))), range(5))
+    rows, _ = levenberg_marquardt(data, FITTED.row[None], range(5))
     return replace(FITTED, row=rows[0], delta=noise.delta)
 
 

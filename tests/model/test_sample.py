@@ -15,12 +15,12 @@ from torch import Tensor
 
 from slm.cli.sample import sample
 from slm.data.tokenizer import Tokenizer
-from slm.model import layers
 from slm.model.gpt import GPT
+from slm.model.logits import softcapped
 from slm.model.sample import KVCache, TextStream, draw, generate
 from slm.recipe import pocket
 from slm.train.optimizer import Optimizer
-from tests.conftest import slm
+from tests.commands import slm
 from tests.train.test_exactness import CASES, hyperparameters, random_model, rows
 from tests.weights import Run, run_in
 
@@ -57,7 +57,7 @@ def test_logits_are_those_of_the_plain_forward_pass(
     read = [cache.read(part) for part in ids.tensor_split(cuts, dim=1)]
     assert cache.length == 512
     with torch.no_grad():
-        logits = layers.softcapped(torch.cat(read, dim=1), model.lm_head)
+        logits = softcapped(torch.cat(read, dim=1), model.lm_head)
         torch.testing.assert_close(logits, model(ids), rtol=0, atol=1e-10)
 
 
@@ -188,7 +188,7 @@ def test_the_command_writes_the_likeliest_text_of_the_newest_checkpoint_and_says
     assert result.returncode == 0, result.stderr
     assert "unfinished weights, after step 40 of 70" in result.stderr
     tokenizer = run.prepared.tokenizer
-    read = [tokenizer.bos, *tokenizer.encode_batch([prompt], 1)[0]]
+    read = [tokenizer.bos, *tokenizer.encode(prompt)]
     generated = [
         token
         for (token,) in generate(run.model, read, tokenizer.bos, [0], 0, None)

@@ -38,7 +38,7 @@ def test_a_terminal_shows_a_bar_for_each_unit_and_clears_them_at_the_end(
 def test_without_a_terminal_lines_have_the_time_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(progress, "LINE_SECONDS", -1.0)
+    monkeypatch.setattr("slm.text.LINE_SECONDS", -1.0)
     with ProgressBars() as bars:
         report = bars.add("files")
         report(0, 2000)

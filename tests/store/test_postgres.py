@@ -15,7 +15,7 @@ import pytest
 
 import store
 from store import schema
-from tests.conftest import slm
+from tests.commands import slm
 from tests.store.test_evaluations import write_core
 from tests.store.test_imports import row, write_import
 from tests.store.test_store import all_rows, append, dump, event, write_run

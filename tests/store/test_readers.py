@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 
 import store
-from tests import chaos
+from tests import chaos, forked
+from tests.chaos import Question
 from tests.store.test_store import all_rows, write_run
+from tests.train.test_train import Watcher
 
 KILLED = """
 import sys
@@ -58,24 +60,23 @@ def working(command: list[str]) -> Iterator[subprocess.Popen[str]]:
     assert process.returncode == 0
 
 
-def sweep_among_readers(home: Path, depths: str, seeds: int, steps: int) -> list[dict[str, Any]]:
+def sweep_among_readers(home: Path, question: Question) -> list[dict[str, Any]]:
     """Run ten readers during a sweep that ingests twice a second; check the sweep, return the
     tallies."""
-    options = [f"--depths={depths}", f"--seeds={seeds}", f"--steps={steps}"]
+    watcher = Watcher()
     with working([sys.executable, "-m", "tests.readers", str(home), "10"]) as readers:
-        command = [sys.executable, "-m", "tests.chaos", str(home), "--orchestrate", *options]
-        swept = subprocess.run(command, capture_output=True, text=True, check=True)
-        errors = [line for line in swept.stderr.splitlines() if line.startswith("slm:")]
-        assert errors == []  # no ingest was refused
+        with forked.supervisors(), chaos.frequent_ingests():
+            assert chaos.run_sweep(home, question, watcher).not_finished == {}
+        assert watcher.notes == []  # no ingest was refused
         tallies = [json.loads(line) for line in readers.communicate()[0].splitlines()]
     lines = chaos.check_events(home)
-    assert lines >= seeds * steps
+    assert lines >= question.seeds * question.steps
     assert set(store.results(home=home)["status"]) == {"finished"}
     return tallies
 
 
 def test_ten_readers_during_a_sweep_never_fail_and_see_all_metrics(home: Path) -> None:
-    tallies = sweep_among_readers(home, "2", 1, 120)
+    tallies = sweep_among_readers(home, Question((1,), seeds=1, steps=120))
     everything = int(store.sql("select count(*) as n from metrics", home=home)["n"][0])
     assert [tally["failures"] for tally in tallies] == [[]] * 10
     assert [tally["metrics"] for tally in tallies] == [everything] * 10
@@ -84,7 +85,7 @@ def test_ten_readers_during_a_sweep_never_fail_and_see_all_metrics(home: Path) -
 
 @pytest.mark.soak
 def test_ten_readers_during_a_long_sweep(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tallies = sweep_among_readers(home, "1,2", 3, 1500)
+    tallies = sweep_among_readers(home, Question((1, 2), seeds=3, steps=1500))
     assert [tally["failures"] for tally in tallies] == [[]] * 10
     assert len({tally["metrics"] for tally in tallies}) == 1
     with capsys.disabled():

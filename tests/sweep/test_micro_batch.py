@@ -15,12 +15,12 @@ from typing import Any, cast
 import pytest
 
 import store
-from slm.cli.options import records
 from slm.data import prepare
 from slm.hardware.slot import MicroBatch, Slot
 from slm.monitor.follow import Follower
 from slm.plan import Plan
 from slm.recipe import pocket
+from slm.selection import records
 from slm.sweep.micro_batch import MicroBatches
 from tests.attempts import log, make_attempt, plan_of
 from tests.store.test_store import dump, event, write_run

@@ -24,7 +24,7 @@ from slm.sweep.launcher import RunningRun, WaitingRun
 from slm.sweep.local import Local
 from slm.sweep.micro_batch import MicroBatches
 from slm.sweep.orchestrator import Outcome
-from tests import chaos
+from tests import chaos, forked
 from tests.attempts import log, make_attempt, plan_of
 from tests.chaos import TWO, Question
 from tests.train.test_train import ONE, Watcher
@@ -34,13 +34,10 @@ TWINS = Question(depths=(1,), seeds=2, steps=600)
 LONG = Question(depths=(1,), seeds=2, steps=5000)
 
 
-@pytest.fixture(scope="module")
-def quiet(tmp_path_factory: pytest.TempPathFactory, prepared: PreparedDataset) -> Path:
-    """Return a home where two runs were swept undisturbed."""
-    home = tmp_path_factory.mktemp("quiet")
-    (home / "data").symlink_to(prepared.folder.parent)
-    assert not chaos.run_sweep(home, TWINS).not_finished
-    return home
+def sweep_undisturbed(home: Path, question: Question) -> None:
+    """Sweep two runs at once in a home."""
+    with forked.supervisors():
+        assert chaos.run_sweep(home, question).not_finished == {}
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 300.0) -> None:
@@ -51,23 +48,25 @@ def wait_for(condition: Callable[[], object], seconds: float = 300.0) -> None:
         time.sleep(0.05)
 
 
-def test_two_runs_at_once_get_one_core_and_one_thread_each(quiet: Path) -> None:
-    first, second = (
-        path / "attempts" / "001"
-        for path in sorted(path.parent for path in quiet.glob("*/plan.json"))
-    )
+def test_two_runs_at_once_get_one_core_and_one_thread_each(home: Path) -> None:
+    sweep_undisturbed(home, replace(TWINS, steps=20))
+    first, second = attempts(home)
     documents = [read_attempt(attempt) for attempt in (first, second)]
     assert sorted(document["ids"] for document in documents) == [["0"], ["1"]]
     assert [(document["ranks"], document["threads"]) for document in documents] == [(1, 1)] * 2
     assert all(log(attempt, "started")[0]["threads"] == 1 for attempt in (first, second))
-    assert log(first, "started")[0]["time"] < read_json(second / "exit.json")["time"]
-    assert log(second, "started")[0]["time"] < read_json(first / "exit.json")["time"]
+    assert documents[0]["created"] < read_json(second / "exit.json")["time"]
+    assert documents[1]["created"] < read_json(first / "exit.json")["time"]
 
 
 @pytest.mark.soak
 def test_a_sweep_whose_processes_are_killed_ends_with_the_same_results(
-    home: Path, quiet: Path
+    home: Path, prepared: PreparedDataset, tmp_path: Path
 ) -> None:
+    quiet = tmp_path / "quiet"
+    quiet.mkdir()
+    (quiet / "data").symlink_to(prepared.folder.parent)
+    sweep_undisturbed(quiet, TWINS)
     draw = random.Random(4)
     kinds = ["supervisor", "orchestrator", "trainer", "orchestrator", "torchrun"]
     tally = chaos.disturb(home, TWINS, kinds, draw, pause=1.0, patience=900.0)
@@ -79,7 +78,15 @@ def test_a_sweep_whose_processes_are_killed_ends_with_the_same_results(
     chaos.check_no_process_left(home)
 
 
-def test_trainers_outlive_their_orchestrator_and_obey_the_next_one(home: Path) -> None:
+@pytest.fixture
+def disturbed(home: Path) -> Iterator[Path]:
+    """Yield a home; end what still works on it after the test."""
+    yield home
+    chaos.kill_all(home)
+
+
+def test_trainers_outlive_their_orchestrator_and_obey_the_next_one(disturbed: Path) -> None:
+    home = disturbed
     first = chaos.start(home, LONG)
     wait_for(lambda: sum(bool(log(attempt, "checkpoint")) for attempt in attempts(home)) == 2)
     first.kill()

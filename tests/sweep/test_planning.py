@@ -17,7 +17,7 @@ from slm.plan import Plan, canonical, code_fingerprint
 from slm.recipe import pocket
 from slm.sweep.planning import record, repeat_plans
 from tests.cli.test_fit_curves import document, refusal
-from tests.conftest import slm
+from tests.commands import slm
 
 PLANNED = pocket(2, steps=4)
 DECLARED = """

@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,9 @@ from slm.hardware import devices
 from slm.recipe import pocket
 from slm.run import add_attempt, checkpoint_step, is_done, read_attempt, read_exit, run_holder
 from slm.sweep import supervisor
+from slm.sweep.out_of_memory import OUT_OF_MEMORY
 from slm.sweep.supervisor import _cause, _StopRequests, _Watch, last_error
+from tests import forked
 from tests.attempts import ENVIRONMENT, log, make_attempt, plan_of
 
 PATIENCE = 300.0
@@ -34,20 +37,33 @@ from slm.sweep import supervisor as s
 {}
 sys.exit(s.supervise(Path(sys.argv[1]), None))
 """
-LONG = replace(pocket(1, steps=10**4), batch_tokens=256)
-TALKATIVE = """
-import sys
-from slm.train import attempt
-from slm.train.trainer import main
-attempt.HEARTBEAT_SECONDS = 0.0
-sys.exit(main())
+IMPATIENT = """
+is_hung = s._Watch.is_hung
+
+def is_hung_after_a_second(watch):
+    if Path({path!r}).exists():
+        watch.allowed = 1.0
+    return is_hung(watch)
+
+s._Watch.is_hung = is_hung_after_a_second
 """
+"""Changes that allow one second without an event once a file exists."""
+LONG = replace(pocket(1, steps=10**4), batch_tokens=256)
 
 
-def supervised(folder: Path, changes: str = "pass", **environment: str) -> subprocess.Popen[bytes]:
-    """Start the supervisor of an attempt, after changes to its module (`s`)."""
+@contextmanager
+def supervised(folder: Path, changes: str = "pass") -> Iterator[subprocess.Popen[bytes]]:
+    """Run the supervisor of an attempt, after changes to its module (`s`), and torchrun.
+
+    They do not outlive the block.
+    """
     command = [sys.executable, "-c", SUPERVISE.format(changes), str(folder)]
-    return subprocess.Popen(command, env=ENVIRONMENT | environment)
+    with subprocess.Popen(command, env=ENVIRONMENT) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                forked.kill_tree(process.pid)
 
 
 def until(condition: Callable[[], Any]) -> Any:
@@ -59,7 +75,9 @@ def until(condition: Callable[[], Any]) -> Any:
     return value
 
 
-def ended(process: subprocess.Popen[bytes], folder: Path) -> tuple[int, str | None, str | None]:
+def ended(
+    process: subprocess.Popen[bytes] | forked.Supervised, folder: Path
+) -> tuple[int, str | None, str | None]:
     """Return the exit code of a supervisor, and reason and message of its attempt."""
     code = process.wait(PATIENCE)
     document = read_exit(folder)
@@ -82,54 +100,60 @@ def workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     ]
 
 
-def test_a_hung_trainer_is_killed_and_stops_and_evaluations_may_take_their_time(
+def test_a_hung_trainer_is_killed_and_the_next_attempt_resumes_until_it_is_stopped(
     tmp_path: Path, prepared: PreparedDataset
 ) -> None:
-    """Train in three attempts: suspended, stopped twice, and stopped during the evaluation."""
-    hp = pocket(1, steps=600)
-    first = make_attempt(tmp_path, plan_of(hp, prepared), prepared, checkpoint_seconds=0)
-    limits = "s.MIN_HANG_SECONDS = s.POLL_SECONDS = 1.0; s.PHASE_SECONDS['checkpoint'] = 1.0"
-    process = supervised(first, limits)
-    until(lambda: len(log(first, "checkpoint")) > 5)
-    [trainer] = workers(process)
-    trainer.suspend()
-    code, reason, message = ended(process, first)
+    first = make_attempt(tmp_path, plan_of(LONG, prepared), prepared, checkpoint_seconds=0)
+    suspended = tmp_path / "suspended"
+    with supervised(first, IMPATIENT.format(path=str(suspended))) as process:
+        until(lambda: len(log(first, "checkpoint")) > 5)
+        [trainer] = workers(process)
+        trainer.suspend()
+        suspended.touch()
+        code, reason, message = ended(process, first)
     assert (code, reason) == (1, "timeout")
     assert message is not None
     assert message.startswith("no event for ")
     assert not trainer.is_running()
 
     second = again(first)
-    process = supervised(second)
-    until(lambda: log(second, "checkpoint"))
-    assert log(second, "started")[0]["resumed_from"] >= 5
-    process.terminate()
-    process.terminate()
-    code, reason, message = ended(process, second)
+    with forked.Supervised(second) as process:
+        until(lambda: log(second, "checkpoint"))
+        assert log(second, "started")[0]["resumed_from"] >= 5
+        process.terminate()
+        process.terminate()
+        code, reason, message = ended(process, second)
     assert (code, reason) == (1, "interrupted")
     [failed] = log(second, "failed")
     assert failed["message"] == message
     step = checkpoint_step(first.parent.parent)
     assert f"at step {step} of" in failed["message"]
 
-    third = again(first, evaluation_tokens=hp.sequence_length, checkpoint_seconds=1e9)
-    script = tmp_path / "talkative.py"
-    script.write_text(TALKATIVE)
-    process = supervised(
-        third,
-        "command = s._command\n"
-        f"s._command = lambda folder, attempt: "
-        f"[*command(folder, attempt)[:-3], {str(script)!r}, str(folder)]",
-    )
-    until(lambda: [event for event in log(third, "working") if event["what"] == "evaluation"])
-    process.terminate()
-    assert ended(process, third) == (0, None, None)
-    assert log(third, "started")[0]["resumed_from"] == step
-    events_of_evaluation = [
-        event for event in log(third, "working") if event["what"] == "evaluation"
-    ]
-    assert len(events_of_evaluation) == 1 + hp.validation_rows
-    assert is_done(third.parent.parent)
+
+def report_every_row() -> None:
+    """Let an evaluation write an event after every pass."""
+    from slm.train import attempt
+
+    attempt.HEARTBEAT_SECONDS = 0.0
+
+
+def test_an_evaluation_writes_events_and_is_not_ended_by_a_stop(
+    tmp_path: Path, prepared: PreparedDataset
+) -> None:
+    hp = pocket(1, steps=2)
+    row = {"evaluation_tokens": hp.sequence_length}
+    folder = make_attempt(tmp_path, plan_of(hp, prepared), prepared, **row)
+    with forked.Supervised(folder, report_every_row) as process:
+        until(lambda: evaluations(folder))
+        process.terminate()
+        assert ended(process, folder) == (0, None, None)
+    assert len(evaluations(folder)) == 1 + hp.validation_rows
+    assert is_done(folder.parent.parent)
+
+
+def evaluations(folder: Path) -> list[dict[str, Any]]:
+    """Return the events in which an evaluation reports its progress."""
+    return [event for event in log(folder, "working") if event["what"] == "evaluation"]
 
 
 @pytest.mark.parametrize("early", [True, False])
@@ -137,15 +161,15 @@ def test_a_stop_at_once_and_a_stop_before_the_first_step_are_obeyed(
     tmp_path: Path, prepared: PreparedDataset, early: bool
 ) -> None:
     folder = make_attempt(tmp_path, plan_of(LONG, prepared), prepared, ranks=1 if early else 2)
-    process = supervised(folder)
-    family = until(lambda: workers(process))
-    if early:
-        process.terminate()  # while torch is being imported
-    else:
-        until(lambda: log(folder, "train"))
-        family = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGINT)
-    code, reason, message = ended(process, folder)
+    with supervised(folder) as process:
+        family = until(lambda: workers(process))
+        if early:
+            process.terminate()  # while torch is being imported
+        else:
+            until(lambda: log(folder, "train"))
+            family = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(signal.SIGINT)
+        code, reason, message = ended(process, folder)
     assert (code, reason) == (1, "interrupted")
     assert message == (
         "stopped on request before the first step" if early else "stopped at once on request"
@@ -167,11 +191,11 @@ def test_a_kill_while_memory_is_short_counts_as_oom_and_any_other_as_an_error(
 from functools import partial
 s.devices.memory_kills = partial(s.devices.memory_kills, Path({str(tmp_path / "root")!r}))
 """
-    process = supervised(folder, root)
-    until(lambda: log(folder, "train"))
-    (group / "memory.events").write_text("oom 1\noom_kill 3\noom_group_kill 0\n")
-    workers(process)[1].kill()
-    assert ended(process, folder)[:2] == (1, "oom")
+    with supervised(folder, root) as process:
+        until(lambda: log(folder, "train"))
+        (group / "memory.events").write_text("oom 1\noom_kill 3\noom_group_kill 0\n")
+        workers(process)[1].kill()
+        assert ended(process, folder)[:2] == (1, "oom")
     no_requests = cast(_StopRequests, SimpleNamespace(stop=False, at_once=False))
     watch = _Watch(folder)  # no process was killed since it began
     assert _cause(folder, 1, no_requests, watch)[0] == "error"
@@ -300,8 +324,8 @@ def test_an_out_of_memory_error_is_named_before_its_consequences(line: str) -> N
         f"Traceback (most recent call last):\n{line}\nValueError: later\n{gloo}\n{end}\n"
     )
     assert error == line.strip()
-    assert supervisor.OUT_OF_MEMORY.search(error)
-    assert not supervisor.OUT_OF_MEMORY.search(last_error(f"KeyError: 'x'\n{gloo}\n{end}\n"))
+    assert OUT_OF_MEMORY.search(error)
+    assert not OUT_OF_MEMORY.search(last_error(f"KeyError: 'x'\n{gloo}\n{end}\n"))
 
 
 def test_memory_kills_are_those_of_the_control_group_else_of_the_machine(tmp_path: Path) -> None:

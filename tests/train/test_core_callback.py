@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slm.cli.evaluate import core_request
+from slm.cli.sweep import CoreOptions
 from slm.data import PreparedDataset
 from slm.evaluate import bundle
 from slm.evaluate.batching import Batch
@@ -29,7 +29,7 @@ from slm.recipe import nanochat, pocket
 from slm.run import list_attempts, make_attempt
 from tests import attempts, bundles
 from tests.attempts import log, plan_of
-from tests.conftest import slm
+from tests.commands import slm
 
 CPU = torch.device("cpu")
 STEPS = 6
@@ -216,8 +216,8 @@ def test_a_report_can_interrupt_and_finished_tasks_stay_on_disk(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((False, None, 5, None, None), "--core-every 5 needs --core"),
-        ((False, "core", None, None, None), "--bundle core needs --core"),
+        ((False, None, 5, None, None), "--core-every 5: needs --core"),
+        ((False, "core", None, None, None), "--bundle core: needs --core"),
         (
             (True, None, None, 4, None),
             "4 examples per task are too few: a task needs 4 shots, use 5 or more",
@@ -235,7 +235,7 @@ def test_an_impossible_request_is_an_error_before_anything_starts(
 ) -> None:
     bundle.install(bundles.write(tmp_path / "bundle"), tmp_path)
     with pytest.raises(ValueError, match=message):
-        core_request(*options).check_installed(tmp_path, [nanochat.name])
+        CoreOptions(*options).request().check_installed(tmp_path, [nanochat.name])
 
 
 def test_a_sweep_without_the_bundle_names_the_command_that_gets_it(tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_an_attempt_has_the_request_and_the_plan_does_not(
     assert list_attempts(tmp_path / plan.run_id) == [folder]
     assert read_json(folder / "attempt.json")["core"] == document
     assert "core" not in json.dumps(plan.document())
-    read = CoreRequest.from_document(document)
+    read = CoreRequest(**document)
     assert read.document() == document
     assert read.mode(counting) == "20 per task, without fits"
 

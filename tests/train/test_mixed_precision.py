@@ -6,14 +6,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
 from slm.data import PreparedDataset
-from slm.model import layers
 from slm.model.gpt import GPT
+from slm.model.logits import cross_entropy
 from slm.model.ranks import ALONE, Ranks
 from slm.recipe import pocket
 from slm.train.attempt import Attempt
@@ -21,10 +22,12 @@ from slm.train.optimizer import Optimizer
 from slm.train.trainer import train
 from tests.attempts import log, make_attempt, plan_of
 
-IDS = torch.randint(512, (4, 129), generator=torch.Generator().manual_seed(0))
+IDS = torch.randint(512, (2, 129), generator=torch.Generator().manual_seed(0))
+TOKENS = 2 * 128
 
 
-def losses(dtype: torch.dtype, steps: int = 20) -> list[float]:
+@cache
+def losses(dtype: torch.dtype, steps: int = 10) -> list[float]:
     """Return the losses of a model that computes in a dtype, with gradients scaled as in the
     trainer.
     """
@@ -38,9 +41,9 @@ def losses(dtype: torch.dtype, steps: int = 20) -> list[float]:
         optimizer.zero_grad()
         loss = model.loss(IDS[:, :-1], IDS[:, 1:])
         narrow = dtype == torch.float16
-        loss.backward(torch.full_like(loss, 1.0 if narrow else 1 / 512))
-        optimizer.step(step, 1 / 512 if narrow else 1.0)
-        result.append(loss.item() / 512)
+        loss.backward(torch.full_like(loss, 1.0 if narrow else 1 / TOKENS))
+        optimizer.step(step, 1 / TOKENS if narrow else 1.0)
+        result.append(loss.item() / TOKENS)
     return result
 
 
@@ -62,15 +65,16 @@ def test_gradients_of_large_vocabularies_stay_in_range(
 
     def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
         leaves = [x.to(dtype).requires_grad_(), head.clone().requires_grad_()]
-        layers.cross_entropy(*leaves, targets).backward()
+        cross_entropy(*leaves, targets).backward()
         return [leaf.grad.float() for leaf in leaves if leaf.grad is not None]
 
     for result, expected in zip(gradients(dtype), gradients(torch.float32), strict=True):
         assert (result - expected).norm() <= tolerance * expected.norm()
 
 
-@pytest.mark.parametrize("depth", [1, 2, 9, 10])
-@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize(
+    ("depth", "ranks"), [(1, 1), (1, 8), (2, 2), (2, 3), (9, 3), (9, 8), (10, 2)]
+)
 def test_every_rank_loads_its_share_of_the_state(depth: int, ranks: int) -> None:
     """Joined again, the shares are the state; the last ones may lie beyond it."""
     hp = replace(pocket, aspect_ratio=32)(depth, steps=2)

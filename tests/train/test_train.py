@@ -1,4 +1,4 @@
-"""The trainer, launched through supervisor and torchrun as users launch it, on real rows."""
+"""The trainer in sweeps, on real rows, and through torchrun where processes are killed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from slm.sweep.local import Local, Machine
 from slm.sweep.micro_batch import MicroBatches
 from slm.sweep.orchestrator import Orchestrator, Outcome, Sweep
 from slm.sweep.planning import Planner, plans_of, record
+from tests import forked
 
 ONE = Machine("cpu", "test", ("0",), None)
 TWO = Machine("cpu", "test", ("0", "1"), None)
@@ -71,6 +73,7 @@ def train(
     depth: int = 2,
     steps: int = 70,
     checkpoint_seconds: float = 1e9,
+    launch: AbstractContextManager[None] | None = None,
 ) -> tuple[Path, Outcome]:
     """Train one run in a home; return its folder and the sweep's outcome."""
     experiment = Experiment("test", (recipe,), (depth,), steps=steps)
@@ -78,7 +81,7 @@ def train(
     plans = plans_of(planner.prepare())
     record(experiment, plans, home)
     return home / plans[0].run_id, orchestrate(
-        plans, planner, home, machine, watcher, checkpoint_seconds
+        plans, planner, home, machine, watcher, checkpoint_seconds, launch=launch
     )
 
 
@@ -90,8 +93,12 @@ def orchestrate(
     watcher: Watcher,
     checkpoint_seconds: float = 1e9,
     size: int | None = None,
+    launch: AbstractContextManager[None] | None = None,
 ) -> Outcome:
-    """Train plans on a machine, each on `size` of its cores, or on all of them."""
+    """Train plans on a machine, each on `size` of its cores, or on all of them.
+
+    Supervisors are started within `launch`; by default they are forked.
+    """
     launcher = Local(machine, (size or len(machine.ids),), RuntimeModel(home), MicroBatches())
     sweep = Sweep(
         plans,
@@ -100,7 +107,8 @@ def orchestrate(
         checkpoint_seconds=checkpoint_seconds,
         poll_seconds=0.05,
     )
-    return Orchestrator(sweep, launcher, watcher, ingest=lambda home: []).run()
+    with launch or forked.supervisors():
+        return Orchestrator(sweep, launcher, watcher, ingest=lambda home: []).run()
 
 
 def events_of(watcher: Watcher, kind: str) -> list[dict[str, Any]]:
@@ -144,13 +152,14 @@ def test_a_finished_run_has_final_weights_and_no_checkpoint(undisturbed: Path) -
     assert not list((undisturbed / "checkpoints").iterdir())
 
 
-def test_a_run_killed_half_way_ends_with_the_results_of_an_undisturbed_one(
+def test_a_killed_run_ends_with_the_results_of_an_undisturbed_one(
     home: Path, undisturbed: Path
 ) -> None:
     killed: list[int] = []
+    launch = ExitStack()  # the second attempt is forked
 
     def kill_trainers(attempt: Path, event: dict[str, Any]) -> None:
-        if event["event"] == "checkpoint" and event["step"] >= 30 and not killed:
+        if event["event"] == "checkpoint" and event["step"] >= 10 and not killed:
             supervisor = lock_holder(attempt.parent.parent / "lock")
             assert supervisor is not None
             workers = [
@@ -158,15 +167,17 @@ def test_a_run_killed_half_way_ends_with_the_results_of_an_undisturbed_one(
             ]
             killed.extend(workers)
             for pid in workers:
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # ended because torchrun is gone
+                    os.kill(pid, signal.SIGKILL)
+            launch.enter_context(forked.supervisors())
 
     watcher = Watcher(kill_trainers)
-    folder, outcome = train(home, TWO, watcher, checkpoint_seconds=0)
+    folder, outcome = train(home, TWO, watcher, checkpoint_seconds=0, launch=launch)
     done, quiet = (json.loads((path / "done.json").read_text()) for path in (folder, undisturbed))
     first, second = events_of(watcher, "started")
     assert len(killed) >= 3
     assert first["resumed_from"] is None
-    assert second["resumed_from"] >= 30
+    assert second["resumed_from"] >= 10
     assert outcome.trained == [folder.name]
     same = ("run_id", "val_bpb", "val_loss", "train_loss", "tokens", "flops", "weights_sha256")
     assert {key: done[key] for key in same} == {key: quiet[key] for key in same}
@@ -174,6 +185,7 @@ def test_a_run_killed_half_way_ends_with_the_results_of_an_undisturbed_one(
 
 def test_a_killed_torchrun_leaves_no_worker_and_frees_the_run(home: Path) -> None:
     workers: list[psutil.Process] = []
+    launch = ExitStack()  # the second attempt is forked
 
     def kill_torchrun(attempt: Path, event: dict[str, Any]) -> None:
         if event["event"] == "train" and not workers:
@@ -182,11 +194,12 @@ def test_a_killed_torchrun_leaves_no_worker_and_frees_the_run(home: Path) -> Non
             [torchrun] = psutil.Process(supervisor).children()
             workers.extend(torchrun.children(recursive=True))
             torchrun.kill()
-            psutil.wait_procs(workers, timeout=120)
+            psutil.wait_procs(workers, timeout=300)
             assert not any(worker.is_running() for worker in workers)
+            launch.enter_context(forked.supervisors())
 
     watcher = Watcher(kill_torchrun)
-    folder, outcome = train(home, TWO, watcher, steps=300)
+    folder, outcome = train(home, TWO, watcher, steps=200, launch=launch)
     assert len(workers) == 2
     ended = read_exit(folder / "attempts" / "001")
     assert ended is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from slm.data import PreparedDataset
 from slm.plan import Plan
 from slm.recipe import pocket
 from slm.run import read_exit
-from tests.attempts import ENVIRONMENT, log, make_attempt, plan_of, train
+from tests import forked
+from tests.attempts import ENVIRONMENT, make_attempt, plan_of, train, train_until
 
 
 def plan(prepared: PreparedDataset) -> Plan:
@@ -23,15 +23,17 @@ def plan(prepared: PreparedDataset) -> Plan:
 
 
 def refused(folder: Path) -> tuple[str, str]:
-    """Return reason and message of an attempt that ends, under its supervisor, before the first
-    step.
+    """Return reason and message of an attempt that ends, under a forked supervisor, before the
+    first step.
     """
-    command = [sys.executable, "-m", "slm.sweep.supervisor", str(folder)]
-    result = subprocess.run(
-        command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False
-    )
+    with forked.Supervised(folder) as supervisor:
+        assert supervisor.wait() == 1
+    return failure(folder)
+
+
+def failure(folder: Path) -> tuple[str, str]:
+    """Return reason and message of an attempt, which its only event and exit.json hold."""
     ended = read_exit(folder)
-    assert (result.returncode, result.stderr) == (1, "")
     assert ended is not None
     assert only_failure(folder) == (ended["reason"], ended["message"])
     return ended["reason"], ended["message"]
@@ -48,9 +50,14 @@ def only_failure(folder: Path) -> tuple[str, str]:
 def test_an_unknown_device_is_refused_with_the_available_ones(
     tmp_path: Path, prepared: PreparedDataset
 ) -> None:
-    reason, message = refused(
-        make_attempt(tmp_path, plan(prepared), prepared, ranks=2, device="tpu")
+    """Both ranks refuse it, and torchrun ends."""
+    folder = make_attempt(tmp_path, plan(prepared), prepared, ranks=2, device="tpu")
+    command = [sys.executable, "-m", "slm.sweep.supervisor", str(folder)]
+    result = subprocess.run(
+        command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False
     )
+    assert (result.returncode, result.stderr) == (1, "")
+    reason, message = failure(folder)
     assert reason == "error"
     assert "tpu" in message
     assert "cpu" in message
@@ -94,14 +101,7 @@ def test_a_checkpoint_of_another_plan_is_refused_and_kept(
 
 def stopped_at_a_checkpoint(folder: Path) -> Path:
     """Stop an attempt after its first checkpoint; return the folder of its checkpoints."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "slm.sweep.supervisor", str(folder)], env=ENVIRONMENT
-    )
-    deadline = time.monotonic() + 600
-    while not log(folder, "checkpoint") and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.terminate()
-    assert process.wait(600) == 1
+    train_until(folder, 1, "checkpoint")
     return folder.parent.parent / "checkpoints"
 
 

@@ -1,0 +1,73 @@
+"""Commands in processes of their own, forked from one that has imported their packages."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess, TimeoutExpired
+from typing import Any
+
+PACKAGES = ["duckdb", "matplotlib.figure", "pandas", "scipy.optimize", "scipy.stats"]
+PACKAGES += ["sqlalchemy.orm", "rich.live", "torch", "slm.cli", "slm.fits.curve", "slm.results"]
+PACKAGES += ["store.ingest", "store.query", "slm.sweep.planning"]
+PACKAGES += ["slm.sweep.supervisor", "slm.train.trainer", "torch.fx.experimental.symbolic_shapes"]
+PACKAGES += ["pyarrow.parquet", "pytest"]
+"""Modules that take seconds to import; without them a command runs in a tenth of the time."""
+SECONDS = 300.0
+
+forks = multiprocessing.get_context("forkserver")
+forks.set_forkserver_preload(PACKAGES)
+
+
+def slm(*arguments: str, home: Path | None = None, **environment: str) -> CompletedProcess[str]:
+    """Run a command line; return its exit code and output."""
+    if home:
+        environment["SLM_HOME"] = str(home)
+    return run(_command_line, arguments, **environment)
+
+
+def _command_line(arguments: tuple[str, ...]) -> None:
+    from slm.cli import main
+
+    sys.argv = ["slm", *arguments]
+    main()
+
+
+def run(
+    function: Callable[..., object], *arguments: Any, **environment: str
+) -> CompletedProcess[str]:
+    """Call a function in a forked process, with changes to the environment.
+
+    Return its exit code and output.
+    """
+    values = {**os.environ, **environment}
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [os.path.join(folder, name) for name in ("stdout", "stderr")]
+        process = forks.Process(target=_call, args=(function, arguments, values, outputs))
+        process.start()
+        process.join(SECONDS)
+        if process.exitcode is None:
+            process.kill()
+            raise TimeoutExpired(str(arguments), SECONDS)
+        texts = [Path(output).read_text() for output in outputs]
+    return CompletedProcess([function.__name__, *arguments], process.exitcode, *texts)
+
+
+def _call(
+    function: Callable[..., object],
+    arguments: tuple[Any, ...],
+    environment: dict[str, str],
+    outputs: list[str],
+) -> None:
+    """Call a function in this process, with its output in two files."""
+    for descriptor, output in enumerate(outputs, start=1):
+        file = os.open(output, os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, descriptor)
+        os.close(file)
+    os.environ.clear()
+    os.environ.update(environment)
+    function(*arguments)
