@@ -18,6 +18,7 @@ TRAINER_SOURCES = (
     "hardware/block_sizes.py",
     "model/attention.py",
     "model/layers.py",
+    "model/logits.py",
     "model/gpt.py",
     "model/ranks.py",
     "train/optimizer.py",

@@ -13,23 +13,25 @@ from tests.goldens import Case
 
 TOLERANCE = 1e-6
 """Relative difference allowed with other versions of the numerical packages."""
+LONG = {"next-both", "next-exponent", "next-exponent-dear", "compare-file", "compare-file-markdown"}
+LONG |= {f"fit-isoflop-{kind}" for kind in ("coupled", "paper", "power", "total")}
+LONG |= {f"fit-{name}" for name in ("both", "file", "file-core", "file-paper", "imported", "mixed")}
+"""Cases that take seconds each and repeat what a shorter case shows; they run in `make soak`."""
 CASES = [case for group in goldens.groups() for case in group]
-HOME = [case for case in CASES if not case.needs_reference]
-REFERENCE = [case for case in CASES if case.needs_reference]
+SHORT = [case for case in CASES if case.name not in LONG and not case.needs_reference]
+SOAK = [case for case in CASES if case not in SHORT]
 
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, dict[str, Any]]:
-    """Run every case of the golden home once."""
-    return goldens.outcomes(HOME)
+    """Run every short case once."""
+    return goldens.outcomes(SHORT)
 
 
 @pytest.fixture(scope="module")
-def reference_outcomes() -> dict[str, dict[str, Any]]:
-    """Run every case of the published figures once."""
-    if not os.environ.get("SLM_REFERENCE"):
-        pytest.skip("SLM_REFERENCE is unset: no folder of published figures to compare with")
-    return goldens.outcomes(REFERENCE)
+def soak_outcomes() -> dict[str, dict[str, Any]]:
+    """Run the other cases once: all of them, or those that need no published figures."""
+    return goldens.outcomes(case for case in goldens.cases() if case in SOAK)
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +40,7 @@ def tolerance() -> float:
     return 0.0 if json.loads(goldens.VERSIONS.read_text()) == goldens.versions() else TOLERANCE
 
 
-@pytest.mark.parametrize("case", HOME, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SHORT, ids=lambda case: case.name)
 def test_a_command_prints_the_golden_values(
     case: Case, outcomes: dict[str, dict[str, Any]], tolerance: float
 ) -> None:
@@ -47,12 +49,14 @@ def test_a_command_prints_the_golden_values(
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("case", REFERENCE, ids=lambda case: case.name)
-def test_a_command_prints_the_golden_values_of_published_figures(
-    case: Case, reference_outcomes: dict[str, dict[str, Any]], tolerance: float
+@pytest.mark.parametrize("case", SOAK, ids=lambda case: case.name)
+def test_a_long_command_prints_the_golden_values(
+    case: Case, soak_outcomes: dict[str, dict[str, Any]], tolerance: float
 ) -> None:
-    """Compare one import or fit of published figures with its golden."""
-    assert goldens.compared(case, reference_outcomes[case.name], tolerance) == []
+    """Compare a long case, or a case of published figures, with its golden."""
+    if case.needs_reference and not os.environ.get("SLM_REFERENCE"):
+        pytest.skip("SLM_REFERENCE is unset: no folder of published figures to compare with")
+    assert goldens.compared(case, soak_outcomes[case.name], tolerance) == []
 
 
 def test_every_golden_belongs_to_a_case_and_no_name_is_used_twice() -> None:

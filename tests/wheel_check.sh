@@ -22,7 +22,9 @@ cd "$elsewhere"
 export SLM_HOME=$elsewhere/runs
 venv/bin/python -c "import slm, store, sys; assert all('$elsewhere' in m.__file__ for m in (slm, store)), slm.__file__"
 venv/bin/slm --version
-venv/bin/slm sweep --recipe pocket --depths 2,3 --steps 5 --json | grep -q '"trained"'
+venv/bin/slm sweep --recipe pocket --depths 2,3 --steps 5 --json > sweep.json
+grep -q '"trained"' sweep.json
 venv/bin/slm status
-venv/bin/slm report | grep -q '^report: '
+venv/bin/slm report > report.txt
+grep -q '^report: ' report.txt
 echo "wheel-check: the wheel installs, sweeps and reports outside the checkout"

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from slm import results
 from slm.cli.fit_curves import CsvFile, Figure, check_file, columns_of, print_notes
 from slm.cli.options import Json, Mixed, print_json, table
-from slm.selection import describe_excluded
 
 if TYPE_CHECKING:
     import pandas
 
+    from slm import results
     from slm.fits import DepthEffect
 
 
@@ -38,6 +37,8 @@ def compare(
 ) -> None:
     """Price a change in compute: how much more the base would need for the candidate's loss, depth
     by depth."""
+    from slm import results
+
     check_file(file, names, base)
     if markdown and as_json:
         raise ValueError("--markdown and --json: choose one")
@@ -54,6 +55,8 @@ def compare(
 
 
 def _print(record: results.ComparisonRecord) -> None:
+    from slm import results
+
     print(f"{record.comparison.decision.sentence}\n")
     (headers, rows), *core_tables = record.tables()
     print(table(rows, headers))
@@ -71,7 +74,8 @@ def _markdown(record: results.ComparisonRecord) -> str:
     provenance."""
     from tabulate import tabulate
 
-    from slm import fits
+    from slm import fits, results
+    from slm.selection import describe_excluded
 
     comparison = record.comparison
     core_name = record.core.name if record.core else "CORE"

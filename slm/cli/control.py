@@ -32,8 +32,6 @@ from slm.run import (
     run_state,
     stop_run,
 )
-from slm.sweep import slurm
-from slm.sweep.orchestrator import sweep_lock, sweep_process
 from slm.text import count, plural
 from store import home
 
@@ -58,6 +56,8 @@ def stop(
     as_json: Json = False,
 ) -> None:
     """Stop the sweep and all runs after a checkpoint; or cancel some runs until `slm retry`."""
+    from slm.sweep.orchestrator import sweep_process
+
     named = _find_runs(runs)
     folders = named or _active(list_runs(home()))
     hosts = {folder.name: host for folder in folders if (host := other_host(folder))}
@@ -92,12 +92,16 @@ def _find_runs(runs: Sequence[str] | None) -> list[Path]:
 
 def _active(folders: Sequence[Path]) -> list[Path]:
     """Return the runs that a process holds or that have a Slurm job."""
+    from slm.sweep import slurm
+
     jobs = slurm.jobs_of(folders)
     return [folder for folder in folders if folder in jobs or run_holder(folder)]
 
 
 def _request_stop(folders: Sequence[Path], cancel: bool, process: int | None) -> None:
     """Ask the orchestrator to stop, or where there is none, the runs themselves."""
+    from slm.sweep import slurm
+
     if process is not None:
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGTERM)
@@ -134,6 +138,8 @@ def retry(
     as_json: Json = False,
 ) -> None:
     """Clear the failures of runs, so that the next sweep resumes them from their checkpoints."""
+    from slm.sweep.orchestrator import sweep_process
+
     if bool(runs) == failed:
         raise ValueError("name the runs to retry, or say --failed")
     folders = _find_runs(runs)
@@ -197,6 +203,8 @@ def rm(
 @contextmanager
 def without_sweep() -> Iterator[None]:
     """Keep sweeps from starting in this block. Raises ValueError while one is running."""
+    from slm.sweep.orchestrator import sweep_lock, sweep_process
+
     with sweep_lock(home()) as acquired:
         if not acquired:
             process = sweep_process(home())

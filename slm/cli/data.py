@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Exit, Option
 
-from slm.candidates import MAX_DEPTH
 from slm.cli.control import refuse_active, without_sweep
 from slm.cli.options import (
     Json,
@@ -24,8 +23,6 @@ from slm.cli.options import (
     recipe_of,
     table,
 )
-from slm.evaluate import bundle as bundles
-from slm.evaluate.download import download
 from slm.monitor.progress import ProgressBars, report_line
 from slm.recipe import RECIPES, Hyperparameters
 from slm.text import count
@@ -33,6 +30,7 @@ from store import home
 
 if TYPE_CHECKING:
     from slm.data import PreparedDataset
+    from slm.evaluate import bundle as bundles
 
 CORE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 """nanochat's public bundle."""
@@ -119,6 +117,9 @@ def core(
     as_json: Json = False,
 ) -> None:
     """Get the bundle of CORE's 22 tasks, check it, and store it under the hash of its files."""
+    from slm.evaluate import bundle as bundles
+    from slm.evaluate.download import download
+
     if source:
         bundle = bundles.install(source, home())
     else:
@@ -142,6 +143,8 @@ def pocket_core(
 
 
 def _print_bundle(bundle: bundles.Bundle, as_json: bool) -> None:
+    from slm.evaluate import bundle as bundles
+
     counts = {task.label: len(bundle.examples(task)) for task in bundle.tasks}
     name = f" ({bundle.name})" if bundle.name != bundles.CORE else ""
     print_result(
@@ -198,6 +201,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show a prepared corpus: its documents, the depths it suffices for, its runs, compression."""
+    from slm.candidates import MAX_DEPTH
     from slm.data import epochs, inventory, recipe_for
 
     documents = []

@@ -1,16 +1,18 @@
-"""`slm fit-curves` and `slm next`: what more compute buys, and which runs would teach most."""
+"""`slm fit-curves`: what more compute buys, and how sure that is."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from slm import results
 from slm.cli.options import Json, Mixed, depths_of, numbers_of, print_json, table
-from slm.selection import Note, describe_excluded
+
+if TYPE_CHECKING:
+    from slm import results
+    from slm.selection import Note
 
 Experiments = Annotated[
     list[str] | None, Argument(help="Experiments; by default the only one in the home.")
@@ -64,6 +66,8 @@ def fit_curves(
     as_json: Json = False,
 ) -> None:
     """Fit the loss against FLOPs, with intervals, isoFLOP minima and warnings; draw the figures."""
+    from slm import results
+
     check_file(file, names, experiments[0] if experiments else None)
     record = results.fit_curves(
         *(experiments or []),
@@ -87,45 +91,6 @@ def fit_curves(
 
     print_record(record, fits.summary(record.fit), record.runs.excluded)
     print(f"\nfigures: {', '.join(map(str, record.figures))}")
-
-
-def next_runs(
-    experiments: Experiments = None,
-    target: Annotated[
-        str,
-        Option(
-            help="loss@d26, loss@1e20 (the depth of that compute), params_exponent, alpha, beta "
-            "or E."
-        ),
-    ] = "",
-    budget: Annotated[str, Option(help="FLOPs for further runs: 1e20.")] = "",
-    depths: Annotated[
-        str | None, Option(help="Depths that may be run; by default from the smallest run on.")
-    ] = None,
-    allow_mixed: Mixed = False,
-    as_json: Json = False,
-) -> None:
-    """Choose the runs that remove most of a target's uncertainty per FLOP, and print the sweeps
-    that make them."""
-    if not target:
-        raise ValueError("no --target: write --target loss@d26, or params_exponent")
-    numbers = numbers_of("--budget", budget or None)
-    if len(numbers) != 1:
-        raise ValueError(f"--budget {budget}: write one number of FLOPs, as in --budget 1e20")
-    record = results.next_runs(
-        *(experiments or []),
-        target=target,
-        budget=numbers[0],
-        depths=depths_of(depths) if depths else None,
-        allow_mixed=allow_mixed,
-    )
-    if as_json:
-        print_json(record.to_json())
-        return
-    from slm import fits
-
-    print_record(record, fits.design_summary(record.design), record.document["excluded"])
-    print("\n" + "\n".join(record.sweeps))
 
 
 def check_file(file: Path | None, columns: str | None, name: str | None) -> None:
@@ -161,6 +126,8 @@ def print_record(
 
 def print_notes(warnings: Sequence[Note], excluded: Sequence[Note]) -> None:
     """Print a paragraph per warning and per reason for leaving runs out."""
+    from slm.selection import describe_excluded
+
     for warning in warnings:
         print(f"\n{warning['code']}: {warning['message']}")
     for line in describe_excluded(excluded):

@@ -26,8 +26,6 @@ from slm.run import (
     run_label,
     run_state,
 )
-from slm.sweep import slurm
-from slm.sweep.orchestrator import sweep_process
 from slm.text import one_line
 from store import home
 
@@ -75,6 +73,8 @@ def _select_attempt(folder: Path, number: int | None) -> Path:
 
 def _follow(folder: Path, tail: _Tail, newest: bool) -> None:
     """Print new lines until the run ends, or only this attempt unless `newest`."""
+    from slm.sweep import slurm
+
     while True:
         over = _is_over(folder) or (not newest and read_exit(tail.attempt) is not None)
         last = last_attempt(folder)
@@ -90,6 +90,8 @@ def _follow(folder: Path, tail: _Tail, newest: bool) -> None:
 
 def _is_over(folder: Path) -> bool:
     """Whether no process trains a run or may try it again."""
+    from slm.sweep.orchestrator import sweep_process
+
     status = run_state(folder).status
     if status in ("finished", "diverged", "cancelled"):
         return True

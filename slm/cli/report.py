@@ -7,7 +7,6 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from slm import results
 from slm.cli.options import Json, Mixed, print_result
 from slm.files import replacing
 
@@ -31,6 +30,8 @@ def report(
 ) -> None:
     """Write an experiment as one page: question, answer, curve, runs, warnings, cost, provenance,
     repetition."""
+    from slm import results
+
     if as_markdown and as_json:
         raise ValueError("--markdown and --json: choose one")
     if output is not None and output.is_dir():

@@ -37,7 +37,6 @@ from slm.run import (
     run_holder,
     run_label,
 )
-from slm.sweep.orchestrator import sweep_process
 from slm.text import duration, one_line, plural
 from store import home
 
@@ -53,6 +52,8 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Show every run: its progress, its result, or why it has none."""
+    from slm.sweep.orchestrator import sweep_process
+
     if watch and as_json:
         raise ValueError("--watch --json: choose one; `slm status --json` shows the present state")
     folders = experiment_runs(home(), experiment)
@@ -87,6 +88,7 @@ def _describe(rows: Sequence[StatusRow], process: int | None) -> str:
 def _watch(run_folders: Sequence[Path]) -> None:
     """Show active runs until there are none and no sweep is running."""
     from slm.monitor.display import Display
+    from slm.sweep.orchestrator import sweep_process
 
     plans, problems = read_plans(run_folders)
     report_problems(problems)

@@ -29,25 +29,22 @@ from slm.cli.options import (
     refuse,
     table,
 )
-from slm.evaluate.records import runs_without_record
 from slm.evaluate.request import CoreRequest
 from slm.experiment import Experiment, load
 from slm.files import read_json, start_session
 from slm.hardware import devices
-from slm.hardware.runtime import Price, RuntimeModel, parse_price
 from slm.monitor.follow import View
 from slm.monitor.progress import report_line
-from slm.monitor.wandb_logger import WandbLogger, check_installed
-from slm.sweep.local import Local, planned_gpu_memory, planned_machine, this_machine
-from slm.sweep.micro_batch import MicroBatches
-from slm.sweep.orchestrator import Outcome, Sweep, submit, train
-from slm.sweep.slurm import Cluster, Slurm
 from slm.text import duration, plural
 from store import home
 
 if TYPE_CHECKING:
+    from slm.hardware.runtime import Price
+    from slm.sweep.local import Local
+    from slm.sweep.orchestrator import Outcome, Sweep
     from slm.sweep.planning import Planner
     from slm.sweep.preview import Preview
+    from slm.sweep.slurm import Cluster, Slurm
 
 CONFIRM_SECONDS = 86400.0
 """Length of a sweep that asks before it starts."""
@@ -144,6 +141,11 @@ class Placement:
 
     def make_launcher(self, cluster: ClusterOptions, dry_run: bool) -> Local | Slurm:
         """Return the launcher. A dry run may plan for GPUs that this machine does not have."""
+        from slm.hardware.runtime import RuntimeModel
+        from slm.sweep.local import Local, planned_machine, this_machine
+        from slm.sweep.micro_batch import MicroBatches
+        from slm.sweep.slurm import Slurm
+
         runtime = RuntimeModel(home())
         micro_batches = MicroBatches.from_store(home())
         if self.launcher == "slurm":
@@ -191,6 +193,9 @@ class ClusterOptions:
 
     def resources(self, gpu: str) -> Cluster:
         """Return the resources of a job, on GPUs of this name if it has any."""
+        from slm.sweep.local import planned_gpu_memory
+        from slm.sweep.slurm import Cluster
+
         try:
             options = tuple(shlex.split(self.sbatch))
         except ValueError as error:
@@ -270,6 +275,7 @@ def sweep(
     """Train a family of models as recorded runs. Repeating the command trains only what is not
     finished.
     """
+    from slm.hardware.runtime import parse_price
     from slm.sweep.planning import Planner
     from slm.sweep.preview import preview
 
@@ -304,6 +310,8 @@ def _train(
 ) -> None:
     """Prepare, plan, record and train; exit code 1 unless every run is finished."""
     from slm.monitor.display import Display
+    from slm.monitor.wandb_logger import WandbLogger
+    from slm.sweep.orchestrator import Sweep, train
     from slm.sweep.planning import plans_of, record
     from slm.sweep.preview import preview
 
@@ -346,6 +354,9 @@ def _check_mode(mode: Mode, launcher: Local | Slurm) -> None:
     """Raise ValueError for options that exclude each other, and for a cluster or package that is
     missing.
     """
+    from slm.monitor.wandb_logger import check_installed
+    from slm.sweep.slurm import Slurm
+
     if mode.detach and mode.as_json:
         raise ValueError("--detach --json: choose one; `slm status --json` shows the runs")
     if mode.detach and mode.wandb and isinstance(launcher, Slurm):
@@ -359,6 +370,8 @@ def _check_mode(mode: Mode, launcher: Local | Slurm) -> None:
 def _detach(work: Sweep, launcher: Local | Slurm) -> None:
     """Leave the runs to a cluster, or run this command again in the background."""
     from slm.monitor.display import Display
+    from slm.sweep.orchestrator import submit
+    from slm.sweep.slurm import Slurm
 
     if not isinstance(launcher, Slurm):
         words = [word for word in sys.argv[1:] if word not in ("--detach", "--yes")]
@@ -379,6 +392,8 @@ def _detach(work: Sweep, launcher: Local | Slurm) -> None:
 
 def _report_missing_core(outcome: Outcome, work: Sweep) -> None:
     """Name the finished runs without the requested CORE: finished earlier, or not measurable."""
+    from slm.evaluate.records import runs_without_record
+
     finished = [*outcome.already_done, *outcome.trained]
     folders = [work.home / run_id for run_id in finished if run_id in work.core]
     if missing := runs_without_record(folders, work.core):

@@ -100,8 +100,7 @@ def read_nanochat(source: Source, mapping: Names) -> ParsedSource:
 
 def is_wandb(text: str) -> bool:
     """Whether a text is an export of Weights & Biases: Name and State first, Runtime or Created."""
-    first_line = text.partition("\n")[0]
-    header = next(csv.reader([first_line]), [])
+    header = next(csv.reader(text.splitlines()[:1]), [])
     return header[:2] == ["Name", "State"] and not {"Runtime", "Created"}.isdisjoint(header)
 
 
