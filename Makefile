@@ -19,8 +19,8 @@ install: .venv/installed  ## Install the exact versions of requirements.lock int
 	  || { echo "slm needs Python 3.11 to 3.13: make PYTHON=python3.12 install" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	grep -v '^torch==' requirements.lock > .venv/hashed.txt
-	$(PIP) install --require-hashes --no-deps --only-binary :all: -r .venv/hashed.txt
-	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep -o '^torch==[0-9.]*' requirements.lock)"
+	$(PIP) install --no-compile --require-hashes --no-deps --only-binary :all: -r .venv/hashed.txt
+	$(PIP) install --no-compile $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep -o '^torch==[0-9.]*' requirements.lock)"
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	touch $@
 

@@ -27,10 +27,11 @@ def slm(*arguments: str, home: Path | None = None, **environment: str) -> Comple
     """Run a command line; return its exit code and output."""
     if home:
         environment["SLM_HOME"] = str(home)
-    return run(_command_line, arguments, **environment)
+    return run(command_line, arguments, **environment)
 
 
-def _command_line(arguments: tuple[str, ...]) -> None:
+def command_line(arguments: tuple[str, ...]) -> None:
+    """Run a command line in this process."""
     from slm.cli import main
 
     sys.argv = ["slm", *arguments]

@@ -24,27 +24,45 @@ from unittest import mock
 
 import psutil
 
-from tests.commands import forks
+from tests.commands import command_line, forks, run
 
 SECONDS = 600.0
+GRACE_SECONDS = 30.0
+"""Time that torchrun gives the other ranks after one has failed."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 
 
 @contextmanager
 def supervisors() -> Iterator[None]:
     """Fork the supervisors of the local launcher, and their ranks; none outlives the block."""
-    started: list[_Supervisor] = []
+    started: list[Supervised] = []
 
-    def start(*arguments: Any, **options: Any) -> _Supervisor:
-        started.append(_Supervisor(*arguments, **options))
-        return started[-1]
+    def start(arguments: Sequence[str], log: Path, inherited: Sequence[int]) -> Supervised:
+        *_, folder, _ = arguments
+        [lock] = inherited
+        with log.open("ab") as output:
+            supervisor = Supervised(
+                Path(folder), lock=_Descriptor(lock), log=_Descriptor(output.fileno())
+            )
+        started.append(supervisor)
+        return supervisor
 
     try:
-        with mock.patch("slm.sweep.local.subprocess", _with_popen(start)):
+        with mock.patch("slm.sweep.local.start_session", start):
             yield
     finally:
         for supervisor in started:
             supervisor.kill()
+
+
+def slm(*arguments: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command line, with forked supervisors; return its exit code and output."""
+    return run(_with_supervisors, arguments, SLM_HOME=str(home), **environment)
+
+
+def _with_supervisors(arguments: tuple[str, ...]) -> None:
+    with supervisors():
+        command_line(arguments)
 
 
 def _with_popen(popen: Any) -> SimpleNamespace:
@@ -95,16 +113,6 @@ class Supervised:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
-
-
-class _Supervisor(Supervised):
-    """Forked supervisor in place of the `Popen` of one."""
-
-    def __init__(self, command: Sequence[str], stdout: IO[bytes], **_: Any) -> None:
-        *_, folder, lock = command
-        super().__init__(
-            Path(folder), lock=_Descriptor(int(lock)), log=_Descriptor(stdout.fileno())
-        )
 
 
 class _Descriptor:
@@ -178,6 +186,9 @@ class _Torchrun:
         codes = [process.exitcode for process in self._ranks]
         if any(codes):
             for process in self._ranks:
+                process.terminate()
+            for process in self._ranks:
+                process.join(GRACE_SECONDS)
                 process.kill()
                 process.join()
             return 1

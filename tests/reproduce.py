@@ -305,7 +305,7 @@ SECTIONS: tuple[Callable[[Path], Iterator[Line]], ...] = (
 
 
 def main() -> int:
-    """Print the table; return 2 if SLM_REFERENCE is unset."""
+    """Print the table, or with SLM_BENCH_SMALL a part of it; return 2 if SLM_REFERENCE is unset."""
     folder = os.environ.get("SLM_REFERENCE")
     if not folder:
         print(
@@ -313,7 +313,8 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    lines = [line.cells() for section in SECTIONS for line in section(Path(folder))]
+    sections = SECTIONS[:1] if os.environ.get("SLM_BENCH_SMALL") else SECTIONS
+    lines = [line.cells() for section in sections for line in section(Path(folder))]
     print(
         tabulate(
             lines,

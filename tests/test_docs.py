@@ -20,6 +20,7 @@ from pyarrow import parquet
 import store
 from slm.cli import app, main
 from slm.data import PreparedDataset
+from tests import forked
 from tests.commands import slm
 from tests.drawing import empty_figures
 from tests.hub import Hub, environment, serving
@@ -78,7 +79,7 @@ def workplace(
     (folder / "runs.csv").write_text("\n".join(["params,tokens,flops,val_bpb", *lines]))
     shutil.copy(ROOT / "tests" / "golden" / "data" / "results.csv", folder / "results.csv")
     sweep = "sweep --recipe pocket --depths 1 --steps 2 --name tiny --cores 1"
-    result = slm(*sweep.split(), home=home)
+    result = forked.slm(*sweep.split(), home=home)
     assert result.returncode == 0, result.stderr
     store.ingest(home)
     [run] = [path.parent for path in home.glob("*/model.safetensors")]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import run
+
 ROOT = Path(__file__).parent.parent
 SMALL = {"SLM_BENCH_SMALL": "1", "REPETITIONS": "1", "DESIGNS": "1"}
 
@@ -41,16 +43,5 @@ def test_reproduce_prints_published_fits(reference: Path) -> None:
 
 
 def test_soak_collects_its_tests() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-m",
-        "soak",
-        "--collect-only",
-        "-q",
-        str(ROOT / "tests"),
-    ]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-2000:]
-    assert "test_soak.py" in result.stdout
+    result = run(pytest.main, ["-m", "soak", "--collect-only", "-q", str(ROOT / "tests")])
+    assert "test_soak.py" in result.stdout, result.stdout[-2000:]

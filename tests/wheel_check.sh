@@ -22,7 +22,7 @@ cd "$elsewhere"
 export SLM_HOME=$elsewhere/runs
 venv/bin/python -c "import slm, store, sys; assert all('$elsewhere' in m.__file__ for m in (slm, store)), slm.__file__"
 venv/bin/slm --version
-venv/bin/slm sweep --recipe pocket --depths 2,3 --steps 5 --json > sweep.json
+venv/bin/slm sweep --recipe pocket --depths 1 --steps 5 --json > sweep.json
 grep -q '"trained"' sweep.json
 venv/bin/slm status
 venv/bin/slm report > report.txt

@@ -16,8 +16,8 @@ from slm.experiment import Experiment
 from slm.plan import Plan, canonical, code_fingerprint
 from slm.recipe import pocket
 from slm.sweep.planning import record, repeat_plans
+from tests import forked
 from tests.cli.test_fit_curves import document, refusal
-from tests.commands import slm
 
 PLANNED = pocket(2, steps=4)
 DECLARED = """
@@ -68,7 +68,7 @@ def lines(folder: Path) -> Path:
 
 def sweep(home: Path, *arguments: str) -> dict[str, Any]:
     """Run `slm sweep` on one core, and return its document."""
-    result = slm("sweep", *arguments, "--cores", "1", "--json", home=home)
+    result = forked.slm("sweep", *arguments, "--cores", "1", "--json", home=home)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 

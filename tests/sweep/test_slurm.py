@@ -209,6 +209,7 @@ def test_a_job_cancelled_by_hand_and_a_requeued_one_resume(home: Path, nodes: No
     assert [end for run, end, _ in watcher.ends if run == requeued.name] == ["finished"]
 
 
+@pytest.mark.soak
 def test_two_nodes_train_as_one_process_and_resume_after_the_time_limit(
     home: Path, tmp_path: Path, prepared: PreparedDataset, nodes: None
 ) -> None:
