@@ -135,13 +135,18 @@ class FitRecord(DrawnRecord):
     runs: Runs
     predictions: Sequence[Prediction] = ()
 
+    @property
+    def reach(self) -> list[dict[str, Any]]:
+        """Compute at which the family reaches each requested CORE, with depth, hours and price."""
+        reached: list[dict[str, Any]] = self.document["reach"]
+        return reached
+
     def tables(self) -> list[Table]:
         """Return the tables of predictions, laws, minima, surfaces, hold-outs and reached CORE."""
         from slm import fits
 
         tables = fits.tables(self.fit, self.predictions)
-        reached = self.document["reach"]
-        return [*tables, _reach_table(reached, self.fit)] if reached else tables
+        return [*tables, _reach_table(self.reach, self.fit)] if self.reach else tables
 
     def plot(self, name: str = "curve") -> Figure:
         """Plot "curve", "frontier", "residuals" or "core". Raises ValueError for one that the fit

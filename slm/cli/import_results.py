@@ -172,9 +172,10 @@ def _group_defects(parsed: Import) -> list[dict[str, Any]]:
     return [
         {
             "code": code,
-            **vars(CODES[code]),
+            "weight": CODES[code].weight,
             "count": len(defects),
             "rows": list(dict.fromkeys(defect.row for defect in defects if defect.row is not None)),
+            "meaning": CODES[code].meaning,
             "first": defects[0].message,
         }
         for code, defects in groups.items()

@@ -97,10 +97,7 @@ class Request:
                 raise ValueError(f"{self.declaration}: {why}")
             return repeat_plans(self.plan, self.name, self.data)
         if self.declaration:
-            why = (
-                f"{self.declaration} declares the runs; only --data, --tokenizer "
-                "and where they run go with it"
-            )
+            why = f"{self.declaration} declares the runs: leave it out, or change the file"
             refuse(self, why, (*SHAPE, "name"))
             return load(self.declaration)
         if self.depths is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -91,17 +90,18 @@ class PreparedDataset:
         """Return the manifest's entries of the files of "train" or "validation", in order."""
         return list(self.manifest[part]["files"])
 
-    def blocks(self, part: str, rows: float = math.inf) -> list[Block]:
+    def blocks(self, part: str, rows: int | None = None) -> list[Block]:
         """Return the blocks of a part, or those that hold its first `rows` rows."""
         blocks: list[Block] = []
+        remaining = self.manifest[part]["rows"] if rows is None else rows
         block_rows = self.manifest["block_rows"]
         for file in self.files(part):
             for start, digest in zip(range(0, file["rows"], block_rows), file["blocks"]):
-                if rows <= 0:
+                if remaining <= 0:
                     return blocks
                 size = min(block_rows, file["rows"] - start)
                 blocks.append(Block(file["file"], size, digest))
-                rows -= size
+                remaining -= size
         return blocks
 
     def validation_documents(self, tokens: int = -1) -> list[NDArray[Any]]:

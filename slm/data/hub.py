@@ -212,7 +212,9 @@ def _translate_errors(subject: str) -> Iterator[None]:
     except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
         cause = error
     reason = str(cause).strip().splitlines()[0]
-    raise RuntimeError(f"{subject}: {reason}; try again, downloads resume where they stopped")
+    raise RuntimeError(
+        f"{subject}: {reason}; try again, downloads resume where they stopped"
+    ) from None
 
 
 def _first(builder: DatasetBuilder, pinned: Source) -> dict[str, Any]:

@@ -214,9 +214,10 @@ def _zip_reader(file: zipfile.ZipFile, source: Path) -> Read:
 
     def read_file(name: str) -> bytes:
         path = root + name
-        if path not in file.namelist():
-            raise ValueError(f"{source} has no {path}")
-        member = file.getinfo(path)
+        try:
+            member = file.getinfo(path)
+        except KeyError:
+            raise ValueError(f"{source} has no {path}") from None
         problems = {
             "is a link": stat.S_ISLNK(member.external_attr >> 16),
             "is encrypted": member.flag_bits & 1,
@@ -290,7 +291,7 @@ def _task(entry: dict[str, Any], baselines: dict[str, float], source: str) -> Ta
         f"has type {kind!r}, which is none of {', '.join(FIELDS)}": kind not in FIELDS,
         f"has num_fewshot {shots!r}, not a list of one number": not is_count or shots[0] < 0,
         f"reads {uri!r}, which is not a plain path below {EXAMPLES}": not PATH.fullmatch(str(uri)),
-        f"has no baseline in {BASELINES}": label not in baselines,
+        f"has no baseline in {BASELINES}": str(label) not in baselines,
     }
     _raise_first(problems, f"{source}: task {label!r}")
     baseline = baselines[label]

@@ -266,6 +266,7 @@ def evaluate_bundle(
 
     # 1) rank 0 tokenizes and caches; the others load its files
     missing = ranks.broadcast_from_rank0(tokenize_missing, scorer.device, ERRORS)
+    finished = {task: read_json(files[task]) for task in tasks if task not in missing}
     tokenized = {task: load(task) for task in missing}
     packed = {task: pack(rows, scorer.context) for task, rows in tokenized.items()}
     # 2) evaluate task by task, with progress over all of them
@@ -273,8 +274,8 @@ def evaluate_bundle(
     tokens = 0
     results: dict[str, Any] = {}
     for task in tasks:
-        if task not in packed:
-            results[task.label] = read_json(files[task])
+        if task in finished:
+            results[task.label] = finished[task]
             continue
         task_scorer = replace(scorer, report=_with_offset(scorer.report, tokens, total))
         try:

@@ -81,9 +81,10 @@ class CoreRequest:
 
         pocket-core is left out: it is made from that data.
         """
-        from slm.evaluate.pocket_core import is_pocket_core
+        from slm.evaluate.pocket_core import NAME, is_pocket_core
 
-        if not all(is_pocket_core(self.bundle, recipe) for recipe in recipes):
+        is_named = self.bundle not in (None, NAME)
+        if is_named or not all(is_pocket_core(self.bundle, recipe) for recipe in recipes):
             self.check(bundles.installed(home, self.bundle))
 
     def tasks_of(self, bundle: Bundle) -> list[Task]:

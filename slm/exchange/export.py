@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
+from mmap import ACCESS_READ, mmap
 from operator import itemgetter
 from pathlib import Path
 
@@ -119,10 +120,17 @@ def _copy_files(home: Path, folder: Path, names: Sequence[str], report: Report) 
         report(number, len(names))
         copy = folder / name
         copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(home / name, copy)
         if name.endswith("/events.jsonl"):
-            content = (home / name).read_bytes()
-            copy.write_bytes(content[: content.rfind(b"\n") + 1])
-        else:
-            shutil.copyfile(home / name, copy)
+            _cut_torn_line(copy)
         hashes[f"runs/{name}"] = sha256_of(copy)
     return hashes
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Cut a file after its last newline."""
+    if path.stat().st_size:
+        with path.open("r+b") as file:
+            with mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+                size = content.rfind(b"\n") + 1
+            file.truncate(size)

@@ -25,6 +25,8 @@ from slm.sweep.orchestrator import sweep_lock
 from slm.text import plural
 from store.paths import ensure_home_id
 
+CHUNK_BYTES = 2**20
+"""Bytes of a file that are compared at a time."""
 RUN_OUTCOMES = ("new", "further", "replaced", "kept", "same", "waiting")
 Record = dict[str, Path]
 """Files that record a run's training, by name."""
@@ -138,10 +140,13 @@ def _extends(longer: Record, shorter: Record) -> bool:
 
 def _begins(path: Path, beginning: Path) -> bool:
     """Whether a file is the same as another; an event file may continue it."""
-    content = path.read_bytes()
-    if path.suffix == ".jsonl":
-        return content.startswith(beginning.read_bytes())
-    return content == beginning.read_bytes()
+    longer = path.stat().st_size
+    shorter = beginning.stat().st_size
+    if longer < shorter or (path.suffix != ".jsonl" and longer != shorter):
+        return False
+    with path.open("rb") as file, beginning.open("rb") as other:
+        chunks = iter(lambda: other.read(CHUNK_BYTES), b"")
+        return all(file.read(len(chunk)) == chunk for chunk in chunks)
 
 
 def _reason_to_keep(folder: Path, local: Record, incoming: Record) -> str | None:

@@ -319,9 +319,9 @@ def polish(
     # 3) judge convergence by the gain of a Newton step, half the squared gradient where it is round
     value, slope = objective(theta)
     gain = slope @ slope / 2
-    status = "converged"
-    if gain >= REMAINING_GAIN:
-        status = f"a further step would gain {gain:.2g} of the objective: {best.message}"
+    status = f"a further step would gain {gain:.2g} of the objective: {best.message}"
+    if gain < REMAINING_GAIN:
+        status = "converged"
     return moved(theta), value * unit, status
 
 

@@ -110,9 +110,9 @@ def _modes(
     thetas = means
     damping = np.full(len(means), 1e-2)
     done = np.zeros(len(means), bool)
+    values, misfits, slopes = evaluate(thetas)
     for _ in range(MAX_STEPS):
         # 1) damped normal equations of data and prior; no step beyond one prior deviation
-        values, misfits, slopes = evaluate(thetas)
         pull = (misfits[:, None] @ slopes)[:, 0]
         gradient = pull + prior * (thetas - means)
         normal = slopes.mT @ slopes + PRECISION
@@ -122,12 +122,14 @@ def _modes(
         longest = np.abs(step / SPREADS).max(1, keepdims=True)
         trial = thetas - step / np.maximum(longest, 1.0)
         # 2) accept what is no worse, and stop once all fits have stopped gaining
-        trial_values, *_ = evaluate(trial)
-        gain = values - trial_values
-        better = gain >= 0
+        trial_values, trial_misfits, trial_slopes = evaluate(trial)
+        better = trial_values <= values
         damping = np.where(better, damping / 5, damping * 5)
+        done |= better & (values - trial_values <= 1e-8 * values)
         thetas = np.where(better[:, None], trial, thetas)
-        done |= better & (gain <= 1e-8 * values)
+        values = np.where(better, trial_values, values)
+        misfits = np.where(better[:, None], trial_misfits, misfits)
+        slopes = np.where(better[:, None, None], trial_slopes, slopes)
         if done.all():
             break
     return thetas

@@ -137,14 +137,14 @@ class FinishedRun:
             run = cls(
                 flops=done["flops"],
                 width=hp["width"],
-                depth=hp["depth"],
+                depth=int(hp["depth"]),
                 batch_tokens=hp["batch_tokens"],
-                steps=hp["steps"],
+                steps=int(hp["steps"]),
                 device_name=name,
                 ranks=ranks,
                 threads=threads,
                 wall_seconds=done["wall_seconds"],
-                estimated_seconds=estimate,
+                estimated_seconds=estimate and float(estimate),
             )
             positive = (run.flops, run.width, run.batch_tokens, run.workers, run.wall_seconds)
             return run if all(0 < number < math.inf for number in positive) else None

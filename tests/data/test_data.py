@@ -442,6 +442,13 @@ def _locked_inode(folder: Path) -> int:
         return (folder / "lock").stat().st_ino
 
 
+def test_a_changed_number_of_rows_in_the_manifest_is_found(folder: Path, tmp_path: Path) -> None:
+    prepared = prepare(str(folder), SMALL(2), tmp_path)
+    prepared.manifest["train"]["rows"] = 0
+    with pytest.raises(ValueError, match="changed"):
+        prepared.verify_all(lambda done, of: None)
+
+
 def test_a_changed_file_is_named_and_the_old_rows_stay(folder: Path, tmp_path: Path) -> None:
     before, lines = prepare(str(folder), SMALL(2), tmp_path), list[str]()
     (folder / "0.txt").write_text("something else " * 40)

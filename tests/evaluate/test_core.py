@@ -171,6 +171,12 @@ def test_the_command_prints_a_row_per_task_and_core(
     assert "mean of these tasks" in capsys.readouterr().out
 
 
+def test_a_named_bundle_is_checked_before_any_data_for_repeated_plans_too(tmp_path: Path) -> None:
+    """A sweep of plans alone has no recipes."""
+    with pytest.raises(ValueError, match="nonesuch"):
+        CoreRequest(bundle="nonesuch").check_installed(tmp_path, [])
+
+
 def test_wrong_options_are_one_line_errors(run: Run) -> None:
     for arguments, message in (
         (("--tasks", "fits"), "need --core"),

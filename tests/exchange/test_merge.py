@@ -378,6 +378,14 @@ def test_changed_truncated_missing_or_linked_files_are_refused(tmp_path: Path) -
     refused(folder, tmp_path / "two", "not the manifest of an export: it has no 'format'")
 
 
+def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
+    folder = exported(write_home(tmp_path / "one", {ONE: 2}, "h"))
+    path = folder / "runs" / ONE / "plan.json"
+    path.unlink()
+    path.symlink_to(path)
+    refused(folder, tmp_path / "two", "is a link")
+
+
 def forge(folder: Path, name: str, document: Any) -> None:
     """Put a document into an export, as though it had always been there."""
     path = folder / "runs" / name

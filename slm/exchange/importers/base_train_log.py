@@ -147,6 +147,7 @@ def run_of_log(log: Log, row_number: int, label: str) -> tuple[Row, list[Defect]
     if steps and last_eval >= steps:
         values["val_bpb"] = log.evals[last_eval]
         values["status"] = "finished"
+        values.pop("core", None)
         if last_eval in log.cores:
             values["core"] = log.cores[last_eval]
     elif "val_bpb" not in values:

@@ -259,11 +259,16 @@ def _check_value(
     if column in row.values:
         if not row.agrees(column, computed, slack):
             code = f"{column.partition('_')[0]}-disagree"
-            stated = row.values[column]
-            yield code, f"{column} {stated:,.10g}, but {formula} is {computed:,.10g}", column
+            stated, expected = _print(row.values[column]), _print(computed)
+            yield code, f"{column} {stated}, but {formula} is {expected}", column
     elif computed < 2**63 or column == "flops":
         row.values[column] = computed
         yield "recomputed", f"{column} = {formula}", None
+
+
+def _print(value: float) -> str:
+    """Return all digits of a count, and six of another number."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
 
 
 def _fill_architecture(row: Row) -> Findings:

@@ -176,8 +176,8 @@ def _open_source(path: Path) -> Source:
     for name, text in texts.items():
         if "\0" in text[:4096]:
             raise ValueError(f"{path}: not a text file")
-        valid, *invalid = text.split("�")
-        if invalid:
+        valid, mark, _ = text.partition("�")
+        if mark:
             line = valid.count("\n") + 1
             defects.append(Defect("invalid-utf8", f"{name}, line {line}"))
     return Source(path.resolve().name, contents, texts, defects)

@@ -163,7 +163,9 @@ def _flatten_jsonl(text: str) -> Table:
         if line.strip():
             try:
                 lines.append((position, dict(_leaves(json.loads(line)))))
-            except (ValueError, AttributeError):
+            except ValueError:
+                raise ValueError(f"line {position} is not JSON") from None
+            except AttributeError:
                 raise ValueError(f"line {position} is not a JSON object") from None
     header: dict[str, str] = {}
     for _, cells in lines:
