@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from unittest import mock
 
 from slm.fits import Comparison, CurveFit
+from slm.report import charts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,7 +19,7 @@ def empty_figures() -> Iterator[None]:
     """Replace every figure of a fit or a comparison by an empty one; the same files are written."""
     with (
         mock.patch("slm.figures.plot_fit", _empty_fit),
-        mock.patch("slm.report.charts.plot_fit", _empty_fit),
+        mock.patch.object(charts, "plot_fit", _empty_fit),
         mock.patch("slm.figures.plot_comparison", _empty_comparison),
     ):
         yield
