@@ -64,10 +64,7 @@ def depth_target(runs: Runs, depth: int, counting: str) -> Target:
     recipe = recipe_of_points(runs.points, f"a prediction of depth {depth}")
     hp = recipe(depth, ratio=runs.ratio)
     return Target(
-        flops=float(hp.flops),
-        depth=depth,
-        params=_count(hp, counting),
-        tokens=float(hp.tokens),
+        flops=float(hp.flops), depth=depth, params=_count(hp, counting), tokens=float(hp.tokens)
     )
 
 

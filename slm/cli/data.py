@@ -111,8 +111,7 @@ def faults(corpus: dict[str, int]) -> str:
 
 def core(
     source: Annotated[
-        Path | None,
-        Option("--from", help="A zip or folder; default: download nanochat's."),
+        Path | None, Option("--from", help="A zip or folder; default: download nanochat's.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -195,8 +194,7 @@ def show(
         str | None, Option(help="Show the epochs that these depths need: 2-8, or 4,8,12.")
     ] = None,
     against: Annotated[
-        str | None,
-        Option(help="Other tokenisers to compare with: gpt2,cl100k_base,FILE.tiktoken."),
+        str | None, Option(help="Other tokenisers to compare with: gpt2,cl100k_base,FILE.tiktoken.")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -58,8 +58,7 @@ def fit_curves(
         str | None, Option(help="Find the compute that reaches this CORE: 0.2565.")
     ] = None,
     price: Annotated[
-        str | None,
-        Option(help="Price per hour of the devices of the largest run; with --reach."),
+        str | None, Option(help="Price per hour of the devices of the largest run; with --reach.")
     ] = None,
     figure: Figure = None,
     allow_mixed: Mixed = False,

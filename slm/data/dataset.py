@@ -148,9 +148,7 @@ class PreparedDataset:
         self.verify_blocks(self.blocks("validation") + self.blocks("train", hp.train_rows))
 
     def verify_blocks(
-        self,
-        blocks: Sequence[Block],
-        report: Callable[[int, int], None] = lambda done, total: None,
+        self, blocks: Sequence[Block], report: Callable[[int, int], None] = lambda done, total: None
     ) -> None:
         """Raise ValueError unless the leading blocks of parts match their fingerprints.
 

@@ -141,10 +141,7 @@ def _spread(builder: DatasetBuilder, new: Sequence[FileState], folder: Path) -> 
 
 
 def _texts(
-    builder: DatasetBuilder,
-    states: Sequence[FileState],
-    total: int,
-    counts: Counter[str],
+    builder: DatasetBuilder, states: Sequence[FileState], total: int, counts: Counter[str]
 ) -> Iterator[str]:
     builder.report(f"reading corpus {builder.name}: {len(states):,} files")
     progress = progress_lines("bytes read", builder.report)

@@ -21,10 +21,7 @@ BUFFER = 1000
 
 
 def split(
-    documents: Iterable[NDArray[Any]],
-    bos: int,
-    length: int,
-    pieces: bool,
+    documents: Iterable[NDArray[Any]], bos: int, length: int, pieces: bool
 ) -> Iterator[Tokens]:
     """Yield each document's tokens after a `<|bos|>`.
 

@@ -33,10 +33,7 @@ WAIT_SECONDS = 0.2
 
 
 def prepared_for(
-    corpus: str,
-    hp: Hyperparameters,
-    home: Path,
-    tokenizer: Tokenizer | None = None,
+    corpus: str, hp: Hyperparameters, home: Path, tokenizer: Tokenizer | None = None
 ) -> PreparedDataset | None:
     """Return the dataset of a corpus as it is now, with rows for these hyperparameters, or None.
 

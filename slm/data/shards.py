@@ -37,11 +37,7 @@ class Documents(Protocol):
 
 
 def pack_shard(
-    source: Documents,
-    path: Path,
-    of: str,
-    hp: Hyperparameters,
-    threads: int,
+    source: Documents, path: Path, of: str, hp: Hyperparameters, threads: int
 ) -> dict[str, Any]:
     """Pack a shard's documents into a file, and return its entry of the manifest.
 
@@ -83,10 +79,7 @@ def pack_texts(
 
 
 def _encode(
-    texts: Iterable[str],
-    tokenizer: Tokenizer,
-    counts: Counter[str],
-    threads: int,
+    texts: Iterable[str], tokenizer: Tokenizer, counts: Counter[str], threads: int
 ) -> Iterator[Tokens]:
     source = iter(texts)
     with ThreadPoolExecutor(threads) as pool:

@@ -164,10 +164,7 @@ def _load_encoding(name: str) -> Tokenizer:
 
 
 def _from_ranks(
-    ranks: dict[bytes, int],
-    source: str,
-    pattern: str,
-    special: tuple[tuple[str, int], ...],
+    ranks: dict[bytes, int], source: str, pattern: str, special: tuple[tuple[str, int], ...]
 ) -> Tokenizer:
     """Return the tokeniser of merge ranks. Raises ValueError unless they count from 0."""
     if sorted(ranks.values()) != list(range(len(ranks))):

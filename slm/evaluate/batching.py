@@ -104,12 +104,7 @@ def pack(tokenized: TokenizedTask, context: int) -> PackedTask:
     return PackedTask(sequences, np.logical_or.reduceat(crops > 0, examples), skipped)
 
 
-def _sequence(
-    tokenized: TokenizedTask,
-    prefix: int,
-    rows: list[int],
-    crop: int,
-) -> PackedSequence:
+def _sequence(tokenized: TokenizedTask, prefix: int, rows: list[int], crop: int) -> PackedSequence:
     suffixes = tokenized.suffixes[rows].tolist()
     prefix -= crop
     if len(rows) == 1:

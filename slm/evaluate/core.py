@@ -197,12 +197,7 @@ def _aligned(table: Ints) -> Ints:
     return np.pad(table, ((0, 0), (0, columns)), constant_values=PAD)
 
 
-def _causal(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    window: int,
-) -> Tensor:
+def _causal(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
     """Attention within prefixes, as in training."""
     length = query.size(2)
     if window >= length - 1 or kernel(query.device, query.dtype) != "flex":
@@ -214,13 +209,7 @@ def _causal(
     return scaled_dot_product_attention(query, key, value, attn_mask=sees)
 
 
-def _mask(
-    queries: Tensor,
-    keys: Tensor,
-    pieces: Tensor,
-    positions: Tensor,
-    window: int,
-) -> Tensor:
+def _mask(queries: Tensor, keys: Tensor, pieces: Tensor, positions: Tensor, window: int) -> Tensor:
     """Return what is added to the scores (B, 1, Q, K) of queries (B, Q) and keys (B, K).
 
     0 where the key is not padding, in the prefix or in the suffix of the query, and 0 to `window`

@@ -59,12 +59,7 @@ def evaluate_core_on_ranks(
     return file.path
 
 
-def _launch(
-    arguments: str,
-    folder: Path,
-    ranks: int,
-    report: Report,
-) -> str:
+def _launch(arguments: str, folder: Path, ranks: int, report: Report) -> str:
     """Run torchrun, forward progress, and return how it ended.
 
     No rank outlives this process when it is interrupted.

@@ -72,13 +72,7 @@ def _part(url: str, folder: Path, answer: Any) -> tuple[Path, int]:
     return folder / f".{fingerprint(tag)}.part", int(length)
 
 
-def _fill(
-    url: str,
-    part: Path,
-    length: int,
-    answer: Any,
-    report: Report,
-) -> None:
+def _fill(url: str, part: Path, length: int, answer: Any, report: Report) -> None:
     """Append to a partial file what it lacks; a file that grew too long is removed."""
     size = _size(part)
     if size == length:

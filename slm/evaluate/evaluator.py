@@ -38,11 +38,7 @@ class EvaluationFile:
 
     @classmethod
     def locate(
-        cls,
-        weights: Weights,
-        metric: str,
-        device: torch.device,
-        settings: dict[str, Any],
+        cls, weights: Weights, metric: str, device: torch.device, settings: dict[str, Any]
     ) -> EvaluationFile:
         """Return the file of some weights, metric and settings.
 
@@ -78,10 +74,7 @@ class EvaluationFile:
 
 
 def evaluate_val_bpb(
-    weights: Weights,
-    home: Path,
-    device: torch.device,
-    report: Report = ignore,
+    weights: Weights, home: Path, device: torch.device, report: Report = ignore
 ) -> Path:
     """Return the file with the val_bpb of some weights on their plan's validation rows.
 
@@ -146,10 +139,7 @@ def evaluate_core(
 
 
 def locate_core(
-    weights: Weights,
-    home: Path,
-    request: CoreRequest,
-    device: torch.device,
+    weights: Weights, home: Path, request: CoreRequest, device: torch.device
 ) -> tuple[Bundle, EvaluationFile]:
     """Return the requested bundle, and the file of its evaluation.
 

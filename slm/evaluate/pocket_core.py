@@ -111,10 +111,7 @@ def bundle_of(prepared: PreparedDataset, home: Path) -> Bundle:
 
 
 def bundle_for(
-    plan: Plan,
-    home: Path,
-    name: str | None,
-    prepared: Callable[[], PreparedDataset],
+    plan: Plan, home: Path, name: str | None, prepared: Callable[[], PreparedDataset]
 ) -> Bundle:
     """Return the bundle of a name or an id, or the default of the run's recipe: pocket-core or
     CORE.
@@ -168,12 +165,7 @@ def _questions(ids: list[int], tokenizer: Tokenizer) -> Iterator[tuple[Form, Que
             used = end
 
 
-def _cuts(
-    form: Form,
-    words: list[int],
-    ends: list[int],
-    used: int,
-) -> tuple[int, int, int] | None:
+def _cuts(form: Form, words: list[int], ends: list[int], used: int) -> tuple[int, int, int] | None:
     """Return the tokens at which the passage begins, the answer begins and the answer ends."""
     start = used if form.starts_after_previous else 0
     first = next((token for token in words if token >= start), None)

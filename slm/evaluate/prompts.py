@@ -202,10 +202,7 @@ def tokenize(
 
 
 def _encode(
-    task: Task,
-    examples: Sequence[Example],
-    tokenizer: Tokenizer,
-    index: int,
+    task: Task, examples: Sequence[Example], tokenizer: Tokenizer, index: int
 ) -> tuple[list[list[int]], list[int]]:
     """Return the tokens of an example's rows, and their span starts."""
     texts, stripped = render(task, examples, index)

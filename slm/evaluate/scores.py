@@ -97,10 +97,7 @@ def mean_score(scores: Iterable[Score]) -> Score:
 
 
 def decide(
-    task: Task,
-    tokenized: TokenizedTask,
-    sums: Floats,
-    packed: PackedTask,
+    task: Task, tokenized: TokenizedTask, sums: Floats, packed: PackedTask
 ) -> list[Decision | None]:
     """Return the decision on every example, None for skipped ones.
 
@@ -113,12 +110,7 @@ def decide(
     ]
 
 
-def _decide_example(
-    task: Task,
-    tokenized: TokenizedTask,
-    example: int,
-    sums: Floats,
-) -> Decision:
+def _decide_example(task: Task, tokenized: TokenizedTask, example: int, sums: Floats) -> Decision:
     rows = tokenized.rows_of(example)
     nats, greedy, ties = sums[:, rows].tolist()
     tokens = tokenized.spans[rows].tolist()

@@ -120,10 +120,7 @@ def _read_runs(
 
 
 def _columns(
-    header: Sequence[str],
-    names: Names,
-    required: tuple[str, ...],
-    optional: tuple[str, ...],
+    header: Sequence[str], names: Names, required: tuple[str, ...], optional: tuple[str, ...]
 ) -> dict[str, str]:
     """Return the file's column of each name that it has."""
     columns = {name: names.get(name, name) for name in (*required, *optional)}

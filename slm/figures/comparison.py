@@ -43,13 +43,7 @@ def _draw_losses(axes: Axes, comparison: Comparison) -> None:
     style.log_axis(axes, min(compute) / 2, max(compute) * 1.6, AXES[x])
     axes.set_ylabel("validation loss")
     style.leave_room(axes, [trial.loss for trial in trials], 0.2, 0.08)
-    hollow = style.markers(
-        style.INK,
-        comparison.base,
-        mfc="white",
-        mec=style.INK,
-        ms=5.5,
-    )
+    hollow = style.markers(style.INK, comparison.base, mfc="white", mec=style.INK, ms=5.5)
     style.draw_runs(axes, comparison.base_trials, "loss", "o", hollow, x)
     filled = style.markers(style.SURFACE, comparison.candidate)
     style.draw_runs(axes, comparison.candidate_trials, "loss", "o", filled, x)
@@ -89,13 +83,7 @@ def _draw_multipliers(axes: Axes, comparison: Comparison) -> None:
         axes.axhspan(overall.low or low, overall.high or high, **band)
         axes.axhline(overall.estimate, **style.line(style.SURFACE, 0.9, 1))
     label = "at a depth, 95 % interval"
-    look = style.markers(
-        style.INK,
-        label,
-        ms=5,
-        marker="o",
-        linestyle="",
-    )
+    look = style.markers(style.INK, label, ms=5, marker="o", linestyle="")
     for k, row in enumerate(rows):
         style.draw_interval(axes, k, row.multiplier, look)
 

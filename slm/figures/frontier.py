@@ -72,22 +72,10 @@ def _draw_panel(axes: Axes, fit: CurveFit, name: str) -> None:
     axes.set_title(_exponents(fit, name))
 
 
-def _draw_minima(
-    axes: Axes,
-    grid: IsoFlopFit,
-    name: str,
-    ends: tuple[float, float],
-) -> None:
+def _draw_minima(axes: Axes, grid: IsoFlopFit, name: str, ends: tuple[float, float]) -> None:
     """Draw the minima and, through two or more, their power law."""
     label = "isoFLOP minimum, 95 % interval"
-    look = style.markers(
-        style.LAW,
-        label,
-        ms=8,
-        marker="*",
-        linestyle="",
-        zorder=7,
-    )
+    look = style.markers(style.LAW, label, ms=8, marker="*", linestyle="", zorder=7)
     for curve in grid.curves:
         style.draw_interval(axes, curve.flops, grid.intervals(curve)[name], look)
     exponent = grid.params_exponent if name == "params" else grid.tokens_exponent
@@ -105,11 +93,7 @@ def _draw_minima(
 
 
 def _draw_surface_optimum(
-    axes: Axes,
-    surface: Surface,
-    fit: CurveFit,
-    name: str,
-    ends: tuple[float, float],
+    axes: Axes, surface: Surface, fit: CurveFit, name: str, ends: tuple[float, float]
 ) -> None:
     """Draw the surface's optimum with its interval."""
 

@@ -24,12 +24,7 @@ CUT = 6.0
 wider than most is cut there."""
 
 
-def draw_hold_outs(
-    axes: Axes,
-    above: Axes,
-    law: Law,
-    hold_outs: Sequence[HoldOut],
-) -> None:
+def draw_hold_outs(axes: Axes, above: Axes, law: Law, hold_outs: Sequence[HoldOut]) -> None:
     """Draw predictions and losses of held-out runs in per cent of the law of all runs, under the
     panel `above`.
 
@@ -79,22 +74,6 @@ def _draw_bars(axes: Axes, law: Law, hold_outs: Sequence[HoldOut]) -> Array:
             color, label = shade, "predicted, 90 % interval"
             if flops in missed:
                 color, label = style.LAW, "predicted, missed"
-            axes.vlines(
-                x,
-                low,
-                high,
-                color=color,
-                linewidth=1.2,
-                zorder=3,
-                label=label,
-            )
-            axes.plot(
-                x,
-                estimate,
-                "_",
-                color=color,
-                ms=4,
-                mew=1.2,
-                zorder=3,
-            )
+            axes.vlines(x, low, high, color=color, linewidth=1.2, zorder=3, label=label)
+            axes.plot(x, estimate, "_", color=color, ms=4, mew=1.2, zorder=3)
     return np.array(bars).T

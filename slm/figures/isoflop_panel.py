@@ -55,20 +55,10 @@ def _runs(curve: IsoFlopCurve) -> list[Point]:
     return [*curve.points, *curve.left_out]
 
 
-def _draw_curve(
-    axes: Axes,
-    grid: IsoFlopFit,
-    curve: IsoFlopCurve,
-    shade: Array,
-) -> None:
+def _draw_curve(axes: Axes, grid: IsoFlopFit, curve: IsoFlopCurve, shade: Array) -> None:
     best = curve.minimum
     face = shade if best else "white"
-    look: dict[str, Any] = {
-        "ms": 4,
-        "mec": shade,
-        "mfc": face,
-        "zorder": 3,
-    }
+    look: dict[str, Any] = {"ms": 4, "mec": shade, "mfc": face, "zorder": 3}
     style.draw_runs(axes, _runs(curve), "loss", "o", look, "params")
     if not (best and curve.parabola):
         return
@@ -80,12 +70,7 @@ def _draw_curve(
     style.draw_runs(axes, [best], "loss", "*", look, "params")
 
 
-def _draw_size_interval(
-    axes: Axes,
-    grid: IsoFlopFit,
-    curve: IsoFlopCurve,
-    height: float,
-) -> None:
+def _draw_size_interval(axes: Axes, grid: IsoFlopFit, curve: IsoFlopCurve, height: float) -> None:
     """Draw the interval of the best size, six points below the minimum; nothing with an open
     end."""
     from matplotlib.transforms import ScaledTranslation
@@ -94,14 +79,7 @@ def _draw_size_interval(
     if not (interval.low and interval.high):
         return
     below = axes.transData + ScaledTranslation(0, -6 / 72, axes.figure.dpi_scale_trans)
-    look = style.line(
-        style.LAW,
-        1.4,
-        4,
-        ms=5,
-        mew=1.4,
-        transform=below,
-    )
+    look = style.line(style.LAW, 1.4, 4, ms=5, mew=1.4, transform=below)
     axes.plot([interval.low, interval.high], [height] * 2, "|-", **look)
 
 

@@ -62,12 +62,7 @@ def _draw_law_panel(axes: Axes, law: Law, fit: CurveFit) -> list[style.Label]:
     return style.depth_labels(ladder, lambda run: heights[run.run_id])
 
 
-def _draw_surface_panel(
-    axes: Axes,
-    surface: Surface,
-    points: Sequence[Point],
-    name: str,
-) -> None:
+def _draw_surface_panel(axes: Axes, surface: Surface, points: Sequence[Point], name: str) -> None:
     """Draw residuals of all runs against one of AXES, each budget in its shade."""
     columns = np.array([(point.params, point.tokens, point.loss) for point in points])
     sizes, tokens, losses = columns.T
@@ -88,13 +83,7 @@ def _draw_surface_panel(
     axes.set_title(f"{surface.form} surface")
 
 
-def _draw_frame(
-    axes: Axes,
-    x: Array,
-    residuals: Array,
-    sigma: float,
-    label: str,
-) -> None:
+def _draw_frame(axes: Axes, x: Array, residuals: Array, sigma: float, label: str) -> None:
     """Set the limits and draw the band of twice the noise."""
     noise = 200 * sigma
     largest = min(float(np.abs(residuals).max()), CUT * noise / 2 or np.inf)
@@ -102,33 +91,13 @@ def _draw_frame(
     style.log_axis(axes, x.min() / 1.4, x.max() * 1.4, label)
     axes.set_ylim(-1.25 * reach, 1.25 * reach)
     axes.set_ylabel("residual (%)")
-    axes.axhspan(
-        -noise,
-        noise,
-        color=style.NOISE,
-        linewidth=0,
-        zorder=0,
-        label="twice the noise",
-    )
+    axes.axhspan(-noise, noise, color=style.NOISE, linewidth=0, zorder=0, label="twice the noise")
     axes.axhline(0, **style.line(style.FAINT, 0.8, 1))
     if (np.abs(residuals) > EDGE * axes.get_ylim()[1]).any():
-        axes.plot(
-            [],
-            [],
-            "^",
-            color=style.INK,
-            ms=4,
-            label="beyond the panel",
-        )
+        axes.plot([], [], "^", color=style.INK, ms=4, label="beyond the panel")
 
 
-def _draw_runs(
-    axes: Axes,
-    x: Array,
-    residuals: Array,
-    color: str | Array,
-    label: str,
-) -> None:
+def _draw_runs(axes: Axes, x: Array, residuals: Array, color: str | Array, label: str) -> None:
     edge = EDGE * axes.get_ylim()[1]
     heights = np.clip(residuals, -edge, edge)
     above = residuals > edge

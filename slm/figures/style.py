@@ -71,55 +71,27 @@ COMPUTE = "training compute (FLOPs)"
 
 def markers(color: str | Array, label: str | None = None, **more: Any) -> dict[str, Any]:
     """Return the plot options of runs and minima; `more` overrides them."""
-    look = {
-        "color": color,
-        "ms": 4,
-        "mec": "white",
-        "mew": 0.5,
-        "zorder": 5,
-        "label": label,
-    }
+    look = {"color": color, "ms": 4, "mec": "white", "mew": 0.5, "zorder": 5, "label": label}
     return look | more
 
 
-def line(
-    color: str | Array,
-    width: float,
-    zorder: float,
-    **more: Any,
-) -> dict[str, Any]:
+def line(color: str | Array, width: float, zorder: float, **more: Any) -> dict[str, Any]:
     """Return the plot options of a line, whose width is in points."""
     return {"color": color, "linewidth": width, "zorder": zorder, **more}
 
 
 def band(color: str, label: str | None = None) -> dict[str, Any]:
     """Return the `fill_between` options of an interval over a range."""
-    return {
-        "color": color,
-        "alpha": 0.7,
-        "linewidth": 0,
-        "zorder": 2,
-        "label": label,
-    }
+    return {"color": color, "alpha": 0.7, "linewidth": 0, "zorder": 2, "label": label}
 
 
 def offset_text(dx: float, dy: float) -> dict[str, Any]:
     """Return the `annotate` options of a small text at an offset, in points, from its anchor."""
-    return {
-        "xytext": (dx, dy),
-        "textcoords": "offset points",
-        "va": "center",
-        "fontsize": SMALL,
-    }
+    return {"xytext": (dx, dy), "textcoords": "offset points", "va": "center", "fontsize": SMALL}
 
 
 @contextmanager
-def page(
-    width: float,
-    height: float,
-    title: str,
-    mixed: Sequence[str] = (),
-) -> Iterator[Figure]:
+def page(width: float, height: float, title: str, mixed: Sequence[str] = ()) -> Iterator[Figure]:
     """Yield an empty figure in this style; sizes in inches, the title wrapped to the width.
 
     The title says so if the runs are on several axes, `mixed`.
@@ -133,13 +105,7 @@ def page(
         if mixed:
             title += " (mixed axes)"
         lines = textwrap.fill(title, round(11.5 * width))
-        figure.suptitle(
-            lines,
-            x=0.01,
-            ha="left",
-            fontweight="bold",
-            fontsize=9.5,
-        )
+        figure.suptitle(lines, x=0.01, ha="left", fontweight="bold", fontsize=9.5)
         yield figure
 
 
@@ -261,12 +227,7 @@ def place_labels(
     left_edge = axes.bbox.x0 * unit
     bottom = axes.bbox.y0 * unit + 5
     steps = 9 + 3 * np.arange(60)
-    leader = {
-        "arrowstyle": "-",
-        "color": FAINT,
-        "linewidth": 0.5,
-        "shrinkB": 4,
-    }
+    leader = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.5, "shrinkB": 4}
     placed = np.empty((0, 3))
     for text, x, y in labels:
         half = 2.3 * len(text) + 1
@@ -306,13 +267,7 @@ def label_column(
         height = axes.transData.transform((x, y))[1] * unit
         lowest = max(height, lowest + spacing)
         shifted = offset_text(offset, lowest - height)
-        axes.annotate(
-            text,
-            (x, y),
-            color=color,
-            annotation_clip=False,
-            **shifted,
-        )
+        axes.annotate(text, (x, y), color=color, annotation_clip=False, **shifted)
 
 
 def _is_free(spot: Array, half: float, points: Array, labels: Array) -> bool:
@@ -325,12 +280,7 @@ def _is_free(spot: Array, half: float, points: Array, labels: Array) -> bool:
     return not ((dx < half + labels[:, 2]) & (dy < 9.5)).any()
 
 
-def draw_interval(
-    axes: Axes,
-    x: float,
-    interval: Interval,
-    look: dict[str, Any],
-) -> None:
+def draw_interval(axes: Axes, x: float, interval: Interval, look: dict[str, Any]) -> None:
     """Draw an estimate and its interval upright at x; an open end is an arrow, no estimate is
     nothing."""
     if interval.estimate is None:
@@ -339,13 +289,7 @@ def draw_interval(
     ends = [interval.estimate if end is None else end for end in (interval.low, interval.high)]
     color = look["color"]
     axes.plot([x, x], ends, solid_capstyle="butt", **line(color, 1.4, look["zorder"] - 1))
-    arrow = {
-        "arrowstyle": "<-",
-        "color": color,
-        "linewidth": 1.2,
-        "shrinkA": 0,
-        "shrinkB": 0,
-    }
+    arrow = {"arrowstyle": "<-", "color": color, "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0}
     for end, length in ((interval.low, -20), (interval.high, 20)):
         if end is None:
             tail = (0, length)
@@ -354,12 +298,7 @@ def draw_interval(
 
 
 def draw_runs(
-    axes: Axes,
-    runs: Sequence[Any],
-    y: str,
-    marker: str,
-    look: dict[str, Any],
-    x: str = "flops",
+    axes: Axes, runs: Sequence[Any], y: str, marker: str, look: dict[str, Any], x: str = "flops"
 ) -> None:
     """Draw runs or minima; `x` and `y` name their attributes."""
     if runs:
@@ -369,10 +308,7 @@ def draw_runs(
 
 
 def draw_curve(
-    axes: Axes,
-    ends: tuple[float, float],
-    curve: Callable[[Array], Array],
-    look: dict[str, Any],
+    axes: Axes, ends: tuple[float, float], curve: Callable[[Array], Array], look: dict[str, Any]
 ) -> Array:
     """Draw a curve of compute, solid between its ends and dashed to REACH times the larger.
 
@@ -389,13 +325,7 @@ def draw_curve(
 def shade_beyond(axes: Axes, largest: float) -> float:
     """Shade the panel right of the largest run; return the FLOPs at which the shade begins."""
     edge = 1.12 * largest
-    axes.axvspan(
-        edge,
-        axes.get_xlim()[1],
-        color=SHADE,
-        linewidth=0,
-        zorder=0,
-    )
+    axes.axvspan(edge, axes.get_xlim()[1], color=SHADE, linewidth=0, zorder=0)
     return edge
 
 
@@ -416,12 +346,7 @@ def percent_off(losses: Sequence[float] | Array, expected: Array) -> Array:
     return np.asarray(100 * np.log(np.asarray(losses) / expected))
 
 
-def leave_room(
-    axes: Axes,
-    values: Sequence[float] | Array,
-    below: float,
-    above: float,
-) -> None:
+def leave_room(axes: Axes, values: Sequence[float] | Array, below: float, above: float) -> None:
     """Set the limits of y to hold the values, with these shares of their range free."""
     lowest, highest = np.min(values), np.max(values)
     height = highest - lowest or 0.1 * highest

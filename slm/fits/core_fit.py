@@ -305,9 +305,7 @@ def _interval(values: Array) -> Interval:
 
 
 def fit_core(
-    points: Sequence[Point],
-    law: Law | None,
-    allow_mixed: bool = False,
+    points: Sequence[Point], law: Law | None, allow_mixed: bool = False
 ) -> CoreFit | NoCoreFit:
     """Fit CORE to the loss of the runs with a CORE, of any budget; the law gives the loss.
 

@@ -116,12 +116,7 @@ class SigmoidFit:
         return self.best[1] / np.sqrt(self.covariance[1, 1])
 
 
-def fit_sigmoid(
-    gained: Array,
-    cores: Array,
-    errors: Array,
-    top: float,
-) -> SigmoidFit:
+def fit_sigmoid(gained: Array, cores: Array, errors: Array, top: float) -> SigmoidFit:
     """Fit (a, b, floor) to the CORE of runs whose losses are `gained` (n,) below L0.
 
     The prior of the floor at CHANCE is one more residual.
@@ -185,12 +180,7 @@ class CoreDraws:
     """(DRAWS, 1) position of the law in its band, t-distributed."""
 
 
-def draw_jointly(
-    fits: Sequence[SigmoidFit],
-    scale: float,
-    free: int,
-    law_free: int,
-) -> CoreDraws:
+def draw_jointly(fits: Sequence[SigmoidFit], scale: float, free: int, law_free: int) -> CoreDraws:
     """Draw a top by its likelihood, (a, ln b, floor) and the law by t distributions.
 
     `free` and `law_free` are the degrees of freedom of the sigmoid and of the law.

@@ -200,12 +200,7 @@ class DesignProblem:
         gains = (self.slopes @ pulled)[:, :, 0] ** 2 * more / (1 + more * leverage)
         return (gains / variances).mean(0)
 
-    def fill(
-        self,
-        counts: Array,
-        power: float,
-        excluded: int | None = None,
-    ) -> Array:
+    def fill(self, counts: Array, power: float, excluded: int | None = None) -> Array:
         """Return `counts` with runs added by variance removed over FLOPs**power.
 
         Adds runs, but none of `excluded`, until the budget is spent or there are MAX_RUNS.

@@ -60,12 +60,7 @@ def allowance(free: int, level: float = LEVEL) -> float:
     return 1 + stats.f.ppf(level, 1, free) / free
 
 
-def prediction_interval(
-    curve: Interval,
-    sigma: float,
-    free: int,
-    level: float = LEVEL,
-) -> Interval:
+def prediction_interval(curve: Interval, sigma: float, free: int, level: float = LEVEL) -> Interval:
     """Return the interval of a further run: y ± t·sqrt(g'Vg + sigma²) in ln y, each side by itself.
 
     `curve` is the interval of the curve, g'Vg; `sigma` the standard deviation of ln y around it,

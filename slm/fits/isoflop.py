@@ -336,10 +336,7 @@ def _unresolved(sizes: int, parabola: Parabola | None) -> tuple[str | None, str 
 
 
 def _exponent(
-    curves: Sequence[IsoFlopCurve],
-    sizes: Sequence[SizeOf],
-    residual: float,
-    free: int,
+    curves: Sequence[IsoFlopCurve], sizes: Sequence[SizeOf], residual: float, free: int
 ) -> Interval:
     """Return the slope over ln C of the line through the minima u_k, with its profile interval.
 

@@ -117,12 +117,7 @@ class LossData:
         """Return the weighted sum of Huber losses over the last axis."""
         return huber(residuals, self.delta, weights)
 
-    def curvature(
-        self,
-        residuals: Array,
-        weights: Array,
-        factor: Array | float = 1.0,
-    ) -> Array:
+    def curvature(self, residuals: Array, weights: Array, factor: Array | float = 1.0) -> Array:
         """Return the weights (R, m) of a Gauss-Newton step.
 
         A run beyond delta has that of reweighted least squares times `factor`, (R, 1) or one value.
@@ -230,11 +225,7 @@ def _minimize_chunk(
 
 
 def _step(
-    jacobian: Array,
-    curvature: Array,
-    pull: Array,
-    damping: Array,
-    normals: Array,
+    jacobian: Array, curvature: Array, pull: Array, damping: Array, normals: Array
 ) -> tuple[Array, Array]:
     """Return the damped steps (R, c) with normals·step = 0, and the linear decrease of each.
 
@@ -270,10 +261,7 @@ def untied(row: Array) -> tuple[Array, Array]:
 
 
 def polish(
-    data: LossData,
-    row: Array,
-    columns: Sequence[int],
-    tie: Tie = untied,
+    data: LossData, row: Array, columns: Sequence[int], tie: Tie = untied
 ) -> tuple[Array, float, str]:
     """Minimise by L-BFGS from a row; return row, objective and status.
 

@@ -226,11 +226,7 @@ def _errors(by_form: HoldOuts) -> dict[str, float]:
     return {form: hold_out.error for form, hold_out in by_form.items()}
 
 
-def bootstrap(
-    points: Sequence[Point],
-    surface: Surface,
-    resamples: int = RESAMPLES,
-) -> Bootstrap:
+def bootstrap(points: Sequence[Point], surface: Surface, resamples: int = RESAMPLES) -> Bootstrap:
     """Refit the surface to resampled runs, all draws in one batch that starts from the surface."""
     # 1) draw run counts, within the budgets if all runs have one
     budgets = np.array([point.budget or 0.0 for point in points])

@@ -68,12 +68,7 @@ def sample_posterior(points: Sequence[Point]) -> tuple[Array, Array, Noise]:
     return mode, _modes(positions, logs + shifts, scale, random_means), noise
 
 
-def _residual_noise(
-    positions: Array,
-    logs: Array,
-    seeds: Array,
-    mean: Array,
-) -> Noise:
+def _residual_noise(positions: Array, logs: Array, seeds: Array, mean: Array) -> Noise:
     """Return the spread around the mode, over its degrees of freedom, with SIGMA as two more."""
     scale = np.sqrt(information(seeds, SIGMA))
     mode = _modes(positions, logs[None], scale, mean[None])
@@ -87,12 +82,7 @@ def _residual_noise(
     return Noise(np.sqrt(variance), "residuals and a prior")
 
 
-def _modes(
-    positions: Array,
-    logs: Array,
-    scale: Array,
-    means: Array,
-) -> Array:
+def _modes(positions: Array, logs: Array, scale: Array, means: Array) -> Array:
     """Return the theta (s, 6) that minimise |scale·(ln L - logs)|² + |(theta - means)/SPREADS|².
 
     `logs` is (s, k), `means` (s, 6). Levenberg-Marquardt in theta, a batch with a damping each;

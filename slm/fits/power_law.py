@@ -192,13 +192,7 @@ class Law:
         return -exponent * reducible / (floor + reducible)
 
 
-def fit_law(
-    form: str,
-    flops: Array,
-    losses: Array,
-    noise: Noise,
-    level: float = LEVEL,
-) -> Law:
+def fit_law(form: str, flops: Array, losses: Array, noise: Noise, level: float = LEVEL) -> Law:
     """Fit one form to (n,) runs, at least one more than it has parameters."""
     law = best_law(form, flops, losses, noise)
     problem = _Problem(form, np.log(flops / law.reference), np.log(losses), noise.delta)
@@ -214,12 +208,7 @@ def fit_law(
     )
 
 
-def best_law(
-    form: str,
-    flops: Array,
-    losses: Array,
-    noise: Noise,
-) -> Law:
+def best_law(form: str, flops: Array, losses: Array, noise: Noise) -> Law:
     """Fit one form to as many runs as it has parameters, or more, without intervals.
 
     The region of the law is its best parameters alone.
@@ -250,12 +239,7 @@ def root_mean_square(errors: Array) -> float:
     return np.sqrt(np.mean(errors**2))
 
 
-def noise_of(
-    points: Sequence[Point],
-    flops: Array,
-    losses: Array,
-    form: str,
-) -> Noise:
+def noise_of(points: Sequence[Point], flops: Array, losses: Array, form: str) -> Noise:
     """Return the noise of ln loss: of replicate seeds, else around the least-squares law."""
     noise = seed_noise(points)
     if noise:
@@ -292,11 +276,7 @@ def aicc(objective: float, runs: int, parameters: int) -> float | None:
     return fit + 2 * count + correction
 
 
-def huber(
-    residuals: Array,
-    delta: float,
-    weights: Array | float = 1.0,
-) -> Array:
+def huber(residuals: Array, delta: float, weights: Array | float = 1.0) -> Array:
     """Return the weighted sum of Huber losses over the last axis."""
     size = np.abs(residuals)
     inner = np.minimum(size, delta)

@@ -260,12 +260,7 @@ def fit_surface(
 
 
 def predict_runs(
-    data: LossData,
-    row: Array,
-    hessian: Array,
-    objective: float,
-    free: int,
-    level: float,
+    data: LossData, row: Array, hessian: Array, objective: float, free: int, level: float
 ) -> list[Interval]:
     """Predict further runs at the N and D of `data`.
 
@@ -283,11 +278,7 @@ def predict_runs(
     return [Interval(loss, low, high, True) for loss, low, high in ends.tolist()]
 
 
-def loss_data(
-    points: Sequence[Point],
-    delta: float,
-    raw: bool = False,
-) -> LossData:
+def loss_data(points: Sequence[Point], delta: float, raw: bool = False) -> LossData:
     """Return the runs with their logarithms centred."""
     n = np.log([point.params for point in points])
     d = np.log([point.tokens for point in points])
@@ -418,12 +409,7 @@ def frontier(
     return models
 
 
-def _tied(
-    size: float,
-    product: float,
-    centre: Centre,
-    row: Array,
-) -> tuple[Array, Array]:
+def _tied(size: float, product: float, centre: Centre, row: Array) -> tuple[Array, Array]:
     """Return the row with the a that makes ln N = size optimal, and the slopes (6,) of a.
 
     `product` is ln(N·D). The optimum has alpha·A·N^-alpha = beta·B·D^-beta.
@@ -571,12 +557,7 @@ class _Profile:
 
 
 def _next_values(
-    best: Array,
-    first: Array,
-    inner: Array,
-    inner_depth: Array,
-    outer: Array,
-    outer_depth: Array,
+    best: Array, first: Array, inner: Array, inner_depth: Array, outer: Array, outer_depth: Array
 ) -> Array:
     """Return the next value of each search: outwards until outside, then where a secant crosses."""
     # 1) outwards: extrapolate the depth, by a tenth to thrice the distance so far

@@ -39,12 +39,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from functools import cache
 
-from slm.hardware.block_sizes import (
-    EVALUATION_TOKENS,
-    SHARED_ELEMENTS,
-    banded_pairs,
-    logit_tokens,
-)
+from slm.hardware.block_sizes import EVALUATION_TOKENS, SHARED_ELEMENTS, banded_pairs, logit_tokens
 from slm.recipe import Hyperparameters
 
 ELEMENT_BYTES = {"cpu": 4, "cuda": 2, "mps": 4}
@@ -59,12 +54,7 @@ PROCESS = 2**29
 _cached_pairs = cache(banded_pairs)
 
 
-def peak_memory(
-    hp: Hyperparameters,
-    rows: int,
-    device: str,
-    ranks: int = 1,
-) -> int:
+def peak_memory(hp: Hyperparameters, rows: int, device: str, ranks: int = 1) -> int:
     """Return the peak bytes of tensors on one rank, in training with `rows` a pass.
 
     `device` is "cpu", "cuda" or "mps". On a CPU within 15 % of the allocator's peak above 500 MB;
@@ -73,12 +63,7 @@ def peak_memory(
     return RankMemory(hp, rows, device, ranks).peak()
 
 
-def largest_micro_batch(
-    hp: Hyperparameters,
-    memory: int,
-    device: str,
-    ranks: int = 1,
-) -> int:
+def largest_micro_batch(hp: Hyperparameters, memory: int, device: str, ranks: int = 1) -> int:
     """Return the most rows a pass that fit into `memory` bytes of one rank.
 
     It is all the rank's rows of a step, or a power of two, so that passes are even wherever the
@@ -153,13 +138,7 @@ class RankMemory:
             + self._buffer(counts.wte + counts.value_embeds, size=self.element)
         )
 
-    def _buffer(
-        self,
-        numbers: int,
-        unit: int = 1,
-        size: int = 4,
-        moments: int = 2,
-    ) -> int:
+    def _buffer(self, numbers: int, unit: int = 1, size: int = 4, moments: int = 2) -> int:
         """A buffer and its gradients, and `moments` of the size of this rank's part of it."""
         ranks = self.ranks
         if numbers < SHARED_ELEMENTS:

@@ -162,12 +162,7 @@ class Throughput:
         return [run for run in self.runs if run.device_name == device_name]
 
     def seconds(
-        self,
-        hp: Hyperparameters,
-        device: str,
-        device_name: str,
-        ranks: int,
-        threads: int = 1,
+        self, hp: Hyperparameters, device: str, device_name: str, ranks: int, threads: int = 1
     ) -> float:
         """Return the seconds of a whole run on "cpu", "cuda" or "mps", start-up included."""
         prior = PRIORS[device]

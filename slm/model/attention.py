@@ -26,12 +26,7 @@ FLEX_HEAD_DIM = 16
 _kernels: dict[tuple[str, torch.dtype], str] = {}
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    window: int,
-) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
     """Return attention (B, h, T, q) of query, key and value of that shape, with scores divided by
     √q.
 
@@ -84,12 +79,7 @@ def _is_visible(query: Tensor, key: Tensor, window: int) -> Tensor:
     return (query >= key) & (query - key <= window)
 
 
-def _flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    window: tuple[int, int],
-) -> Tensor:
+def _flash(query: Tensor, key: Tensor, value: Tensor, window: tuple[int, int]) -> Tensor:
     """Return attention by FlashAttention 3, which takes (B, T, h, q)."""
     from flash_attn_interface import flash_attn_func
 
@@ -100,12 +90,7 @@ def _flash(
     return attended.transpose(1, 2)
 
 
-def _flex(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    window: int,
-) -> Tensor:
+def _flex(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
     """Return attention by FlexAttention over the blocks that the window meets.
 
     FlexAttention must be compiled, on its own or with its caller.
@@ -123,12 +108,7 @@ def _flex(
 def _flex_mask(length: int, window: int, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    def is_visible(
-        row: Tensor,
-        head: Tensor,
-        query: Tensor,
-        key: Tensor,
-    ) -> Tensor:
+    def is_visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return _is_visible(query, key, window)
 
     return create_block_mask(is_visible, None, None, length, length, device=str(device))
@@ -156,12 +136,7 @@ torch.library.define(
 
 
 @torch.library.impl("slm::banded", "CPU")
-def _banded(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    window: int,
-) -> tuple[Tensor, Tensor]:
+def _banded(query: Tensor, key: Tensor, value: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """Return attention, and the softmax weights of every block."""
     mask = _block_mask(query, window)
     weights = _empty_weights(query, window)
@@ -183,12 +158,7 @@ def _banded(
 
 @torch.library.impl("slm::banded_backward", "CPU")
 def _banded_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weights: Tensor,
-    window: int,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value.
 
@@ -209,11 +179,7 @@ def _banded_backward(
         query_grad[:, block] = torch.bmm(score_grad, keys[:, reach])
         key_grad[:, reach] += torch.bmm(score_grad.mT, queries[:, block])
     query_grad *= query.size(3) ** -0.5
-    return (
-        query_grad.view_as(query),
-        key_grad.view_as(query),
-        value_grad.view_as(query),
-    )
+    return (query_grad.view_as(query), key_grad.view_as(query), value_grad.view_as(query))
 
 
 def _blocks(weights: Tensor, queries: Tensor, window: int) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -260,12 +226,7 @@ def _empty_output(query: Tensor) -> Tensor:
     return query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)
 
 
-def _fake_banded(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    window: int,
-) -> tuple[Tensor, Tensor]:
+def _fake_banded(query: Tensor, key: Tensor, value: Tensor, window: int) -> tuple[Tensor, Tensor]:
     return _empty_output(query), _empty_weights(query, window)
 
 

@@ -156,13 +156,7 @@ class GPT(nn.Module):
         backout = x
         for layer in range(self.hp.depth):
             x, normed, query_key, values = layers.attention_inputs(
-                x,
-                x0,
-                resid[layer],
-                x0_scale[layer],
-                attention_in[layer],
-                cos,
-                sin,
+                x, x0, resid[layer], x0_scale[layer], attention_in[layer], cos, sin
             )
             if layer in value_embeds:
                 embedded = F.embedding(ids, value_embeds[layer]).to(dtype).view_as(values)

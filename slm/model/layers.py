@@ -32,13 +32,7 @@ def smear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def attention_inputs(
-    x: Tensor,
-    x0: Tensor,
-    resid: Tensor,
-    x0_scale: Tensor,
-    weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    x: Tensor, x0: Tensor, resid: Tensor, x0_scale: Tensor, weight: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the stream resid·x + x0_scale·x0 (B, T, d), its norm, queries and keys, and values.
 
@@ -48,12 +42,7 @@ def attention_inputs(
     return _AttentionInputs.apply(x, x0, resid, x0_scale, weight, cos, sin)
 
 
-def gated(
-    values: Tensor,
-    embedded: Tensor,
-    normed: Tensor,
-    gate: Tensor,
-) -> Tensor:
+def gated(values: Tensor, embedded: Tensor, normed: Tensor, gate: Tensor) -> Tensor:
     """Return values + 3·sigmoid(gate·normed[:c])·embedded (B, T, h, q), for normed (B, T, d) and
     gate (h, c).
     """
@@ -80,12 +69,7 @@ def _normed(x: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     return (x * factor).to(x.dtype), factor
 
 
-def _norm_gradient(
-    grad: Tensor,
-    y: Tensor,
-    factor: Tensor,
-    scale: float = 1.0,
-) -> Tensor:
+def _norm_gradient(grad: Tensor, y: Tensor, factor: Tensor, scale: float = 1.0) -> Tensor:
     """Return the gradient of a norm's input from the gradient of its output y = factor·input."""
     share = (grad * y).sum(-1, keepdim=True, dtype=factor.dtype)
     share.div_(y.size(-1) * scale**2)
@@ -113,12 +97,7 @@ class _Norm(Function):
 
 class _Smear(Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        scale: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         gate_inputs = x[:, 1:, : len(weight)]
         gate = torch.sigmoid(gate_inputs @ weight).unsqueeze(-1)
         ctx.save_for_backward(x, weight, scale, gate)
@@ -170,11 +149,7 @@ class _AttentionInputs(Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any,
-        grad_mixed: Tensor,
-        grad_y: Tensor,
-        grad_rotated: Tensor,
-        grad_values: Tensor,
+        ctx: Any, grad_mixed: Tensor, grad_y: Tensor, grad_rotated: Tensor, grad_values: Tensor
     ) -> Any:
         x, x0, resid, x0_scale, weight, cos, sin = ctx.saved_tensors[:7]
         y, factor, rotated, head_factor = ctx.saved_tensors[7:]
@@ -210,13 +185,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class _Gated(Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        values: Tensor,
-        embedded: Tensor,
-        normed: Tensor,
-        gate: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, values: Tensor, embedded: Tensor, normed: Tensor, gate: Tensor) -> Tensor:
         gate_inputs = normed[..., : gate.size(1)]
         strength = F.linear(gate_inputs, gate).sigmoid_().mul_(3).unsqueeze(-1)
         ctx.save_for_backward(embedded, normed, gate, strength)
@@ -237,12 +206,7 @@ class _Gated(Function):
 
 class _MLP(Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        up: Tensor,
-        down: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
         y, factor = _normed(x)
         active = F.linear(y, up).clamp_min_(0)
         ctx.save_for_backward(y, factor, active, up, down)

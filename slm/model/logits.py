@@ -50,12 +50,7 @@ def _capped(x: Tensor, head: Tensor) -> Tensor:
 
 class _CrossEntropy(Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        head: Tensor,
-        targets: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         weight = head.to(x.dtype)
         nats = x.new_zeros((), dtype=wide(x))
         grads = []

@@ -101,12 +101,7 @@ def generate(
         logits = cache.logits(ids[:, None].to(logits.device))
 
 
-def draw(
-    logits: Tensor,
-    chances: Tensor,
-    temperature: float,
-    top_k: int | None,
-) -> Tensor:
+def draw(logits: Tensor, chances: Tensor, temperature: float, top_k: int | None) -> Tensor:
     """Draw an id (B,) from each row of logits (B, V) by its chance (B,), float32 in [0, 1).
 
     The probabilities are softmax(logits / temperature) over the top_k greatest logits; temperature

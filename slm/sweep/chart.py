@@ -13,10 +13,7 @@ TICK_COLUMNS = 10
 
 
 def draw(
-    assignments: Sequence[Assignment],
-    labels: dict[str, str],
-    devices: int,
-    width: int,
+    assignments: Sequence[Assignment], labels: dict[str, str], devices: int, width: int
 ) -> list[str]:
     """Draw a schedule in at most `width` columns; `labels` are by name of the job."""
     digits = len(str(devices - 1))

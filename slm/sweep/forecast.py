@@ -48,11 +48,7 @@ def forecast(
     """Forecast the runs that wait. Raises ValueError for a run that no memory holds."""
 
     def run_forecast(
-        run: WaitingRun,
-        slot: Slot,
-        start: float | None,
-        seconds: float,
-        devices_total: int,
+        run: WaitingRun, slot: Slot, start: float | None, seconds: float, devices_total: int
     ) -> RunForecast:
         """Return the forecast of a run on a machine with `devices_total` devices."""
         rows = launcher.micro_batches.choose(run.hp, slot).training

@@ -41,14 +41,7 @@ class Machine:
             ranks = min(ranks, MAX_CPU_RANKS)
             if memory is not None:
                 memory = memory * len(ids) // (len(self.ids) * ranks)
-        return Slot(
-            self.device,
-            ranks,
-            len(ids) // ranks,
-            self.device_name,
-            ids,
-            memory=memory,
-        )
+        return Slot(self.device, ranks, len(ids) // ranks, self.device_name, ids, memory=memory)
 
     def run_sizes(self, text: str) -> tuple[int, ...]:
         """Return the numbers of devices that a run may take.

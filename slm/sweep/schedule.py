@@ -121,12 +121,7 @@ def _blocks(choices: Choices, devices: int) -> Iterator[tuple[range, float]]:
             yield range(first, first + size), seconds
 
 
-def _beam(
-    runs: list[Choices],
-    idle: Loads,
-    width: int,
-    limit: float,
-) -> list[_Partial]:
+def _beam(runs: list[Choices], idle: Loads, width: int, limit: float) -> list[_Partial]:
     """Return schedules of all runs that end before a limit, shortest first; [] if there is none."""
     beam = [_Partial(0.0, idle, ())]
     work = sum(map(_least_work, runs))
@@ -141,10 +136,7 @@ def _beam(
 
 
 def _extensions(
-    partial: _Partial,
-    choices: Choices,
-    work: float,
-    limit: float,
+    partial: _Partial, choices: Choices, work: float, limit: float
 ) -> Iterator[_Partial]:
     """Add one run on each block with a bound below the limit; `work`: that of later runs."""
     loads = partial.loads

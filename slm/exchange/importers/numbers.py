@@ -9,15 +9,7 @@ from decimal import Decimal
 
 EMPTY = {"", "-", "–", "—", "na", "n/a", "nan", "none", "null", "?", "inf", "-inf", "infinity"}
 """Texts of cells without a value, in lower case."""
-SCALES = {
-    "": 1.0,
-    "%": 0.01,
-    "k": 1e3,
-    "m": 1e6,
-    "b": 1e9,
-    "g": 1e9,
-    "t": 1e12,
-}
+SCALES = {"": 1.0, "%": 0.01, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 """Factors of the suffixes of a number."""
 UNIT_NAMES = {
     0.001: "ms",

@@ -26,20 +26,8 @@ SIGNED = ("seed", "val_bpb", "val_loss", "train_loss", "core")
 """Columns of numbers that may be negative."""
 TIMES = ("train_seconds", "wall_seconds")
 TIME_UNITS = {name: size for name, size in SECONDS.items() if name not in "mhd"}
-MEMORY_UNITS = {
-    "mb": 1e6,
-    "gb": 1e9,
-    "mib": 2.0**20,
-    "gib": 2.0**30,
-}
-COUNT_UNITS = {
-    "k": 1e3,
-    "m": 1e6,
-    "b": 1e9,
-    "t": 1e12,
-    "millions": 1e6,
-    "billions": 1e9,
-}
+MEMORY_UNITS = {"mb": 1e6, "gb": 1e9, "mib": 2.0**20, "gib": 2.0**30}
+COUNT_UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12, "millions": 1e6, "billions": 1e9}
 UNITS = {
     **dict.fromkeys(COUNTS, COUNT_UNITS),
     **dict.fromkeys(TIMES, TIME_UNITS),

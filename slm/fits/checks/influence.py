@@ -83,12 +83,7 @@ def _significant(candidates: Iterable[Influence], tests: int) -> Iterator[Influe
             yield influence
 
 
-def _moved(
-    name: str,
-    interval: Interval,
-    without: float,
-    shrinkage: Array | float,
-) -> Moved:
+def _moved(name: str, interval: Interval, without: float, shrinkage: Array | float) -> Moved:
     """Return the number if it moves by more than NEGLIGIBLE and a quarter of its interval.
 
     `shrinkage` is how much narrower the noise without the run would make the interval.

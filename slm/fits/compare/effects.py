@@ -273,12 +273,7 @@ def _differences(curve: BaseCurve, pairs: Pairs) -> LossDifferences:
     )
 
 
-def _noise(
-    base: Array,
-    candidate: Array,
-    depths: int,
-    paired: bool,
-) -> tuple[float, int]:
+def _noise(base: Array, candidate: Array, depths: int, paired: bool) -> tuple[float, int]:
     """Return the sum of squares of the deviations of both sides, and its degrees of freedom."""
     if paired:
         difference = candidate - base
