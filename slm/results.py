@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -94,7 +95,7 @@ def points(
 
 
 @dataclass
-class DrawnRecord:
+class DrawnRecord(ABC):
     """A recorded result with tables and figures."""
 
     document: dict[str, Any]
@@ -104,9 +105,9 @@ class DrawnRecord:
     figures: list[Path] = field(default_factory=list, init=False)
     """Files that `save` has written."""
 
+    @abstractmethod
     def tables(self) -> list[Table]:
         """Return all tables as headers and rows of text."""
-        raise NotImplementedError
 
     def table(self, name: str | None = None) -> pandas.DataFrame:
         """Return a table by its first header, such as "law" or "depth"; the first by default."""
@@ -119,8 +120,9 @@ class DrawnRecord:
         self.figures = self._draw(stem)
         return self.figures
 
+    @abstractmethod
     def _draw(self, stem: Path) -> list[Path]:
-        raise NotImplementedError
+        """Write all figures, and return their paths."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the document that the command prints with `--json`."""

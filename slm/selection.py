@@ -353,8 +353,6 @@ class Side:
 
     def at_depth(self, depth: int) -> DepthMeans:
         """Return the losses of a depth, and the means of what else is known of all its runs."""
-        import pandas
-
         trials = [trial for trial in self.trials if trial.depth == depth]
         losses = [trial.loss for trial in trials]
         seconds = [trial.seconds for trial in trials if trial.seconds is not None]
@@ -364,12 +362,13 @@ class Side:
         rows = self.rows[self.rows["depth"] == depth]
         speeds = rows[["flops_per_second", "device_name", "ranks"]]
         shares = [mfu(*map(known, row)) for row in speeds.itertuples(index=False)]
+        known_shares = [share for share in shares if share is not None]
         return DepthMeans(
             losses,
             train_seconds,
             core=_mean_if_known(rows["core"]),
             tokens_per_second=_mean_if_known(rows["tokens_per_second"]),
-            mfu=_mean_if_known(pandas.Series(shares, dtype=float)),
+            mfu=mean(known_shares) if len(known_shares) == len(shares) else None,
         )
 
     def device_trials(self) -> list[Trial]:

@@ -5,7 +5,6 @@ training.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,11 +52,6 @@ def torchrun(folder: Path, *options: str) -> list[str]:
         "slm.train",
         str(folder),
     ]
-
-
-def train(folder: Path, ranks: int) -> subprocess.CompletedProcess[str]:
-    """Train an attempt on some ranks of this machine, which are forked."""
-    return forked.train(folder, ranks)
 
 
 def train_until(folder: Path, ranks: int, event: str) -> None:

@@ -39,11 +39,11 @@ def command_line(arguments: tuple[str, ...]) -> None:
 
 
 def run(
-    function: Callable[..., object], *arguments: Any, **environment: str
+    function: Callable[..., int | None], *arguments: Any, **environment: str
 ) -> CompletedProcess[str]:
     """Call a function in a forked process, with changes to the environment.
 
-    Return its exit code and output.
+    Return its exit code, which is the function's result, and its output.
     """
     values = {**os.environ, **environment}
     with tempfile.TemporaryDirectory() as folder:
@@ -59,7 +59,7 @@ def run(
 
 
 def _call(
-    function: Callable[..., object],
+    function: Callable[..., int | None],
     arguments: tuple[Any, ...],
     environment: dict[str, str],
     outputs: list[str],
@@ -71,4 +71,4 @@ def _call(
         os.close(file)
     os.environ.clear()
     os.environ.update(environment)
-    function(*arguments)
+    sys.exit(function(*arguments))

@@ -65,11 +65,6 @@ def _with_supervisors(arguments: tuple[str, ...]) -> None:
         command_line(arguments)
 
 
-def _with_popen(popen: Any) -> SimpleNamespace:
-    """Return a module `subprocess` with another Popen."""
-    return SimpleNamespace(**{**vars(subprocess), "Popen": popen})
-
-
 class Supervised:
     """Forked supervisor of an attempt, with the methods of `Popen`.
 
@@ -145,7 +140,8 @@ def _supervise(
         _write_to(log.number)
     if change:
         change()
-    with mock.patch.object(supervisor, "subprocess", _with_popen(_Torchrun)):
+    launcher = SimpleNamespace(Popen=_Torchrun, DEVNULL=subprocess.DEVNULL)
+    with mock.patch.object(supervisor, "subprocess", launcher):
         code = supervisor.supervise(folder, lock.number if lock else None)
     sys.exit(code)
 

@@ -43,6 +43,7 @@ CLI_BODY_LINES = 40
 """Longest body of a function in slm/cli: commands parse, call and print."""
 HEAVY = {
     "torch",
+    "yaml",
     "numpy",
     "pandas",
     "duckdb",

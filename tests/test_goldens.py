@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import Any
 
 import pytest
@@ -51,11 +50,14 @@ def test_a_command_prints_the_golden_values(
 @pytest.mark.soak
 @pytest.mark.parametrize("case", SOAK, ids=lambda case: case.name)
 def test_a_long_command_prints_the_golden_values(
-    case: Case, soak_outcomes: dict[str, dict[str, Any]], tolerance: float
+    case: Case,
+    soak_outcomes: dict[str, dict[str, Any]],
+    tolerance: float,
+    request: pytest.FixtureRequest,
 ) -> None:
     """Compare a long case, or a case of published figures, with its golden."""
-    if case.needs_reference and not os.environ.get("SLM_REFERENCE"):
-        pytest.skip("SLM_REFERENCE is unset: no folder of published figures to compare with")
+    if case.needs_reference:
+        request.getfixturevalue("reference")
     assert goldens.compared(case, soak_outcomes[case.name], tolerance) == []
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -45,43 +44,36 @@ data_app = typer.Typer(
 )
 store_app = typer.Typer(help="The results database.", rich_markup_mode=None, no_args_is_help=True)
 
-Commands = dict[str, Callable[..., None]]
-COMMANDS: Commands = {
-    "size": size.size,
-    "sweep": expanded(sweep.sweep, *sweep.GROUPS.values()),
-    "status": status.status,
-    "show": status.show,
-    "logs": logs.logs,
-    "stop": control.stop,
-    "retry": control.retry,
-    "rm": control.rm,
-    "fit-curves": fit_curves.fit_curves,
-    "compare": compare.compare,
-    "next": next_runs.next_runs,
-    "eval": evaluate.evaluate,
-    "sample": sample.sample,
-    "report": report.report,
-    "query": query.query,
-    "doctor": doctor.doctor,
-    "import": expanded(import_results.import_results, import_results.Request),
-    "export": export.export,
-}
-DATA_COMMANDS: Commands = {
-    "prepare": data.prepare,
-    "list": data.list_data,
-    "show": data.show,
-    "verify": data.verify,
-    "remove": data.remove,
-    "core": data.core,
-    "pocket-core": data.pocket_core,
-}
-STORE_COMMANDS: Commands = {"rebuild": query.rebuild, "check": query.check, "vacuum": query.vacuum}
-CLASSES = {"sweep": grouped_command(sweep.GROUPS)}
-"""Classes of commands whose help differs."""
-
-for apps, commands in ((app, COMMANDS), (data_app, DATA_COMMANDS), (store_app, STORE_COMMANDS)):
-    for name, command in commands.items():
-        apps.command(name, cls=CLASSES.get(name))(command)
+app.command("size")(size.size)
+app.command("sweep", cls=grouped_command(sweep.GROUPS))(
+    expanded(sweep.sweep, *sweep.GROUPS.values())
+)
+app.command("status")(status.status)
+app.command("show")(status.show)
+app.command("logs")(logs.logs)
+app.command("stop")(control.stop)
+app.command("retry")(control.retry)
+app.command("rm")(control.rm)
+app.command("fit-curves")(fit_curves.fit_curves)
+app.command("compare")(compare.compare)
+app.command("next")(next_runs.next_runs)
+app.command("eval")(evaluate.evaluate)
+app.command("sample")(sample.sample)
+app.command("report")(report.report)
+app.command("query")(query.query)
+app.command("doctor")(doctor.doctor)
+app.command("import")(expanded(import_results.import_results, import_results.Request))
+app.command("export")(export.export)
+data_app.command("prepare")(data.prepare)
+data_app.command("list")(data.list_data)
+data_app.command("show")(data.show)
+data_app.command("verify")(data.verify)
+data_app.command("remove")(data.remove)
+data_app.command("core")(data.core)
+data_app.command("pocket-core")(data.pocket_core)
+store_app.command("rebuild")(query.rebuild)
+store_app.command("check")(query.check)
+store_app.command("vacuum")(query.vacuum)
 app.add_typer(data_app, name="data")
 app.add_typer(store_app, name="store")
 

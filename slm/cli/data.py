@@ -24,12 +24,11 @@ from slm.cli.options import (
     table,
 )
 from slm.monitor.progress import ProgressBars, report_line
-from slm.recipe import RECIPES, Hyperparameters
+from slm.recipe import RECIPES, Hyperparameters, Recipe
 from slm.text import count
 from store import home
 
 if TYPE_CHECKING:
-    from slm.data import PreparedDataset
     from slm.evaluate import bundle as bundles
 
 CORE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
@@ -160,13 +159,12 @@ def list_data(as_json: Json = False) -> None:
 
     folders = entries(home())
     documents = [summary(entry, home()) for entry in folders]
-    rows = table([_cells(document) for document in documents], HEADERS)
+    if as_json:
+        print_json({"home": home(), "data": documents})
+        return
+    print(table([_cells(document) for document in documents], HEADERS))
     size = count(sum(entry.size for entry in folders))
-    print_result(
-        as_json,
-        {"home": home(), "data": documents},
-        f"{rows}\n\n{len(folders)} folders, {size}B in {home() / 'data'}",
-    )
+    print(f"\n{len(folders)} folders, {size}B in {home() / 'data'}")
 
 
 def _cells(document: dict[str, Any]) -> list[str | None]:
@@ -206,12 +204,11 @@ def show(
     for entry in inventory.find_entries(home(), name):
         document = inventory.summary(entry, home())
         if dataset := entry.dataset:
-            models = _models(dataset, depths)
-            document["depths"] = [epochs.epochs(hp, dataset.train_rows) for hp in models]
-            recipe = recipe_for(dataset.manifest["shape"])
-            document["reach"] = (
-                epochs.reach(RECIPES[recipe], dataset.train_rows, MAX_DEPTH) if recipe else None
-            )
+            name_of_recipe = recipe_for(dataset.manifest["shape"])
+            recipe = RECIPES[name_of_recipe] if name_of_recipe else None
+            rows = dataset.train_rows
+            document["depths"] = [epochs.epochs(hp, rows) for hp in _models(recipe, depths)]
+            document["reach"] = epochs.reach(recipe, rows, MAX_DEPTH) if recipe else None
             names = against.split(",") if against else []
             document["compression"] = inventory.compression(dataset, names)
         documents.append(document)
@@ -219,22 +216,19 @@ def show(
     print_result(as_json, {"home": home(), "data": documents}, text)
 
 
-def _models(dataset: PreparedDataset, depths: str | None) -> list[Hyperparameters]:
+def _models(recipe: Recipe | None, depths: str | None) -> list[Hyperparameters]:
     """Return the compute-optimal models of --depths.
 
-    Raises ValueError if no recipe has the rows.
+    Raises ValueError without a recipe.
     """
-    from slm.data import recipe_for
-
     if depths is None:
         return []
-    recipe = recipe_for(dataset.manifest["shape"])
     if recipe is None:
         raise ValueError(
             f"--depths {depths}: no recipe of slm has rows of this shape; "
             "`slm sweep FILE --dry-run` shows the epochs of a declared experiment"
         )
-    return [RECIPES[recipe](depth) for depth in depths_of(depths)]
+    return [recipe(depth) for depth in depths_of(depths)]
 
 
 def _lines(document: dict[str, Any]) -> list[str]:

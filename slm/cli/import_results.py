@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 import store
 from slm.cli.fit_curves import columns_of
-from slm.cli.options import Json, print_result, report_problems
+from slm.cli.options import Json, print_json, print_result, report_problems
 from slm.monitor.progress import ProgressBars
 from slm.text import first_few, plural
 from store import home
@@ -90,9 +90,10 @@ def import_results(request: Request) -> None:
             refusals.append(str(error))
     if outcomes and not request.dry_run:
         report_problems(store.ingest(home()).problems)
-    document = {"home": home(), "imports": outcomes, "refused": refusals}
-    if outcomes or request.as_json:
-        print_result(request.as_json, document, "\n\n".join(map(_describe, outcomes)))
+    if request.as_json:
+        print_json({"home": home(), "imports": outcomes, "refused": refusals})
+    elif outcomes:
+        print("\n\n".join(map(_describe, outcomes)))
     report_problems(refusals[:-1])
     if refusals:
         raise ValueError(refusals[-1])

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Option
 
-from slm.cli.options import Json, RecipeName, depths_of, print_result, recipe_of, table
+from slm.cli.options import Json, RecipeName, depths_of, print_json, recipe_of, table
 from slm.hardware import devices
 from slm.hardware.memory import peak_memory
 from slm.recipe import Hyperparameters
@@ -25,13 +25,12 @@ def size(
     family = recipe_of(recipe)
     device = "cuda" if devices.gpu_count() else "cpu"
     models = [family(depth) for depth in depths_of(depths)]
-    documents = [_document(hp, device) for hp in models]
-    ratio = f"{family.tokens_per_parameter:g} tokens per scaling parameter"
-    print_result(
-        as_json,
-        {"recipe": family.name, "device": device, "models": documents},
-        f"recipe {family.name}: {ratio}\n{table([_row(hp, device) for hp in models])}",
-    )
+    if as_json:
+        documents = [_document(hp, device) for hp in models]
+        print_json({"recipe": family.name, "device": device, "models": documents})
+        return
+    print(f"recipe {family.name}: {family.tokens_per_parameter:g} tokens per scaling parameter")
+    print(table([_row(hp, device) for hp in models]))
 
 
 def _document(hp: Hyperparameters, device: str) -> dict[str, object]:

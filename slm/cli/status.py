@@ -13,7 +13,7 @@ from typer import Argument, Option
 
 import store
 from slm import events
-from slm.cli.options import Json, RunId, print_json, print_result, report_problems, table
+from slm.cli.options import Json, RunId, print_json, report_problems, table
 from slm.files import read_json, start_session
 from slm.monitor import follow
 from slm.monitor.status import (
@@ -63,8 +63,10 @@ def status(
     rows, problems = status_rows(folders)
     process = sweep_process(home())
     report_problems(problems)
-    document = {"home": home(), "conductor": process, "runs": rows}
-    print_result(as_json, document, _describe(rows, process))
+    if as_json:
+        print_json({"home": home(), "conductor": process, "runs": rows})
+    else:
+        print(_describe(rows, process))
     if process is None:
         _start_ingest()
 

@@ -24,7 +24,6 @@ from slm.cli.options import (
     labels_of,
     numbers_of,
     print_json,
-    print_result,
     recipe_of,
     refuse,
     table,
@@ -285,7 +284,10 @@ def sweep(
     launcher = placement.make_launcher(cluster, mode.dry_run)
     if mode.dry_run:
         plan = preview(experiment, planner.runs(), launcher, price, home())
-        print_result(mode.as_json, plan.document(), _describe(plan, core_request))
+        if mode.as_json:
+            print_json(plan.document())
+        else:
+            print(_describe(plan, core_request))
     else:
         _train(planner, launcher, price, core_request, mode)
 
@@ -371,9 +373,9 @@ def _detach(work: Sweep, launcher: Local | Slurm) -> None:
     from slm.sweep.slurm import Slurm
 
     if not isinstance(launcher, Slurm):
-        words = [word for word in sys.argv[1:] if word not in ("--detach", "--yes")]
+        arguments = [option for option in sys.argv[1:] if option not in ("--detach", "--yes")]
         log = work.home / "sweep.log"
-        process = start_session(["-m", "slm", *words, "--yes"], log).pid
+        process = start_session(["-m", "slm", *arguments, "--yes"], log).pid
         report_line(
             f"running in the background as process {process}, with output in {log}; "
             "`slm status --watch` shows it"

@@ -8,7 +8,6 @@ files, so other content is another bundle, and further files in the folder do no
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import os
@@ -238,7 +237,7 @@ def _load(content: Read, source: Path) -> tuple[Bundle, dict[str, bytes]]:
     for task in tasks:
         if task.file not in contents:
             contents[task.file] = content(task.file)
-    hashes = [[file, hashlib.sha256(contents[file]).hexdigest()] for file in sorted(contents)]
+    hashes = [[file, fingerprint(contents[file], 64)] for file in sorted(contents)]
     return Bundle(fingerprint(json.dumps(hashes)), source, tasks, name), contents
 
 

@@ -7,11 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slm.evaluate import bundle as bundles
-from slm.evaluate.bundle import Bundle, Task
-
 if TYPE_CHECKING:
     from slm.data import PreparedDataset
+    from slm.evaluate.bundle import Bundle, Task
     from slm.plan import Plan
 
 FORMAT = 1
@@ -81,6 +79,7 @@ class CoreRequest:
 
         pocket-core is left out: it is made from that data.
         """
+        from slm.evaluate import bundle as bundles
         from slm.evaluate.pocket_core import NAME, is_pocket_core
 
         is_named = self.bundle not in (None, NAME)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from slm.figures import Curve, figure_names, plot_fit
+from slm import figures
+from slm.figures import Curve
 from slm.fits import CurveFit
 from slm.report.render import Drawing
 from slm.text import flops, plural
@@ -34,8 +35,8 @@ def drawings(fit: CurveFit, suffix: str, curves: Sequence[Curve]) -> list[Drawin
     alts = {**ALTS, "curve": _alt(fit)}
     captions = {**CAPTIONS, "curve": _caption(fit)}
     drawn = []
-    for name in figure_names(fit):
-        figure = plot_fit(fit, name, curves, title="")
+    for name in figures.figure_names(fit):
+        figure = figures.plot_fit(fit, name, curves, title="")
         ending = suffix if name == "curve" else f"{suffix}-{name}"
         drawn.append(Drawing(name, ending, figure, alts[name], captions[name]))
     return drawn

@@ -1,14 +1,44 @@
-"""Runs as a launcher sees them: those that wait for a slot, and those that occupy devices."""
+"""Launcher protocol: assign runs to slots, start their attempts, and report which are alive."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from slm.hardware.runtime import STARTUP_SECONDS, RuntimeModel
 from slm.hardware.slot import Slot
 from slm.recipe import Hyperparameters
-from slm.run import attempt_slot, checkpoint_step, last_attempt
+from slm.run import ExitDocument, attempt_slot, checkpoint_step, last_attempt
+
+if TYPE_CHECKING:
+    from slm.sweep.micro_batch import MicroBatches
+
+
+class Launcher(Protocol):
+    """A way to start attempts: on this machine or on a cluster."""
+
+    name: str
+    runtime: RuntimeModel
+    micro_batches: MicroBatches
+
+    def assign(
+        self, waiting: Sequence[WaitingRun], running: Sequence[RunningRun]
+    ) -> list[tuple[str, Slot]]:
+        """Return the names of the runs to start now, each with its slot."""
+
+    def start(self, attempt: Path) -> None:
+        """Start an attempt whose folder exists."""
+
+    def alive(self, attempts: Iterable[Path]) -> set[Path]:
+        """Return the attempts that are queued or running, or whose run another attempt holds."""
+
+    def stop(self, attempt: Path, at_once: bool = False) -> None:
+        """Ask an attempt to checkpoint and stop, or to stop at once."""
+
+    def reap(self, attempt: Path) -> ExitDocument:
+        """Write and return exit.json for an attempt that ended without writing it."""
 
 
 @dataclass(frozen=True)

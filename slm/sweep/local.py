@@ -91,7 +91,7 @@ def this_machine(gpus: int | None = None, cores: int | None = None) -> Machine:
     if cores is None and ids:
         return Machine("cuda", devices.name("cuda"), ids[:gpus], devices.gpu_memory())
     count = devices.cores()
-    if cores and cores > count:
+    if cores is not None and not 1 <= cores <= count:
         raise ValueError(f"--cores {cores}: this machine has {count}")
     ids = tuple(map(str, range(cores or count)))
     return Machine("cpu", devices.name("cpu"), ids, devices.memory())

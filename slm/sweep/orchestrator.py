@@ -30,14 +30,12 @@ from slm.run import (
     unfinished_plans,
 )
 from slm.sweep.interrupt import Signals
-from slm.sweep.launcher import RunningRun, WaitingRun
+from slm.sweep.launcher import Launcher, RunningRun, WaitingRun
 from slm.sweep.out_of_memory import after_out_of_memory
 
 if TYPE_CHECKING:
     from slm.data import PreparedDataset
     from slm.evaluate.request import CoreRequest
-    from slm.sweep.local import Local
-    from slm.sweep.slurm import Slurm
 
 MAX_FRUITLESS = 3
 """Attempts in a row without a new checkpoint after which a run has failed."""
@@ -92,7 +90,7 @@ class Outcome:
     """Reason and message of every other run."""
 
 
-def train(sweep: Sweep, launcher: Local | Slurm, view: View) -> Outcome:
+def train(sweep: Sweep, launcher: Launcher, view: View) -> Outcome:
     """Train a sweep. While another one runs in its home, show its runs and wait for its end."""
     home = sweep.home
     while True:
@@ -106,7 +104,7 @@ def train(sweep: Sweep, launcher: Local | Slurm, view: View) -> Outcome:
         watch(unfinished_plans(home), home, view, until=lambda: sweep_process(home) is None)
 
 
-def submit(sweep: Sweep, launcher: Local | Slurm, view: View) -> list[str]:
+def submit(sweep: Sweep, launcher: Launcher, view: View) -> list[str]:
     """Start the runs that a launcher takes now, and return the run_ids of those that wait.
 
     Raises RuntimeError if another sweep runs in the home.
@@ -171,7 +169,7 @@ class Orchestrator:
     """Train the runs of a sweep; a failed run does not stop the others."""
 
     sweep: Sweep
-    launcher: Local | Slurm
+    launcher: Launcher
     view: View
     ingest: Callable[[Path], Sequence[str]] = ingest
 

@@ -86,7 +86,7 @@ def schedule(jobs: Sequence[Job], devices: int, busy: Mapping[int, float] = {}) 
         return []
     ordered = sorted(jobs, key=lambda job: _least_work(_choices(job, devices)), reverse=True)
     choices = [_choices(job, devices) for job in ordered]
-    idle = tuple(busy.get(device, 0.0) for device in range(devices))
+    idle = tuple(max(0.0, busy.get(device, 0.0)) for device in range(devices))
     best = _beam(choices, idle, NARROW, inf)[0]
     if shorter := _beam(choices, idle, WIDE // (len(jobs) * devices), best.bound):
         best = shorter[0]

@@ -34,12 +34,13 @@ def rows() -> Iterator[tuple[str, float, float]]:
         prepared = prepare("python", pocket(2), Path(folder))
         methods: dict[str, Callable[[Path], None]] = {
             f"torchrun in a loop, {cores} ranks": lambda home: _loop(home, depths, prepared, cores),
-            f"slm sweep, one slot of {cores}": lambda home: _sweep(home, depths, "all"),
-            f"slm sweep, {cores} slots": lambda home: _sweep(home, depths, "1"),
-            "slm sweep, auto": lambda home: _sweep(home, depths, "auto"),
         }
-        if SMALL:
-            methods = dict(list(methods.items())[::3])
+        if not SMALL:
+            methods |= {
+                f"slm sweep, one slot of {cores}": lambda home: _sweep(home, depths, "all"),
+                f"slm sweep, {cores} slots": lambda home: _sweep(home, depths, "1"),
+            }
+        methods["slm sweep, auto"] = lambda home: _sweep(home, depths, "auto")
         loop = None
         for number, (name, method) in enumerate(methods.items()):
             home = Path(folder) / str(number)

@@ -59,7 +59,7 @@ def report(
     Coverage and claims are percentages. Half-widths are for m = 1. Claims are decisions of better
     or worse for equal recipes; the last three columns are a t test of a single look.
     """
-    designs = [(count, seeds) for count in (3, 5, 8) for seeds in (1, 2, 3, 5)]
+    designs = [(depths, seeds) for depths in (3, 5, 8) for seeds in (1, 2, 3, 5)]
     tasks = [(*design, ladder, repetitions, seed) for ladder in LADDERS for design in designs]
     return HEADERS, parallel_map(_row, tasks[:count], "comparisons", 1)
 

@@ -82,7 +82,7 @@ def intervals(
     where the assumptions hold.
     """
     rows: list[Sequence[object]] = []
-    for design, outcomes in zip(DESIGNS, _simulated(repetitions, seed, count)):
+    for design, outcomes in _simulated(repetitions, seed, count):
         groups: dict[tuple[str, str], list[Claim]] = defaultdict(list)
         for outcome in outcomes:
             for claim in outcome.claims:
@@ -96,14 +96,14 @@ def warnings(
     repetitions: int, seed: int = 0, count: int | None = None
 ) -> tuple[Sequence[str], list[Sequence[object]]]:
     """Return headers, and one row per warning: how often it fires where it should or should not."""
-    designs = DESIGNS[:count]
     simulated = _simulated(repetitions, seed, count)
-    fired = {code for outcomes in simulated for outcome in outcomes for code in outcome.codes}
+    designs = [design for design, _ in simulated]
+    fired = {code for _, outcomes in simulated for outcome in outcomes for code in outcome.codes}
     rows: list[Sequence[object]] = []
     for code in sorted(fired.union(*(design.must for design in designs))):
         shares = {
             design.name: 100 * float(np.mean([code in outcome.codes for outcome in outcomes]))
-            for design, outcomes in zip(designs, simulated)
+            for design, outcomes in simulated
         }
         should = {design.name: shares[design.name] for design in designs if code in design.must}
         should_not = {
@@ -153,12 +153,14 @@ def _verdict(cover: float, claims: Sequence[Claim]) -> str:
 
 
 @cache
-def _simulated(repetitions: int, seed: int, count: int | None) -> list[list[Outcome]]:
-    """Return the outcomes by design, then by repetition."""
-    numbers = range(len(DESIGNS[:count]))
-    tasks = [(number, k, seed) for k in range(repetitions) for number in numbers]
+def _simulated(
+    repetitions: int, seed: int, count: int | None
+) -> list[tuple[Design, list[Outcome]]]:
+    """Return the first `count` designs, each with its outcomes by repetition."""
+    designs = DESIGNS[:count]
+    tasks = [(number, k, seed) for k in range(repetitions) for number in range(len(designs))]
     outcomes = parallel_map(_outcome, tasks, "curves")
-    return [outcomes[number :: len(numbers)] for number in numbers]
+    return [(design, outcomes[n :: len(designs)]) for n, design in enumerate(designs)]
 
 
 def _outcome(task: tuple[int, int, int]) -> Outcome:

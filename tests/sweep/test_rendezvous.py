@@ -13,7 +13,8 @@ import pytest
 
 from slm.data import PreparedDataset
 from slm.recipe import pocket
-from tests.attempts import ENVIRONMENT, log, make_attempt, plan_of, torchrun, train
+from tests.attempts import ENVIRONMENT, log, make_attempt, plan_of, torchrun
+from tests.forked import train
 
 ADDRESSES = ("10.0.0.1", "10.0.0.2")
 PORT = 29500

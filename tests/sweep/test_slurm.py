@@ -28,7 +28,8 @@ from slm.sweep.orchestrator import Orchestrator, Outcome, Sweep
 from slm.sweep.planning import Planner, plans_of, record
 from slm.sweep.slurm import Cluster, Slurm, SlurmJob, begin, job_script, queue
 from tests import slurm
-from tests.attempts import log, make_attempt, plan_of, train
+from tests.attempts import log, make_attempt, plan_of
+from tests.forked import train
 
 ONE = Cluster(device_name="test")
 TWO = replace(ONE, nodes=2)

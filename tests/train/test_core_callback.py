@@ -27,7 +27,7 @@ from slm.monitor.run_progress import RunProgress
 from slm.plan import Plan
 from slm.recipe import nanochat, pocket
 from slm.run import list_attempts, make_attempt
-from tests import attempts, bundles
+from tests import attempts, bundles, forked
 from tests.attempts import log, plan_of
 from tests.commands import slm
 
@@ -62,12 +62,12 @@ def test_core_is_that_of_slm_eval_and_changes_no_weight(
     tmp_path: Path, plan: Plan, prepared: PreparedDataset
 ) -> None:
     alone = attempts.make_attempt(tmp_path / "alone", plan, prepared, ranks=2)
-    assert attempts.train(alone, 2).returncode == 0
+    assert forked.train(alone, 2).returncode == 0
     home = tmp_path / "home"
     counting = bundle.install(bundles.write(tmp_path / "bundle"), home)
     request = request_of(counting, every=4)
     folder = attempts.make_attempt(home, plan, prepared, ranks=2, core=request)
-    assert attempts.train(folder, 2).returncode == 0
+    assert forked.train(folder, 2).returncode == 0
     with_core = done_of(folder)
     without = done_of(alone)
     equal = ("run_id", "weights_sha256", "val_bpb", "val_loss", "train_loss", "tokens", "flops")
@@ -109,7 +109,7 @@ def test_a_stop_during_core_loses_nothing_and_the_next_attempt_resumes(
     assert not (run_folder / "done.json").exists()
     assert (run_folder / "model.safetensors").exists()
     second = next_attempt(folder, core=request_of(counting, max_per_task=10))
-    assert attempts.train(second, 1).returncode == 0
+    assert forked.train(second, 1).returncode == 0
     assert log(second, "started")[0]["resumed_from"] == STEPS
     assert not log(second, "train")
     [event] = log(second, "core")
@@ -124,7 +124,7 @@ def test_a_missing_bundle_costs_the_value_and_not_the_run(
 ) -> None:
     request = CoreRequest("0123456789abcdef", every=4).document()
     folder = attempts.make_attempt(tmp_path, plan, prepared, ranks=2, core=request)
-    assert attempts.train(folder, 2).returncode == 0
+    assert forked.train(folder, 2).returncode == 0
     assert done_of(folder)["core"] is None
     warnings = [event["message"] for event in log(folder, "warning")]
     assert [line.partition(":")[0] for line in warnings] == [

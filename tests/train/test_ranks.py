@@ -24,7 +24,8 @@ from slm.model.gpt import GPT
 from slm.model.ranks import Ranks
 from slm.recipe import AdamW, Hyperparameters, pocket
 from slm.train.optimizer import lr_multiplier
-from tests.attempts import log, make_attempt, plan_of, train, train_until
+from tests.attempts import log, make_attempt, plan_of, train_until
+from tests.forked import train
 
 UNEVEN = replace(pocket, aspect_ratio=6, head_dim=6, vocab_size=600)
 """At depth 3: three matrices of 18 x 18 a stack, two value embeddings of 640 tokens, scalars by

@@ -14,7 +14,7 @@ from slm.plan import Plan
 from slm.recipe import pocket
 from slm.run import read_exit
 from tests import forked
-from tests.attempts import ENVIRONMENT, make_attempt, plan_of, train, train_until
+from tests.attempts import ENVIRONMENT, make_attempt, plan_of, train_until
 
 
 def plan(prepared: PreparedDataset) -> Plan:
@@ -67,7 +67,7 @@ def test_more_ranks_than_rows_are_refused_with_both_numbers(
     tmp_path: Path, prepared: PreparedDataset
 ) -> None:
     folder = make_attempt(tmp_path, plan(prepared), prepared, ranks=3)
-    assert train(folder, ranks=3).returncode == 1
+    assert forked.train(folder, ranks=3).returncode == 1
     reason, message = only_failure(folder)
     assert reason == "error"
     assert "3 ranks" in message
