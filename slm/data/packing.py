@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right, insort
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Generator, Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -55,33 +55,42 @@ def pack(documents: Iterable[Tokens], length: int, counts: Counter[str]) -> Gene
     over when the last row cannot be filled, or when the caller stops, are dropped. `counts` gets
     cropped_tokens and dropped_tokens.
     """
-    source = enumerate(documents)
-    # Sorted by length, the first document last among equals: (length, -number, document).
-    buffer: list[tuple[int, int, Tokens]] = []
+    source = iter(documents)
+    queues: defaultdict[int, deque[Tokens]] = defaultdict(deque)
+    """Buffered documents by length."""
+    lengths: list[int] = []
+    """Lengths of the buffered documents, sorted, each once."""
+    count = 0
     parts: list[Tokens] = []
     space = length
     try:
         while True:
             # 1) refill the buffer
-            for number, document in islice(source, BUFFER - len(buffer)):
-                insort(buffer, (len(document), -number, document))
-            if not buffer:
+            for document in islice(source, BUFFER - count):
+                queue = queues[len(document)]
+                if not queue:
+                    insort(lengths, len(document))
+                queue.append(document)
+                count += 1
+            if not lengths:
                 return
-            # 2) choose the longest that fits, or crop the shortest
-            shortest = buffer[0][0]
-            limit = max(space, shortest)
-            choice = buffer.pop(bisect_right(buffer, (limit, 1)) - 1)[2]
-            if shortest > space:
-                counts["cropped_tokens"] += shortest - space
-                choice = choice[:space]
-            parts.append(choice)
-            space -= len(choice)
-            # 3) finish the row
+            # 2) take the longest that fits, or the shortest
+            index = bisect_right(lengths, space, 1) - 1
+            queue = queues[lengths[index]]
+            document = queue.popleft()
+            count -= 1
+            if not queue:
+                del lengths[index]
+            # 3) add it to the row, cropped if it is too long
+            if len(document) > space:
+                counts["cropped_tokens"] += len(document) - space
+                document = document[:space]
+            parts.append(document)
+            space -= len(document)
             if space == 0:
-                row = np.concatenate(parts)
+                yield np.concatenate(parts) if len(parts) > 1 else parts[0]
                 parts = []
                 space = length
-                yield row
     finally:
-        buffered = sum(size for size, *_ in buffer)
+        buffered = sum(size * len(queue) for size, queue in queues.items())
         counts["dropped_tokens"] += length - space + buffered
