@@ -31,10 +31,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from slm.files import lock_holder, read_json, write_json
-from slm.hardware.slot import Slot
+from slm.hardware.slot import MicroBatch, Slot
 
-if TYPE_CHECKING:  # a supervisor loads this file and needs neither
-    from slm.hardware.slot import MicroBatch
+if TYPE_CHECKING:  # a supervisor loads this file
     from slm.plan import Plan
 
 CHECKPOINT_SECONDS = 20.0

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from slm.hardware.block_sizes import EVALUATION_TOKENS
-from slm.recipe import Hyperparameters
+
+if TYPE_CHECKING:  # a supervisor loads this file
+    from slm.recipe import Hyperparameters
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from statistics import median_high
 from types import FrameType
 from typing import Any, TextIO
 
@@ -193,7 +192,8 @@ class _Watch:
         if kind == "working":
             self.allowed = PHASE_SECONDS[event["what"]]
         elif kind not in ("eval", "core") and self._pauses:  # the final weights follow evaluations
-            self.allowed = max(MIN_HANG_SECONDS, HANG_STEPS * median_high(self._pauses))
+            median = sorted(self._pauses)[len(self._pauses) // 2]
+            self.allowed = max(MIN_HANG_SECONDS, HANG_STEPS * median)
 
     def was_short_of_memory(self) -> bool:
         """Whether lack of memory explains a SIGKILL."""
