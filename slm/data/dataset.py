@@ -75,7 +75,7 @@ class PreparedDataset:
         """Number of training rows."""
         return int(self.manifest["train"]["rows"])
 
-    @property
+    @cached_property
     def source(self) -> Any:
         """Document on what it was prepared from."""
         return read_json(self.folder / f"source-{self.manifest['of']}.json")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,7 +89,9 @@ class Bucket:
             for digest, content in _texts_in(path):
                 contents[digest] = content
                 total += 1
-        order = sorted(contents.keys() - self._known_digests(contents))
+        digests = sorted(contents)
+        known = self._known_digests(digests)
+        order = [digest for digest in digests if digest not in known]
         counts["duplicates"] += total - len(order)
         if self.digests:
             with replacing(self.digests) as temporary, temporary.open("wb") as file:
@@ -99,9 +101,9 @@ class Bucket:
             if number >= self.skip:
                 yield content.decode()
 
-    def _known_digests(self, contents: Iterable[bytes]) -> set[bytes]:
-        """Return the digests of `contents` that the corpus already has."""
-        digests = np.array(sorted(contents), dtype=_DIGEST_TYPE)
+    def _known_digests(self, ordered: Sequence[bytes]) -> set[bytes]:
+        """Return those of the ordered digests that the corpus already has."""
+        digests = np.array(ordered, dtype=_DIGEST_TYPE)
         matches: set[bytes] = set()
         for path in self.known if len(digests) else ():
             known = np.load(path, mmap_mode="r")

@@ -33,7 +33,7 @@ from slm.evaluate.request import TASKS, TOKENS, CoreRequest, Report, ignore
 from slm.evaluate.scores import TIE, TaskError, decide, summary, task_document
 from slm.files import read_json, write_json
 from slm.hardware.block_sizes import logit_tokens
-from slm.model.attention import attend, kernel
+from slm.model.attention import attend, kernel, masked
 from slm.model.gpt import GPT, Attended
 from slm.model.ranks import ALONE, Ranks
 
@@ -153,7 +153,7 @@ def _attention(model: GPT, batch: Batch, positions: Tensor) -> Attended:
     # 2) the way back from the tables to the row of tokens
     cells = (keys != PAD).flatten().nonzero()[:, 0]
     cell_of_token = torch.empty_like(positions)
-    cell_of_token[keys[keys != PAD]] = cells
+    cell_of_token[keys.flatten()[cells]] = cells
     query_cells = (queries != PAD).flatten().nonzero()[:, 0]
     # 3) one mask per window
     masks = {
@@ -199,14 +199,10 @@ def _aligned(table: Ints) -> Ints:
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
     """Attention within prefixes, as in training."""
-    length = query.size(2)
-    if window >= length - 1 or kernel(query.device, query.dtype) != "flex":
+    if window >= query.size(2) - 1 or kernel(query.device, query.dtype) != "flex":
         return attend(query, key, value, window)
     # FlexAttention would be compiled anew for every length.
-    position = torch.arange(length, device=query.device)
-    age = position[:, None] - position
-    sees = (age >= 0) & (age <= window)
-    return scaled_dot_product_attention(query, key, value, attn_mask=sees)
+    return masked(query, key, value, window)
 
 
 def _mask(queries: Tensor, keys: Tensor, pieces: Tensor, positions: Tensor, window: int) -> Tensor:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import http.client
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from slm.files import fingerprint
+from slm.monitor.progress import Report, no_report
 
 CHUNK_BYTES = 2**18
 MAX_FAILURES = 3
@@ -21,15 +21,13 @@ MAX_FAILURES = 3
 TIMEOUT = 60.0
 """Seconds without a byte."""
 
-Report = Callable[[int, int], None]
-"""Called with the missing bytes received, and their number."""
 
-
-def download(url: str, folder: Path, report: Report = lambda done, total: None) -> Path:
+def download(url: str, folder: Path, report: Report = no_report) -> Path:
     """Return the file of a URL, in a folder; what an interrupted attempt received is reused.
 
-    A partial file belongs to the length and entity tag that the server named: other content starts
-    over. Raises RuntimeError if the file cannot be received completely.
+    `report` is given the missing bytes received, and their number. A partial file belongs to the
+    length and entity tag that the server named: other content starts over. Raises RuntimeError if
+    the file cannot be received completely.
     """
     failures = 0
     while failures < MAX_FAILURES:

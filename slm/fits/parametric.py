@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from slm.fits.intervals import Ends, Interval
 from slm.fits.isoflop import Minimum
-from slm.fits.optimize import levenberg_marquardt
 from slm.fits.points import Point
 from slm.fits.power_law import REACH, Noise, aicc
 from slm.fits.select import (
@@ -35,6 +34,7 @@ from slm.fits.surface import (
     obstacle,
     predict_runs,
     quantities,
+    refit_rows,
 )
 from slm.fits.types import to_json
 
@@ -241,11 +241,7 @@ def bootstrap(points: Sequence[Point], surface: Surface, resamples: int = RESAMP
         counts[:, members] = draw.multinomial(len(members), shares, resamples)
     # 2) fit all draws, counts being weights
     data = loss_data(points, surface.delta, surface.raw)
-    rows, _ = levenberg_marquardt(
-        replace(data, weights=counts * data.weights),
-        np.tile(surface.row, (resamples, 1)),
-        range(FORMS[surface.form]),
-    )
+    rows = refit_rows(surface, data, counts * data.weights)
     # 3) spread of the quantities; A and B from their logarithms, which may overflow
     errors: dict[str, float | None] = {}
     ends: dict[str, Ends] = {}

@@ -326,6 +326,14 @@ def fit_row(data: LossData, form: str) -> tuple[Array, float, float, str]:
     return row, objective, agreeing.mean(), status
 
 
+def refit_rows(surface: Surface, data: LossData, weights: Array) -> Array:
+    """Return rows (R, 6) of the surface's form, refitted from its own with weights (R, m)."""
+    data = replace(data, weights=weights)
+    starts = np.tile(surface.row, (len(weights), 1))
+    rows, _ = levenberg_marquardt(data, starts, range(FORMS[surface.form]))
+    return rows
+
+
 def _starts(data: LossData) -> Array:
     """Return the best cell of each block of the grid of exponents as a row: (BLOCKS², 6)."""
     # 1) solve the linear part (E, A, B) at every cell of the grid

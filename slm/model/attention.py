@@ -45,8 +45,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
         return attended
     if kind == "flex" and query.size(3) >= FLEX_HEAD_DIM:
         return _flex(query, key, value, window)
-    position = torch.arange(length, device=query.device)
-    mask = _is_visible(position[:, None], position, window)
+    return masked(query, key, value, window)
+
+
+def masked(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+    """Return attention (B, h, n, q) of queries (B, h, n, q), the last n of T tokens, by a mask."""
+    position = torch.arange(key.size(2), device=query.device)
+    mask = _is_visible(position[-query.size(2) :, None], position, window)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 

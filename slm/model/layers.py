@@ -2,8 +2,7 @@
 the backward pass.
 
 Each is an ordinary differentiable function of its tensors, so that a changed model may mix them
-with plain operations. Shapes: B rows, T tokens, d width, h heads of q channels, V vocabulary, N =
-B·T.
+with plain operations. Shapes: B rows, T tokens, d width, h heads of q channels.
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@ import codecs
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from slm.data.tokenizer import Tokenizer
+from slm.model.attention import masked
 from slm.model.gpt import GPT
 
 
@@ -58,14 +58,7 @@ class KVCache:
         all_values = self._values[layer, :, :, :stop]
         all_keys[:, :, start:] = key
         all_values[:, :, start:] = values.transpose(1, 2)
-        position = torch.arange(first, stop, device=query.device)
-        age = position[start - first :, None] - position
-        attended = F.scaled_dot_product_attention(
-            query,
-            all_keys[:, :, first:],
-            all_values[:, :, first:],
-            attn_mask=(age >= 0) & (age <= window),
-        )
+        attended = masked(query, all_keys[:, :, first:], all_values[:, :, first:], window)
         return attended.transpose(1, 2).flatten(2)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -139,7 +140,7 @@ class Source:
         """Name without its ending."""
         return PurePosixPath(self.name).stem
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """SHA-256 of the content; of several files, of their hashes by name."""
         hashes = {name: fingerprint(data, 64) for name, data in self.contents.items()}

@@ -20,7 +20,6 @@ from slm.fits.checks.residuals import (
     law_residuals,
     leverages,
     refit_law,
-    refit_rows,
     surface_residuals,
 )
 from slm.fits.intervals import Interval
@@ -29,7 +28,7 @@ from slm.fits.ladder import Run, columns_of, law_runs
 from slm.fits.parametric import ParametricFit
 from slm.fits.points import Point
 from slm.fits.power_law import Law
-from slm.fits.surface import FORMS, Surface, loss_data, quantities
+from slm.fits.surface import FORMS, Surface, loss_data, quantities, refit_rows
 from slm.fits.types import Array
 
 Moved = dict[str, tuple[float, float]]

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 from scipy import stats
 
 from slm.fits.intervals import Interval
-from slm.fits.optimize import LossData, levenberg_marquardt
 from slm.fits.points import Point
 from slm.fits.power_law import PARAMETERS, Law, Noise, best_law
 from slm.fits.select import count_computes
@@ -59,14 +57,6 @@ def refit_law(law: Law, flops: Array, losses: Array, noise: Noise) -> Law | None
     if count_computes(flops) <= PARAMETERS[law.form]:
         return None
     return best_law(law.form, flops, losses, noise)
-
-
-def refit_rows(surface: Surface, data: LossData, weights: Array) -> Array:
-    """Return rows (R, 6) of the surface's form, refitted from its own with weights (R, m)."""
-    data = replace(data, weights=weights)
-    starts = np.tile(surface.row, (len(weights), 1))
-    rows, _ = levenberg_marquardt(data, starts, range(FORMS[surface.form]))
-    return rows
 
 
 def leverages(jacobian: Array, weights: Array) -> Array:

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from slm.fits.checks.residuals import law_residuals, refit_law, refit_rows, surface_residuals
+from slm.fits.checks.residuals import law_residuals, refit_law, surface_residuals
 from slm.fits.isoflop import IsoFlopCurve, IsoFlopFit, fit_isoflop_curves, minima_of
 from slm.fits.ladder import columns_of, law_runs
 from slm.fits.parametric import ParametricFit
 from slm.fits.points import Point
 from slm.fits.power_law import LEAST_SQUARES, PARAMETERS, Law, Noise
-from slm.fits.surface import FORMS, PAPER, Surface, fit_row, loss_data, quantities
+from slm.fits.surface import FORMS, PAPER, Surface, fit_row, loss_data, quantities, refit_rows
 
 AS_FITTED = "as fitted"
 DELTAS = {
