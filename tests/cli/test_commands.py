@@ -15,6 +15,7 @@ import slm as package
 from slm.experiment import Experiment
 from slm.files import read_json, write_json
 from slm.recipe import pocket
+from tests import forked
 from tests.commands import slm
 from tests.homes import home_of
 
@@ -37,7 +38,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory, prepared) -> tuple[Path, dic
     """Sweep a ladder of short runs. Return the home and the document that the sweep printed."""
     home = tmp_path_factory.mktemp("swept")
     (home / "data").symlink_to(prepared.folder.parent)
-    result = slm(*LADDER, home=home)
+    result = forked.slm(*LADDER, home=home)
     assert result.returncode == 0, result.stderr
     return home, json.loads(result.stdout)
 

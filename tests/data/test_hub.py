@@ -19,6 +19,7 @@ from pyarrow import parquet
 from slm import data
 from slm.data import hub as hubs
 from slm.recipe import pocket
+from tests import forked
 from tests.commands import run, slm
 from tests.hub import Hub, environment, serving
 
@@ -202,7 +203,7 @@ def test_a_sweep_prepares_a_hub_corpus_itself(hub: Hub, tmp_path: Path) -> None:
     hub.busy["shard_00001.parquet"] = hub.cut["shard_00005.parquet"] = hub.damaged[
         "shard_00009.parquet"
     ] = 1
-    done = slm(
+    done = forked.slm(
         "sweep",
         str(tmp_path / "hub.py"),
         home=tmp_path / "home",

@@ -152,6 +152,7 @@ def test_the_published_chinchilla_fit_minimises_absolute_deviations(
         assert fit.intervals[name].estimate == pytest.approx(value, rel=1e-4)
 
 
+@pytest.mark.soak
 def test_chinchilla_standard_errors_are_the_published_ones(chinchilla: list[Point]) -> None:
     drawn = bootstrap(chinchilla, fit_surface(chinchilla, delta=PAPER), resamples=12_000)
     assert drawn.strata == 1
@@ -185,6 +186,7 @@ def test_llama_3_by_squared_raw_loss(reference: Path) -> None:
         assert fit.intervals[name].estimate == pytest.approx(value, rel=5e-4)
 
 
+@pytest.mark.soak
 def test_parabolas_are_as_biased_as_published_and_the_surface_is_not(
     reference: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -375,6 +377,7 @@ def test_a_weight_of_two_counts_as_two_runs() -> None:
     assert heavy.loss(1e9, 1e10) == pytest.approx(float(twice.loss(1e9, 1e10)), rel=1e-5)
 
 
+@pytest.mark.soak
 def test_the_selected_form_predicts_larger_compute_best() -> None:
     for form, gamma in (("additive", 1.0), ("coupled", 0.5)):
         fit = fit_parametric(grid((1e16, *BUDGETS), gamma=gamma, noise=1e-4), resamples=200)

@@ -21,7 +21,9 @@ from tests.memory import SHAPES, shape, tensor_peak
 DEVICES = ["cpu", "cuda", "mps"]
 
 
-@pytest.mark.parametrize(("hp", "rows"), [SHAPES[0], SHAPES[9]])
+@pytest.mark.parametrize(
+    ("hp", "rows"), [pytest.param(*SHAPES[0], marks=pytest.mark.soak), SHAPES[9]]
+)
 def test_the_estimate_is_within_15_percent_of_the_allocator_s_peak(
     hp: Hyperparameters, rows: int
 ) -> None:

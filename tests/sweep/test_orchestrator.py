@@ -85,6 +85,7 @@ def disturbed(home: Path) -> Iterator[Path]:
     chaos.kill_all(home)
 
 
+@pytest.mark.soak
 def test_trainers_outlive_their_orchestrator_and_obey_the_next_one(disturbed: Path) -> None:
     home = disturbed
     first = chaos.start(home, LONG)

@@ -212,6 +212,7 @@ def test_a_later_token_changes_nothing_before_it(depth: int, pattern: str) -> No
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.soak
 def test_compiling_breaks_no_graph_and_changes_no_gradient() -> None:
     """The trainer's compilation without the code generator, which takes half a minute."""
     hp = hyperparameters(5, "SSSL")
