@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # As the command line does, and before numpy reads it.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -18,6 +19,9 @@ from slm.data import PreparedDataset, prepare
 from slm.hardware.devices import cores
 from slm.recipe import pocket
 from tests import postgres
+
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 LONGEST = ("test_makefile.py", "test_goldens.py", "test_slurm.py", "test_orchestrator.py")
 """Files that take about a minute each; they run first, so that no worker waits for another."""

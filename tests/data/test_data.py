@@ -312,7 +312,7 @@ documents = st.lists(st.lists(st.integers(1, 50), max_size=40), max_size=60)
 
 
 @given(documents=documents, length=st.integers(2, 20), pieces=st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_packing_counts_all_tokens_that_it_loses(
     documents: list[list[int]], length: int, pieces: bool
 ) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from hypothesis import given as for_any
-from hypothesis import settings
 from hypothesis import strategies as st
 
 from slm.sweep.chart import draw
@@ -243,7 +242,6 @@ def machines(draw: st.DrawFn) -> tuple[list[Job], int, dict[int, float]]:
 
 
 @for_any(machines())
-@settings(deadline=None)
 def test_a_schedule_is_possible_on_the_machine(
     machine: tuple[list[Job], int, dict[int, float]],
 ) -> None:

@@ -296,9 +296,14 @@ def test_a_running_run_is_not_started_twice(home: Path) -> None:
             plan = make_plan(home)
             second = make_attempt(plan, home, data_folder(home), ONE.slot([0]), MicroBatch(1))
             command = [sys.executable, "-m", "slm.sweep.supervisor", str(second)]
-            result = subprocess.run(
-                command, capture_output=True, text=True, timeout=600, check=False
-            )
+            trainer = psutil.Process(lock_holder(attempt.parent.parent / "train.lock"))
+            trainer.suspend()  # it would finish before the other one starts
+            try:
+                result = subprocess.run(
+                    command, capture_output=True, text=True, timeout=600, check=False
+                )
+            finally:
+                trainer.resume()
             exit_codes.append(result.returncode)
             assert "is held by process" in result.stderr
 
