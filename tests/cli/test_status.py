@@ -398,7 +398,7 @@ def stop_runs(observed: Observed) -> dict[str, Any]:
     wait_for(lambda: sweep.poll() is not None or observed.training())
     [first] = observed.training()
     watcher = observed.start("status", "--watch")
-    logs = observed.start("logs", first, "-f")
+    logs = observed.start("logs", first, "-f", "--lines", "5000")
     interrupted = observed.start("status", "--watch")
     assert watcher.stderr is not None
     assert interrupted.stderr is not None
