@@ -56,10 +56,9 @@ def pack(documents: Iterable[Tokens], length: int, counts: Counter[str]) -> Gene
     cropped_tokens and dropped_tokens.
     """
     source = iter(documents)
+    # The buffer: documents by length, these lengths sorted and each once, and a count of documents.
     queues: defaultdict[int, deque[Tokens]] = defaultdict(deque)
-    """Buffered documents by length."""
     lengths: list[int] = []
-    """Lengths of the buffered documents, sorted, each once."""
     count = 0
     parts: list[Tokens] = []
     space = length
@@ -88,9 +87,10 @@ def pack(documents: Iterable[Tokens], length: int, counts: Counter[str]) -> Gene
             parts.append(document)
             space -= len(document)
             if space == 0:
-                yield np.concatenate(parts) if len(parts) > 1 else parts[0]
+                row = np.concatenate(parts) if len(parts) > 1 else parts[0]
                 parts = []
                 space = length
+                yield row  # the caller may stop here, and this row is not dropped
     finally:
         buffered = sum(size * len(queue) for size, queue in queues.items())
         counts["dropped_tokens"] += length - space + buffered

@@ -334,6 +334,14 @@ def test_shuffling_separates_the_pieces_of_a_long_document() -> None:
     assert order == [int(piece[0]) for piece in shuffled(pieces[::-1])]
 
 
+def test_a_row_is_not_dropped_if_the_caller_stops_after_it() -> None:
+    counts: Counter[str] = Counter()
+    rows = pack([np.full(4, number, np.uint32) for number in range(3)], 4, counts)
+    next(rows)
+    rows.close()
+    assert counts["dropped_tokens"] == 8
+
+
 def test_packing_prefers_the_longest_document_that_fits() -> None:
     lengths = [3, 5, 4, 8]
     rows = list(pack([np.full(size, size) for size in lengths], 8, Counter()))
