@@ -16,7 +16,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # other workers use the other cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from slm.data import PreparedDataset, prepare
-from slm.hardware.devices import cores
 from slm.recipe import pocket
 from tests import postgres
 
@@ -25,11 +24,6 @@ settings.load_profile("any machine")
 
 LONGEST = ("test_makefile.py", "test_goldens.py", "test_slurm.py", "test_orchestrator.py")
 """Files that take about a minute each; they run first, so that no worker waits for another."""
-
-
-def pytest_xdist_auto_num_workers() -> int:
-    """Use more workers than cores, since many tests wait for other processes."""
-    return cores() * 3 // 2
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

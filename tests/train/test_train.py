@@ -156,6 +156,7 @@ def test_a_killed_run_ends_with_the_results_of_an_undisturbed_one(
     home: Path, undisturbed: Path
 ) -> None:
     killed: list[int] = []
+    launch = ExitStack()  # the second attempt is forked
 
     def kill_trainers(attempt: Path, event: dict[str, Any]) -> None:
         if event["event"] == "checkpoint" and event["step"] >= 10 and not killed:
@@ -166,14 +167,15 @@ def test_a_killed_run_ends_with_the_results_of_an_undisturbed_one(
             ]
             killed.extend(workers)
             for pid in workers:
-                with suppress(ProcessLookupError):  # ended because the other rank is gone
+                with suppress(ProcessLookupError):  # ended because torchrun is gone
                     os.kill(pid, signal.SIGKILL)
+            launch.enter_context(forked.supervisors())
 
     watcher = Watcher(kill_trainers)
-    folder, outcome = train(home, TWO, watcher, checkpoint_seconds=0)
+    folder, outcome = train(home, TWO, watcher, checkpoint_seconds=0, launch=launch)
     done, quiet = (json.loads((path / "done.json").read_text()) for path in (folder, undisturbed))
     first, second = events_of(watcher, "started")
-    assert len(killed) == 2
+    assert len(killed) >= 3
     assert first["resumed_from"] is None
     assert second["resumed_from"] >= 10
     assert outcome.trained == [folder.name]
@@ -296,7 +298,9 @@ def test_a_running_run_is_not_started_twice(home: Path) -> None:
             plan = make_plan(home)
             second = make_attempt(plan, home, data_folder(home), ONE.slot([0]), MicroBatch(1))
             command = [sys.executable, "-m", "slm.sweep.supervisor", str(second)]
-            trainer = psutil.Process(lock_holder(attempt.parent.parent / "train.lock"))
+            holder = lock_holder(attempt.parent.parent / "train.lock")
+            assert holder is not None
+            trainer = psutil.Process(holder)
             trainer.suspend()  # it would finish before the other one starts
             try:
                 result = subprocess.run(
