@@ -15,6 +15,10 @@ TOLERANCE = 1e-6
 LONG = {"next-both", "next-exponent", "next-exponent-dear", "compare-file", "compare-file-markdown"}
 LONG |= {f"fit-isoflop-{kind}" for kind in ("coupled", "paper", "power", "total")}
 LONG |= {f"fit-{name}" for name in ("both", "file", "file-core", "file-paper", "imported", "mixed")}
+LONG |= {f"fit-ladder-{kind}" for kind in ("loss", "matrices", "power", "total")}
+LONG |= {"fit-crippled", "fit-miniseries", "compare-crippled-seeds", "compare-text"}
+LONG |= {f"compare-{pair}-markdown" for pair in ("crippled-seeds", "ladder-crippled")}
+LONG |= {f"next-{target}" for target in ("beta", "compute", "multiplier", "text")}
 """Cases that take seconds each and repeat what a shorter case shows; they run in `make soak`."""
 CASES = [case for group in goldens.groups() for case in group]
 SHORT = [case for case in CASES if case.name not in LONG and not case.needs_reference]

@@ -198,6 +198,7 @@ def test_an_invalid_shard_is_named_and_the_others_are_kept(hub: Hub, tmp_path: P
     assert hub.requests["shard_00000.parquet"] == 1
 
 
+@pytest.mark.soak
 def test_a_sweep_prepares_a_hub_corpus_itself(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "hub.py").write_text(EXPERIMENT)
     hub.busy["shard_00001.parquet"] = hub.cut["shard_00005.parquet"] = hub.damaged[

@@ -122,6 +122,7 @@ def test_an_interrupted_evaluation_resumes_after_its_last_task(
     assert not parts.exists()
 
 
+@pytest.mark.soak
 def test_two_ranks_write_the_document_that_one_writes(run: Run, counting: Bundle) -> None:
     alone = measured(run, CoreRequest())
     (path,) = (run.folder / "evals").iterdir()

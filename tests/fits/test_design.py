@@ -58,6 +58,7 @@ def codes(design: Design) -> dict[str, str]:
     return {warning.code: warning.message for warning in design.warnings}
 
 
+@pytest.mark.soak
 def test_chosen_runs_beat_evenly_spaced_ones_at_the_true_surface() -> None:
     wins = []
     for kind, off_dial in SCENARIOS.values():

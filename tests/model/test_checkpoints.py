@@ -301,6 +301,7 @@ def test_a_checkpoint_of_another_run_is_refused(home: Path) -> None:
 
 
 @linux
+@pytest.mark.soak
 def test_training_continues_while_checkpoints_cannot_be_written(home: Path) -> None:
     snapshots: list[dict[str, bytes]] = []
 

@@ -49,7 +49,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 300.0) -> None:
 
 
 def test_two_runs_at_once_get_one_core_and_one_thread_each(home: Path) -> None:
-    sweep_undisturbed(home, replace(TWINS, steps=20))
+    sweep_undisturbed(home, replace(TWINS, steps=5))
     first, second = attempts(home)
     documents = [read_attempt(attempt) for attempt in (first, second)]
     assert sorted(document["ids"] for document in documents) == [["0"], ["1"]]

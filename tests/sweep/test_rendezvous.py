@@ -71,6 +71,7 @@ def node(name: str, rank: int, folder: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.soak
 def test_two_nodes_train_as_one_process(
     tmp_path: Path, prepared: PreparedDataset, nodes: list[str]
 ) -> None:

@@ -156,7 +156,7 @@ def evaluations(folder: Path) -> list[dict[str, Any]]:
     return [event for event in log(folder, "working") if event["what"] == "evaluation"]
 
 
-@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("early", [True, pytest.param(False, marks=pytest.mark.soak)])
 def test_a_stop_at_once_and_a_stop_before_the_first_step_are_obeyed(
     tmp_path: Path, prepared: PreparedDataset, early: bool
 ) -> None:
@@ -178,6 +178,7 @@ def test_a_stop_at_once_and_a_stop_before_the_first_step_are_obeyed(
     assert not list(folder.parent.parent.glob("checkpoints/step-*"))
 
 
+@pytest.mark.soak
 def test_a_kill_while_memory_is_short_counts_as_oom_and_any_other_as_an_error(
     tmp_path: Path, prepared: PreparedDataset
 ) -> None:

@@ -8,6 +8,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from slm import events
 from slm.data import PreparedDataset
 from slm.plan import Plan
@@ -47,6 +49,7 @@ def only_failure(folder: Path) -> tuple[str, str]:
     return event["reason"], event["message"]
 
 
+@pytest.mark.soak
 def test_an_unknown_device_is_refused_with_the_available_ones(
     tmp_path: Path, prepared: PreparedDataset
 ) -> None:
