@@ -524,4 +524,6 @@ def test_a_run_outlasts_the_time_limit_of_its_job_and_a_stop(
     assert not any(job.is_alive for job in queue().values())
     _, outcome = sweep(home, Watcher(), replace(ONE, time="10"), steps=5500, pause=5)
     assert outcome.trained == [folder.name]
-    assert ends(folder) == ["interrupted", "interrupted", None]
+    *interrupted, last = ends(folder)  # a busy machine reaches the second limit, too
+    assert set(interrupted) == {"interrupted"}
+    assert last is None
