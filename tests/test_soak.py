@@ -48,7 +48,7 @@ def test_compiled_gradients_equal_eager_ones() -> None:
     for loss in (model.loss, torch.compile(model.loss, fullgraph=True, dynamic=False)):
         optimizer.zero_grad()
         loss(ids[:, :-1], ids[:, 1:]).backward()
-        gradients.append([part.buffer.gradients.clone() for part in optimizer._parts])
+        gradients.append([update.buffer.gradients.clone() for update in optimizer._updates])
     for plain, compiled in zip(*gradients, strict=True):
         assert (compiled - plain).norm() <= 1e-5 * plain.norm()
 
