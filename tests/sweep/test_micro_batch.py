@@ -183,12 +183,12 @@ def test_the_reason_is_oom_if_one_of_two_ranks_is_out_of_memory(
     hp = recipe(16, steps=2)
     prepared = prepare(str(corpus), hp, tmp_path)
     folder = make_attempt(tmp_path, plan_of(hp, prepared), prepared, ranks=2, micro_batch=32)
-    process = supervised(folder, **GIVING)
-    [second] = until(
-        lambda: [worker for worker in workers(process) if worker.environ().get("RANK") == "1"]
-    )
-    second.rlimit(resource.RLIMIT_DATA, (torch_data + 160 * 2**20, UNLIMITED))
-    code, reason, message = ended(process, folder)
+    with supervised(folder, **GIVING) as process:
+        [second] = until(
+            lambda: [worker for worker in workers(process) if worker.environ().get("RANK") == "1"]
+        )
+        second.rlimit(resource.RLIMIT_DATA, (torch_data + 160 * 2**20, UNLIMITED))
+        code, reason, message = ended(process, folder)
     assert (code, reason) == (1, "oom")
     assert message is not None
     assert "allocate memory" in message

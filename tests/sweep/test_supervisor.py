@@ -52,13 +52,15 @@ LONG = replace(pocket(1, steps=10**4), batch_tokens=256)
 
 
 @contextmanager
-def supervised(folder: Path, changes: str = "pass") -> Iterator[subprocess.Popen[bytes]]:
+def supervised(
+    folder: Path, changes: str = "pass", **environment: str
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run the supervisor of an attempt, after changes to its module (`s`), and torchrun.
 
     They do not outlive the block.
     """
     command = [sys.executable, "-c", SUPERVISE.format(changes), str(folder)]
-    with subprocess.Popen(command, env=ENVIRONMENT) as process:
+    with subprocess.Popen(command, env=ENVIRONMENT | environment) as process:
         try:
             yield process
         finally:
