@@ -522,8 +522,7 @@ def test_a_run_outlasts_the_time_limit_of_its_job_and_a_stop(
     first, second = sorted(folder.glob("attempts/*"))
     assert job_of(first) == job_of(second)
     assert not any(job.is_alive for job in queue().values())
-    _, outcome = sweep(home, Watcher(), replace(ONE, time="10"), steps=5500, pause=5)
+    # a limit that a busy machine does not reach
+    _, outcome = sweep(home, Watcher(), replace(ONE, time="240"), steps=5500, pause=5)
     assert outcome.trained == [folder.name]
-    *interrupted, last = ends(folder)  # a busy machine reaches the second limit, too
-    assert set(interrupted) == {"interrupted"}
-    assert last is None
+    assert ends(folder) == ["interrupted", "interrupted", None]

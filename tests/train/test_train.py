@@ -124,6 +124,27 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, prepared: PreparedData
     return folder
 
 
+@pytest.mark.soak
+def test_two_ranks_train_like_one(home: Path, undisturbed: Path) -> None:
+    watcher = Watcher()
+    train(home, ONE, watcher)
+    both = list(events.Reader(undisturbed / "attempts" / "001" / "events.jsonl").new())
+    one, two = (
+        [event["loss"] for event in log if event["event"] == "train"]
+        for log in (watcher.events, both)
+    )
+    [evaluation_one], [evaluation_two] = (
+        [e for e in log if e["event"] == "eval"] for log in (watcher.events, both)
+    )
+    assert pocket(2, steps=70).batch_rows >= 2
+    assert both[0]["ranks"] == 2
+    assert two[:10] == pytest.approx(one[:10], rel=1e-5)
+    assert evaluation_one["rows"] == evaluation_two["rows"] == pocket(2).validation_rows
+    assert evaluation_two["val_bpb"] == pytest.approx(
+        evaluation_one["val_bpb"], abs=0.01
+    )  # the noise of seeds
+
+
 def test_a_finished_run_has_final_weights_and_no_checkpoint(undisturbed: Path) -> None:
     with safe_open(undisturbed / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"run_id": undisturbed.name}
